@@ -1,0 +1,71 @@
+"""The errors that a user can cause, each with one form: where, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it stands and what was expected and got there."""
+
+    where: str
+    what: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = ", ".join(part for part in (self.line and f"line {self.line}", self.where) if part)
+        return f"{place}: {self.what}" if place else self.what
+
+
+class SFTKeyError(Exception):
+    """Base of all errors that end a command with exit code 2 and no traceback.
+
+    Args:
+        where: The file, folder, model or data set that is at fault.
+        what: What was expected and what came, in one line; or every problem found there.
+        hint: What to do about it.
+    """
+
+    def __init__(self, where: str, what: str | Iterable[Problem], hint: str | None = None) -> None:
+        self.where = where
+        self.problems = (Problem("", what),) if isinstance(what, str) else tuple(what)
+        self.hint = hint
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """Give the text that the user reads: one line, or a head with a line for each problem."""
+        if len(self.problems) == 1 and not self.problems[0].where:
+            lines = [f"{self.where}: {self.problems[0]}"]
+        else:
+            noun = "problem" if len(self.problems) == 1 else "problems"
+            lines = [f"{self.where}: {len(self.problems)} {noun}"]
+            lines += [f"  {problem}" for problem in self.problems]
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class RecipeError(SFTKeyError, ValueError):
+    """A recipe, or an override of it, says something that can't be."""
+
+
+class DataError(SFTKeyError, ValueError):
+    """A data set can't be read, split or tokenized as the recipe wants it."""
+
+
+class FrameError(SFTKeyError, ValueError):
+    """A tokenizer with its chat template can't carry the response that the recipe wants."""
+
+
+class ModelError(SFTKeyError, OSError):
+    """A model, tokenizer or adapter can't be found, read or used."""
+
+
+class DeviceError(SFTKeyError, RuntimeError):
+    """This machine's device can't do what the recipe asks of it, or ran out of memory."""
+
+
+class RunError(SFTKeyError, RuntimeError):
+    """A run folder can't be used as the command asks."""
