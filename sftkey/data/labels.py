@@ -1,0 +1,66 @@
+"""Which tokens are trained: the one place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from sftkey.data.response import Segment
+
+IGNORED = -100  # torch's cross-entropy skips labels of this value
+PADDING = -1  # the segment of a token that only fills up a batch
+
+COMPLETION = (Segment.THINKING, Segment.ANSWER_TAG, Segment.ANSWER, Segment.END)
+KEY = (Segment.ANSWER_TAG, Segment.ANSWER, Segment.END)  # everything after the thinking, Eq. 4
+GROUPS = {"completion": COMPLETION, "key": KEY}
+
+
+def weights_by_segment(loss_on: str | Mapping[str, float]) -> tuple[float, ...]:
+    """Give the weight of each segment in the loss, by `Segment`'s number.
+
+    A group's weight goes to all of its segments; a segment that is named itself keeps its own.
+
+    >>> weights_by_segment("key")
+    (0.0, 0.0, 1.0, 1.0, 1.0)
+    >>> weights_by_segment({"thinking": 0.1, "key": 1.0, "end": 2.0})
+    (0.0, 0.1, 1.0, 1.0, 2.0)
+    """
+    named = {loss_on: 1.0} if isinstance(loss_on, str) else dict(loss_on)
+    weights = dict.fromkeys(Segment, 0.0)
+    for group in sorted(GROUPS.keys() & named.keys()):  # completion before key, which lies in it
+        weights.update(dict.fromkeys(GROUPS[group], float(named.pop(group))))
+    for name, weight in named.items():
+        weights[Segment[name.upper()]] = float(weight)
+    return tuple(weights[segment] for segment in Segment)
+
+
+def labels_for(
+    input_ids: torch.Tensor, segment_ids: torch.Tensor, loss_on: str | Mapping[str, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the labels and loss weights of tokens, from nothing but the segments they belong to.
+
+    A label stands at its own token's place; whoever computes the loss shifts labels and weights
+    alike. Padding is told by its segment, never by its id: where a tokenizer pads with the end of
+    turn, the end of turn is trained all the same.
+
+    Args:
+        input_ids: (…, T) token ids.
+        segment_ids: (…, T) values of `Segment`, or `PADDING`.
+        loss_on: `completion`, `key`, `answer`, or weights by segment or group.
+
+    Returns:
+        labels (…, T), the id where a token is trained, else -100; weights (…, T) in float32, 0
+        exactly where the label is -100.
+
+    >>> ids = torch.tensor([[11, 12, 13, 14, 2, 2]])
+    >>> segments = torch.tensor([[0, 1, 2, 3, 4, PADDING]])
+    >>> labels_for(ids, segments, "key")
+    (tensor([[-100, -100,   13,   14,    2, -100]]), tensor([[0., 0., 1., 1., 1., 0.]]))
+    >>> labels_for(ids, segments, {"thinking": 0.5, "answer": 1.0})[1]
+    tensor([[0.0000, 0.5000, 0.0000, 1.0000, 0.0000, 0.0000]])
+    """
+    by_segment = (*weights_by_segment(loss_on), 0.0)  # PADDING = -1 finds the last entry
+    table = torch.tensor(by_segment, dtype=torch.float32, device=segment_ids.device)
+    weights = table[segment_ids]
+    return torch.where(weights > 0, input_ids, IGNORED), weights

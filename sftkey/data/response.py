@@ -1,0 +1,144 @@
+"""What a completion looks like: its tags rendered around thinking and answer, and parsed back.
+
+Training masks and grading both stand on this module, so that they can't disagree on what an answer
+is. It needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sftkey.recipe import ResponseSection
+
+
+class Segment(IntEnum):
+    """The part of a row that a token belongs to; `segment_ids` hold these numbers."""
+
+    PROMPT = 0
+    THINKING = 1  # with its tags, and whatever the template puts between prompt and thinking
+    ANSWER_TAG = 2  # the opening tag and the closing one
+    ANSWER = 3
+    END = 4  # the end of turn
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set, before any tokenizer has seen it.
+
+    A conversation of several turns becomes one example for each assistant turn that is trained:
+    the turns before it stand in `prompt`.
+
+    Args:
+        prompt: The question as text, or chat messages (`role`, `content`), the last one a user's.
+        thinking: The reasoning, without tags.
+        answer: The final answer, without tags.
+        index: Row in the order of the source, before splitting.
+    """
+
+    prompt: str | tuple[dict[str, str], ...]
+    thinking: str
+    answer: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What was found in a generated text.
+
+    Args:
+        thinking: Text between the thinking's tags; None where no closing tag stands.
+        answer: Text of the answer; None where no answer was found.
+        strict: Whether the text is thinking, then answer, and nothing else (Fmt of the paper).
+    """
+
+    thinking: str | None
+    answer: str | None
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Response:
+    r"""The four tags of a completion.
+
+    >>> response = Response("<Thinking>\n", "\n</Thinking>", "\n<Answer>\n", "\n</Answer>")
+    >>> text = response.render("2 + 2 = 4", "4")
+    >>> text
+    '<Thinking>\n2 + 2 = 4\n</Thinking>\n<Answer>\n4\n</Answer>'
+    >>> response.parse(text)
+    Parsed(thinking='2 + 2 = 4', answer='4', strict=True)
+    >>> response.parse("It is <Answer>4")
+    Parsed(thinking=None, answer='4', strict=False)
+    """
+
+    thinking_open: str
+    thinking_close: str
+    answer_open: str
+    answer_close: str
+
+    @classmethod
+    def from_section(cls, section: ResponseSection) -> Response:
+        """Take the tags of a recipe's `response` section."""
+        return cls(*section.thinking, *section.answer)
+
+    def pieces(self, thinking: str, answer: str) -> list[tuple[Segment, str]]:
+        """Give the completion as texts with their segments, in order; nothing is stripped."""
+        return [
+            (Segment.THINKING, self.thinking_open + thinking + self.thinking_close),
+            (Segment.ANSWER_TAG, self.answer_open),
+            (Segment.ANSWER, answer),
+            (Segment.ANSWER_TAG, self.answer_close),
+        ]
+
+    def render(self, thinking: str, answer: str) -> str:
+        """Give the completion as one text."""
+        return "".join(text for _, text in self.pieces(thinking, answer))
+
+    def parse(self, text: str) -> Parsed:
+        """Find thinking and answer in a generated text.
+
+        Strict is what `render` writes, with any white space around the tags (the paper's Fmt
+        speaks of tags only), each tag once. Otherwise the last answer found counts.
+        """
+        for space, tags in (("", self._tags(strip=False)), (r"\s*", self._tags(strip=True))):
+            match = re.fullmatch(_pattern(tags, space), text, flags=re.DOTALL)
+            if match and not any(self._holds_tag(part) for part in match.groups()):
+                return Parsed(match["thinking"], match["answer"], strict=True)
+        return Parsed(self._last_thinking(text), self._last_answer(text), strict=False)
+
+    def _tags(self, strip: bool) -> tuple[str, ...]:
+        tags = (self.thinking_open, self.thinking_close, self.answer_open, self.answer_close)
+        return tuple(tag.strip() for tag in tags) if strip else tags
+
+    def _holds_tag(self, text: str) -> bool:
+        return any(tag and tag in text for tag in self._tags(strip=True))
+
+    def _last_thinking(self, text: str) -> str | None:
+        opening, closing, *_ = self._tags(strip=True)
+        before, found, _ = text.rpartition(closing) if closing else ("", "", text)
+        return before.rpartition(opening)[2].strip() if found and opening else None
+
+    def _last_answer(self, text: str) -> str | None:
+        _, thinking_close, opening, closing = self._tags(strip=True)
+        marker = opening or thinking_close
+        if not marker:
+            return None
+        before, found, after = text.rpartition(marker)
+        if closing and closing not in after and closing in before:
+            # The last answer was begun and not ended: the one before it is whole, if there is one.
+            whole = before.rpartition(closing)[0].rpartition(marker)
+            after = whole[2] if whole[1] else after
+        if not found:
+            return None
+        return (after.partition(closing)[0] if closing else after).strip()
+
+
+def _pattern(tags: tuple[str, ...], space: str) -> str:
+    opening, closing, answer_open, answer_close = (re.escape(tag) for tag in tags)
+    return (
+        f"{space}{opening}{space}(?P<thinking>.*?){space}{closing}"
+        f"{space}{answer_open}{space}(?P<answer>.*?){space}{answer_close}{space}"
+    )
