@@ -1,9 +1,11 @@
-"""The errors that a user can cause, each with one form: where, what was expected, what came, what to do."""
+"""The errors that a user can cause, in one form: where, what was expected and came, what to do."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,17 @@ class DeviceError(SFTKeyError, RuntimeError):
 
 class RunError(SFTKeyError, RuntimeError):
     """A run folder can't be used as the command asks."""
+
+
+def shown(value: Any) -> str:
+    """Write a value into an error, in YAML's words and not at length."""
+    if value is None:
+        return "nothing"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """Give `; did you mean …?` for the nearest known word, if it is near."""
+    near = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
+    return f"; did you mean `{near[0]}`?" if near else ""

@@ -1,0 +1,240 @@
+"""Recipes: what a run trains, on what, and how it is judged.
+
+`load_recipe` is the one way in: what it gives has every key known, every value of its type, and
+every default filled in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from sftkey import yaml_source
+from sftkey.errors import RecipeError, did_you_mean, shown
+from sftkey.recipe_checks import check_together, check_upstream
+from sftkey.recipe_fields import (
+    GROUPS,
+    SEGMENTS,
+    Count,
+    LossOn,
+    ModelName,
+    NotBuilt,
+    Number,
+    Rows,
+    RunName,
+    Sha256,
+    SplitRule,
+    StageName,
+    Tags,
+    Template,
+    Text,
+)
+from sftkey.yaml_source import Keys
+
+__all__ = [
+    "GROUPS",
+    "SEGMENTS",
+    "DataSection",
+    "EvalSection",
+    "LossOn",
+    "ModelSection",
+    "Recipe",
+    "ResponseSection",
+    "StageSection",
+    "changed_keys",
+    "load_recipe",
+]
+
+
+class Section(BaseModel):
+    """A part of a recipe: it doesn't change, knows all its keys, and guesses at no types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The model to start from, and how its weights are held."""
+
+    name_or_path: ModelName
+    file: Text | None = None
+    sha256: Sha256 | None = None
+    revision: Text | None = None
+    quantization: Literal["nf4", "none"] = "nf4"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
+    attn_implementation: Text = "sdpa"
+    chat_template: Text | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    adapter: Text | None = None
+
+
+class DataSection(Section):
+    """Where the examples come from, how they are split, and how long they may be."""
+
+    source: Text
+    config: Text | None = None
+    task: Text | None = None
+    task_options: dict[str, Any] = {}
+    num_rows: Count | None = None
+    prompt: Template | None = None
+    thinking: Template | None = None
+    answer: Template | None = None
+    response: Text | None = None
+    split_rule: SplitRule | None = None
+    system: str | None = None
+    train: Text = "train"
+    validation: Rows = None
+    test: Rows = None
+    unsplit_rows: Literal["error", "drop"] = "error"
+    overlap: Literal["error", "drop"] = "error"
+    max_length: Count = 1024
+    too_long: Literal["drop", "trim_thinking", "error"] = "drop"
+    packing: NotBuilt = False
+
+
+class ResponseSection(Section):
+    """What stands around thinking and answer."""
+
+    frame: Literal["chat", "plain"] = "chat"
+    thinking: Tags = ("<Thinking>\n", "\n</Thinking>")
+    answer: Tags = ("\n<Answer>\n", "\n</Answer>")
+    turns: Literal["last", "all"] = "last"
+    end: Text | None = None
+
+
+class StageSection(Section):
+    """One training stage: which tokens its loss is on, and what its trainer does otherwise."""
+
+    name: StageName
+    loss_on: LossOn
+    trainer: dict[str, Any] = {}
+
+
+class EvalSection(Section):
+    """How the model is judged before the stages and after each."""
+
+    num_questions: Count = 200
+    max_new_tokens: Count = 512
+    grader: Literal["number", "choice", "exact", "math"] = "exact"
+    batch_size: Count = 16
+    temperature: Annotated[Number, Field(ge=0)] = 0.0
+    alpha: Annotated[Number, Field(ge=0, le=1)] = 0.7
+
+
+class Recipe(Section):
+    """A whole recipe: `trainer` and `lora` hold upstream's own fields."""
+
+    name: RunName
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    model: ModelSection
+    lora: dict[str, Any] | None
+    data: DataSection
+    response: ResponseSection = ResponseSection()
+    trainer: dict[str, Any] = {}
+    stages: Annotated[tuple[StageSection, ...], Field(strict=False, min_length=1)]
+    eval: EvalSection = EvalSection()
+
+    def stage_trainer(self, stage: StageSection) -> dict[str, Any]:
+        """Give the shared trainer settings with the stage's own laid over."""
+        return {**self.trainer, **stage.trainer}
+
+    def to_yaml(self) -> str:
+        """Write the resolved recipe, defaults included: a valid recipe that gives the same run."""
+        plain = self.model_dump(mode="json")
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, lay the overrides (`stages.key.trainer.max_steps=9`) over it, check it.
+
+    Raises:
+        RecipeError: With every problem of the file and the overrides.
+    """
+    source = yaml_source.read(Path(path))
+    for text in overrides:
+        yaml_source.override(source, text)
+    findings = [*check_upstream(source.data), *check_together(source.data)]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(source.data)
+    except ValidationError as error:
+        findings += [_finding(details) for details in error.errors()]
+    problems = source.problems + [source.problem(*finding) for finding in findings]
+    if recipe is None or problems:
+        raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
+    return recipe
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Give the keys, as overrides write them, whose values differ between two recipes."""
+    return list(_changed(_by_name(old), _by_name(new)))
+
+
+def _by_name(recipe: Recipe) -> dict[str, Any]:
+    plain = recipe.model_dump(mode="json")
+    stages = {stage["name"]: stage for stage in plain["stages"]}
+    return {**plain, "stages": stages, "order": list(stages)}
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key, old), new.get(key, new)  # a mapping never holds itself
+        if isinstance(before, dict) and isinstance(after, dict) and key in old and key in new:
+            yield from _changed(before, after, f"{path}{key}.")
+        elif before != after:
+            yield path + key
+
+
+_SECTIONS: dict[str | int, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "response": ResponseSection,
+    "stages": StageSection,
+    "eval": EvalSection,
+}
+_EXPECTED = {
+    "string_type": "text",
+    "string_too_short": "text that isn't empty",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "tuple_type": "a list",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less",
+    "less_than": "a number below {lt}",
+    "too_short": "at least one item",
+    "too_long": "two items",
+}
+
+
+def _finding(details: ErrorDetails) -> tuple[Keys, str]:
+    """Turn one of pydantic's errors into our words."""
+    kind, keys, got = details["type"], details["loc"], details["input"]
+    context = details.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields
+        near = did_you_mean(keys[-1], known) or f"; the keys here are {', '.join(known)}"
+        return keys, f"unknown key{near}"
+    if kind == "value_error":
+        return keys, str(context["error"])
+    if kind == "literal_error":
+        allowed = re.findall(r"'(\w+)'", context["expected"])
+        expected = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
+        return keys, f"expected {expected}; got {shown(got)}{did_you_mean(got, allowed)}"
+    if kind == "missing" and isinstance(keys[-1], str):
+        return keys, "missing"
+    if kind == "missing":  # the second of a pair of tags
+        return keys[:-1], f"expected two items; got {shown(got)}"
+    quotes = " (text is written in quotes)" if isinstance(got, int | float) else ""
+    expected = _EXPECTED[kind].format(**context)
+    return keys, f"expected {expected}; got {shown(got)}{quotes if expected == 'text' else ''}"

@@ -1,0 +1,181 @@
+"""Upstream's settings in a recipe, and fields that hang on each other.
+
+The checks read plain values, not the models, so that one problem of form doesn't hide the others.
+They leave alone what has the wrong type: the models report that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sftkey.errors import did_you_mean, shown
+from sftkey.upstream import Field, lora_config_fields, sft_config_fields
+from sftkey.yaml_source import Keys
+
+Finding = tuple[Keys, str]
+
+REFUSED_TRAINER_KEYS = {
+    "packing": "packing is not built yet, and it will be `data.packing`",
+    "packing_strategy": "packing is not built yet, and it will be `data.packing`",
+    "eval_packing": "packing is not built yet, and it will be `data.packing`",
+    "padding_free": "sftkey's collator pads, and this would do nothing",
+    "max_length": "write `data.max_length`",
+    "truncation_mode": "it cuts off the answer; write `data.too_long`",
+    "dataset_kwargs": "sftkey tokenizes the rows itself; describe them under `data`",
+    "dataset_text_field": "sftkey tokenizes the rows itself; describe them under `data`",
+    "dataset_num_proc": "sftkey tokenizes the rows itself, and this would do nothing",
+    "shuffle_dataset": "the rows are shuffled in each epoch anyway, and this would do nothing",
+    "remove_unused_columns": "sftkey's collator needs all columns",
+    "completion_only_loss": "write `loss_on: completion` in a stage",
+    "assistant_only_loss": "write `loss_on: completion` in a stage",
+    "loss_type": "the loss is sftkey's own; write `loss_on` in a stage",
+    "output_dir": "a run lies in runs/<name>; write `name`",
+    "seed": "write `seed` at the top of the recipe",
+    "resume_from_checkpoint": "the same command again goes on where the run stopped",
+    "eos_token": "the frame's end of turn ends an answer; with `frame: plain` write `response.end`",
+    "pad_token": "padding is masked by length, and the token makes no difference",
+    "chat_template_path": "write `model.chat_template`",
+    "model_init_kwargs": "write the model's settings under `model`",
+    "trust_remote_code": "sftkey loads the model itself and runs no code of a model folder",
+    "bf16": "the device decides, or `model.dtype` does",
+    "fp16": "the device decides, or `model.dtype` does",
+    "average_tokens_across_devices": "the loss is always averaged over all processes",
+    "eval_on_start": "the validation rows are always read before a stage's first step",
+    "disable_tqdm": "the run has one progress bar of its own",
+    "label_smoothing_factor": "sftkey's loss doesn't smooth, and this would do nothing",
+    "router_aux_loss_coef": "sftkey's loss has no load-balancing term, and this would do nothing",
+    "auto_find_batch_size": "a batch that shrinks by itself can't be resumed; set the batch size",
+    "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
+}
+REFUSED_LORA_KEYS = dict.fromkeys(
+    "base_model_name_or_path revision peft_type task_type inference_mode auto_mapping".split(),
+    "sftkey sets it itself",
+)
+_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "a number above 0")
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: value >= 1, "a whole number above 0")
+_NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or a number above")
+LIMITS = {
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (
+        lambda value: value == -1 or value >= 1,
+        "a whole number above 0, or -1 for none",
+    ),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "learning_rate": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "logging_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "r": _COUNT,
+    "lora_alpha": _COUNT,
+    "lora_dropout": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+}
+
+
+def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
+    """Check `trainer`, `lora` and the stages' `trainer`; turn texts such as `5e-5` into numbers."""
+    trainer = (REFUSED_TRAINER_KEYS, sft_config_fields())
+    yield from _check_settings(data.get("trainer"), ("trainer",), *trainer)
+    yield from _check_settings(data.get("lora"), ("lora",), REFUSED_LORA_KEYS, lora_config_fields())
+    stages = data.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        if isinstance(stage, dict):
+            yield from _check_settings(
+                stage.get("trainer"), ("stages", number, "trainer"), *trainer
+            )
+
+
+def _check_settings(
+    settings: Any, keys: Keys, refused: dict[str, str], fields: dict[str, Field]
+) -> Iterator[Finding]:
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        if key in refused:
+            yield (*keys, key), f"refused: {refused[key]}"
+        elif key not in fields:
+            usable = fields.keys() - refused.keys()
+            yield (*keys, key), "unknown key" + did_you_mean(key, usable)
+        else:
+            try:
+                settings[key] = fields[key].convert(value)
+                holds, expected = LIMITS.get(key, (None, ""))
+                if holds and settings[key] is not None and not holds(settings[key]):
+                    raise ValueError(f"expected {expected}; got {shown(value)}")
+            except ValueError as error:
+                yield (*keys, key), str(error)
+
+
+def check_together(data: dict[str, Any]) -> Iterator[Finding]:
+    """Check what no field can tell alone."""
+    yield from _check_model(_section(data, "model"), data.get("lora", {}))
+    yield from _check_data(_section(data, "data"))
+    yield from _check_response(_section(data, "response"))
+    yield from _check_stages(data.get("stages"))
+
+
+def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
+    section = data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _check_model(model: dict[str, Any], lora: Any) -> Iterator[Finding]:
+    name = model.get("name_or_path")
+    packaged = isinstance(name, str) and name.startswith("pypi:")
+    for key in ("file", "sha256"):
+        if packaged and model.get(key) is None:
+            yield ("model", key), "missing; a model inside a package needs `file` and `sha256`"
+        elif isinstance(name, str) and not packaged and model.get(key) is not None:
+            yield ("model", key), f"only for a model inside a package, pypi:…; got {shown(name)}"
+    if packaged and model.get("revision") is not None:
+        yield ("model", "revision"), "a model inside a package has its version in `name_or_path`"
+    if lora is None and model.get("quantization", "nf4") == "nf4":
+        what = "expected none, since full fine-tuning (`lora: null`) can't train nf4; got nf4"
+        yield ("model", "quantization"), what
+    if lora is None and model.get("adapter") is not None:
+        yield ("model", "adapter"), "not with `lora: null`, which trains the model's own weights"
+
+
+def _check_data(data: dict[str, Any]) -> Iterator[Finding]:
+    source = data.get("source")
+    for key in ("task", "num_rows"):
+        if source == "reasoning_gym" and data.get(key) is None:
+            yield ("data", key), "missing; `source: reasoning_gym` needs `task` and `num_rows`"
+    for key in ("task", "task_options", "num_rows"):
+        if isinstance(source, str) and source != "reasoning_gym" and data.get(key):
+            yield ("data", key), f"only with `source: reasoning_gym`; got {shown(source)}"
+    for key in ("thinking", "answer"):
+        for rule in ("response", "split_rule"):
+            if data.get(key) is not None and data.get(rule) is not None:
+                yield ("data", key), f"not beside `{rule}`: the rule finds thinking and answer"
+                break
+    validation, test = data.get("validation"), data.get("test")
+    if isinstance(validation, float) and isinstance(test, float) and validation + test >= 1:
+        yield ("data", "test"), "validation and test together leave no rows to train on"
+    splits = {"train": "train", "validation": None, "test": None, **data}
+    for key, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        if isinstance(splits[key], str) and splits[key] == splits[other]:
+            yield ("data", key), f"expected other rows than {other}'s; got {shown(splits[key])}"
+
+
+def _check_response(response: dict[str, Any]) -> Iterator[Finding]:
+    if response.get("end") is not None and response.get("frame", "chat") == "chat":
+        yield ("response", "end"), "only with `frame: plain`; the chat template ends a turn itself"
+
+
+def _check_stages(stages: Any) -> Iterator[Finding]:
+    seen: dict[str, int] = {}  # in small letters, since some file systems see no other
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        name = stage.get("name") if isinstance(stage, dict) else None
+        if isinstance(name, str):
+            first = seen.setdefault(name.lower(), number)
+            if first != number:
+                yield (
+                    ("stages", number, "name"),
+                    f"stages[{first}] has this name, too; write another",
+                )

@@ -1,0 +1,225 @@
+"""YAML with the line of every key, and overrides laid over it, so that an error can say where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sftkey.errors import Problem, RecipeError, did_you_mean, shown
+
+Keys = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types without dates: whoever writes `revision: 2024-08-06` means text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `key=value` of the command line and the place that it sets."""
+
+    text: str
+    keys: Keys = ()
+
+
+@dataclass
+class Source:
+    """What a recipe file and its overrides say, and where each part of it stands.
+
+    Args:
+        data: Plain values, not yet checked.
+        origins: For the keys that lead to a value, its line or the override that set it.
+        problems: What is wrong already in the writing, such as a key that stands twice.
+    """
+
+    data: dict[str, Any]
+    origins: dict[Keys, int | Override] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, keys: Keys, what: str) -> Problem:
+        """Say what is wrong with a value, in terms of where the user wrote it."""
+        origin: int | Override | None = None
+        for length in range(len(keys), -1, -1):
+            if origin := self.origins.get(keys[:length]):
+                break
+        if isinstance(origin, Override):
+            inside = "" if keys == origin.keys else f"{dotted(keys)}: "
+            return Problem(f"override {origin.text}", inside + what)
+        return Problem(dotted(keys), what, line=origin)
+
+
+def read(path: Path) -> Source:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: There is no such file, or it holds no YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        hint = "`sftkey ls` shows the recipes that there are"
+        raise RecipeError(str(path), "expected a recipe file; there is none", hint) from None
+    except IsADirectoryError:
+        raise RecipeError(str(path), "expected a recipe file; got a folder") from None
+    except UnicodeDecodeError:
+        raise RecipeError(str(path), "expected text in UTF-8; got other bytes") from None
+    except OSError as error:
+        raise RecipeError(str(path), f"can't be read: {error.strerror}") from None
+    source = Source({})
+    try:
+        data = _load(text, (), source, None)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = Problem("", f"expected YAML; got {_reason(error)}", mark and mark.line + 1)
+        raise RecipeError(str(path), [problem]) from None
+    if not isinstance(data, dict):
+        got = "an empty file" if data is None else shown(data)
+        raise RecipeError(str(path), f"expected a mapping with the recipe's sections; got {got}")
+    source.data = data
+    return source
+
+
+def override(source: Source, text: str) -> None:
+    """Lay one `key=value` over the source; what can't be laid is added to its problems."""
+    names, equals, value_text = text.partition("=")
+    where = f"override {text}"
+    if not equals or not names:
+        source.problems.append(Problem(where, "expected key=value, such as trainer.max_steps=10"))
+        return
+    try:
+        parent, keys = _enter(source, names.split("."), Override(text))
+    except ValueError as error:
+        source.problems.append(Problem(where, str(error)))
+        return
+    for old in [old for old in source.origins if old[: len(keys)] == keys]:
+        del source.origins[old]
+    origin = Override(text, keys)
+    source.origins[keys] = origin
+    try:
+        parent[keys[-1]] = _load(value_text, keys, source, origin)
+    except (yaml.YAMLError, RecursionError) as error:
+        source.problems.append(Problem(where, f"expected YAML after `=`; got {_reason(error)}"))
+
+
+def _enter(source: Source, names: list[str], origin: Override) -> tuple[Any, Keys]:
+    """Go down to the mapping or list that holds the last name, making the mappings on the way."""
+    parent: Any = source.data
+    keys: Keys = ()
+    for position, name in enumerate(names):
+        if isinstance(parent, list) and keys == ("stages",):
+            key: str | int = _stage_number(parent, name)
+        elif isinstance(parent, dict):
+            key = name
+        else:
+            raise ValueError(f"expected a mapping at {dotted(keys)}; got {shown(parent)}")
+        keys = (*keys, key)
+        if position < len(names) - 1:
+            if isinstance(parent, dict) and parent.get(name) is None:
+                parent[name] = {}
+                source.origins[keys] = Override(origin.text, keys)
+            parent = parent[key]
+    return parent, keys
+
+
+def _stage_number(stages: list[Any], name: str) -> int:
+    names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(stages):
+        return int(name)
+    known = did_you_mean(name, names) or f"; the stages are {', '.join(filter(None, names))}"
+    raise ValueError(f"no stage `{name}`{known}")
+
+
+def _load(text: str, keys: Keys, source: Source, origin: Override | None) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _Walk(loader, source, origin).value(node, keys)
+    finally:
+        loader.dispose()
+
+
+@dataclass
+class _Walk:
+    """Turns YAML nodes into plain values and notes where each key stands."""
+
+    loader: _Loader
+    source: Source
+    origin: Override | None
+    open_nodes: list[yaml.Node] = field(default_factory=list)
+
+    def value(self, node: yaml.Node, keys: Keys) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        if any(node is each for each in self.open_nodes):
+            raise _not_plain("an alias inside of what it stands for", node)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            raise _not_plain(f"a value of the kind {node.tag}", node)
+        self.open_nodes.append(node)
+        value = self.items(node, keys)
+        self.open_nodes.pop()
+        return value
+
+    def scalar(self, node: yaml.Node) -> Any:
+        try:
+            value = self.loader.construct_object(node)
+        except ValueError:
+            raise _not_plain(f"{shown(node.value)} as {node.tag}", node) from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _not_plain(f"{node.value}, which is no finite number", node)
+        if value is not None and not isinstance(value, str | int | float):
+            raise _not_plain(f"a value of the kind {node.tag}", node)
+        return value
+
+    def items(self, node: yaml.Node, keys: Keys) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self.note((*keys, number), item)
+            return [self.value(item, (*keys, number)) for number, item in enumerate(node.value)]
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.value(key_node, keys)
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key, str):
+                self.refuse(keys, key_node, f"expected a name as key; got {shown(key)}")
+                continue
+            if key in mapping:
+                self.refuse((*keys, key), key_node, "this key stands twice")
+            self.note((*keys, key), key_node)
+            mapping[key] = self.value(value_node, (*keys, key))
+        return mapping
+
+    def note(self, keys: Keys, node: yaml.Node) -> None:
+        self.source.origins[keys] = self.origin or node.start_mark.line + 1
+
+    def refuse(self, keys: Keys, node: yaml.Node, what: str) -> None:
+        self.note(keys, node)
+        self.source.problems.append(self.source.problem(keys, what))
+
+
+def _not_plain(what: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(problem=what, problem_mark=node.start_mark)
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    return " ".join(str(reason).split())
+
+
+def dotted(keys: Iterable[str | int]) -> str:
+    """Write keys as users do: `stages[1].trainer.max_steps`."""
+    text = ""
+    for key in keys:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+    return text
