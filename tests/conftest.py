@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def made_rows(count: int) -> list[dict[str, str]]:
     """Make rows whose thinkings differ in length by more than five times."""
     rows = []
     for number in range(count):
-        steps = [f"{number + step} + 1 = {number + step + 1}" for step in range(1 + (number % 5) * 3)]
+        steps = [
+            f"{number + step} + 1 = {number + step + 1}" for step in range(1 + (number % 5) * 3)
+        ]
         rows.append(
             {
                 "prompt": f"Count on from {number}.",
@@ -146,3 +148,32 @@ def tiny_recipe(tmp_path: Path, tiny_folder: Path) -> Callable[..., Path]:
         return file
 
     return make
+
+
+NEVER_SKIPPED = ("slow", "network", "kill")
+
+
+def no_skips() -> bool:
+    """Say whether a skip is a failure: in CI nothing that these tests need may be missing."""
+    return os.environ.get("SFTKEY_NO_SKIPS") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Turn the skip of a marked test into a failure where SFTKEY_NO_SKIPS=1."""
+    report = yield
+    marked = any(item.get_closest_marker(name) for name in NEVER_SKIPPED)
+    if no_skips() and marked and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and SFTKEY_NO_SKIPS=1: {report.longrepr[2]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """Turn the skip of a whole module into a failure where SFTKEY_NO_SKIPS=1."""
+    report = yield
+    if no_skips() and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped whole, and SFTKEY_NO_SKIPS=1: {report.longrepr[2]}"
+    return report
