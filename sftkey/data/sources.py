@@ -1,0 +1,187 @@
+"""Where rows come from: the hub, local files, made ones; and from a split to its examples."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sftkey.data.examples import Loaded, Turns, make_examples
+from sftkey.data.hub import hub_rows
+from sftkey.data.worked import made_rows
+from sftkey.errors import DataError
+from sftkey.recipe import DataSection
+
+# A built-in source is nothing but values for the recipe's fields, where the recipe gives none.
+BUILT_IN: dict[str, dict[str, str]] = {
+    "gsm8k": {  # columns question and answer: https://huggingface.co/datasets/openai/gsm8k
+        "source": "openai/gsm8k",
+        "config": "main",
+        "prompt": "{question}",
+        "response": "answer",
+        "split_rule": "hash_marks",
+    },
+}
+MADE = "reasoning_gym"
+SHARD = re.compile(r"-\d+-of-\d+\Z")
+
+Rows = list[dict[str, Any]]
+
+
+def with_defaults(data: DataSection) -> DataSection:
+    """Give the section with a built-in source's values where it has none of its own."""
+    values = BUILT_IN.get(data.source, {})
+    open_fields = {name: value for name, value in values.items() if getattr(data, name) is None}
+    if data.thinking is not None or data.answer is not None:  # templates instead of a rule
+        open_fields = {k: v for k, v in open_fields.items() if k not in ("response", "split_rule")}
+    source = values.get("source", data.source)
+    return data.model_copy(update={**open_fields, "source": source})
+
+
+def has_splits(data: DataSection) -> bool:
+    """Tell whether the source has splits of its own: one file and made rows have none."""
+    return data.source != MADE and not _is_file(data.source)
+
+
+def load_examples(
+    data: DataSection, seed: int, split: str = "train", turns: Turns = "last"
+) -> Loaded:
+    """Read one split and make its examples.
+
+    Args:
+        data: The recipe's section on data.
+        seed: What made rows depend on.
+        split: The name of a split, or a file.
+        turns: Which assistant turns of a conversation become examples.
+
+    Raises:
+        DataError: The source can't be read, holds no rows, or lacks columns that the section names.
+    """
+    data = with_defaults(data)
+    rows = _rows(data, seed, split)
+    if not rows:
+        raise DataError(data.source, f"expected rows in `{split}`; got none")
+    # A row may lack what others have (JSON): the columns are all that occur, in their order.
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return make_examples(rows, data, columns, turns)
+
+
+def _rows(data: DataSection, seed: int, split: str) -> Rows:
+    """Find out what kind of source this is, and read it."""
+    if _is_file(split):
+        return _read(Path(split))
+    if data.source == MADE or _is_file(data.source):
+        if split != "train":
+            what = f"expected a count, a share or a file as split; got {split!r}"
+            raise DataError(data.source, what, hint="this source has no splits of its own")
+        return made_rows(data, seed) if data.source == MADE else _read(Path(data.source))
+    folder = Path(data.source)
+    if folder.is_dir():
+        configured = folder / (data.config or "")
+        return _read_folder(configured if configured.is_dir() else folder, split)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.source) or data.source.startswith("."):
+        raise DataError(data.source, "expected a file, a folder or a hub id; there is no such file")
+    return hub_rows(data, split)
+
+
+def _is_file(text: str) -> bool:
+    """Tell whether this names a file of a kind that we read; that it exists is asked on reading."""
+    return Path(text).suffix in READERS and not Path(text).is_dir()
+
+
+def _read_folder(folder: Path, split: str) -> Rows:
+    """Read the files of a split: `train.jsonl`, or `train-00000-of-00002.parquet` and its like."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in READERS:
+            files.setdefault(SHARD.sub("", file.stem), []).append(file)
+    if split not in files:
+        found = ", ".join(files) or f"no file that ends in {', '.join(READERS)}"
+        raise DataError(str(folder), f"expected a file of the split {split!r}; found {found}")
+    kinds = {file.suffix for file in files[split]}
+    if len(kinds) > 1:
+        what = (
+            f"expected one kind of file for the split {split!r}; found {', '.join(sorted(kinds))}"
+        )
+        raise DataError(str(folder), what)
+    return [row for file in files[split] for row in _read(file)]
+
+
+def _read(file: Path) -> Rows:
+    """Read a file with the plain reader of its kind.
+
+    `datasets` guesses types where a file has text: "2023-01-01" comes out as a time, 5 beside 5.5
+    as 5.0, 007 as 7, NA as nothing. What is trained is text, so it must come out as it was written.
+    """
+    try:
+        return READERS[file.suffix](file)
+    except FileNotFoundError as error:
+        raise DataError(str(file), "no such file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(str(file), f"expected {file.suffix[1:]} in UTF-8; got {error}") from error
+    except OSError as error:
+        raise DataError(str(file), f"can't be read: {error.strerror or error}") from error
+
+
+def _read_jsonl(file: Path) -> Rows:
+    rows = []
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_object(_parse(line, file, number), file, f"line {number}"))
+    return rows
+
+
+def _read_json(file: Path) -> Rows:
+    items = _parse(file.read_text(encoding="utf-8-sig"), file, None)
+    if not isinstance(items, list):
+        raise DataError(str(file), f"expected a list of objects; got {type(items).__name__}")
+    return [_object(item, file, f"item {number}") for number, item in enumerate(items)]
+
+
+def _parse(text: str, file: Path, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise DataError(str(file), f"{place}: expected JSON; got {error.msg!r}") from error
+
+
+def _object(item: Any, file: Path, place: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise DataError(str(file), f"{place}: expected an object; got {type(item).__name__}")
+    return item
+
+
+def _read_csv(file: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default refuses responses of more than 128 KiB
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        rows = []
+        for row in reader:
+            if None in row:
+                expected = f"expected {len(reader.fieldnames or ())} cells; got more"
+                raise DataError(str(file), f"line {reader.line_num}: {expected}")
+            rows.append(row)
+    return rows
+
+
+def _read_parquet(file: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(str(file), "expected parquet; got something else") from error
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

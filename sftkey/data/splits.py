@@ -1,0 +1,202 @@
+"""Train, validation and test, by count, share, split or file; no prompt stands in two of them."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sftkey.data.examples import Loaded, Turns, Unsplit
+from sftkey.data.response import Example
+from sftkey.data.sources import has_splits, load_examples, with_defaults
+from sftkey.errors import DataError, Problem
+from sftkey.recipe import DataSection
+
+NUM_SHOWN, NUM_LISTED = 20, 5  # row numbers in counts; lines in an error
+Amount = int | float | str | None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples of each split, in source order, and what was dropped.
+
+    `counts` is JSON: `rows` (by split) and `dropped`, a list of `{split, reason, num_rows, rows}`,
+    where `rows` holds the first 20 row numbers, from 0.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    counts: dict[str, Any]
+
+
+def load_splits(
+    data: DataSection, seed: int, need_test: bool = True, turns: Turns = "last"
+) -> Splits:
+    """Load the splits that the recipe names.
+
+    Args:
+        data: The recipe's section on data.
+        seed: What the choice of rows, and made rows, depend on.
+        need_test: Whether a recipe without test rows is refused.
+        turns: Which assistant turns of a conversation become examples.
+
+    Raises:
+        DataError: A split is missing, empty or too large, a row can't be used, or a prompt
+            stands in two splits.
+    """
+    data = with_defaults(data)
+    amounts = _amounts(data)
+    if need_test and amounts["test"] is None:
+        raise DataError(
+            data.source,
+            "data.test: expected a count, a share, a split or a file; got none",
+            hint="`data.test: 200` keeps 200 rows of train for the test",
+        )
+    dropped: list[dict[str, Any]] = []
+
+    def load(name: str, split: str) -> list[Example]:
+        loaded = load_examples(data, seed, split, turns)
+        dropped.extend(_check_unsplit(loaded, data, name))
+        return loaded.examples
+
+    train = load("train", data.train)
+    named = {
+        name: load(name, amount) for name, amount in amounts.items() if isinstance(amount, str)
+    }
+    splits = _take(train, amounts, seed, data.source) | named
+    splits, repeated = _without_overlap(splits, data)
+    for name, examples in splits.items():
+        if not examples and (name == "train" or amounts.get(name)):
+            raise DataError(data.source, f"no rows are left in {name}", hint=_hint(repeated))
+    counts = {"rows": {name: len(examples) for name, examples in splits.items()}}
+    return Splits(**splits, counts={**counts, "dropped": dropped + repeated})
+
+
+def _amounts(data: DataSection) -> dict[str, Amount]:
+    """Give what the recipe says of test and validation, or the defaults where there are splits."""
+    given: dict[str, Amount] = {"test": data.test, "validation": data.validation}
+    defaults: dict[str, Amount] = {"test": "test", "validation": 200} if has_splits(data) else {}
+    return {name: defaults.get(name) if it is None else it for name, it in given.items()}
+
+
+def _check_unsplit(loaded: Loaded, data: DataSection, split: str) -> list[dict[str, Any]]:
+    """Refuse what can't be split, or count it by reason."""
+    if not loaded.unsplit:
+        return []
+    if data.unsplit_rows == "error" or not loaded.examples:
+        raise DataError(
+            data.source,
+            f"{_rows(len(loaded.unsplit))} of {split} can't be used:{_listed(loaded.unsplit)}",
+            hint="rows count from 0; `data.unsplit_rows: drop` leaves these out"
+            if loaded.examples
+            else "no row can be used; rows count from 0",
+        )
+    reasons: dict[str, list[int]] = {}
+    for row in loaded.unsplit:
+        reasons.setdefault(row.reason, []).append(row.index)
+    return [_dropped(split, reason, rows) for reason, rows in reasons.items()]
+
+
+def _listed(unsplit: Sequence[Unsplit]) -> str:
+    """List the first rows with their reasons, a line each."""
+    lines = [f"\n  row {row.index}: {row.reason}" for row in unsplit[:NUM_LISTED]]
+    if len(unsplit) > NUM_LISTED:
+        lines.append(f"\n  and {len(unsplit) - NUM_LISTED} more")
+    return "".join(lines)
+
+
+def _dropped(split: str, reason: str, rows: Sequence[int]) -> dict[str, Any]:
+    return {
+        "split": split,
+        "reason": reason,
+        "num_rows": len(rows),
+        "rows": list(rows[:NUM_SHOWN]),
+    }
+
+
+def _take(
+    train: list[Example], amounts: dict[str, Amount], seed: int, source: str
+) -> dict[str, list[Example]]:
+    """Take counted splits out of train, one after another, by rows: turns of one row stay together.
+
+    A row's place in the order depends on the seed and its number alone, so other rows that come or
+    go don't change which of two rows comes first.
+    """
+    rows = sorted({example.index for example in train}, key=lambda index: _place(seed, index))
+    chosen = dict.fromkeys(rows, "train")
+    start, rest = 0, f"{len(rows)} rows of train"
+    for name, amount in amounts.items():
+        if amount is None or isinstance(amount, str):
+            continue
+        count = max(1, round(amount * len(rows))) if isinstance(amount, float) else amount
+        if start + count >= len(rows):
+            raise DataError(source, f"data.{name}: expected fewer than the {rest}; got {count}")
+        chosen.update(dict.fromkeys(rows[start : start + count], name))
+        start, rest = start + count, f"{len(rows) - start - count} rows that data.{name} leaves"
+    taken: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    for example in train:
+        taken[chosen[example.index]].append(example)
+    return taken
+
+
+def _place(seed: int, index: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{index}".encode()).digest()
+
+
+def _normalized(text: str) -> str:
+    """Give what two texts must share to be the same: NFKC, case folded, white space collapsed."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def _same(prompt: str | tuple[dict[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Give a key that equal prompts share; a text is a user's message."""
+    if isinstance(prompt, str):
+        return (("user", _normalized(prompt)),)
+    return tuple((message["role"], _normalized(message["content"])) for message in prompt)
+
+
+def _without_overlap(
+    splits: dict[str, list[Example]], data: DataSection
+) -> tuple[dict[str, list[Example]], list[dict[str, Any]]]:
+    """Refuse prompts that stand in two splits, or drop them: the test keeps all of its rows."""
+    kept: dict[str, list[Example]] = {}
+    owners: dict[object, str] = {}
+    repeated: list[dict[str, Any]] = []
+    for name in ("test", "validation", "train"):
+        keys = [_same(example.prompt) for example in splits[name]]
+        also: dict[str, list[int]] = {}
+        kept[name] = []
+        for example, key in zip(splits[name], keys, strict=True):
+            if key in owners:
+                also.setdefault(owners[key], []).append(example.index)
+            else:
+                kept[name].append(example)
+        owners |= {key: owners.get(key, name) for key in keys}
+        repeated += [_dropped(name, f"prompt also in {o}", rows) for o, rows in also.items()]
+    if repeated and data.overlap == "error":
+        problems = [
+            Problem(item["split"], f"{item['reason']}: {_rows(item['num_rows'])}, {_numbers(item)}")
+            for item in repeated
+        ]
+        raise DataError(
+            data.source, problems, hint="rows count from 0; `data.overlap: drop` drops these rows"
+        )
+    return {name: kept[name] for name in splits}, repeated
+
+
+def _numbers(item: dict[str, Any]) -> str:
+    rows = [str(row) for row in item["rows"]]
+    return ", ".join(rows + ["…"] * (item["num_rows"] > len(rows)))
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" + "s" * (count != 1)
+
+
+def _hint(repeated: Sequence[dict[str, Any]]) -> str | None:
+    lines = [f"{_rows(item['num_rows'])} of {item['split']}: {item['reason']}" for item in repeated]
+    return "; ".join(lines) or None
