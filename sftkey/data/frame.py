@@ -1,0 +1,191 @@
+"""What stands around every completion of a run: `prompt + bridge + completion + end`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from sftkey.data.chat_template import (
+    name_of,
+    probe_template,
+    render_prompt,
+    special_ids,
+    special_pattern,
+)
+from sftkey.data.response import Response
+from sftkey.errors import FrameError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from sftkey.recipe import ResponseSection
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The texts and ids around every completion of a run.
+
+    Args:
+        tokenizer: A fast tokenizer: it says where its tokens stand in a text.
+        response: The completion's tags.
+        bridge: What the template writes between the generation prompt and the assistant's text.
+        end: What ends the turn: its last token is `end_id`, mostly its only one.
+        end_id: The special token that ends generation.
+        chat_template_kwargs: Handed to the template in training and inference alike.
+        kind: `chat` renders prompts with the template, `plain` takes them as they are.
+        bos_ids: Ids that the tokenizer sets before a plain text by itself.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    response: Response
+    bridge: str
+    end: str
+    end_id: int
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kind: Literal["chat", "plain"] = "chat"
+    bos_ids: tuple[int, ...] = ()
+
+    def prompt_text(self, prompt: str | Sequence[Mapping[str, str]]) -> str:
+        """Give the text that inference feeds, up to where the model begins to write.
+
+        Raises:
+            FrameError: The template drops or raises on what the prompt holds, or `plain` got chat
+                messages.
+        """
+        if self.kind == "chat":
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return render_prompt(self.tokenizer, messages, self.chat_template_kwargs)
+        if not isinstance(prompt, str):
+            raise FrameError(
+                "response.frame",
+                "plain takes a prompt as text, got chat messages",
+                hint="take response.frame: chat, or write data.prompt as one text without a system",
+            )
+        return prompt
+
+    def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Give the very ids that inference feeds and that training rows begin with."""
+        text = self.prompt_text(prompt)
+        return [*self.bos_before(text), *self.encode([text])[0].ids]
+
+    def bos_before(self, prompt_text: str) -> tuple[int, ...]:
+        """Give the ids to set before a prompt: none where its text begins with them already."""
+        bos = self.tokenizer.bos_token
+        return () if bos and prompt_text.startswith(bos) else self.bos_ids
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokenize texts as they are: nothing is added, cut or padded."""
+        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens by their texts."""
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds special tokens in a text."""
+        return special_pattern(self.special_ids)
+
+    @cached_property
+    def written_special_ids(self) -> list[int]:
+        """The special tokens that bridge, tags and end bring into every completion, in order."""
+        written = self.bridge + self.response.render("", "") + self.end
+        return [self.special_ids[token] for token in self.special_pattern.findall(written)]
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """A copy without post-processor: some trim blanks off the offsets."""
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+
+def probe_frame(
+    tokenizer: PreTrainedTokenizerBase,
+    section: ResponseSection,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Frame:
+    """Find out what stands between prompt and completion, and what ends the turn.
+
+    Raises:
+        FrameError: The tokenizer or its template can't carry the response.
+    """
+    response = Response.from_section(section)
+    if not tokenizer.is_fast:
+        raise FrameError(
+            name_of(tokenizer),
+            "expected a fast tokenizer, got a slow one, which doesn't say where its tokens stand",
+            hint="put a tokenizer.json beside the model, or choose a model that has one",
+        )
+    if section.frame == "plain":
+        end = section.end or tokenizer.eos_token or ""
+        plain = Frame(tokenizer, response, "", end, _plain_end(tokenizer, end), {}, "plain")
+        return _checked(replace(plain, bos_ids=_bos_ids(tokenizer)))
+    kwargs = dict(chat_template_kwargs or {})
+    bridge, after = probe_template(tokenizer, response, kwargs)
+    special = special_ids(tokenizer)
+    found = special_pattern(special).search(after)
+    if found is None:
+        raise FrameError(
+            name_of(tokenizer),
+            f"expected a special token that ends a turn, the chat template writes {after!r}, "
+            "which holds none of this tokenizer's",
+            hint="a base model takes response.frame: plain; "
+            "else give a model.chat_template whose turns end with a special token",
+        )
+    end = after[: found.end()]
+    return _checked(Frame(tokenizer, response, bridge, end, special[found[0]], kwargs))
+
+
+def _checked(frame: Frame) -> Frame:
+    """Refuse a frame whose end stands in it before the end: generation would stop there."""
+    token = frame.tokenizer.convert_ids_to_tokens(frame.end_id)
+    for text in (frame.bridge, *vars(frame.response).values()):
+        if token in text:
+            raise FrameError(
+                name_of(frame.tokenizer),
+                f"the end of turn {token!r} stands in {text!r} too, where generation would stop",
+                hint="choose response.thinking and response.answer without it",
+            )
+    return frame
+
+
+def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
+    """Give the id of a plain row's end."""
+    special = special_ids(tokenizer)
+    if end not in special:
+        raise FrameError(
+            name_of(tokenizer),
+            f"expected one special token that ends a text, got {end!r}",
+            hint=f"response.end: one of {', '.join(special) or 'none: this tokenizer has none'}",
+        )
+    return special[end]
+
+
+def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Give the ids that the tokenizer sets before a text by itself."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((n for n in starts if whole[n : n + len(bare)] == bare), 0)
+    return tuple(whole[:start])
+
+
+def stop_ids(frame: Frame, published: int | Iterable[int] | None = None) -> list[int]:
+    """Give the ids that must stop generation: the trained end of turn, then the published ones.
+
+    Args:
+        frame: The run's frame.
+        published: `eos_token_id` of the model's generation config.
+    """
+    others = [published] if isinstance(published, int) else list(published or ())
+    return list(dict.fromkeys([frame.end_id, *others]))

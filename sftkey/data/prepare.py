@@ -1,0 +1,130 @@
+"""From a recipe to the rows that its stages train on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.labels import weights_by_segment
+from sftkey.data.response import Example, Segment
+from sftkey.data.splits import load_splits
+from sftkey.data.tokenization import Refusal, Row, fit, tokenize
+from sftkey.errors import DataError, Problem
+from sftkey.recipe import DataSection, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_SHOWN = 20  # row numbers in counts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run.
+
+    Args:
+        train: Columns `input_ids`, `segment_ids` (lists of one length a row) and `index`.
+        validation: The same columns; None where the recipe names no validation rows.
+        test: Examples to answer; their prompts become ids with `frame.prompt_ids`.
+        frame: What stands around each completion.
+        counts: JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count` and
+            the first 20 `rows`; `tokens` by split and segment.
+        refusals: The rows of train and validation that were dropped here.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: list[Example]
+    frame: Frame
+    counts: dict[str, Any]
+    refusals: list[Refusal]
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool = True) -> Prepared:
+    """Load the recipe's data and tokenize what is trained and validated on.
+
+    Raises:
+        DataError: The data can't be read or split as the recipe says, or no rows are left.
+        FrameError: The tokenizer or its template can't carry the response.
+    """
+    frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    splits = load_splits(recipe.data, recipe.seed, need_test, recipe.response.turns)
+    counts: dict[str, Any] = {"dropped": {}, "trimmed": {}, "tokens": {}}
+    for item in splits.counts["dropped"]:
+        reason = f"{item['split']}: {item['reason']}"
+        counts["dropped"][reason] = {"count": item["num_rows"], "rows": item["rows"]}
+    datasets: dict[str, Dataset | None] = {}
+    refusals: list[Refusal] = []
+    for name, examples in (("train", splits.train), ("validation", splits.validation)):
+        rows, refused = _fitted_rows(examples, frame, recipe.data, name, counts)
+        datasets[name] = _dataset(rows) if rows else None
+        counts[name] = len(rows)
+        counts["tokens"][name] = _tokens_by_segment(rows)
+        refusals += refused
+    counts["test"] = len(splits.test)
+    _check_stages(recipe, counts["tokens"]["train"])
+    train, validation = datasets["train"], datasets["validation"]
+    assert train is not None  # else _fitted_rows has raised
+    return Prepared(train, validation, splits.test, frame, counts, refusals)
+
+
+def _fitted_rows(
+    examples: Sequence[Example], frame: Frame, data: DataSection, split: str, counts: dict[str, Any]
+) -> tuple[list[Row], list[Refusal]]:
+    """Tokenize a split, and count what is dropped or trimmed."""
+    whole = tokenize(examples, frame)
+    fitted = fit(whole, examples, frame, data.max_length, data.too_long)
+    rows = [row for row in fitted if isinstance(row, Row)]
+    refusals = [replace(row, split=split) for row in fitted if isinstance(row, Refusal)]
+    for refusal in refusals:
+        _count(counts["dropped"], f"{split}: {refusal.reason}", refusal.index)
+    for before, after in zip(whole, fitted, strict=True):
+        if isinstance(after, Row) and after is not before:
+            _count(counts["trimmed"], f"{split}: longer than {data.max_length} tokens", after.index)
+    if examples and not rows:
+        reasons = Counter(refusal.reason for refusal in refusals).most_common()
+        listed = "; ".join(f"{reason} ({count} rows)" for reason, count in reasons)
+        hint = "raise data.max_length" if "longer than" in listed else None
+        raise DataError(data.source, f"no rows are left in {split}: {listed}", hint)
+    return rows, refusals
+
+
+def _check_stages(recipe: Recipe, tokens: dict[str, int]) -> None:
+    """Refuse a stage whose loss is on segments that no row has: empty tags, say."""
+    problems = [
+        Problem(f"stages.{stage.name}.loss_on", "no row of train has a token of these segments")
+        for stage in recipe.stages
+        if not any(
+            weight and tokens[segment.name]
+            for segment, weight in zip(Segment, weights_by_segment(stage.loss_on), strict=True)
+        )
+    ]
+    if problems:
+        raise DataError(recipe.data.source, problems, hint="see `sftkey show` for the segments")
+
+
+def _count(counted: dict[str, Any], reason: str, index: int) -> None:
+    entry = counted.setdefault(reason, {"count": 0, "rows": []})
+    entry["count"] += 1
+    if len(entry["rows"]) < NUM_SHOWN:
+        entry["rows"].append(index)
+
+
+def _dataset(rows: Sequence[Row]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "segment_ids": [row.segment_ids for row in rows],
+            "index": [row.index for row in rows],
+        }
+    )
+
+
+def _tokens_by_segment(rows: Sequence[Row]) -> dict[str, int]:
+    counted = Counter(segment for row in rows for segment in row.segment_ids)
+    return {segment.name: counted[segment] for segment in Segment}

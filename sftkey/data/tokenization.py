@@ -1,0 +1,250 @@
+"""Examples into rows of tokens, each token with its segment.
+
+A row is one string, `prompt + bridge + completion + end`, tokenized once. Where its segments begin
+is known from how the string was put together, never searched for: the texts may hold the tags, and
+on byte-level tokenizers the last `>` of a tag merges with the line's end behind it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from sftkey.data.frame import Frame
+from sftkey.data.response import Example, Segment
+from sftkey.errors import DataError, FrameError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+BATCH_SIZE = 1000
+# A token that touches several segments belongs to the first of them here, so that nothing of the
+# thinking gets into the key, and everything of the answer into the answer.
+PRECEDENCE = (
+    Segment.THINKING,
+    Segment.ANSWER,
+    Segment.ANSWER_TAG,
+    Segment.END,
+    Segment.PROMPT,
+)
+
+
+@dataclass
+class Row:
+    """One row of tokens.
+
+    Args:
+        input_ids: (T,) token ids; the last one is the end of turn.
+        segment_ids: (T,) values of `Segment`.
+        index: The example's row in source order.
+    """
+
+    input_ids: list[int]
+    segment_ids: list[int]
+    index: int
+
+
+@dataclass
+class Refusal:
+    """A row that can't be used: its place in source order, why, and the split it was meant for."""
+
+    index: int
+    reason: str
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The texts of a row: `pieces` follow the prompt, each with its segment."""
+
+    prompt: str
+    pieces: list[tuple[Segment, str]]
+
+    @property
+    def rest(self) -> str:
+        return "".join(text for _, text in self.pieces)
+
+
+def tokenize(examples: Sequence[Example], frame: Frame) -> list[Row | Refusal]:
+    """Make a row of each example, or say why it can't be one; in order.
+
+    Raises:
+        FrameError: The template drops or raises on a system message.
+    """
+    rows: list[Row | Refusal] = []
+    for start in range(0, len(examples), BATCH_SIZE):
+        rows += _tokenize_batch(examples[start : start + BATCH_SIZE], frame)
+    return rows
+
+
+def _tokenize_batch(examples: Sequence[Example], frame: Frame) -> Iterator[Row | Refusal]:
+    written = [_write(example, frame) for example in examples]
+    texts = [text for text in written if isinstance(text, _Text)]
+    prompts = iter(frame.encode([text.prompt for text in texts]))
+    wholes = iter(frame.encode([text.prompt + text.rest for text in texts]))
+    for example, text in zip(examples, written, strict=True):
+        outcome = text if isinstance(text, str) else _row(text, next(prompts), next(wholes), frame)
+        if isinstance(outcome, str):
+            yield Refusal(example.index, outcome)
+        else:
+            yield Row(*outcome, example.index)
+
+
+def _write(example: Example, frame: Frame) -> _Text | str:
+    """Give the texts of a row, or why there are none."""
+    for name, text in _texts(example, frame):
+        token = frame.special_pattern.search(text)
+        if token:
+            return f"the {name} holds the text of the special token {token[0]!r}"
+    try:
+        prompt = frame.prompt_text(example.prompt)
+    except FrameError as error:
+        if isinstance(example.prompt, str) or frame.kind == "plain":
+            raise
+        if any(message["role"] == "system" for message in example.prompt):
+            raise
+        return error.problems[0].what
+    pieces = frame.response.pieces(example.thinking, example.answer)
+    return _Text(prompt, [(Segment.THINKING, frame.bridge), *pieces, (Segment.END, frame.end)])
+
+
+def _texts(example: Example, frame: Frame) -> Iterator[tuple[str, str]]:
+    """Give the texts that may not hold special tokens: a plain prompt may, it is its own frame."""
+    yield "thinking", example.thinking
+    yield "answer", example.answer
+    if frame.kind == "chat":
+        prompt = example.prompt
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        yield from (("prompt", message["content"]) for message in messages)
+
+
+def _row(
+    text: _Text, prompt: Encoding, whole: Encoding, frame: Frame
+) -> tuple[list[int], list[int]] | str:
+    """Give ids and segments of a row, or why there are none."""
+    start = len(prompt.ids)
+    ids, spans = whole.ids[start:], whole.offsets[start:]
+    pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
+    # A special token may swallow the white space behind it, here the completion's first.
+    swallowed = start and whole.offsets[start - 1][1] > len(text.prompt)
+    if whole.ids[:start] != prompt.ids or swallowed:
+        apart = frame.encode([text.rest])[0]
+        decoded = _decode([*prompt.ids, *apart.ids], frame)
+        if decoded != text.prompt + text.rest and decoded != _decode(whole.ids, frame):
+            return (
+                "the ids do not begin with the prompt's, "
+                "and the rest tokenized apart decodes to another text"
+            )
+        ids, spans, pieces = apart.ids, apart.offsets, text.pieces
+    fault = _fault(ids, spans, pieces, frame)
+    if fault:
+        return fault
+    before = [*frame.bos_before(text.prompt), *prompt.ids]
+    segments = _segments(spans, pieces)
+    return [*before, *ids], [*[int(Segment.PROMPT)] * len(before), *segments]
+
+
+def _segments(spans: Sequence[tuple[int, int]], pieces: Sequence[tuple[Segment, str]]) -> list[int]:
+    """Give each token's segment from the characters it stands for.
+
+    Tokens that are bytes of one character all stand for it; a token of no character (the blank that
+    SentencePiece sets before a text) goes with the character it stands before.
+    """
+    filled = [(segment, text) for segment, text in pieces if text]
+    starts = [0, *accumulate(len(text) for _, text in filled)]
+    segments = [segment for segment, _ in filled]
+    found = []
+    for start, stop in spans:
+        first = bisect_right(starts, start, hi=len(filled)) - 1
+        last = bisect_left(starts, max(stop, start + 1), lo=first + 1, hi=len(filled))
+        found.append(int(min(segments[first:last], key=PRECEDENCE.index)))
+    return found
+
+
+def _fault(
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    pieces: Sequence[tuple[Segment, str]],
+    frame: Frame,
+) -> str | None:
+    """Tell what is wrong with the special tokens behind the prompt, if anything is."""
+    length = sum(len(text) for _, text in pieces)
+    token = frame.tokenizer.convert_ids_to_tokens(frame.end_id)
+    if not ids or ids[-1] != frame.end_id:
+        return f"the end of turn {token!r} is not the last token"
+    if spans[-1] != (length - len(token), length):
+        return f"the end of turn {token!r} swallows white space before it"
+    special = frozenset(frame.special_ids.values())
+    if [number for number in ids if number in special] != frame.written_special_ids:
+        return "a special token arises that nobody wrote: a character is unknown to the tokenizer"
+    return None
+
+
+def _decode(ids: Sequence[int], frame: Frame) -> str:
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return str(frame.tokenizer.decode(list(ids), **options))
+
+
+def fit(
+    rows: Sequence[Row | Refusal],
+    examples: Sequence[Example],
+    frame: Frame,
+    max_length: int,
+    too_long: str,
+) -> list[Row | Refusal]:
+    """Deal with the rows that are longer than `max_length` tokens; the key is never cut.
+
+    Args:
+        rows: What `tokenize` gave for the examples.
+        examples: The rows' examples, in the same order.
+        frame: The run's frame.
+        max_length: Tokens that a row may have, prompt and end of turn included.
+        too_long: `drop` refuses such a row; `trim_thinking` takes text off the end of its thinking,
+            before the closing tag, and tokenizes it anew; `error` raises.
+
+    Raises:
+        DataError: A row is too long, and `too_long` is `error`.
+    """
+    long = [row for row in rows if isinstance(row, Row) and len(row.input_ids) > max_length]
+    if long and too_long == "error":
+        numbers = [row.index for row in long]
+        raise DataError(
+            "data.max_length",
+            f"{len(long)} rows are longer than {max_length} tokens "
+            f"(the longest has {max(len(row.input_ids) for row in long)}): {numbered(numbers)}",
+            hint="raise data.max_length, or choose data.too_long: drop or trim_thinking",
+        )
+    fitted = list(rows)
+    for place, row in enumerate(rows):
+        if isinstance(row, Row) and len(row.input_ids) > max_length:
+            if too_long == "drop":
+                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens")
+            else:
+                fitted[place] = _trim(row, examples[place], frame, max_length)
+    return fitted
+
+
+def _trim(row: Row, example: Example, frame: Frame, max_length: int) -> Row | Refusal:
+    """Shorten the thinking until the row fits; tokenized anew, since cut text has other tokens."""
+    thinking = example.thinking
+    while len(row.input_ids) > max_length:
+        if not thinking:
+            return Refusal(row.index, f"longer than {max_length} tokens even without thinking")
+        spans = frame.encode([thinking])[0].offsets
+        kept = max(len(spans) - (len(row.input_ids) - max_length), 0)
+        cut = spans[kept][0] if spans else 0
+        thinking = thinking[: min(cut, len(thinking) - 1)]
+        (shorter,) = tokenize([replace(example, thinking=thinking)], frame)
+        if isinstance(shorter, Refusal):
+            return shorter
+        row = shorter
+    return row
+
+
+def numbered(indexes: Sequence[int]) -> str:
+    """Name rows in a message, the first 20 of them."""
+    more = ", …" if len(indexes) > 20 else ""
+    return "rows " + ", ".join(map(str, indexes[:20])) + more
