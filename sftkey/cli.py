@@ -1,0 +1,128 @@
+"""The command line: one small function a command, which imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sftkey.errors import SFTKeyError
+
+app = typer.Typer(
+    help="Fine-tune a language model so that its final answer is right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its panels cost start-up time and cut long lines in a pipe
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes: trainer.learning_rate=1e-4, for one."),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Score = alpha * Acc + (1 - alpha) * Fmt."),
+]
+
+
+@app.callback()
+def sftkey(
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+) -> None:
+    """Declare the option that `main` reads."""
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an old run of this name aside and start anew.")
+    ] = False,
+) -> None:
+    """Train and evaluate a recipe's stages, or go on with them."""
+    from sftkey.train import train
+
+    train(recipe, overrides or (), fresh=fresh)
+
+
+@app.command()
+def ls(as_json: AsJSON = False) -> None:
+    """List the recipes that come with sftkey."""
+    from sftkey.ls import ls
+
+    ls(as_json=as_json)
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    as_json: AsJSON = False,
+) -> None:
+    """Show which tokens each stage trains."""
+    from sftkey.show import show
+
+    show(recipe, overrides or (), num_rows=rows, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    generations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Grade what another engine wrote (JSON lines)."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="One stage alone, or base; default: every finished one."),
+    ] = None,
+    alpha: Alpha = None,
+) -> None:
+    """Let a run's stages answer the test questions."""
+    from sftkey.evaluate import evaluate
+
+    evaluate(run, generations=generations, stage=stage, alpha=alpha)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    as_json: AsJSON = False,
+    alpha: Alpha = None,
+) -> None:
+    """Compare runs, stage by stage, with intervals."""
+    from sftkey.compare import compare
+
+    compare(runs, as_json=as_json, alpha=alpha)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; an error that the user can mend ends it with exit code 2 and no traceback.
+
+    `--debug` counts wherever it stands: `python -m sftkey.train` can't put it before the command.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report who uses them otherwise
+    try:
+        app([word for word in words if word != "--debug"], prog_name="sftkey")
+    except SFTKeyError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""`sftkey show` prints what the collator makes of a recipe's rows, data on stdout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sftkey.show import show
+
+
+@pytest.fixture
+def weightless(tmp_path: Path, tiny_folder: Path, tiny_recipe: Callable[..., Path]) -> Path:
+    """Make a recipe whose model folder holds a tokenizer and a config, but no weights."""
+    folder = tmp_path / "weightless"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return tiny_recipe(model={"name_or_path": str(folder), "quantization": "none"})
+
+
+def test_json_is_one_object_a_row(weightless: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stage 1 trains all but the prompt, stage 2 what follows the thinking; END ends each row."""
+    show(weightless, num_rows=5, as_json=True)
+    captured = capsys.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows:
+        assert set(row) == {"index", "split", "tokens"}
+        for token in row["tokens"]:
+            trained = (token["trained"]["completion"], token["trained"]["key"])
+            key = token["segment"] in ("ANSWER_TAG", "ANSWER", "END")
+            assert trained == (token["segment"] != "PROMPT", key)
+        assert row["tokens"][-1]["segment"] == "END"
+        assert row["tokens"][-1]["text"] == "<|im_end|>"
+    assert "rows: train 24, validation 8, test 8" in captured.err
+
+
+def test_the_table_is_for_people(weightless: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --json the rows and the statistics are stdout's, each row once for each stage."""
+    show(weightless, num_rows=1)
+    out = capsys.readouterr().out
+    assert out.count("stage completion:") == out.count("stage key:") == 1
+    assert "</Thinking>⟦⏎" in out
+    assert "rows: train 24, validation 8, test 8" in out
+
+
+def test_overrides_count(weightless: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is shown is what the recipe with its overrides would train."""
+    show(weightless, ["stages.key.loss_on={answer: 0.5}"], num_rows=1, as_json=True)
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    weights = {token["segment"]: token["trained"]["key"] for token in row["tokens"]}
+    assert weights == {"PROMPT": 0, "THINKING": 0, "ANSWER_TAG": 0, "ANSWER": 0.5, "END": 0}
