@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError
+from sftkey.model import check_targets, short_names, target_names
 from sftkey.source import ADAPTER_CONFIG, Source, find_source
 
 BASE_FILE = "base.json"
@@ -41,8 +43,8 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftMod
     Raises:
         ModelError: The target modules don't exist, or the settings can't be.
     """
-    _check_initialization(lora.get("init_lora_weights", True))
-    _check_targets(model, lora.get("target_modules"))
+    _check_initialization("lora", lora.get("init_lora_weights", True))
+    check_targets(model, lora.get("target_modules"))
     try:
         config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
         with torch.random.fork_rng(devices=[]):
@@ -51,71 +53,36 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftMod
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise ModelError("lora", str(error).splitlines()[0]) from error
-    return _in_float32(adapted)
+    return _ready(adapted)
 
 
-def _check_initialization(value: Any) -> None:
+def _check_initialization(where: str, value: Any) -> None:
     if value not in (True, False, "gaussian", "orthogonal"):
         raise ModelError(
-            "lora.init_lora_weights",
-            f"expected true, false, gaussian or orthogonal; got {value!r}",
+            where,
+            f"init_lora_weights: expected true, false, gaussian or orthogonal; got {value!r}",
             "the others change the base's own weights, which are not saved with an adapter",
         )
 
 
-def _check_targets(model: PreTrainedModel, targets: Any) -> None:
-    """Refuse targets that match nothing (peft goes on if others do), and the output head."""
-    names = [targets] if isinstance(targets, str) else sorted(targets or ())
-    linear = sorted({name.rpartition(".")[2] for name in linear_modules(model)})
-    absent = [
-        name for name in names if not target_names(model, name if name is targets else [name])
-    ]
-    if absent:
+def _ready(adapted: PeftModel) -> PeftModel:
+    """Make all that is trained float32, and a checkpoint's save ask the hub for nothing.
+
+    peft makes copies of whole modules in the base's type, and looks the base up by its name.
+    """
+    config: Any = adapted.peft_config["default"]
+    dtype = adapted.get_input_embeddings().weight.dtype
+    if config.modules_to_save and dtype != torch.float32:
         raise ModelError(
-            "lora.target_modules",
-            f"the model has no {', '.join(absent)}",
-            f"its linear modules are {', '.join(linear)}; all-linear takes them all",
+            "lora.modules_to_save",
+            f"float32 copies can't compute beside {str(dtype).removeprefix('torch.')} weights",
+            "train single tokens with trainable_token_indices, or write model.dtype=float32",
         )
-    head = _head_name(model)
-    if targets and head in target_names(model, targets):
-        raise ModelError(
-            "lora.target_modules",
-            f"{head} can't carry an adapter: the loss multiplies by its weights themselves",
-            f"take from {', '.join(linear)}, or all-linear, which leaves it out",
-        )
-
-
-def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) -> set[str]:
-    """Give the full names of the modules that peft would put an adapter on."""
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return linear_modules(model)
-    names = {name for name, _ in model.named_modules() if name}
-    if isinstance(targets, str):
-        return {name for name in names if re.fullmatch(targets, name)}
-    return {
-        name
-        for name in names
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
-
-
-def linear_modules(model: torch.nn.Module) -> set[str]:
-    """Give the full names of all linear modules but the output head."""
-    linear = {name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
-    return linear - {_head_name(model)}
-
-
-def _head_name(model: Any) -> str:
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), "")
-
-
-def _in_float32(model: PeftModel) -> PeftModel:
-    """Make all that is trained float32; peft leaves copies of whole modules in the base's type."""
-    for parameter in model.parameters():
+    for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    return model
+    config.base_model_name_or_path = ""
+    return adapted
 
 
 def load_adapter(
@@ -143,16 +110,18 @@ def load_adapter(
     try:
         config = PeftConfig.from_pretrained(source.path, revision=source.commit)
         if not isinstance(config, LoraConfig):
-            raise ModelError(source.path, f"expected a LoRA adapter; got {config.peft_type}")
+            raise ModelError(source.path, f"expected a LoRA adapter; got {type(config).__name__}")
         _check_base(source, config, base)
+        _check_initialization(source.path, config.init_lora_weights)
         _check_lora(model, source, config, lora or {})
-        config.inference_mode = not trainable
+        config.inference_mode = False  # so that float32 comes before the weights
+        config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
         weights = load_peft_weights(source.path, device="cpu", revision=source.commit)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(source.path, f"can't be read: {str(error).splitlines()[0]}") from error
-    adapted = get_peft_model(model, config)
+    adapted = _ready(get_peft_model(model, config))
     try:
         result: Any = set_peft_model_state_dict(adapted, weights)
     except RuntimeError as error:
@@ -164,7 +133,9 @@ def load_adapter(
             source.path,
             f"{len(unmatched)} of its weights don't match the model's, such as {unmatched[0]}",
         )
-    return _in_float32(adapted)
+    if not trainable:
+        adapted.requires_grad_(False)
+    return adapted
 
 
 def _check_base(source: Source, config: LoraConfig, base: Base) -> None:
@@ -178,25 +149,24 @@ def _check_base(source: Source, config: LoraConfig, base: Base) -> None:
             "doesn't say which base it was trained for",
             f"write it as base_model_name_or_path into its {ADAPTER_CONFIG}",
         )
-    for key in ("sha256", "fingerprint"):
-        if trained.get(key) and base.get(key):
-            if trained[key] == base[key]:
-                return
-            if name != base["name_or_path"]:
-                break
-            revision = trained.get("revision")
-            raise ModelError(
-                source.path,
-                f"trained for other weights of {name}: {key} {trained[key]}; got {base[key]}",
-                f"write model.revision={revision}" if revision else None,
-            )
+    hashes = [key for key in ("sha256", "fingerprint") if trained.get(key) and base.get(key)]
+    if hashes:
+        same = trained[hashes[0]] == base[hashes[0]]
     else:
-        if _last_part(name) == _last_part(str(base["name_or_path"])):
-            return
+        same = _last_part(name) == _last_part(str(base["name_or_path"]))
+    if same:
+        return
+    if name != base["name_or_path"]:
+        raise ModelError(
+            source.path,
+            f"trained for {name}; model.name_or_path is {base['name_or_path']}",
+            f"write model.name_or_path={name}",
+        )
+    key, revision = hashes[0], trained.get("revision")
     raise ModelError(
         source.path,
-        f"trained for {name}; model.name_or_path is {base['name_or_path']}",
-        f"write model.name_or_path={name}",
+        f"trained for other weights of {name}: expected {key} {trained[key]}; got {base[key]}",
+        f"write model.revision={revision}" if revision else None,
     )
 
 
@@ -211,11 +181,14 @@ def _check_lora(
     contradictions = []
     for key, wanted in lora.items():
         has = getattr(config, key)
+        if key == "init_lora_weights":
+            continue
         if key == "target_modules" and wanted and has:
-            same = target_names(model, wanted) == target_names(model, has)
-            has = sorted(has) if isinstance(has, set) else has
+            here, there = target_names(model, wanted), target_names(model, has)
+            same = here == there
+            wanted, has = f"{wanted} ({len(here)} modules)", f"{short_names(there)} ({len(there)})"
         else:
-            same = key in ("init_lora_weights", "target_modules") or wanted == has
+            same = wanted == has or (isinstance(has, set) and wanted and set(wanted) == has)
         if not same:
             contradictions.append(f"lora.{key} is {wanted} in the recipe and {has} in the adapter")
     if contradictions:
@@ -226,32 +199,41 @@ def _check_lora(
         )
 
 
-def save_adapter(model: PeftModel, folder: Path, base: Base) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Save the adapter and the identity of its base; the folder appears when it is whole.
 
     Asks the hub for nothing (peft's own save asks for the base's config), and records the base's
     name, not the path in a cache.
+
+    Args:
+        model: With the adapter.
+        folder: Replaced if it exists.
+        base: From `base_identity`.
+        state: The model's state where it is sharded, gathered from all processes.
     """
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=f".{folder.name}-") as temporary:
         saving = Path(temporary) / "adapter"
         saving.mkdir()
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        tensors = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         save_file(tensors, saving / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = model.peft_config["default"]
+        config = copy.deepcopy(model.peft_config["default"])
         config.base_model_name_or_path = base["name_or_path"]
         config.revision = base["revision"]
-        inference_mode, config.inference_mode = config.inference_mode, True
+        config.inference_mode = True
         config.save_pretrained(str(saving))
-        config.inference_mode = inference_mode
         _finish(saving, folder, base)
 
 
-def save_model(model: PreTrainedModel, folder: Path, base: Base) -> None:
-    """Save a whole model that was trained itself; the folder appears when it is whole."""
+def save_model(
+    model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=f".{folder.name}-") as temporary:
         saving = Path(temporary) / "model"
-        model.save_pretrained(saving)
+        model.save_pretrained(saving, state_dict=state)
         _finish(saving, folder, base)
 
 

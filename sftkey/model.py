@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from sftkey.device import DTYPES, Device
 from sftkey.errors import ModelError
 from sftkey.recipe import ModelSection
 from sftkey.source import Source, find_source, hub_error, model_source, weight_files
+
+LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
+CARRIERS = (*LINEAR, torch.nn.Embedding)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -32,6 +37,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         ModelError: There is none, or none with the character offsets that masks are made from.
     """
     source = model_source(section)
+    if source.commit is None and not any(source.folder.glob("*token*")):
+        raise ModelError(source.path, "no tokenizer there; expected tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit or "main")
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -130,3 +137,60 @@ def _load_error(
         return hub_error(section.name_or_path, section.revision, error.__cause__)
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
     return ModelError(section.name_or_path, f"its {what} can't be loaded: {reason}")
+
+
+def check_targets(model: PreTrainedModel, targets: Any) -> None:
+    """Refuse targets that match nothing (peft goes on if others do), and the output head.
+
+    Raises:
+        ModelError: Names what is absent, and the linear modules that there are.
+    """
+    names = [targets] if isinstance(targets, str) else sorted(targets or ())
+    linear = ", ".join(short_names(linear_modules(model)))
+    absent = [
+        name for name in names if not target_names(model, name if name is targets else [name])
+    ]
+    if absent:
+        raise ModelError(
+            "lora.target_modules",
+            f"the model has no linear module {', '.join(absent)}",
+            f"take from {linear}, or all-linear",
+        )
+    head = _head_name(model)
+    if targets and head in target_names(model, targets):
+        raise ModelError(
+            "lora.target_modules",
+            f"{head} can't carry an adapter: the loss multiplies by its weights themselves",
+            f"take from {linear}, or all-linear",
+        )
+
+
+def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) -> set[str]:
+    """Give the full names of the modules that peft would put an adapter on."""
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return linear_modules(model)
+    names = {name for name, each in model.named_modules() if isinstance(each, CARRIERS)}
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {
+        name
+        for name in names
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+
+
+def linear_modules(model: torch.nn.Module) -> set[str]:
+    """Give the full names of all linear modules but the output head."""
+    linear = {name for name, each in model.named_modules() if isinstance(each, LINEAR)}
+    return linear - {_head_name(model)}
+
+
+def _head_name(model: Any) -> str:
+    """Give the full name of the output head."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def short_names(names: set[str]) -> list[str]:
+    """Give the last parts of full module names, each once."""
+    return sorted({name.rpartition(".")[2] for name in names})

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from sftkey import model as model_module
+from sftkey.device import Device
+from sftkey.errors import ModelError
+from sftkey.model import load_model, load_tokenizer
+from sftkey.recipe import ModelSection
+from sftkey.source import Source
+
+CPU = Device("cpu", 0, torch.float32)
+
+
+def section(folder: Path | str, quantization: str = "none", **settings: Any) -> ModelSection:
+    """Give the model section of a folder, unquantized unless asked for."""
+    return ModelSection.model_validate(
+        {"name_or_path": str(folder), "quantization": quantization, **settings}
+    )
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """Give a copy of the model's folder, to be spoilt."""
+    return shutil.copytree(tiny_folder, tmp_path / "tiny-llama")
+
+
+def test_tokenizer_needs_no_weights(folder: Path) -> None:
+    """Tokenizer and config are enough to look at tokens."""
+    (folder / "model.safetensors").unlink()
+    tokenizer = load_tokenizer(section(folder))
+    assert tokenizer.decode(tokenizer("3 cats")["input_ids"]) == "3 cats"
+
+
+def test_pad_token_is_added_and_end_of_text_kept(tiny_tokenizer: Any, folder: Path) -> None:
+    """A tokenizer without a pad token pads with its end of text, or with any token at all."""
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    bare.save_pretrained(folder)
+    assert load_tokenizer(section(folder)).pad_token == "<|endoftext|>"
+    bare.eos_token = "<|im_end|>"
+    bare.save_pretrained(folder)
+    tokenizer = load_tokenizer(section(folder))
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|im_end|>", "<|im_end|>")
+
+
+def test_recipe_gives_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    """A template file takes the place of the published one."""
+    file = tmp_path / "plain.jinja"
+    file.write_text("{{ messages[0]['content'] }}!")
+    tokenizer = load_tokenizer(section(tiny_folder, chat_template=str(file)))
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "hi!"
+
+
+def test_missing_chat_template(tiny_folder: Path) -> None:
+    """The file that isn't there is named."""
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(section(tiny_folder, chat_template="gone.jinja"))
+    assert str(error.value) == (
+        "gone.jinja: model.chat_template can't be read: No such file or directory"
+    )
+
+
+def test_tokenizer_without_offsets(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that knows no character offsets is refused before any mask is wrong."""
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(section(tiny_folder))
+    assert str(error.value) == (
+        f"{tiny_folder}: TokenizersBackend gives no character offsets, which the masks are made "
+        "from\nhint: take a model that has a tokenizer.json"
+    )
+
+
+def test_folder_without_tokenizer(folder: Path) -> None:
+    """A folder with weights alone says what was expected beside them."""
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(section(folder))
+    assert str(error.value) == f"{folder}: no tokenizer there; expected tokenizer.json"
+
+
+def test_unreadable_tokenizer(folder: Path) -> None:
+    """A spoilt file is one error with the reader's reason."""
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(section(folder))
+    assert str(error.value) == (
+        f"{folder}: its tokenizer can't be loaded: Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)"
+    )
+
+
+def test_folder_without_weights(folder: Path) -> None:
+    """A model folder without weights says what was expected there."""
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    assert str(error.value) == (
+        f"{folder}: no weights there; expected *.safetensors or pytorch_model*.bin beside "
+        "config.json"
+    )
+
+
+def test_folder_with_torn_weights(folder: Path) -> None:
+    """A file that was cut short is one error."""
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    assert str(error.value) == (
+        f"{folder}: its model can't be loaded: Error while deserializing header: incomplete "
+        "metadata, file not fully covered"
+    )
+
+
+def test_missing_weights_are_never_made_up(folder: Path) -> None:
+    """Upstream would fill a missing tensor with random numbers, and warn."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    assert str(error.value) == (
+        f"{folder}: 1 of the model's weights are not there, such as "
+        "model.layers.1.mlp.up_proj.weight"
+    )
+
+
+def test_gate_before_the_weights(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that gives the config and not the weights is the hub's error, not transformers'."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        response: Any = SimpleNamespace(headers={}, request=None)
+        cause = hub.GatedRepoError("403", response=response)
+        raise OSError("You are trying to access a gated repo.") from cause
+
+    found = Source("meta/llama", "0123abc", tiny_folder)
+    monkeypatch.setattr(model_module, "model_source", lambda section: found)
+    for auto, load in (
+        (AutoTokenizer, load_tokenizer),
+        (AutoModelForCausalLM, lambda section: load_model(section, CPU)),
+    ):
+        monkeypatch.setattr(auto, "from_pretrained", refuse)
+        with pytest.raises(ModelError) as error:
+            load(section("meta/llama"))
+        assert str(error.value) == (
+            "meta/llama: gated: the hub gives it only to accounts that accepted its licence\n"
+            "hint: accept it at https://huggingface.co/meta/llama, then run `hf auth login`"
+        )
+
+
+def test_dtype_of_weights(tiny_folder: Path) -> None:
+    """The compute type by default, float32 where the weights are trained, or what was asked."""
+    modern = Device("cpu", 0, torch.bfloat16)
+    assert load_model(section(tiny_folder), modern).dtype == torch.bfloat16
+    assert load_model(section(tiny_folder), modern, full=True).dtype == torch.float32
+    assert load_model(section(tiny_folder, dtype="auto"), modern).dtype == torch.float32
+    asked = section(tiny_folder, dtype="bfloat16")
+    assert load_model(asked, modern, full=True).dtype == torch.bfloat16
+
+
+def test_weights_of_an_earlier_stage(tiny_folder: Path, tiny_model: Any, tmp_path: Path) -> None:
+    """Full fine-tuning goes on from the folder that a stage wrote."""
+    tiny_model.lm_head.weight.data.fill_(2.0)
+    tiny_model.save_pretrained(tmp_path)
+    model = load_model(section(tiny_folder), CPU, full=True, folder=tmp_path)
+    assert (model.lm_head.weight == 2.0).all()
+
+
+def quantized(folder: Path) -> Any:
+    """Load a folder's model in NF4."""
+    return load_model(section(folder, "nf4"), CPU)
+
+
+def input_gradient(model: Any) -> torch.Tensor:
+    """Give the gradient at the model's input, in training mode."""
+    embedded = model.get_input_embeddings()(torch.arange(12)[None]).detach().requires_grad_()
+    model.train()
+    model(inputs_embeds=embedded).logits.square().sum().backward()
+    return embedded.grad.clone()
+
+
+def evaluate(model: Any) -> None:
+    """Run a forward pass as an evaluation does."""
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(12)[None])
+
+
+def test_nf4_quantizes_twice(tiny_folder: Path) -> None:
+    """Every linear module but the head is NF4, and its scales are quantized too."""
+    from bitsandbytes.nn import Linear4bit
+
+    states = [
+        module.weight.quant_state
+        for module in quantized(tiny_folder).modules()
+        if isinstance(module, Linear4bit)
+    ]
+    assert len(states) == 14
+    assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
+
+
+def test_gradient_survives_an_evaluation(tiny_folder: Path) -> None:
+    """The gradient through quantized layers is exactly the same before and after a forward pass."""
+    model = quantized(tiny_folder)
+    before = input_gradient(model)
+    evaluate(model)
+    assert before.abs().sum() > 0
+    assert torch.equal(input_gradient(model), before)
+
+
+def test_gradient_would_be_lost() -> None:
+    """Without our switch bitsandbytes loses the gradient on such a CPU."""
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16")
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.ones(1, 64))
+    layer.train()
+    inputs = torch.ones(1, 64, requires_grad=True)
+    with pytest.warns(UserWarning, match="autograd"):
+        layer(inputs).sum().backward()
+    assert inputs.grad is None
