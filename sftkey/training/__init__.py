@@ -1,0 +1,1 @@
+"""Training: the trainer of one stage, the run folder, and the stages one after another."""

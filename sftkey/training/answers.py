@@ -1,0 +1,85 @@
+"""What the model answers to the test questions: before all stages, and after each."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sftkey.data.frame import stop_ids
+from sftkey.data.prepare import Prepared
+from sftkey.data.response import Example
+from sftkey.generation import generate_to_file
+from sftkey.recipe import Recipe
+from sftkey.training.ledger import Ledger, whole_file
+from sftkey.training.progress import RunProgress
+
+
+def sharded() -> bool:
+    """Tell whether no process holds the whole model (FSDP, DeepSpeed)."""
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(flag, "false").lower() in ("true", "1") for flag in flags)
+
+
+@dataclass
+class Answers:
+    """Writes a run's generations, each once, and goes on with them after a kill."""
+
+    recipe: Recipe
+    ledger: Ledger
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    progress: RunProgress
+
+    @cached_property
+    def questions(self) -> list[Example]:
+        """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
+        test = self.prepared.test
+        count = min(self.recipe.eval.num_questions, len(test))
+        drawn = random.Random(self.recipe.seed).sample(range(len(test)), count)
+        return [test[number] for number in sorted(drawn)]
+
+    def missing(self, name: str) -> bool:
+        """Tell whether a stage's answers, or the base model's, are still to be written."""
+        return bool(self.questions) and not self.ledger.generations(name).exists()
+
+    def write(self, name: str, model: PreTrainedModel | PeftModel) -> None:
+        """Let the model answer; each process takes its share of the questions.
+
+        A sharded model doesn't generate here: `sftkey evaluate` does it later, on one process.
+        """
+        if sharded():
+            self.progress.note(f"{name}: not evaluated; run `sftkey evaluate {self.ledger.folder}`")
+            return
+        processes = PartialState()
+        rank, world = processes.process_index, processes.num_processes
+        whole = self.ledger.generations(name)
+        parts = [whole.with_name(f"{name}.part{r}of{world}.jsonl") for r in range(world)]
+        self.progress.note(f"{name}: answering {len(self.questions)} questions")
+        settings = self.recipe.eval
+        generate_to_file(
+            model,
+            self.tokenizer,
+            {
+                example.index: self.prepared.frame.prompt_ids(example.prompt)
+                for example in self.questions[rank::world]
+            },
+            parts[rank],
+            stop_ids=stop_ids(self.prepared.frame, model.generation_config.eos_token_id),
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            temperature=settings.temperature,
+            seed=self.recipe.seed,
+        )
+        processes.wait_for_everyone()
+        if self.ledger.main:
+            with whole_file(whole) as temporary:
+                temporary.write_text("".join(part.read_text() for part in parts))
+            for part in parts:
+                part.unlink()
+        processes.wait_for_everyone()

@@ -1,0 +1,152 @@
+"""The run folder: what was asked, what is done, and what may go on from here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sftkey.errors import Problem, RunError
+from sftkey.recipe import Recipe, changed_keys, load_recipe
+from sftkey.training.checkpoints import free_name
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path that takes the name `path` when the block ends without an error."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; the file appears under its name only when it is whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@dataclass
+class StageRecord:
+    """What the ledger knows of one stage.
+
+    `validation` holds, under `start` and `end`, the loss of every segment in nats a token.
+    """
+
+    name: str
+    status: str = "open"  # open | trained (its adapter is whole)
+    num_steps: int = 0
+    seconds: float = 0.0
+    validation: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Ledger:
+    """`ledger.json` of a run folder.
+
+    Args:
+        folder: The run folder.
+        recipe: The run's recipe.
+        main: Whether this process writes; the others only read along.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, main: bool = True) -> None:
+        self.folder, self.recipe, self.main = folder, recipe, main
+        self.facts: dict[str, Any] = {}
+        self.stages = [StageRecord(stage.name) for stage in recipe.stages]
+        if self.path.exists():
+            content = json.loads(self.path.read_text())
+            self.facts = content["facts"]
+            self.stages = [StageRecord(**record) for record in content["stages"]]
+
+    @property
+    def path(self) -> Path:
+        """Where the ledger lies."""
+        return self.folder / "ledger.json"
+
+    def stage_folder(self, number: int) -> Path:
+        """Give the folder of the stage at `number`, counted from 0: `stages/1-completion`, say."""
+        return self.folder / "stages" / f"{number + 1}-{self.stages[number].name}"
+
+    def adapter(self, number: int) -> Path:
+        """Give the folder of what a stage has trained: its adapter, or its whole model."""
+        return self.stage_folder(number) / "adapter"
+
+    def generations(self, name: str) -> Path:
+        """Give the file of a stage's answers, or of the base model's; it is there when whole."""
+        return self.folder / "evaluation" / f"{name}.jsonl"
+
+    def save(self) -> None:
+        """Write the ledger."""
+        if self.main:
+            stages = [record.__dict__ for record in self.stages]
+            write_json(self.path, {"facts": self.facts, "stages": stages})
+
+
+def open_run(recipe: Recipe, runs: Path, fresh: bool = False) -> Ledger:
+    """Begin a run, or find the one that this recipe began.
+
+    Args:
+        recipe: What is asked; its name is the folder's.
+        runs: The folder of all runs.
+        fresh: Move a run that stands in the way aside, under a new name.
+
+    Raises:
+        RunError: The folder can't be written, or holds a run of another recipe.
+    """
+    folder = runs / recipe.name
+    try:
+        if fresh and folder.exists():
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            folder.rename(free_name(folder.with_name(f"{folder.name}.{stamp}")))
+        (folder / "stages").mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation").mkdir(exist_ok=True)
+        if (folder / "recipe.yaml").exists():
+            refuse_changed(folder, recipe)
+        else:
+            with whole_file(folder / "recipe.yaml") as temporary:
+                temporary.write_text(recipe.to_yaml())
+        ledger = Ledger(folder, recipe)
+        ledger.save()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(
+            str(folder),
+            f"expected a folder that can be written; got '{reason}'",
+            "free the folder, or run where you may write",
+        ) from error
+    return ledger
+
+
+def refuse_changed(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with a run under another recipe than the one that began it.
+
+    Raises:
+        RunError: Names every changed key.
+    """
+    begun = load_recipe(folder / "recipe.yaml")
+    problems = [
+        Problem(
+            key, f"was {value_at(begun, key)!r} when this run began; got {value_at(recipe, key)!r}"
+        )
+        for key in changed_keys(begun, recipe)
+    ]
+    if problems:
+        raise RunError(
+            str(folder),
+            problems,
+            f"`name=…` begins another run beside it; `--fresh` moves {folder} aside "
+            "and begins anew",
+        )
+
+
+def value_at(recipe: Recipe, key: str) -> Any:
+    """Give what a recipe says at a dotted path; stages go by their names."""
+    value: Any = recipe.model_dump(mode="json")
+    value["stages"] = {stage["name"]: stage for stage in value["stages"]}
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return list(value) if key == "stages" else value

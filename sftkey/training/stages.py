@@ -1,0 +1,215 @@
+"""Runs a recipe: the base model, then stage by stage, each from what the one before it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
+from sftkey.data.prepare import Prepared, prepare
+from sftkey.device import Device, choose_device
+from sftkey.errors import Problem, RecipeError
+from sftkey.model import load_model, load_tokenizer
+from sftkey.recipe import Recipe
+from sftkey.source import base_identity
+from sftkey.training.answers import Answers, sharded
+from sftkey.training.arguments import num_stage_steps, stage_arguments
+from sftkey.training.checkpoints import SealCheckpoints, newest_whole
+from sftkey.training.ledger import Ledger, open_run, write_json
+from sftkey.training.memory import explained_out_of_memory, release_memory
+from sftkey.training.progress import RunProgress
+from sftkey.training.stage_log import StageLog, read_log
+from sftkey.training.trainer import KeyTrainer
+
+BASE = "base"  # the model before all stages
+PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+NUM_ROWS_WITHOUT_VALIDATION = 32  # training rows on which the hand-off is then measured
+
+
+@dataclass
+class Run:
+    """A recipe on its way through its stages.
+
+    Args:
+        recipe: What is asked.
+        ledger: The run folder.
+        device: Where it computes.
+        tokenizer: The model's, with the recipe's chat template.
+        prepared: The rows.
+        progress: What the person sees.
+    """
+
+    recipe: Recipe
+    ledger: Ledger
+    device: Device
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    progress: RunProgress
+
+    @cached_property
+    def validation(self) -> Dataset:
+        """Give the rows on which every stage is measured before and after it."""
+        if self.prepared.validation is not None:
+            return self.prepared.validation
+        num_rows = min(NUM_ROWS_WITHOUT_VALIDATION, len(self.prepared.train))
+        return self.prepared.train.select(range(num_rows))
+
+    @cached_property
+    def answers(self) -> Answers:
+        """Give what writes the answers to the test questions."""
+        return Answers(self.recipe, self.ledger, self.tokenizer, self.prepared, self.progress)
+
+    def stages(self) -> Iterator[str]:
+        """Do what isn't done yet; yield `base` and each stage's name when its answers lie there.
+
+        Raises:
+            DeviceError: The device has too little memory.
+        """
+        with explained_out_of_memory(self.ledger.folder):
+            yield from self._stages()
+
+    def _stages(self) -> Iterator[str]:
+        model = None
+        if self.answers.missing(BASE):
+            model = self._load(0)
+            self.answers.write(BASE, model)
+        yield BASE
+        for number, record in enumerate(self.ledger.stages):
+            if record.status == "open":
+                self._train(number, model if model is not None else self._load(number))
+            model = None
+            release_memory()
+            if self.answers.missing(record.name):
+                model = self._load(number + 1)
+                self.answers.write(record.name, model)
+            yield record.name
+
+    def _load(self, number: int) -> PreTrainedModel | PeftModel:
+        """Load the model as the stage at `number` starts: base, and what the stage before wrote."""
+        section, lora = self.recipe.model, self.recipe.lora
+        before = self.ledger.adapter(number - 1) if number else section.adapter
+        self.ledger.facts["base"] = base_identity(section)
+        if lora is None:
+            weights = Path(before) if before else None
+            return load_model(section, self.device, full=True, folder=weights)
+        model = load_model(section, self.device)
+        if before is None:
+            return add_lora(model, lora, self.recipe.seed)
+        return load_adapter(model, before, self.ledger.facts["base"], lora=lora)
+
+    def _train(self, number: int, model: PreTrainedModel | PeftModel) -> None:
+        """Train one stage from its start, or from its newest whole checkpoint, to its adapter."""
+        stage, record = self.recipe.stages[number], self.ledger.stages[number]
+        checkpoints = self.ledger.stage_folder(number) / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        processes = PartialState()
+        processes.wait_for_everyone()
+        checkpoint = newest_whole(checkpoints, set_aside=processes.is_main_process)
+        processes.wait_for_everyone()
+        arguments = stage_arguments(self.recipe, stage, self.device, checkpoints, not checkpoint)
+        log = StageLog(
+            self.ledger, number, self.progress, handoff_tolerance(self.recipe, self.device)
+        )
+        trainer = KeyTrainer(
+            model,
+            arguments,
+            stage.loss_on,
+            self.tokenizer,
+            self.prepared.train,
+            self.validation,
+            callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
+        )
+        if checkpoint:
+            self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.evaluate()
+        self._save(trainer, number)
+        record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
+        record.status = "trained"
+        self.ledger.save()
+
+    def _save(self, trainer: KeyTrainer, number: int) -> None:
+        """Write what the stage has trained; a sharded model is gathered by all processes."""
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else None
+        if self.ledger.main:
+            save: Any = save_model if self.recipe.lora is None else save_adapter
+            save(trainer.model, self.ledger.adapter(number), self.ledger.facts["base"], state)
+        PartialState().wait_for_everyone()
+
+
+def start(recipe: Recipe, runs: Path = Path("runs"), fresh: bool = False) -> Run:
+    """Open the run folder and read the data; no weights are loaded yet.
+
+    Raises:
+        SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
+    """
+    refuse_evaluation_without_rows(recipe)
+    device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
+    processes = PartialState(cpu=device.kind == "cpu")
+    if processes.is_main_process:
+        open_run(recipe, runs, fresh)
+    processes.wait_for_everyone()
+    ledger = Ledger(runs / recipe.name, recipe, main=processes.is_main_process)
+    with processes.main_process_first():
+        tokenizer = load_tokenizer(recipe.model)
+        prepared = prepare(recipe, tokenizer, need_test=recipe.data.test is not None)
+    ledger.facts |= {
+        "device": device.kind,
+        "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
+        "world_size": processes.num_processes,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    ledger.save()
+    if ledger.main:
+        write_json(ledger.folder / "data.json", prepared.counts)
+    return Run(recipe, ledger, device, tokenizer, prepared, make_progress(ledger, device, prepared))
+
+
+def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProgress:
+    """Count the steps of all stages, and say what is going to be trained where."""
+    world = PartialState().num_processes
+    steps = {}
+    for number, stage in enumerate(ledger.recipe.stages):
+        folder = ledger.stage_folder(number) / "checkpoints"
+        arguments = stage_arguments(ledger.recipe, stage, device, folder, on_start=True)
+        steps[stage.name] = num_stage_steps(arguments, len(prepared.train), world)
+    left = sum(steps[record.name] for record in ledger.stages if record.status == "open")
+    progress = RunProgress(left, quiet=not ledger.main)
+    counts = ", ".join(f"{name} {count} steps" for name, count in steps.items())
+    progress.note(
+        f"{ledger.recipe.name}: {device.kind}, world size {world}, "
+        f"{len(prepared.train)} training rows; {counts}"
+    )
+    return progress
+
+
+def refuse_evaluation_without_rows(recipe: Recipe) -> None:
+    """Refuse a stage that wants to look at validation rows when the recipe names none.
+
+    Raises:
+        RecipeError: Names each such stage.
+    """
+    problems = [
+        Problem(f"stages.{stage.name}.trainer.{key}", f"{value!r} needs validation rows; got none")
+        for stage in recipe.stages
+        for key, value in recipe.stage_trainer(stage).items()
+        if key in ("eval_strategy", "load_best_model_at_end") and value not in (False, "no")
+    ]
+    if problems and recipe.data.validation is None:
+        raise RecipeError(recipe.name, problems, "write data.validation: a number of rows of train")
+
+
+def handoff_tolerance(recipe: Recipe, device: Device) -> float:
+    """Give how far a stage's first losses may lie from the last ones before it, nats a token."""
+    exact = recipe.model.quantization == "none" and device.compute_dtype == torch.float32
+    return 1e-4 if exact else 1e-3

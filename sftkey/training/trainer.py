@@ -1,0 +1,211 @@
+"""The trainer of one stage: TRL's SFTTrainer with the loss on the segments that the stage names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from sftkey.data.collator import KeyCollator
+from sftkey.data.labels import PADDING, weights_by_segment
+from sftkey.data.response import Segment
+from sftkey.recipe import LossOn
+
+
+def token_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Give the negative log-likelihood of every labelled token, in nats.
+
+    The model carries TRL's fused head (`SFTTrainer` adds it), so no `(B, T, vocabulary)` logits
+    are kept and soft-capping and scaling are the model's own.
+
+    Args:
+        model: A causal language model, wrapped (DDP, FSDP, PEFT) or not.
+        inputs: `input_ids`, `attention_mask` and `labels`, each `(B, T)`.
+
+    Returns:
+        `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100.
+    """
+    return -model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+
+
+class KeyTrainer(SFTTrainer):
+    """Trains one stage: the loss of a step is Σ wₜ·NLLₜ / Σ wₜ over its whole batch.
+
+    The sums go over all micro-batches of an accumulated step and all processes, so that the way
+    in which a batch is cut never changes the loss (Eq. 1 and Eq. 4 of arXiv 2512.21017, with a
+    weight for each token).
+
+    Args:
+        model: The model with what is to be trained set to require gradients.
+        args: Built by `sftkey.training.arguments`; preparation of the data set is switched off.
+        loss_on: What the stage trains.
+        tokenizer: Gives the id that fills up short rows.
+        train_dataset: Rows with `input_ids` and `segment_ids`.
+        eval_dataset: The validation rows, of the same form.
+        callbacks: As in transformers.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: SFTConfig,
+        loss_on: LossOn,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
+        exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        self.segment_weights = weights_by_segment(loss_on)
+        self._window = torch.zeros(0)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=KeyCollator(tokenizer.pad_token_id, loss_on, for_key_trainer=True),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # stdout is for results
+        if isinstance(model, PeftModel):
+            # Else every checkpoint asks the hub whether the base's vocabulary was resized.
+            model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+        for name, parameter in model.named_parameters():
+            if name in exact and parameter.dtype != exact[name].dtype:
+                parameter.data = exact[name].to(parameter.device)
+
+    def compute_loss(  # type: ignore[override]  # the count is always the tensor made below
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Give a micro-batch's part of the step's loss; `num_items_in_batch` is the step's Σ wₜ."""
+        segment_ids = inputs.pop("segment_ids")[:, 1:]
+        weights = inputs.pop("loss_weights")[:, 1:]
+        losses = token_losses(model, inputs)
+        self._count(losses.detach(), segment_ids, weights, inputs["attention_mask"])
+        total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        # The processes' gradients are averaged, but their losses are parts of one sum.
+        return (losses * weights).sum() / total * self.accelerator.num_processes
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor:
+        """Sum the weights of a step's trained tokens, over its micro-batches and all processes."""
+        total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum()
+        return self.accelerator.reduce(total.to(device), reduction="sum")
+
+    def _count(
+        self,
+        losses: torch.Tensor,
+        segment_ids: torch.Tensor,
+        weights: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> None:
+        """Add a micro-batch to the window that the next log line reports."""
+        sums = segment_sums(losses, segment_ids.masked_fill(weights == 0, PADDING))
+        row = torch.cat([sums.flatten(), attention_mask.sum().float().view(1)])
+        self._window = row if self._window.numel() == 0 else self._window + row
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a training line the loss of each trained segment and the tokens of the window."""
+        if "loss" in logs and self._window.numel():
+            window = self.accelerator.reduce(self._window, reduction="sum").cpu()
+            self._window = torch.zeros(0)
+            sums = window[:-1].view(2, len(Segment))
+            logs |= {f"loss_{name}": value for name, value in segment_means(sums).items()}
+            logs |= {"trained_tokens": int(sums[1].sum()), "tokens": int(window[-1])}
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Give the validation loss of every segment, trained or not, counted token by token.
+
+        Every process takes its share of the rows; none counts twice, as rows would that a
+        distributed sampler repeats to fill the last batch.
+        """
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        dataset = dataloader.dataset
+        sums = torch.zeros(2, len(Segment), device=self.args.device)
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        for rows, counted in self._validation_batches(dataset):
+            batch = self._prepare_inputs(self.data_collator(rows))
+            segment_ids = batch["segment_ids"].masked_fill(~counted.to(self.args.device), PADDING)
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, -100)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses = token_losses(self.model_wrapped, inputs)
+            sums += segment_sums(losses, segment_ids[:, 1:])
+        self.model_wrapped.train(was_training)
+        sums = self.accelerator.reduce(sums, reduction="sum").cpu()
+        weights = torch.tensor(self.segment_weights)
+        loss = (sums[0] * weights).sum() / (sums[1] * weights).sum()
+        metrics = {f"{prefix}_loss": loss.item()}
+        metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
+        return EvalLoopOutput(
+            predictions=(), label_ids=None, metrics=metrics, num_samples=len(dataset)
+        )
+
+    def _validation_batches(
+        self, dataset: Dataset
+    ) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor]]:
+        """Yield this process's batches, longest rows first, and `(B, 1)`: which rows count.
+
+        All processes get equally many batches (FSDP hangs otherwise); what fills up doesn't count.
+        """
+        size, world = self.args.eval_batch_size, self.accelerator.num_processes
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        order += [-1] * (-len(order) % (size * world))
+        for start in range(self.accelerator.process_index * size, len(order), size * world):
+            batch = order[start : start + size]
+            counted = torch.tensor([[row >= 0] for row in batch])
+            yield [dataset[max(row, 0)] for row in batch], counted
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: a checkpoint is no publication, and TRL's card asks the hub."""
+
+    def _send_telemetry(self) -> None:
+        """Send none."""
+
+
+def segment_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Sum losses and count tokens by segment.
+
+    Args:
+        losses: `(B, T)`, nats.
+        segment_ids: `(B, T)`; `PADDING` where a token doesn't count.
+
+    Returns:
+        `(2, 5)`: for each `Segment` the sum of its losses, and its number of tokens.
+
+    >>> segment_sums(torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[3, 3, -1]]))[:, Segment.ANSWER]
+    tensor([2., 2.])
+    """
+    member = torch.nn.functional.one_hot((segment_ids + 1).long(), len(Segment) + 1)[..., 1:]
+    member = member.to(losses.dtype if losses.dtype == torch.float64 else torch.float32)
+    return torch.stack([(losses[..., None] * member).sum((0, 1)), member.sum((0, 1))])
+
+
+def segment_means(sums: torch.Tensor) -> dict[str, float]:
+    """Name the mean loss of each segment that has tokens, from `segment_sums`."""
+    return {
+        segment.name.lower(): (sums[0, segment] / sums[1, segment]).item()
+        for segment in Segment
+        if sums[1, segment] > 0
+    }
