@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -52,7 +53,7 @@ class KeyTrainer(SFTTrainer):
         callbacks: As in transformers.
     """
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL types it as None
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class KeyTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)  # stdout is for results
         if isinstance(model, PeftModel):
             # Else every checkpoint asks the hub whether the base's vocabulary was resized.
-            model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+            quiet = partial(model.save_pretrained, save_embedding_layers=False)
+            model.save_pretrained = quiet  # type: ignore[method-assign]
         for name, parameter in model.named_parameters():
             if name in exact and parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name].to(parameter.device)
@@ -157,9 +159,8 @@ class KeyTrainer(SFTTrainer):
         loss = (sums[0] * weights).sum() / (sums[1] * weights).sum()
         metrics = {f"{prefix}_loss": loss.item()}
         metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
-        return EvalLoopOutput(
-            predictions=(), label_ids=None, metrics=metrics, num_samples=len(dataset)
-        )
+        nothing = np.empty(0)
+        return EvalLoopOutput(nothing, None, metrics, num_samples=len(dataset))
 
     def _validation_batches(
         self, dataset: Dataset
