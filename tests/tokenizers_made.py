@@ -17,7 +17,7 @@ TEXTS = [
     "<Thinking>\n3 cats: 12\n2 birds: 4\n</Thinking>\n<Answer>\n16\n</Answer>",
     "<think>\nA pen costs 5 dollars, so 7 pens cost 35 dollars.\n</think>\n\n35",
     "\\boxed{\\frac{1}{2}}\n\n    def f(x):\n        return x\n",
-    "user\nassistant\n",
+    "user\nassistant\n<think>\n\n</think>\n\n12",
 ]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -151,6 +151,7 @@ HARD = st.sampled_from(
     ]
 )
 TEXT = st.lists(
-    HARD | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=6),
+    HARD
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=6),
     max_size=5,
 ).map("".join)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from sftkey.data.fitting import fit
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Example, Segment
 from sftkey.data.splits import load_splits
-from sftkey.data.tokenization import Refusal, Row, fit, tokenize
+from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, Problem
 from sftkey.recipe import DataSection, Recipe
 

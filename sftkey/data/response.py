@@ -118,8 +118,10 @@ class Response:
 
     def _last_thinking(self, text: str) -> str | None:
         opening, closing, *_ = self._tags(strip=True)
-        before, found, _ = text.rpartition(closing) if closing else ("", "", text)
-        return before.rpartition(opening)[2].strip() if found and opening else None
+        before, found, _ = text.rpartition(closing) if closing else ("", "", "")
+        if not found:
+            return None
+        return (before.rpartition(opening)[2] if opening else before).strip()
 
     def _last_answer(self, text: str) -> str | None:
         _, thinking_close, opening, closing = self._tags(strip=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sftkey.data.frame import Frame
 from sftkey.data.response import Example, Segment
-from sftkey.errors import DataError, FrameError
+from sftkey.errors import FrameError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -128,23 +128,41 @@ def _row(
     start = len(prompt.ids)
     ids, spans = whole.ids[start:], whole.offsets[start:]
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
+    changed = whole.ids[:start] != prompt.ids
     # A special token may swallow the white space behind it, here the completion's first.
-    swallowed = start and whole.offsets[start - 1][1] > len(text.prompt)
-    if whole.ids[:start] != prompt.ids or swallowed:
-        apart = frame.encode([text.rest])[0]
-        decoded = _decode([*prompt.ids, *apart.ids], frame)
-        if decoded != text.prompt + text.rest and decoded != _decode(whole.ids, frame):
+    if changed or (start and whole.offsets[start - 1][1] > len(text.prompt)):
+        apart = _apart(text, prompt, whole, frame)
+        if apart is None:
             return (
                 "the ids do not begin with the prompt's, "
                 "and the rest tokenized apart decodes to another text"
             )
-        ids, spans, pieces = apart.ids, apart.offsets, text.pieces
+        (ids, spans), pieces = apart, text.pieces
     fault = _fault(ids, spans, pieces, frame)
     if fault:
         return fault
     before = [*frame.bos_before(text.prompt), *prompt.ids]
     segments = _segments(spans, pieces)
     return [*before, *ids], [*[int(Segment.PROMPT)] * len(before), *segments]
+
+
+def _apart(
+    text: _Text, prompt: Encoding, whole: Encoding, frame: Frame
+) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """Tokenize what follows the prompt on its own, so that no character gets lost or comes in.
+
+    SentencePiece sets a blank before a text: behind an anchor, which is cut off again, it doesn't.
+    """
+    wanted = (_decode(prompt.ids, frame) + text.rest, _decode(whole.ids, frame))
+    end = frame.tokenizer.convert_ids_to_tokens(frame.end_id)
+    for anchor in ("", end, "\n"):
+        head, both = frame.encode([anchor, anchor + text.rest])
+        ids = both.ids[len(head.ids) :]
+        if [*head.ids, *ids] == both.ids and _decode([*prompt.ids, *ids], frame) in wanted:
+            shift = len(anchor)
+            spans = both.offsets[len(head.ids) :]
+            return ids, [(max(start - shift, 0), stop - shift) for start, stop in spans]
+    return None
 
 
 def _segments(spans: Sequence[tuple[int, int]], pieces: Sequence[tuple[Segment, str]]) -> list[int]:
@@ -186,65 +204,3 @@ def _fault(
 def _decode(ids: Sequence[int], frame: Frame) -> str:
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     return str(frame.tokenizer.decode(list(ids), **options))
-
-
-def fit(
-    rows: Sequence[Row | Refusal],
-    examples: Sequence[Example],
-    frame: Frame,
-    max_length: int,
-    too_long: str,
-) -> list[Row | Refusal]:
-    """Deal with the rows that are longer than `max_length` tokens; the key is never cut.
-
-    Args:
-        rows: What `tokenize` gave for the examples.
-        examples: The rows' examples, in the same order.
-        frame: The run's frame.
-        max_length: Tokens that a row may have, prompt and end of turn included.
-        too_long: `drop` refuses such a row; `trim_thinking` takes text off the end of its thinking,
-            before the closing tag, and tokenizes it anew; `error` raises.
-
-    Raises:
-        DataError: A row is too long, and `too_long` is `error`.
-    """
-    long = [row for row in rows if isinstance(row, Row) and len(row.input_ids) > max_length]
-    if long and too_long == "error":
-        numbers = [row.index for row in long]
-        raise DataError(
-            "data.max_length",
-            f"{len(long)} rows are longer than {max_length} tokens "
-            f"(the longest has {max(len(row.input_ids) for row in long)}): {numbered(numbers)}",
-            hint="raise data.max_length, or choose data.too_long: drop or trim_thinking",
-        )
-    fitted = list(rows)
-    for place, row in enumerate(rows):
-        if isinstance(row, Row) and len(row.input_ids) > max_length:
-            if too_long == "drop":
-                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens")
-            else:
-                fitted[place] = _trim(row, examples[place], frame, max_length)
-    return fitted
-
-
-def _trim(row: Row, example: Example, frame: Frame, max_length: int) -> Row | Refusal:
-    """Shorten the thinking until the row fits; tokenized anew, since cut text has other tokens."""
-    thinking = example.thinking
-    while len(row.input_ids) > max_length:
-        if not thinking:
-            return Refusal(row.index, f"longer than {max_length} tokens even without thinking")
-        spans = frame.encode([thinking])[0].offsets
-        kept = max(len(spans) - (len(row.input_ids) - max_length), 0)
-        cut = spans[kept][0] if spans else 0
-        thinking = thinking[: min(cut, len(thinking) - 1)]
-        (shorter,) = tokenize([replace(example, thinking=thinking)], frame)
-        if isinstance(shorter, Refusal):
-            return shorter
-        row = shorter
-    return row
-
-
-def numbered(indexes: Sequence[int]) -> str:
-    """Name rows in a message, the first 20 of them."""
-    more = ", …" if len(indexes) > 20 else ""
-    return "rows " + ", ".join(map(str, indexes[:20])) + more
