@@ -213,7 +213,7 @@ def save_adapter(
         base: From `base_identity`.
         state: The model's state where it is sharded, gathered from all processes.
     """
-    with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=f".{folder.name}-") as temporary:
+    with _saving(folder) as temporary:
         saving = Path(temporary) / "adapter"
         saving.mkdir()
         tensors = get_peft_model_state_dict(model, state, save_embedding_layers=False)
@@ -231,15 +231,19 @@ def save_model(
     model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
-    with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=f".{folder.name}-") as temporary:
+    with _saving(folder) as temporary:
         saving = Path(temporary) / "model"
         model.save_pretrained(saving, state_dict=state)
         _finish(saving, folder, base)
 
 
-def _parent(folder: Path) -> Path:
+def _saving(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder beside the one that is to be written; remove what a killed save left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder.parent
+    prefix = f".{folder.name}-"
+    for killed in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(killed)
+    return tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix)
 
 
 def _finish(saving: Path, folder: Path, base: Base) -> None:

