@@ -71,6 +71,8 @@ def _snapshot(repo_id: str, revision: str | None, config_file: str) -> Path:
     """Give the cached folder of a hub id's commit; asked once, so a process sees one commit."""
     try:
         return Path(hf_hub_download(repo_id, config_file, revision=revision)).parent
+    except hub.RemoteEntryNotFoundError as error:
+        raise _without_config(repo_id, config_file, is_adapter=False) from error
     except Exception as error:
         raise hub_error(repo_id, revision, error) from error
 
@@ -104,8 +106,6 @@ def hub_error(repo_id: str, revision: str | None, error: BaseException) -> Model
                 f"where there is network, run `hf download {repo_id} --local-dir FOLDER`;"
                 " then write the folder in its place",
             )
-        case hub.EntryNotFoundError():
-            return _without_config(repo_id, "config.json", is_adapter=False)
         case hub.HFValidationError():
             return ModelError(repo_id, "neither a folder here nor a name that the hub could have")
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
