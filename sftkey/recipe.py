@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -146,8 +145,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Write the resolved recipe, defaults included: a valid recipe that gives the same run."""
-        plain = self.model_dump(mode="json")
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+        return yaml_source.write(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -173,21 +171,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Give the keys, as overrides write them, whose values differ between two recipes."""
-    return list(_changed(_by_name(old), _by_name(new)))
-
-
-def _by_name(recipe: Recipe) -> dict[str, Any]:
-    plain = recipe.model_dump(mode="json")
-    stages = {stage["name"]: stage for stage in plain["stages"]}
-    return {**plain, "stages": stages, "order": list(stages)}
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    if [stage.name for stage in old.stages] == [stage.name for stage in new.stages]:
+        for plain in (before, after):
+            plain["stages"] = {stage["name"]: stage for stage in plain["stages"]}
+    return list(_changed(before, after))
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
-    for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key, old), new.get(key, new)  # a mapping never holds itself
-        if isinstance(before, dict) and isinstance(after, dict) and key in old and key in new:
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
             yield from _changed(before, after, f"{path}{key}.")
-        elif before != after:
+        elif before != after or (key in old) != (key in new):
             yield path + key
 
 

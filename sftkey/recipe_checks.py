@@ -49,7 +49,15 @@ REFUSED_TRAINER_KEYS = {
     "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
 }
 REFUSED_LORA_KEYS = dict.fromkeys(
-    "base_model_name_or_path revision peft_type task_type inference_mode auto_mapping".split(),
+    [
+        "base_model_name_or_path",
+        "revision",
+        "peft_type",
+        "task_type",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+    ],
     "sftkey sets it itself",
 )
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "a number above 0")
@@ -79,15 +87,14 @@ LIMITS = {
 
 def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
     """Check `trainer`, `lora` and the stages' `trainer`; turn texts such as `5e-5` into numbers."""
-    trainer = (REFUSED_TRAINER_KEYS, sft_config_fields())
-    yield from _check_settings(data.get("trainer"), ("trainer",), *trainer)
     yield from _check_settings(data.get("lora"), ("lora",), REFUSED_LORA_KEYS, lora_config_fields())
+    trainers: list[tuple[Keys, Any]] = [(("trainer",), data.get("trainer"))]
     stages = data.get("stages")
     for number, stage in enumerate(stages if isinstance(stages, list) else ()):
         if isinstance(stage, dict):
-            yield from _check_settings(
-                stage.get("trainer"), ("stages", number, "trainer"), *trainer
-            )
+            trainers.append((("stages", number, "trainer"), stage.get("trainer")))
+    for keys, trainer in trainers:
+        yield from _check_settings(trainer, keys, REFUSED_TRAINER_KEYS, sft_config_fields())
 
 
 def _check_settings(
@@ -95,12 +102,13 @@ def _check_settings(
 ) -> Iterator[Finding]:
     if not isinstance(settings, dict):
         return
+    upstream = "peft.LoraConfig" if keys == ("lora",) else "trl.SFTConfig"
     for key, value in settings.items():
         if key in refused:
             yield (*keys, key), f"refused: {refused[key]}"
         elif key not in fields:
-            usable = fields.keys() - refused.keys()
-            yield (*keys, key), "unknown key" + did_you_mean(key, usable)
+            near = did_you_mean(key, sorted(fields.keys() - refused.keys()))
+            yield (*keys, key), "unknown key" + (near or f"; it is no field of {upstream}")
         else:
             try:
                 settings[key] = fields[key].convert(value)

@@ -196,9 +196,9 @@ def _convert_member(node: ast.expr, value: Any) -> tuple[bool, Any]:
         return number, value
     if name in ("int", "bool"):
         return type(value).__name__ == name, value
-    if name == "dict":
+    if name == "dict" or (name == "Any" and isinstance(value, dict)):
         return _convert_items(node, value)
-    if name in ("list", "tuple"):
+    if name in ("list", "tuple") or (name == "Any" and isinstance(value, list)):
         return _convert_list(name, node, value)
     if name == "Any":
         return True, as_number(value)
@@ -224,7 +224,7 @@ def _convert_list(name: str, node: ast.expr, value: Any) -> tuple[bool, Any]:
     if not isinstance(value, list):
         return False, value
     kinds = _arguments(node) or [ast.Name("Any")]
-    if name == "list":
+    if name != "tuple":
         kinds = kinds * len(value)
     if len(kinds) != len(value):
         return False, value

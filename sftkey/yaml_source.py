@@ -190,8 +190,9 @@ class _Walk:
             return [self.value(item, (*keys, number)) for number, item in enumerate(node.value)]
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self.value(key_node, keys)
-            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key, str):
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if merge else self.value(key_node, keys)
+            if merge or not isinstance(key, str):
                 self.refuse(keys, key_node, f"expected a name as key; got {shown(key)}")
                 continue
             if key in mapping:
@@ -204,8 +205,8 @@ class _Walk:
         self.source.origins[keys] = self.origin or node.start_mark.line + 1
 
     def refuse(self, keys: Keys, node: yaml.Node, what: str) -> None:
-        self.note(keys, node)
-        self.source.problems.append(self.source.problem(keys, what))
+        problem = Problem(dotted(keys), what, line=node.start_mark.line + 1)
+        self.source.problems.append(self.source.problem(keys, what) if self.origin else problem)
 
 
 def _not_plain(what: str, node: yaml.Node) -> yaml.YAMLError:
@@ -215,6 +216,23 @@ def _not_plain(what: str, node: yaml.Node) -> yaml.YAMLError:
 def _reason(error: Exception) -> str:
     reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     return " ".join(str(reason).split())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text with line breaks in double quotes, which keep every kind of them."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if text.splitlines() not in ([], [text]) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def write(data: dict[str, Any]) -> str:
+    """Write plain values so that `read` gives the very same."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 def dotted(keys: Iterable[str | int]) -> str:

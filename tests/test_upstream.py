@@ -1,0 +1,141 @@
+"""What is read from upstream's sources is what upstream's classes have, and its types are kept."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any
+
+import pytest
+
+from sftkey import upstream
+from sftkey.recipe_checks import LIMITS, REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
+from sftkey.upstream import Field, as_number, lora_config_fields, sft_config_fields
+
+
+def names(config: Any) -> set[str]:
+    """Give the fields that a config class takes."""
+    return {field.name for field in dataclasses.fields(config) if field.init}
+
+
+def test_the_trainers_fields_are_sft_configs() -> None:
+    """The sources, read alone, give the fields that the imported class has."""
+    from trl import SFTConfig
+
+    assert sft_config_fields().keys() == names(SFTConfig)
+
+
+def test_the_adapters_fields_are_lora_configs() -> None:
+    """What isn't read is what peft's base class records about an adapter, and that is refused."""
+    from peft import LoraConfig
+
+    assert lora_config_fields().keys() | REFUSED_LORA_KEYS.keys() == names(LoraConfig)
+    assert not lora_config_fields().keys() & REFUSED_LORA_KEYS.keys()
+
+
+def test_what_we_say_about_fields_is_about_fields_that_exist() -> None:
+    """A key that upstream drops or renames must not stay in our tables."""
+    known = sft_config_fields().keys() | lora_config_fields().keys()
+    assert sft_config_fields().keys() >= REFUSED_TRAINER_KEYS.keys()
+    assert known >= LIMITS.keys()
+
+
+def test_names_that_a_setting_is_limited_to_are_upstreams() -> None:
+    """The values of the enum, and the listed choices, come out as upstream has them."""
+    from transformers import SchedulerType
+    from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
+    from transformers.training_args import OptimizerNames
+
+    fields = sft_config_fields()
+    enums: dict[str, Any] = {
+        "lr_scheduler_type": SchedulerType,
+        "optim": OptimizerNames,
+        "eval_strategy": IntervalStrategy,
+        "save_strategy": SaveStrategy,
+        "hub_strategy": HubStrategy,
+    }
+    for name, enum in enums.items():
+        assert fields[name].choices == tuple(member.value for member in enum)
+    assert fields["dataloader_multiprocessing_context"].choices == ("fork", "spawn", "forkserver")
+    assert fields["run_name"].choices == ()
+
+
+def test_each_default_is_of_the_type_that_we_read() -> None:
+    """Upstream's own defaults pass our check of types, but for objects that YAML can't hold."""
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    pairs = [(SFTConfig, sft_config_fields()), (LoraConfig, lora_config_fields())]
+    for config, fields in pairs:
+        for field in dataclasses.fields(config):
+            given = field.default
+            if field.name in fields and isinstance(given, str | int | float) and given != "passive":
+                value = given.value if hasattr(given, "value") else given
+                assert fields[field.name].convert(value) == value, field.name
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "converted"),
+    [
+        ("float", "5e-5", 5e-5),
+        ("float", 3, 3),
+        ("Optional[float]", None, None),
+        ("Optional[Union[list[str], str]]", ["a"], ["a"]),
+        ("None | str | list[str]", "a", "a"),
+        ("dict | str | None", {"a": {"b": "1e-3"}}, {"a": {"b": 1e-3}}),
+        ("dict[str, float]", {"a": "1e-3"}, {"a": 1e-3}),
+        ("list", ["a", {"b": "1e-3"}], ["a", {"b": 1e-3}]),
+        ("tuple[int, str]", [1, "a"], [1, "a"]),
+        ("typing.Optional[int]", None, None),
+        ("'int | None'", 3, 3),
+        ("Literal[False] | None", False, False),
+        ("Literal['a', 'b_[number]']", "b_12", "b_12"),
+        ("SchedulerType | str", "linear", "linear"),
+        ("Any", "a", "a"),
+    ],
+)
+def test_values_of_a_type_are_converted(annotation: str, value: Any, converted: Any) -> None:
+    """Each way in which upstream writes a type is understood."""
+    field = Field(ast.parse(annotation, mode="eval").body)
+    assert field.convert(value) == converted
+    assert type(field.convert(value)) is type(converted)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "message"),
+    [
+        ("int", True, "expected a whole number; got true"),
+        ("int", 1.0, "expected a whole number; got 1.0"),
+        ("float", "fast", "expected a number; got 'fast'"),
+        ("bool", 1, "expected true or false; got 1"),
+        ("str", 1, "expected text; got 1"),
+        ("Optional[int]", "a", "expected a whole number or null; got 'a'"),
+        ("dict[str, int] | None", {"a": "b"}, "expected a mapping or null; got {'a': 'b'}"),
+        ("list[int]", ["a"], "expected a list (each: a whole number); got ['a']"),
+        ("tuple[int, int]", [1], "expected a list of a whole number and a whole number; got [1]"),
+        ("Literal[True, 'a']", 1, "expected true or a; got 1"),
+        ("Literal['b_[number]']", "b_", "expected b_[number]; got 'b_'"),
+        ("DebugOption", 1, "expected text; got 1"),
+        ("EvaConfig", {}, "expected nothing that YAML can hold; got {}"),
+    ],
+)
+def test_values_of_another_type_are_refused(annotation: str, value: Any, message: str) -> None:
+    """The message says the type in words, and what came."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the whole text is compared
+        Field(ast.parse(annotation, mode="eval").body).convert(value)
+    assert str(caught.value) == message
+
+
+def test_text_is_a_number_only_in_the_form_that_yaml_misses() -> None:
+    """`5e-5` is meant as a number; `007`, and what no float can hold, is left alone."""
+    assert [as_number(text) for text in ("5e-5", "1E3", "-.5e+2")] == [5e-5, 1000.0, -50.0]
+    for text in ("007", "1.5", "e5", "1e400", "1e-5x", ""):
+        assert as_number(text) == text
+
+
+def test_a_package_or_class_that_is_missing_is_named() -> None:
+    """An installation that isn't what we know fails loudly."""
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'no_such_package'$"):
+        upstream._fields((("no_such_package", "a.py", "A"),))
+    with pytest.raises(LookupError, match=r"^training_args\.py has no class Nothing$"):
+        upstream._fields((("transformers", "training_args.py", "Nothing"),))
