@@ -1,0 +1,1 @@
+"""What a stage's answers are worth: graded, with intervals, and compared."""

@@ -1,0 +1,221 @@
+"""Stages and runs side by side: a table, and sentences that say what it shows and doesn't show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from sftkey.evaluation.results import StageResult, read_results
+from sftkey.evaluation.statistics import mcnemar, paired_difference
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more of the same questions `after` has right than `before`.
+
+    `difference` and its 95% interval are shares of the questions; `p` is McNemar's.
+    """
+
+    before: str
+    after: str
+    num_questions: int
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+    def points(self) -> str:
+        """Give the interval in percentage points."""
+        return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in self.interval))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of one run; `difference` is that to the stage before, on the same questions."""
+
+    run: str
+    name: str
+    result: StageResult
+    alpha: float
+    difference: Difference | None
+
+    @property
+    def score(self) -> float:
+        """Score with the comparison's alpha, not always the one of the evaluation."""
+        return self.result.score_at(self.alpha)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, the differences between the last stages of runs, and what stands in the way."""
+
+    rows: tuple[Row, ...]
+    between_runs: tuple[Difference, ...]
+    warnings: tuple[str, ...]
+
+
+def compare(runs: Mapping[str, Sequence[StageResult]], alpha: float | None = None) -> Comparison:
+    """Lay the stages of runs side by side.
+
+    Args:
+        runs: Each run's results by its name, in the order of its stages, the base model first.
+        alpha: Weight of Acc in Score; by default each result's own.
+    """
+    rows: list[Row] = []
+    lasts: list[Row] = []
+    warnings: list[str] = []
+    for run, results in runs.items():
+        before: Row | None = None
+        for result in results:
+            name = result.stage if len(runs) == 1 else f"{run} {result.stage}"
+            difference = _difference(before, result, name) if before else None
+            row = Row(run, name, result, result.alpha if alpha is None else alpha, difference)
+            if before and not difference:
+                warnings.append(_unpaired(before, row))
+            rows.append(row)
+            before = row
+        lasts += rows[-1:]
+    between = []
+    for row in lasts[1:]:
+        if difference := _difference(lasts[0], row.result, row.name):
+            between.append(difference)
+        else:
+            warnings.append(_unpaired(lasts[0], row))
+    return Comparison(tuple(rows), tuple(between), (*warnings, *_unlike(rows)))
+
+
+def compare_runs(folders: Iterable[Path], alpha: float | None = None) -> Comparison:
+    """Compare run folders.
+
+    Raises:
+        RunError: A folder holds no results, or files that aren't results.
+    """
+    return compare({str(folder): read_results(folder) for folder in folders}, alpha)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Give a comparison as plain data; differences and shares run from -1 to 1."""
+    return {
+        "stages": [
+            {
+                "run": row.run,
+                **row.result.model_dump(mode="json", exclude={"questions"}),
+                "alpha": row.alpha,
+                "score": row.score,
+                "difference": row.difference and asdict(row.difference),
+            }
+            for row in comparison.rows
+        ],
+        "between_runs": [asdict(difference) for difference in comparison.between_runs],
+        "warnings": list(comparison.warnings),
+        "conclusions": sentences(comparison),
+    }
+
+
+def render(comparison: Comparison) -> Group:
+    """Give the table and its sentences, for a rich console."""
+    return Group(table(comparison), *map(Text, sentences(comparison)))
+
+
+def table(comparison: Comparison) -> Table:
+    """Give the table: a row for each stage, intervals below their figures."""
+    several = len({row.run for row in comparison.rows}) > 1
+    units = {row.result.thinking_unit for row in comparison.rows}
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for header in [*(["run"] if several else []), "stage"]:
+        grid.add_column(header, overflow="fold")  # the only ones that a narrow terminal breaks
+    headers = ["n", "Acc\n[95%]", "Fmt", "Score", "un-\nparsed", "never\nstopped"]
+    headers += [
+        "think.\n" + ("tokens" if units == {"tokens"} else "chars"),
+        "points more, p\n[95%]",
+    ]
+    for header in headers:
+        grid.add_column(header, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        grid.add_row(*([Text(row.run)] if several else []), *map(Text, _cells(row)))
+    return grid
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """Say of each difference whether its interval is clear of 0, then what stands in the way."""
+    within = [row.difference for row in comparison.rows if row.difference]
+    said = [_sentence(difference, "this run doesn't") for difference in within]
+    said += [_sentence(difference, "these runs don't") for difference in comparison.between_runs]
+    if said:
+        said.append(
+            "An interval counts the chance in the questions; another seed, or other data, may give "
+            "another difference."
+        )
+    if len(comparison.rows) == 1:
+        (row,) = comparison.rows
+        said.append(f"{row.name} is the only one evaluated: there is nothing to compare it with.")
+    return [*said, *comparison.warnings]
+
+
+def _sentence(difference: Difference, unshown: str) -> str:
+    before, after = difference.before, difference.after
+    low, high = difference.interval
+    head = (
+        f"The difference between {before} and {after} is {100 * difference.difference:+.1f} points "
+        f"{difference.points()} on {difference.num_questions} questions: the interval "
+    )
+    if low <= 0 <= high:
+        return f"{head}includes 0, so {unshown} show that {after} answers better or worse."
+    better = "better" if low > 0 else "worse"
+    return (
+        f"{head}is clear of 0, so on questions like these {after} answers {better} than {before}."
+    )
+
+
+def _difference(before: Row, result: StageResult, name: str) -> Difference | None:
+    """Pair two results by their questions; None where these aren't the same ones."""
+    if before.result.questions_sha256 != result.questions_sha256:
+        return None
+    old = [question.correct for question in before.result.questions]
+    new = [question.correct for question in result.questions]
+    difference, low, high = paired_difference(old, new)
+    return Difference(before.name, name, len(old), difference, (low, high), mcnemar(old, new))
+
+
+def _unpaired(before: Row, after: Row) -> str:
+    return (
+        f"{after.name} answered other questions than {before.name}, so they can't be paired: "
+        "compare their intervals alone."
+    )
+
+
+def _unlike(rows: Sequence[Row]) -> list[str]:
+    """Say what rows differ in beside the model."""
+    unlike = []
+    for key in ("grader", "max_new_tokens", "temperature", "response"):
+        values = list(dict.fromkeys(str(row.result.settings.get(key)) for row in rows))
+        if len(values) > 1:
+            unlike.append(f"The rows differ in {key} too: {', '.join(values)}.")
+    return unlike
+
+
+def _cells(row: Row) -> list[str]:
+    result, difference = row.result, row.difference
+    unstopped, thinking = result.num_never_stopped, result.mean_thinking_length
+    return [
+        result.stage,
+        str(result.num_questions),
+        "{:.3f}\n[{:.3f}, {:.3f}]".format(result.acc, *result.acc_interval),
+        f"{result.fmt:.3f}",
+        f"{row.score:.3f}",
+        str(result.num_unparsed),
+        "?" if unstopped is None else str(unstopped),
+        "-" if thinking is None else f"{thinking:.1f}",
+        "" if difference is None else _difference_cell(difference),
+    ]
+
+
+def _difference_cell(difference: Difference) -> str:
+    p = "p<0.001" if difference.p < 0.001 else f"p {difference.p:.3f}"
+    return f"{100 * difference.difference:+.1f}, {p}\n{difference.points()}"

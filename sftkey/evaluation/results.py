@@ -1,0 +1,198 @@
+"""What one stage's generations are worth: its figures, and right or wrong for each question."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sftkey.data.response import Example, Parsed, Response
+from sftkey.errors import DataError, Problem, RunError
+from sftkey.evaluation.grading import grade, shortened
+from sftkey.evaluation.statistics import wilson
+from sftkey.generation import Generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Question(BaseModel):
+    """How one question was answered; it holds nothing of the question itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    correct: bool
+    strict: bool  # thinking, answer and nothing else
+    parsed: bool  # there was an answer
+    stopped: bool | None
+
+
+class StageResult(BaseModel):
+    """The figures of one stage, as `evaluation/<stage>.json` holds them.
+
+    `acc` and `fmt` are shares of all questions: an answer that wasn't found is wrong. Intervals
+    are Wilson's at 95%. `num_never_stopped` is None where another engine didn't say;
+    `mean_thinking_length` is over the generations with thinking, None if there was none.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    position: int  # 0 is the base model, stages follow in their order
+    num_questions: int
+    acc: float
+    acc_interval: tuple[float, float]
+    fmt: float
+    fmt_interval: tuple[float, float]
+    alpha: float
+    score: float
+    num_unparsed: int
+    num_never_stopped: int | None
+    mean_thinking_length: float | None
+    thinking_unit: Literal["tokens", "characters"]
+    settings: dict[str, Any]
+    questions_sha256: str  # of prompts and reference answers: equal where questions are the same
+    questions: tuple[Question, ...]
+
+    def score_at(self, alpha: float) -> float:
+        """Give alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
+        return alpha * self.acc + (1 - alpha) * self.fmt
+
+
+def score(
+    generations: Mapping[int, Generation],
+    examples: Sequence[Example],
+    response: Response,
+    *,
+    stage: str,
+    position: int,
+    grader: str,
+    alpha: float,
+    bridge: str = "",
+    end: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> StageResult:
+    """Grade the generations of one stage.
+
+    Args:
+        generations: By the index of their example; every example has one.
+        examples: The questions with their reference answers.
+        response: The tags by which answers are found.
+        stage: The stage's name.
+        position: Its place in the run, 0 for the base model.
+        grader: As in `grade`.
+        alpha: Weight of Acc in Score.
+        bridge: What the model writes before the tags because the chat template has it there.
+        end: The end of turn, which some engines leave in the text.
+        tokenizer: Counts the thinking's tokens; without it its characters are counted.
+        settings: Of the generation; kept with the result, so that a comparison can tell.
+
+    Raises:
+        DataError: There is no question.
+    """
+    if not examples:
+        raise DataError("test rows", "expected at least one question; got none")
+    in_order = sorted(examples, key=lambda example: example.index)
+    texts = [generations[example.index].text for example in in_order]
+    parsed = [response.parse(text.removeprefix(bridge).removesuffix(end)) for text in texts]
+    questions = tuple(
+        _question(example, found, generations[example.index], grader)
+        for example, found in zip(in_order, parsed, strict=True)
+    )
+    num_right = sum(question.correct for question in questions)
+    num_strict = sum(question.strict for question in questions)
+    acc, fmt = num_right / len(questions), num_strict / len(questions)
+    unstopped = [not question.stopped for question in questions if question.stopped is not None]
+    return StageResult(
+        stage=stage,
+        position=position,
+        num_questions=len(questions),
+        acc=acc,
+        acc_interval=wilson(num_right, len(questions)),
+        fmt=fmt,
+        fmt_interval=wilson(num_strict, len(questions)),
+        alpha=alpha,
+        score=alpha * acc + (1 - alpha) * fmt,
+        num_unparsed=sum(not question.parsed for question in questions),
+        num_never_stopped=sum(unstopped) if len(unstopped) == len(questions) else None,
+        mean_thinking_length=_mean_length([found.thinking for found in parsed], tokenizer),
+        thinking_unit="characters" if tokenizer is None else "tokens",
+        settings={"grader": grader, "response": asdict(response), **(settings or {})},
+        questions_sha256=_fingerprint(examples),
+        questions=questions,
+    )
+
+
+def _question(example: Example, found: Parsed, generation: Generation, grader: str) -> Question:
+    return Question(
+        index=example.index,
+        correct=grade(found.answer, example.answer, grader),
+        strict=found.strict,
+        parsed=found.answer is not None,
+        stopped=generation.stopped,
+    )
+
+
+def _mean_length(
+    thinkings: Iterable[str | None], tokenizer: PreTrainedTokenizerBase | None
+) -> float | None:
+    """Give the mean number of tokens, without a tokenizer of characters, where there is any."""
+    texts = [thinking for thinking in thinkings if thinking is not None]
+    if not texts:
+        return None
+    if tokenizer is None:
+        return sum(map(len, texts)) / len(texts)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return sum(map(len, ids)) / len(texts)
+
+
+def write_result(folder: Path, result: StageResult) -> Path:
+    """Write `<stage>.json`; under that name it is always whole."""
+    file = folder / f"{result.stage}.json"
+    unfinished = folder / f".{result.stage}.json.{os.getpid()}"
+    unfinished.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+    return file
+
+
+def read_result(file: Path) -> StageResult:
+    """Read what `write_result` wrote.
+
+    Raises:
+        RunError: The file holds something else.
+    """
+    try:
+        return StageResult.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        problems = [
+            Problem(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()
+        ]
+        hint = "move the file aside; `sftkey evaluate` on its run writes it anew"
+        raise RunError(str(file), shortened(problems), hint) from None
+
+
+def read_results(run_folder: Path) -> list[StageResult]:
+    """Read all results of a run in the order of its stages, the base model first.
+
+    Raises:
+        RunError: There is none, or one that isn't a result.
+    """
+    results = [read_result(file) for file in (run_folder / "evaluation").glob("[!.]*.json")]
+    if not results:
+        hint = "`sftkey train` on its recipe evaluates a run; `sftkey evaluate` does so again"
+        raise RunError(str(run_folder), "expected evaluation/<stage>.json; got none", hint)
+    return sorted(results, key=lambda result: (result.position, result.stage))
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """Hash what makes questions the same: their rows, prompts and reference answers."""
+    rows = sorted((example.index, example.prompt, example.answer) for example in examples)
+    return sha256(json.dumps(rows).encode()).hexdigest()

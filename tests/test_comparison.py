@@ -1,0 +1,214 @@
+"""Comparisons: the table, the differences, and what the sentences claim."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sftkey.data.response import Example, Response
+from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
+from sftkey.evaluation.results import StageResult, score, write_result
+from sftkey.evaluation.statistics import mcnemar, paired_difference
+from sftkey.generation import Generation
+
+RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
+SEED = (
+    "An interval counts the chance in the questions; another seed, or other data, may give "
+    "another difference."
+)
+
+
+def result(
+    stage: str, position: int, right: range, num_questions: int = 100, **settings: Any
+) -> StageResult:
+    """Make a stage that has the questions of a range right, always in the right format."""
+    examples = [Example(f"question {n}", "", str(n), n) for n in range(num_questions)]
+    generations = {
+        n: Generation(RESPONSE.render("so", str(n) if n in right else "-1"), 8, n % 10 > 0)
+        for n in range(num_questions)
+    }
+    return score(
+        generations,
+        examples,
+        RESPONSE,
+        stage=stage,
+        position=position,
+        grader="number",
+        alpha=0.7,
+        settings=settings,
+    )
+
+
+BASE = result("base", 0, range(5))
+COMPLETION = result("completion", 1, range(60))
+KEY = result("key", 2, range(2, 64))
+
+
+def printed(comparison: Any, width: int = 80) -> list[str]:
+    """Print a comparison as a terminal of some width shows it."""
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(render(comparison))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_differences_are_to_the_stage_before() -> None:
+    """Each stage but the first is paired with the one before it, question by question."""
+    rows = compare({"demo": [BASE, COMPLETION, KEY]}).rows
+    assert [row.difference and row.difference.before for row in rows] == [
+        None,
+        "base",
+        "completion",
+    ]
+    last = rows[2].difference
+    assert last is not None
+    before = [question.correct for question in COMPLETION.questions]
+    after = [question.correct for question in KEY.questions]
+    assert (last.difference, *last.interval) == paired_difference(before, after)
+    assert last.difference == pytest.approx(0.02)
+    assert last.p == mcnemar(before, after)
+    assert (last.after, last.num_questions) == ("key", 100)
+
+
+def test_sentences_say_what_is_shown_and_what_is_not() -> None:
+    """A difference whose interval includes 0 is not called a gain."""
+    assert sentences(compare({"demo": [BASE, COMPLETION, KEY]})) == [
+        "The difference between base and completion is +55.0 points [+45.2, +64.4] on 100 "
+        "questions: the interval is clear of 0, so on questions like these completion answers "
+        "better than base.",
+        "The difference between completion and key is +2.0 points [-3.6, +8.2] on 100 questions: "
+        "the interval includes 0, so this run doesn't show that key answers better or worse.",
+        SEED,
+    ]
+
+
+def test_a_loss_is_called_a_loss() -> None:
+    """An interval below 0 says that the later stage is worse."""
+    assert sentences(compare({"demo": [COMPLETION, BASE]}))[0] == (
+        "The difference between completion and base is -55.0 points [-64.4, -45.2] on 100 "
+        "questions: the interval is clear of 0, so on questions like these base answers worse "
+        "than completion."
+    )
+
+
+def test_one_row_alone_has_nothing_to_compare_with() -> None:
+    """The base model's row alone makes no claim."""
+    assert sentences(compare({"demo": [BASE]})) == [
+        "base is the only one evaluated: there is nothing to compare it with."
+    ]
+
+
+def test_the_table_fits_a_terminal() -> None:
+    """All figures stand in eighty columns, none broken."""
+    assert printed(compare({"demo": [BASE, COMPLETION, KEY]}))[:9] == [
+        "                          Acc                un-   never think. points more, p",
+        "stage        n          [95%]   Fmt Score parsed stopped  chars          [95%]",
+        "─" * 78,
+        "base       100          0.050 1.000 0.335      0      10    2.0",
+        "               [0.022, 0.112]",
+        "completion 100          0.600 1.000 0.720      0      10    2.0 +55.0, p<0.001",
+        "               [0.502, 0.691]                                   [+45.2, +64.4]",
+        "key        100          0.620 1.000 0.734      0      10    2.0  +2.0, p 0.688",
+        "               [0.522, 0.709]                                     [-3.6, +8.2]",
+    ]
+
+
+def test_what_is_not_known_is_shown_so() -> None:
+    """Another engine's generations may not say what stopped, and may hold no thinking."""
+    examples = [Example("2?", "", "2", 0)]
+    other = score(
+        {0: Generation("2")}, examples, RESPONSE, stage="key", position=1, grader="number", alpha=1
+    )
+    line = printed(compare({"demo": [other]}))[3]
+    assert line.split() == ["key", "1", "0.000", "0.000", "0.000", "1", "?", "-"]
+
+
+def test_names_with_brackets_are_shown_as_they_are() -> None:
+    """A run's name is no markup."""
+    lines = printed(compare({"runs/[bold]a": [BASE], "runs/b[/]": [COMPLETION]}), width=120)
+    assert lines[3].startswith("runs/[bold]a base")
+    assert lines[5].startswith("runs/b[/]    completion")
+
+
+def test_runs_are_paired_by_their_last_stages() -> None:
+    """Every further run is compared with the first one, on the same questions."""
+    comparison = compare({"a": [BASE, KEY], "b": [BASE, COMPLETION], "c": [BASE]})
+    pairs = [(difference.before, difference.after) for difference in comparison.between_runs]
+    assert pairs == [("a key", "b completion"), ("a key", "c base")]
+    assert sentences(comparison)[2] == (
+        "The difference between a key and b completion is -2.0 points [-8.2, +3.6] on 100 "
+        "questions: the interval includes 0, so these runs don't show that b completion answers "
+        "better or worse."
+    )
+    assert comparison.warnings == ()
+
+
+def test_other_questions_are_not_paired() -> None:
+    """Runs on other questions stand in one table, without a difference, and it is said."""
+    other = result("key", 1, range(30), num_questions=50)
+    comparison = compare({"a": [BASE, KEY], "b": [BASE, other]})
+    assert comparison.rows[3].difference is None
+    assert comparison.between_runs == ()
+    assert comparison.warnings == (
+        "b key answered other questions than b base, so they can't be paired: compare their "
+        "intervals alone.",
+        "b key answered other questions than a key, so they can't be paired: compare their "
+        "intervals alone.",
+    )
+    assert sentences(comparison)[-2:] == list(comparison.warnings)
+
+
+def test_other_settings_are_told() -> None:
+    """A longer generation or another temperature may be what makes the difference."""
+    short = result("key", 2, range(62), max_new_tokens=64, temperature=0.0)
+    long = result("key", 2, range(62), max_new_tokens=512, temperature=0.0)
+    assert compare({"a": [short], "b": [long]}).warnings == (
+        "The rows differ in max_new_tokens too: 64, 512.",
+    )
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(None, 0.734), (1.0, 0.62), (0.0, 1.0)])
+def test_alpha_weighs_the_score(alpha: float | None, expected: float) -> None:
+    """Score can be had for any alpha without evaluating again."""
+    (row,) = compare({"demo": [KEY]}, alpha).rows
+    assert row.score == pytest.approx(expected)
+
+
+def test_json_holds_what_the_table_shows() -> None:
+    """Plain data: figures, differences as shares, sentences; no flags of single questions."""
+    comparison = compare({"demo": [BASE, COMPLETION]}, alpha=0.5)
+    data = json.loads(json.dumps(as_json(comparison)))
+    assert list(data) == ["stages", "between_runs", "warnings", "conclusions"]
+    assert data["conclusions"] == sentences(comparison)
+    first, second = data["stages"]
+    assert first["difference"] is None
+    assert second["difference"] == {
+        "before": "base",
+        "after": "completion",
+        "num_questions": 100,
+        "difference": pytest.approx(0.55),
+        "interval": pytest.approx([0.4524, 0.6439], abs=1e-4),
+        "p": pytest.approx(2 * 0.5**55),
+    }
+    assert (second["run"], second["stage"], second["acc"]) == ("demo", "completion", 0.6)
+    assert (second["alpha"], second["score"]) == (0.5, pytest.approx(0.8))
+    assert "questions" not in second
+
+
+def test_run_folders_are_compared(tmp_path: Path) -> None:
+    """What evaluation wrote is enough; neither model nor data is needed."""
+    for run, last in [("a", KEY), ("b", COMPLETION)]:
+        (tmp_path / run / "evaluation").mkdir(parents=True)
+        for stage in (last, BASE):
+            write_result(tmp_path / run / "evaluation", stage)
+    comparison = compare_runs([tmp_path / "a", tmp_path / "b"], alpha=1.0)
+    assert [row.name for row in comparison.rows] == [
+        f"{tmp_path / run} {stage}"
+        for run, stage in [("a", "base"), ("a", "key"), ("b", "base"), ("b", "completion")]
+    ]
+    expected = compare({str(tmp_path / "a"): [BASE, KEY], str(tmp_path / "b"): [BASE, COMPLETION]})
+    assert sentences(comparison) == sentences(expected)

@@ -1,0 +1,134 @@
+"""Intervals and tests: published figures, exact coverage, symmetries."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import sqrt
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import binom, multinomial
+
+from sftkey.evaluation.statistics import Z_95, mcnemar, paired_difference, wilson
+
+PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+def flags(both: int, losses: int, gains: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """Lay a 2x2 table out as one pair of flags a question."""
+    before = [True] * (both + losses) + [False] * (gains + neither)
+    after = [True] * both + [False] * losses + [True] * gains + [False] * neither
+    return before, after
+
+
+def test_wilson_gives_the_published_interval() -> None:
+    """81 of 263: 0.2553 to 0.3662 (Newcombe 1998, Statistics in Medicine 17:857-872, table I)."""
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+def test_wilson_has_a_width_at_none_at_all_and_without_questions() -> None:
+    """No share is sure: 0 of n, n of n and 0 of 0 have intervals of the right side and width."""
+    square = Z_95**2
+    assert wilson(0, 10) == pytest.approx((0, square / (10 + square)))
+    assert wilson(10, 10) == pytest.approx((10 / (10 + square), 1))
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_paired_difference_gives_the_published_interval() -> None:
+    """Cavo 2012, as in Fagerland, Lydersen and Laake's book of contingency tables, chapter 8."""
+    expected = (-0.0621, -0.1240, -0.0054)
+    assert paired_difference(*flags(59, 16, 6, 80)) == pytest.approx(expected, abs=5e-5)
+
+
+def test_paired_difference_has_a_width_where_no_question_changed_sides() -> None:
+    """With no discordant pair the ends are z^2 / (n + z^2) from 0."""
+    width = Z_95**2 / (50 + Z_95**2)
+    assert paired_difference(*flags(20, 0, 0, 30)) == pytest.approx((0, -width, width), abs=1e-6)
+
+
+def test_paired_difference_of_all_gains_ends_at_one() -> None:
+    """The interval doesn't leave [-1, 1]."""
+    difference, low, high = paired_difference(*flags(0, 0, 5, 0))
+    assert (difference, high) == (1, 1)
+    assert 0 < low < 1
+    assert paired_difference([], []) == (0.0, -1.0, 1.0)
+
+
+@given(PAIRS)
+@settings(max_examples=50, deadline=None)
+def test_paired_difference_inverts_the_score_test(pairs: list[tuple[bool, bool]]) -> None:
+    """At each end, with the likelihood maximized by a search, the score is z."""
+    before, after = [old for old, _ in pairs], [new for _, new in pairs]
+    n = len(pairs)
+    gains = sum(new > old for old, new in pairs)
+    losses = sum(old > new for old, new in pairs)
+    difference, low, high = paired_difference(before, after)
+    assert low <= difference <= high
+    for end in (low, high):
+        if abs(end) == 1:
+            continue
+
+        def unlikeliness(loss: float, end: float = end) -> float:
+            chances = [loss + end, loss, 1 - 2 * loss - end]
+            counts = [gains, losses, n - gains - losses]
+            return float(
+                -multinomial.logpmf(counts, n, [max(chance, 1e-300) for chance in chances])
+            )
+
+        bounds = (max(0.0, -end), (1 - end) / 2)
+        loss = minimize_scalar(
+            unlikeliness, bounds=bounds, method="bounded", options={"xatol": 1e-9}
+        ).x
+        score = n * (difference - end) / sqrt(n * (2 * loss + end - end**2))
+        assert abs(score) == pytest.approx(Z_95, rel=2e-3)
+
+
+@given(PAIRS)
+@settings(max_examples=50, deadline=None)
+def test_paired_difference_turns_its_sign_with_the_order(pairs: list[tuple[bool, bool]]) -> None:
+    """Exchanging the stages mirrors the interval."""
+    before, after = [old for old, _ in pairs], [new for _, new in pairs]
+    difference, low, high = paired_difference(before, after)
+    assert paired_difference(after, before) == pytest.approx((-difference, -high, -low), abs=1e-6)
+
+
+@pytest.mark.parametrize("chances", [(0.02, 0.02), (0.05, 0.01), (0.2, 0.1), (0.3, 0.3), (0.1, 0)])
+def test_paired_difference_covers_the_truth(chances: tuple[float, float]) -> None:
+    """Over all tables of 50 questions the interval holds the true difference 94% of the time."""
+    n = 50
+    gain, loss = chances
+    covered = 0.0
+    for gains, losses in product(range(n + 1), repeat=2):
+        if gains + losses > n:
+            continue
+        chance = multinomial.pmf(
+            [gains, losses, n - gains - losses], n, [gain, loss, 1 - gain - loss]
+        )
+        if chance > 1e-7:
+            _, low, high = paired_difference(*flags(0, losses, gains, n - gains - losses))
+            covered += chance * (low <= gain - loss <= high)
+    assert covered >= 0.94
+
+
+def test_mcnemar_gives_the_published_p() -> None:
+    """Cavo 2012: the exact conditional test has p = 0.052479."""
+    assert mcnemar(*flags(59, 16, 6, 80)) == pytest.approx(0.052479, abs=5e-7)
+
+
+@given(PAIRS)
+@settings(max_examples=50, deadline=None)
+def test_mcnemar_is_twice_the_smaller_tail(pairs: list[tuple[bool, bool]]) -> None:
+    """The test looks at the questions that changed sides and at nothing else."""
+    gains = sum(new > old for old, new in pairs)
+    losses = sum(old > new for old, new in pairs)
+    tail = binom.cdf(min(gains, losses), gains + losses, 0.5)
+    before, after = [old for old, _ in pairs], [new for _, new in pairs]
+    assert mcnemar(before, after) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_flags_of_unequal_number_are_refused() -> None:
+    """Pairs need the same questions on both sides."""
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter than argument 1"):
+        paired_difference([True, False], [True])
