@@ -20,9 +20,26 @@ def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> N
     """
     checked = load_recipe(recipe, overrides)
     use_all_cores()
-    from sftkey.training.stages import run
+    quiet_libraries()
+    from sftkey.evaluate import grade_stage, print_table
+    from sftkey.training.stages import start
 
-    run(checked, fresh=fresh)
+    run = start(checked, Path("runs") / checked.name, fresh)
+    with run.progress:
+        for stage in run.stages():
+            grade_stage(run, stage)
+    print_table(run)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice off a run's progress; their warnings stay."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # TRL switches gradient checkpointing on by its old name, which transformers reports.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
 def use_all_cores() -> None:

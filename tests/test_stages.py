@@ -24,7 +24,8 @@ MakeRecipe = Callable[..., Path]
 
 def done(recipe: Path, runs: Path, *overrides: str, fresh: bool = False) -> Run:
     """Run all stages of a recipe."""
-    run = start(load_recipe(recipe, overrides), runs, fresh)
+    loaded = load_recipe(recipe, overrides)
+    run = start(loaded, runs / loaded.name, fresh)
     list(run.stages())
     return run
 
@@ -121,7 +122,7 @@ def test_the_same_command_again_trains_nothing(
     recipe = tiny_recipe()
     done(recipe, tmp_path / "runs")
     monkeypatch.setattr("sftkey.training.stages.load_model", None)
-    run = start(load_recipe(recipe), tmp_path / "runs")
+    run = start(load_recipe(recipe), tmp_path / "runs" / "tiny")
     assert list(run.stages()) == ["base", "completion", "key"]
 
 
@@ -133,7 +134,7 @@ def test_a_changed_recipe_is_refused_and_fresh_moves_the_old_run_aside(
     done(recipe, runs)
     changes = ("trainer.max_steps=3", "stages.key.loss_on=answer")
     with pytest.raises(RunError) as caught:
-        start(load_recipe(recipe, changes), runs)
+        start(load_recipe(recipe, changes), runs / "tiny")
     assert str(caught.value) == (
         f"{runs}/tiny: 2 problems\n"
         "  trainer.max_steps: was 4 when this run began; got 3\n"
@@ -209,7 +210,7 @@ def test_nothing_of_a_trainer_stays_between_stages(tiny_recipe: MakeRecipe, tmp_
         return len(parameters), len(optimizers)
 
     before = living()
-    run = start(load_recipe(tiny_recipe()), tmp_path / "runs")
+    run = start(load_recipe(tiny_recipe()), tmp_path / "runs" / "tiny")
     alive = [tuple(a - b for a, b in zip(living(), before, strict=True)) for _ in run.stages()]
     num_parameters, _ = alive[0]  # base and adapter, loaded to write the base model's answers
     assert num_parameters > 0
@@ -300,7 +301,7 @@ def test_an_evaluation_strategy_without_validation_rows_is_refused(
     """Otherwise transformers would evaluate on whatever rows it was given."""
     overrides = ("data.validation=null", "stages.key.trainer.eval_strategy=steps")
     with pytest.raises(RecipeError) as caught:
-        start(load_recipe(tiny_recipe(), overrides), tmp_path / "runs")
+        start(load_recipe(tiny_recipe(), overrides), tmp_path / "runs" / "tiny")
     assert str(caught.value) == (
         "tiny: 1 problem\n"
         "  stages.key.trainer.eval_strategy: 'steps' needs validation rows; got none\n"
@@ -330,7 +331,7 @@ def test_a_run_folder_without_permission_is_refused(
     recipe = load_recipe(tiny_recipe())
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(RunError) as caught:
-        start(recipe, tmp_path / "runs")
+        start(recipe, tmp_path / "runs" / "tiny")
     assert str(caught.value) == (
         f"{tmp_path}/runs/tiny: expected a folder that can be written; got 'Permission denied'\n"
         "hint: free the folder, or run where you may write"

@@ -86,18 +86,17 @@ class Ledger:
             write_json(self.path, {"facts": self.facts, "stages": stages})
 
 
-def open_run(recipe: Recipe, runs: Path, fresh: bool = False) -> Ledger:
+def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
     """Begin a run, or find the one that this recipe began.
 
     Args:
-        recipe: What is asked; its name is the folder's.
-        runs: The folder of all runs.
+        recipe: What is asked.
+        folder: The run folder.
         fresh: Move a run that stands in the way aside, under a new name.
 
     Raises:
         RunError: The folder can't be written, or holds a run of another recipe.
     """
-    folder = runs / recipe.name
     try:
         if fresh and folder.exists():
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -69,16 +69,19 @@ class Run:
         """Give what writes the answers to the test questions."""
         return Answers(self.recipe, self.ledger, self.tokenizer, self.prepared, self.progress)
 
-    def stages(self) -> Iterator[str]:
+    def stages(self, train: bool = True) -> Iterator[str]:
         """Do what isn't done yet; yield `base` and each stage's name when its answers lie there.
+
+        Args:
+            train: Train the stages that aren't; otherwise only the trained ones answer.
 
         Raises:
             DeviceError: The device has too little memory.
         """
         with explained_out_of_memory(self.ledger.folder):
-            yield from self._stages()
+            yield from self._stages(train)
 
-    def _stages(self) -> Iterator[str]:
+    def _stages(self, train: bool) -> Iterator[str]:
         model = None
         if self.answers.missing(BASE):
             model = self._load(0)
@@ -86,6 +89,8 @@ class Run:
         yield BASE
         for number, record in enumerate(self.ledger.stages):
             if record.status == "open":
+                if not train:
+                    return
                 self._train(number, model if model is not None else self._load(number))
             model = None
             release_memory()
@@ -147,8 +152,13 @@ class Run:
         PartialState().wait_for_everyone()
 
 
-def start(recipe: Recipe, runs: Path = Path("runs"), fresh: bool = False) -> Run:
+def start(recipe: Recipe, folder: Path, fresh: bool = False) -> Run:
     """Open the run folder and read the data; no weights are loaded yet.
+
+    Args:
+        recipe: What is asked.
+        folder: The run folder.
+        fresh: Move a run that lies there aside, under a new name.
 
     Raises:
         SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
@@ -157,9 +167,9 @@ def start(recipe: Recipe, runs: Path = Path("runs"), fresh: bool = False) -> Run
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
     processes = PartialState(cpu=device.kind == "cpu")
     if processes.is_main_process:
-        open_run(recipe, runs, fresh)
+        open_run(recipe, folder, fresh)
     processes.wait_for_everyone()
-    ledger = Ledger(runs / recipe.name, recipe, main=processes.is_main_process)
+    ledger = Ledger(folder, recipe, main=processes.is_main_process)
     with processes.main_process_first():
         tokenizer = load_tokenizer(recipe.model)
         prepared = prepare(recipe, tokenizer, need_test=recipe.data.test is not None)

@@ -1,0 +1,100 @@
+"""Let a run's stages answer the test questions, grade the answers, and print the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftkey.console import stdout_console
+from sftkey.errors import RunError
+from sftkey.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from sftkey.training.stages import Run
+
+
+def evaluate(
+    folder: Path,
+    generations: Path | None = None,
+    stage: str | None = None,
+    alpha: float | None = None,
+) -> None:
+    """Write and grade the answers that are missing, or grade a file of another engine's.
+
+    Args:
+        folder: A run folder.
+        generations: JSONL with `index` and `text`, one row a question; needs `stage`.
+        stage: The stage that these generations are of, or `base`.
+        alpha: Weight of Acc in Score; default the recipe's.
+
+    Raises:
+        SFTKeyError: The folder is no run, or the file doesn't hold one answer a question.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise RunError(
+            str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"
+        )
+    recipe = load_recipe(folder / "recipe.yaml")
+    names = ["base", *(each.name for each in recipe.stages)]
+    if stage is not None and stage not in names:
+        raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {stage!r}")
+    if generations is not None and stage is None:
+        raise RunError(str(folder), f"--generations needs --stage: one of {', '.join(names)}")
+    from sftkey.train import quiet_libraries, use_all_cores
+
+    use_all_cores()
+    quiet_libraries()
+    from sftkey.training.stages import start
+
+    run = start(recipe, folder)
+    if generations is not None:
+        grade_stage(run, str(stage), generations)
+    else:
+        with run.progress:
+            for name in run.stages(train=False):
+                grade_stage(run, name)
+    print_table(run, alpha)
+
+
+def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
+    """Grade the answers of one stage, and write `evaluation/<stage>.json` (main process only).
+
+    Args:
+        run: A started run.
+        stage: A stage's name, or `base`.
+        generations: The answers; default what the run itself wrote, if it did.
+    """
+    from sftkey.evaluation.generations import read_generations
+    from sftkey.evaluation.results import score, write_result
+
+    file = generations or run.ledger.generations(stage)
+    if not run.ledger.main or not file.exists() or not run.answers.questions:
+        return
+    questions, frame, settings = run.answers.questions, run.prepared.frame, run.recipe.eval
+    names = ["base", *(each.name for each in run.recipe.stages)]
+    result = score(
+        read_generations(file, [example.index for example in questions]),
+        questions,
+        frame.response,
+        stage=stage,
+        position=names.index(stage),
+        grader=settings.grader,
+        alpha=settings.alpha,
+        bridge=frame.bridge,
+        end=frame.end,
+        tokenizer=run.tokenizer,
+        settings={"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature},
+    )
+    write_result(run.ledger.folder / "evaluation", result)
+
+
+def print_table(run: Run, alpha: float | None = None) -> None:
+    """Print the table of all graded stages on stdout, and what it shows (main process only)."""
+    from sftkey.evaluation.comparison import compare_runs, render
+
+    if not run.ledger.main:
+        return
+    if not list((run.ledger.folder / "evaluation").glob("*.json")):
+        run.progress.note(f"{run.ledger.folder}: nothing was evaluated, so there is no table")
+        return
+    stdout_console().print(render(compare_runs([run.ledger.folder], alpha)))
