@@ -1,0 +1,1 @@
+"""From rows of a source to the batches that a stage trains on."""

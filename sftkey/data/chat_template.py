@@ -6,6 +6,7 @@ it) or set blocks of its own beside it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
@@ -136,7 +137,9 @@ def probe_template(
             hint="give another model.chat_template",
         )
     before, _, after = text.partition(SENTINEL)
-    bridge = _bridge(name, before, prompt, response)
+    header = prompt[len(commonprefix([closed, prompt])) :]  # noqa: RUF071 (by character)
+    _check_header(name, header, response)
+    bridge = _bridge(name, before, prompt, header, response)
     if closed == prompt and special_pattern(special_ids(tokenizer)).search(bridge):
         raise FrameError(
             name,
@@ -146,27 +149,31 @@ def probe_template(
     return bridge, after
 
 
-def _bridge(name: str, before: str, prompt: str, response: Response) -> str:
+def _check_header(name: str, header: str, response: Response) -> None:
+    """Refuse tags of the thinking that the generation prompt has written already."""
+    opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
+    if closing and closing in header:
+        raise FrameError(
+            name,
+            f"the generation prompt ends the thinking already: {header!r}",
+            hint="model.chat_template_kwargs: {enable_thinking: true}, where the template knows it",
+        )
+    if opening and opening in header:
+        raise FrameError(
+            name,
+            f"the generation prompt opens the thinking already: {header!r}",
+            hint=f'response.thinking: ["", {json.dumps(response.thinking_close)}]',
+        )
+
+
+def _bridge(name: str, before: str, prompt: str, header: str, response: Response) -> str:
     """Give what stands between the prompt and the completion.
 
     What the template writes about thinking is left out where the response has tags of its own for
     it: Qwen3 sets an empty block beside every answer, and the native tags take its place.
     """
     opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
-    tail = prompt.rpartition(QUESTION)[2]
-    if closing and closing in tail:
-        raise FrameError(
-            name,
-            f"the generation prompt ends the thinking already: {tail!r}",
-            hint="model.chat_template_kwargs: {enable_thinking: true}, where the template knows it",
-        )
-    if opening and opening in tail:
-        raise FrameError(
-            name,
-            f"the generation prompt opens the thinking already: {tail!r}",
-            hint=f'response.thinking: ["", {response.thinking_close!r}]',
-        )
-    common = commonprefix([before, prompt])  # noqa: RUF071 (by character is what we want)
+    common = commonprefix([before, prompt])  # noqa: RUF071 (by character)
     inserted, opened = before[len(common) :], prompt[len(common) :]
     if opened:
         if not opening and closing and (not inserted or closing in inserted):
@@ -175,7 +182,7 @@ def _bridge(name: str, before: str, prompt: str, response: Response) -> str:
             name,
             "the generation prompt is no prefix of the training text: "
             f"one goes on with {opened!r}, the other with {inserted!r}",
-            hint=_hint_for(tail),
+            hint=_hint_for(header),
         )
     if closing and closing in inserted:
         return inserted.partition(opening)[0] if opening and opening in inserted else ""
@@ -184,9 +191,9 @@ def _bridge(name: str, before: str, prompt: str, response: Response) -> str:
     return "" if written_by_tag else inserted
 
 
-def _hint_for(tail: str) -> str:
+def _hint_for(header: str) -> str:
     own = "give a model.chat_template of your own"
-    tag = re.search(r"<(\w+)>\s*$", tail)
+    tag = re.search(r"<(\w+)>\s*$", header)
     if tag is None:
         return own
     return f'the prompt opens the thinking: response.thinking: ["", "\\n</{tag[1]}>"]; or {own}'
