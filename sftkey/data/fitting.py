@@ -35,12 +35,13 @@ def fit(
     """
     long = [row for row in rows if isinstance(row, Row) and len(row.input_ids) > max_length]
     if long and too_long == "error":
-        numbers = [row.index for row in long]
+        numbers = [str(row.index) for row in long[:NUM_LISTED]] + ["…"] * (len(long) > NUM_LISTED)
         raise DataError(
             "data.max_length",
-            f"{len(long)} rows are longer than {max_length} tokens "
-            f"(the longest has {max(len(row.input_ids) for row in long)}): {_numbered(numbers)}",
-            hint="raise data.max_length, or choose data.too_long: drop or trim_thinking",
+            f"expected rows of at most {max_length} tokens; got {len(long)} "
+            f"of up to {max(len(row.input_ids) for row in long)}: {', '.join(numbers)}",
+            hint="rows count from 0; raise data.max_length, "
+            "or choose data.too_long: drop or trim_thinking",
         )
     fitted = list(rows)
     for place, row in enumerate(rows):
@@ -67,9 +68,3 @@ def _trim(row: Row, example: Example, frame: Frame, max_length: int) -> Row | Re
             return shorter
         row = shorter
     return row
-
-
-def _numbered(indexes: Sequence[int]) -> str:
-    """Name rows in a message."""
-    more = ", …" if len(indexes) > NUM_LISTED else ""
-    return "rows " + ", ".join(map(str, indexes[:NUM_LISTED])) + more

@@ -89,7 +89,7 @@ def _fitted_rows(
             _count(counts["trimmed"], f"{split}: longer than {data.max_length} tokens", after.index)
     if examples and not rows:
         reasons = Counter(refusal.reason for refusal in refusals).most_common()
-        listed = "; ".join(f"{reason} ({count} rows)" for reason, count in reasons)
+        listed = "; ".join(f"{reason} ({count} of {len(examples)})" for reason, count in reasons)
         hint = "raise data.max_length" if "longer than" in listed else None
         raise DataError(data.source, f"no rows are left in {split}: {listed}", hint)
     return rows, refusals

@@ -206,12 +206,13 @@ def rendered_statistics(numbers: Mapping[str, Any]) -> RenderableType:
     rows = ", ".join(f"{name} {count}" for name, count in numbers["rows"].items())
     lines = [Text(f"rows: {rows}")]
     for what in ("dropped", "trimmed"):
-        for reason, counted in numbers[what].items():
-            numbered = ", ".join(map(str, counted["rows"]))
-            more = ", …" if counted["count"] > len(counted["rows"]) else ""
-            lines.append(
-                Text(f"{what}: {counted['count']} of {reason} (rows {numbered}{more})", "yellow")
-            )
+        for where, counted in numbers[what].items():
+            split, _, reason = where.partition(": ")
+            noun = "row" if counted["count"] == 1 else "rows"
+            listed = list(map(str, counted["rows"]))
+            listed += ["…"] * (counted["count"] > len(listed))
+            line = f"{split}: {counted['count']} {noun} {what} ({', '.join(listed)}): {reason}"
+            lines.append(Text(line, "yellow"))
     table = Table("tokens", *COLOURS)
     for split, tokens in numbers["tokens"].items():
         table.add_row(split, *(str(tokens[name]) for name in COLOURS))
