@@ -85,7 +85,7 @@ def evaluate(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One stage alone, or base; default: every finished one."),
+        typer.Option(metavar="NAME", help="The stage whose answers FILE holds, or base."),
     ] = None,
     alpha: Alpha = None,
 ) -> None:

@@ -23,8 +23,8 @@ def evaluate(
 
     Args:
         folder: A run folder.
-        generations: JSONL with `index` and `text`, one row a question; needs `stage`.
-        stage: The stage that these generations are of, or `base`.
+        generations: JSONL with `index` and `text`, one row a question.
+        stage: The stage that these generations are of, or `base`; the two go together.
         alpha: Weight of Acc in Score; default the recipe's.
 
     Raises:
@@ -38,9 +38,13 @@ def evaluate(
     names = ["base", *(each.name for each in recipe.stages)]
     if stage is not None and stage not in names:
         raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {stage!r}")
-    if generations is not None and stage is None:
-        raise RunError(str(folder), f"--generations needs --stage: one of {', '.join(names)}")
-    from sftkey.train import quiet_libraries, use_all_cores
+    if (generations is None) != (stage is None):
+        raise RunError(
+            str(folder),
+            "expected --generations and --stage together; got one without the other",
+            f"the stages are {', '.join(names)}",
+        )
+    from sftkey.process import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()

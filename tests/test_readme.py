@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SIGNATURE = 'SFTConfig("out"'
+FOLDER = '"out"'
 
 
 def test_the_readmes_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     """Run as it stands (but on the CPU, and once), it trains on the key of its row and no more."""
     (script,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert script.count(SIGNATURE) == 1
-    here = f"SFTConfig({str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, report_to='none'"
+    assert script.count(FOLDER) == 1
+    here = f"{str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, report_to='none'"
     names: dict[str, Any] = {"model": str(tiny_folder)}
-    exec(script.replace(SIGNATURE, here), names)
+    exec(script.replace(FOLDER, here), names)
     trainer = names["trainer"]
     assert trainer.state.global_step == 1
     (batch,) = trainer.get_train_dataloader()

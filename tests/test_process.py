@@ -1,0 +1,66 @@
+"""A process that trains takes its share of the machine, whatever the launcher left it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+
+from sftkey.process import available_cores, use_all_cores
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Give a function that sets the threads on a machine of eight cores, as a launcher calls it."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("sftkey.process.available_cores", lambda: 8)
+
+    def set_under(**environment: str) -> int:
+        for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        torch.set_num_threads(3)
+        use_all_cores()
+        number = torch.get_num_threads()
+        torch.set_num_threads(before)
+        return number
+
+    return set_under
+
+
+def test_a_launchers_single_thread_becomes_all_cores(threads: Callable[..., int]) -> None:
+    """`accelerate launch` leaves one core, and so would torchrun: the process takes its share."""
+    assert threads(OMP_NUM_THREADS="1") == 8
+    assert threads(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="2") == 4
+    assert threads(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="16") == 1
+    assert threads() == 8
+
+
+def test_later_libraries_get_the_threads_too(threads: Callable[..., int]) -> None:
+    """A library with an OpenMP of its own reads the variable when it is loaded."""
+    threads(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="2")
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+
+
+def test_the_users_own_number_of_threads_stays(threads: Callable[..., int]) -> None:
+    """Whoever sets another number than the launchers' 1 means it."""
+    assert threads(OMP_NUM_THREADS="5") == 3
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+def test_cores_are_physical_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the second thread of a core nor a core that belongs to others is counted."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16 if logical else 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    assert available_cores() == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert available_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == 8
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert available_cores() == 1

@@ -1,0 +1,40 @@
+"""`sftkey train` and `python -m sftkey.train` check a recipe's form before anything heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEMO = "recipes/smollm2-135m/demo.yaml"
+SFTKEY = [sys.executable, "-m", "sftkey.cli", "train"]
+MODULE = [sys.executable, "-m", "sftkey.train"]
+FORM_SECONDS = 2.0
+
+
+@pytest.mark.parametrize("way", [SFTKEY, MODULE], ids=["sftkey", "module"])
+def test_a_misspelt_key_is_refused_within_two_seconds(way: list[str]) -> None:
+    """Exit code 2, both names in the message, no traceback, and no time for torch to load."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*way, DEMO, "stages.key.trainer.learning_rte=1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert time.perf_counter() - start < FORM_SECONDS
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: {DEMO}: 1 problem\n"
+        "  override stages.key.trainer.learning_rte=1: unknown key; did you mean `learning_rate`?\n"
+    )
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    """A file that there isn't is named, with the command that shows the ones that there are."""
+    done = subprocess.run([*SFTKEY, "no.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no.yaml: expected a recipe file; ")
+    assert "`sftkey ls`" in done.stderr
