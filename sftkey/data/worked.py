@@ -15,8 +15,26 @@ def gsm_symbolic(entry: dict[str, Any]) -> str:
     return str(entry["metadata"]["answer_cot"]).rpartition("####")[0].rstrip()
 
 
+def chain_sum(entry: dict[str, Any]) -> str:
+    """Write a chain of sums out result by result; the last step is written, its result is not.
+
+    `4 + 3 - 2 + 9` gives the lines `4 + 3 = 7`, `7 - 2 = 5`, `5 + 9`: the answer needs one step
+    more than the thinking holds.
+    """
+    first, *rest = entry["metadata"]["expression"].split()
+    result, lines = int(first), []
+    for operator, term in zip(rest[::2], rest[1::2], strict=True):
+        step = f"{result} {operator} {term}"
+        result += int(term) if operator == "+" else -int(term)
+        lines.append(f"{step} = {result}")
+    return "\n".join([*lines[:-1], step])
+
+
 # From an entry (question, answer, metadata) to its thinking; None: this entry has none.
-WORKED: dict[str, Callable[[dict[str, Any]], str | None]] = {"gsm_symbolic": gsm_symbolic}
+WORKED: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "chain_sum": chain_sum,
+    "gsm_symbolic": gsm_symbolic,
+}
 
 
 def made_rows(data: DataSection, seed: int) -> list[dict[str, Any]]:
