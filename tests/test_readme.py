@@ -1,4 +1,4 @@
-"""The README's script trains what it says: the collator alone, in a plain SFTTrainer."""
+"""What the README shows is what comes: the tokens of the demo, the script of a plain trainer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+import pytest
+
+from sftkey.errors import ModelError
+from sftkey.show import show
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDER = '"out"'
 
 
@@ -24,3 +30,14 @@ def test_the_readmes_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     assert trainer.processing_class.decode(labels[labels != -100]) == (
         "\n<Answer>\n4\n</Answer><|im_end|>"
     )
+
+
+@pytest.mark.network
+def test_the_readmes_row_is_the_demos(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sftkey show` prints the README's example, character by character."""
+    (example,) = re.findall(r"```\n(stage completion:\n.*?)```", README, re.DOTALL)
+    try:
+        show(ROOT / "recipes" / "smollm2-135m" / "demo.yaml", num_rows=1)
+    except ModelError as error:
+        pytest.skip(f"the demo's model can't be fetched: {error}")
+    assert example in capsys.readouterr().out

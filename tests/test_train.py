@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,18 @@ def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: no.yaml: expected a recipe file; ")
     assert "`sftkey ls`" in done.stderr
+
+
+def test_the_launcher_trains_as_the_readme_says(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`accelerate launch -m sftkey.train RECIPE a.b=c` trains and prints the table."""
+    recipe = tiny_recipe(eval={"num_questions": 2, "max_new_tokens": 4})
+    config = str(ROOT / "accelerate_configs" / "cpu.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command = [*launch, "-m", "sftkey.train", str(recipe), "trainer.max_steps=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "completion 1 steps, key 1 steps" in done.stderr
+    stages = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
+    assert stages[1:4] == ["base", "completion", "key"]
