@@ -146,6 +146,17 @@ def test_straddling_token_stays_out_of_the_key() -> None:
     assert texts[ends[-1] + 1][1] == "ANSWER_TAG"
 
 
+def test_blank_that_straddles_counts_though_offsets_leave_it_out() -> None:
+    """A token whose leading blank is the thinking's last character is THINKING."""
+    section = ResponseSection(thinking=("", " "), answer=("have ", ""))
+    frame = probe_frame(made("look_ahead", CHATML), section)
+    (row,) = tokenize([Example("Q", "x", "together?", 0)], frame)
+    assert isinstance(row, Row)
+    thinking = [text for text, segment in texts_of(row, frame) if segment == "THINKING"]
+    assert thinking[0] == "x"
+    assert thinking[1].startswith(" h")
+
+
 def test_answer_keeps_a_token_that_also_holds_its_tag() -> None:
     """A token of the answer's last character and the closing tag's first is ANSWER."""
     section = ResponseSection(answer=("\n<Answer>\n", " have together?"))

@@ -43,19 +43,18 @@ def _trained(backend: Tokenizer, trainer: Any) -> PreTrainedTokenizerFast:
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without any splitting, so that `>` merges with the line's end behind it.
-
-    Its post-processor trims blanks off the offsets, as GPT-2's does.
-    """
+    """Byte-level BPE without any splitting, so that `>` merges with the line's end behind it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.post_processor = ByteLevel(trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
     return _trained(backend, _bpe_trainer(700))
 
 
 def look_ahead() -> PreTrainedTokenizerFast:
-    """BPE whose regular expression looks ahead at white space and digits, with NFC before it."""
+    """BPE whose regular expression looks ahead at white space and digits, with NFC before it.
+
+    Its post-processor trims blanks off the offsets, as GPT-2's does.
+    """
     backend = Tokenizer(models.BPE())
     pattern = r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
     backend.normalizer = normalizers.NFC()
@@ -65,6 +64,7 @@ def look_ahead() -> PreTrainedTokenizerFast:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    backend.post_processor = ByteLevel(trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
     return _trained(backend, _bpe_trainer(450))
 

@@ -81,6 +81,11 @@ class Frame:
         """Tokenize texts as they are: nothing is added, cut or padded."""
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
+    @property
+    def end_token(self) -> str:
+        """The special token that ends generation."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
+
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """The special tokens by their texts."""
@@ -148,12 +153,12 @@ def probe_frame(
 
 def _checked(frame: Frame) -> Frame:
     """Refuse a frame whose end stands in it before the end: generation would stop there."""
-    token = frame.tokenizer.convert_ids_to_tokens(frame.end_id)
     for text in (frame.bridge, *vars(frame.response).values()):
-        if token in text:
+        if frame.end_token in text:
             raise FrameError(
                 name_of(frame.tokenizer),
-                f"the end of turn {token!r} stands in {text!r} too, where generation would stop",
+                f"the end of turn {frame.end_token!r} stands in {text!r} too, "
+                "where generation would stop",
                 hint="choose response.thinking and response.answer without it",
             )
     return frame

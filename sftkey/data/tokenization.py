@@ -154,8 +154,7 @@ def _apart(
     SentencePiece sets a blank before a text: behind an anchor, which is cut off again, it doesn't.
     """
     wanted = (_decode(prompt.ids, frame) + text.rest, _decode(whole.ids, frame))
-    end = frame.tokenizer.convert_ids_to_tokens(frame.end_id)
-    for anchor in ("", end, "\n"):
+    for anchor in ("", frame.end_token, "\n"):
         head, both = frame.encode([anchor, anchor + text.rest])
         ids = both.ids[len(head.ids) :]
         if [*head.ids, *ids] == both.ids and _decode([*prompt.ids, *ids], frame) in wanted:
@@ -171,14 +170,15 @@ def _segments(spans: Sequence[tuple[int, int]], pieces: Sequence[tuple[Segment, 
     Tokens that are bytes of one character all stand for it; a token of no character (the blank that
     SentencePiece sets before a text) goes with the character it stands before.
     """
-    filled = [(segment, text) for segment, text in pieces if text]
-    starts = [0, *accumulate(len(text) for _, text in filled)]
-    segments = [segment for segment, _ in filled]
-    found = []
-    for start, stop in spans:
-        first = bisect_right(starts, start, hi=len(filled)) - 1
-        last = bisect_left(starts, max(stop, start + 1), lo=first + 1, hi=len(filled))
-        found.append(int(min(segments[first:last], key=PRECEDENCE.index)))
+    starts = [start for start, _ in spans]
+    stops = [max(stop, start + 1) for start, stop in spans]
+    ends = list(accumulate(len(text) for _, text in pieces))
+    found = [int(Segment.PROMPT)] * len(spans)
+    for segment in reversed(PRECEDENCE):
+        for (owner, text), end in zip(pieces, ends, strict=True):
+            if owner == segment and text:
+                first, last = bisect_right(stops, end - len(text)), bisect_left(starts, end)
+                found[first:last] = [int(segment)] * (last - first)
     return found
 
 
@@ -190,7 +190,7 @@ def _fault(
 ) -> str | None:
     """Tell what is wrong with the special tokens behind the prompt, if anything is."""
     length = sum(len(text) for _, text in pieces)
-    token = frame.tokenizer.convert_ids_to_tokens(frame.end_id)
+    token = frame.end_token
     if not ids or ids[-1] != frame.end_id:
         return f"the end of turn {token!r} is not the last token"
     if spans[-1] != (length - len(token), length):
