@@ -236,6 +236,33 @@ def test_reasoning_content_needs_no_rule(tmp_path: Path) -> None:
     assert reasons(data) == [(0, "no list of messages")]
 
 
+def test_a_turn_can_be_the_response_of_a_plain_prompt(tmp_path: Path) -> None:
+    """A base model takes no chat: keys lead to the turn, and the prompt is text."""
+    file = jsonl(tmp_path / "rows.jsonl", {"q": "2 + 2?", "talk": TURNS}, {"q": "1?", "talk": []})
+    data = section(
+        file, prompt="{q}", response="talk[1][content]", split_rule="think_tags", answer=None
+    )
+    loaded = load_examples(data, seed=7)
+    assert loaded.examples == [Example("2 + 2?", "Two and two.", "4", 0)]
+    assert reasons(data) == [(1, "`talk[1]` does not exist")]
+    missing = section(file, **{**HASHED, "prompt": "{q}", "response": "chat[1][content]"})
+    assert message_of(missing).splitlines()[:2] == [
+        f"{file}: 1 problem",
+        "  data.response: no column 'chat'; the columns are q, talk",
+    ]
+
+
+def test_choices_are_rendered_by_their_places(tmp_path: Path) -> None:
+    """Lists inside a column, as the choices of OpenBookQA, are reached by number."""
+    choices = {"text": ["moon", "sun"], "label": ["A", "B"]}
+    file = jsonl(tmp_path / "rows.jsonl", {"stem": "Which shines?", "choices": choices, "key": "B"})
+    lines = [f"{{choices[label][{place}]}}. {{choices[text][{place}]}}" for place in (0, 1)]
+    prompt = "\n".join(["{stem}", *lines])
+    data = section(file, prompt=prompt, thinking="", answer="{key}")
+    (example,) = load_examples(data, seed=7).examples
+    assert example == Example("Which shines?\nA. moon\nB. sun", "", "B", 0)
+
+
 def test_conversations_that_hold_no_response_are_reasons(tmp_path: Path) -> None:
     """Each broken conversation is counted with what is wrong with it."""
     file = jsonl(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sftkey.data.response import Example
 from sftkey.data.rules import Rule, make_rule
-from sftkey.data.templates import Field, Row, RowError, Template
+from sftkey.data.templates import Row, RowError, Template, parse_field
 from sftkey.errors import DataError, Problem
 from sftkey.recipe import DataSection
 
@@ -87,8 +87,8 @@ def _reader(
         raise DataError(data.source, what)
     templates = _templates(data, wanted, columns)
     if data.response is not None:
-        column = Field(data.response, (), None, "")
-        return lambda row: [(_prompt(row, templates["prompt"]), *_by_rule(column.text(row), rule))]
+        field = parse_field(data.response, columns)
+        return lambda row: [(_prompt(row, templates["prompt"]), *_by_rule(field.text(row), rule))]
     return lambda row: [
         (
             _prompt(row, templates["prompt"]),
@@ -124,7 +124,7 @@ def _templates(
         (f"data.{name}", column) for name, made in templates.items() for column in made.columns
     ]
     if data.response is not None:
-        asked.append(("data.response", data.response))
+        asked.append(("data.response", parse_field(data.response, columns).column))
     known = ", ".join(columns)
     problems = [
         Problem(where, f"no column {column!r}; the columns are {known}")

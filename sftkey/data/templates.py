@@ -44,6 +44,15 @@ class Field:
             raise RowError(f"`{name}`: {error}") from error
 
 
+def parse_field(
+    name: str, columns: Sequence[str], conversion: str | None = None, spec: str = ""
+) -> Field:
+    """Read a column's name, with keys into it: `messages[1][content]`."""
+    match = None if name in columns else FIELD.match(name)
+    column, keys = (match[1], match[2]) if match else (name, "")
+    return Field(column, tuple(re.findall(r"\[(.+?)\]", keys)), conversion, spec)
+
+
 class Template:
     """Text with columns in braces, in `str.format`'s writing; `{{` and `}}` are braces themselves.
 
@@ -58,9 +67,7 @@ class Template:
         for literal, name, spec, conversion in string.Formatter().parse(text):
             field = None
             if name is not None:
-                match = None if name in columns else FIELD.match(name)
-                column, keys = (match[1], match[2]) if match else (name, "")
-                field = Field(column, tuple(re.findall(r"\[(.+?)\]", keys)), conversion, spec or "")
+                field = parse_field(name, columns, conversion, spec or "")
             self.parts.append((literal, field))
         self.columns = [field.column for _, field in self.parts if field]
         # The column that is the whole template: only there a list of messages is a prompt.
