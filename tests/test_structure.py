@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"recipe"},
     "data": {"recipe"},
     "generation": {"model", "data"},
+    "planning": ROOMS,
     "training": ROOMS,
     "evaluation": ROOMS,
-    **{command: {*ROOMS, "training", "evaluation", *HALL} for command in HALL},
+    **{command: {*ROOMS, "planning", "training", "evaluation", *HALL} for command in HALL},
 }
 RECIPES_LIBRARIES = {"pydantic", "pydantic_core", "yaml", *sys.stdlib_module_names}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"}

@@ -1,0 +1,1 @@
+"""Before training: whether a recipe is right, what it needs, and recipes for new models."""

@@ -1,0 +1,237 @@
+"""The proof that a frame's masks are right: hard rows, judged by `decode()` alone.
+
+What tokenizes reasons with offsets; what judges never looks at one. It decodes ids, and compares
+with the text that went in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sftkey.data.chat_template import TEMPLATE_ERRORS
+from sftkey.data.frame import Frame
+from sftkey.data.labels import IGNORED, labels_for
+from sftkey.data.response import Example, Segment
+from sftkey.data.tokenization import Refusal, Row, tokenize
+from sftkey.planning.hard_rows import hard_examples
+
+SPECIAL_TEXT = "holds the text of a special token"
+BEFORE = "cats"  # decoded before a completion, whose first blank SentencePiece would take away
+BROKEN = "\ufffd"  # what stands for a character of which bytes are missing
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A row that was built wrongly, or refused though it can be built."""
+
+    example: Example
+    what: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What became of the rows of a proof.
+
+    Args:
+        rows: How many were tried.
+        right: How many were built, and rightly.
+        refused: How many were refused by reason, each confirmed: no row can be built of them.
+        wrong: The others.
+    """
+
+    rows: int
+    right: int
+    refused: dict[str, int] = field(default_factory=dict)
+    wrong: list[Wrong] = field(default_factory=list)
+
+    @property
+    def num_refused_otherwise(self) -> int:
+        """Rows that were refused for something else than the text of a special token."""
+        return sum(n for reason, n in self.refused.items() if SPECIAL_TEXT not in reason)
+
+
+def prove(frame: Frame, num_rows: int, seed: int) -> Proof:
+    """Tokenize hard rows, and judge every one."""
+    examples = hard_examples(frame, num_rows, seed)
+    return judge(frame, examples, tokenize(examples, frame))
+
+
+def judge(frame: Frame, examples: Sequence[Example], rows: Sequence[Row | Refusal]) -> Proof:
+    """Judge what became of examples, in their order."""
+    oracle = Oracle(frame)
+    right, refused, wrong = 0, Counter[str](), []
+    for example, row in zip(examples, rows, strict=True):
+        if isinstance(row, Row):
+            fault = oracle.fault(example, row)
+        elif oracle.can_be_built(example):
+            fault = f"refused, but a row can be built: {row.reason}"
+        else:
+            refused[re.sub(r"the special token .*", "a special token", row.reason)] += 1
+            continue
+        right += fault is None
+        wrong += [] if fault is None else [Wrong(example, fault)]
+    return Proof(len(examples), right, dict(refused), wrong)
+
+
+class Oracle:
+    """Judges rows with `decode()` alone."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.normalizer = frame.tokenizer.backend_tokenizer.normalizer
+        added = frame.tokenizer.added_tokens_decoder.values()
+        tokens = sorted((token.content for token in added), key=len, reverse=True)
+        # A tokenizer takes its added tokens out of a text before it normalizes what is between.
+        self.added = re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
+        self.before = frame.encode([BEFORE])[0].ids
+
+    def fault(self, example: Example, row: Row) -> str | None:
+        """Say what is wrong with a row, if anything is."""
+        ids, segments = row.input_ids, row.segment_ids
+        if len(ids) != len(segments):
+            return "not a segment for every token"
+        fed = self.fed(example)
+        if ids[: len(fed)] != fed or self.frame.prompt_ids(example.prompt) != fed:
+            return "the row does not begin with what inference feeds"
+        places = [n for n, segment in enumerate(segments) if segment == Segment.PROMPT]
+        if places != list(range(len(fed))) or trained(row, "completion") != list(
+            range(len(fed), len(ids))
+        ):
+            return "stage `completion` does not train exactly what follows the prompt"
+        completion = Row(ids[len(fed) :], segments[len(fed) :], row.index)
+        return self._completion_fault(example, completion)
+
+    def can_be_built(self, example: Example) -> bool:
+        """Try to build a row with the tokenizer's own call, whole and apart."""
+        frame = self.frame
+        try:
+            fed, prompt = self.fed(example), frame.prompt_text(example.prompt)
+        except TEMPLATE_ERRORS:
+            return False
+        rest = "".join(self.texts(example))
+        special = frozenset(frame.special_ids.values())
+        for text, head in ((prompt + rest, frame.bos_before(prompt)), (rest, fed)):
+            ids = [*head, *frame.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            completion = ids[len(fed) :]
+            if (
+                ids[: len(fed)] == fed
+                and completion[-1:] == [frame.end_id]
+                and [n for n in completion if n in special] == frame.written_special_ids
+                and self.decode(completion) == self.normal(rest)
+            ):
+                return True
+        return False
+
+    def fed(self, example: Example) -> list[int]:
+        """Give the ids that inference feeds, by upstream's own call."""
+        tokenizer, prompt = self.frame.tokenizer, example.prompt
+        if self.frame.kind == "plain":
+            has_bos = tokenizer.bos_token and str(prompt).startswith(tokenizer.bos_token)
+            return list(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=True,
+            return_dict=False,
+            **self.frame.chat_template_kwargs,
+        )
+        return list(ids)
+
+    def texts(self, example: Example) -> tuple[str, str]:
+        """Give the text up to the end of the thinking, and the text of the key."""
+        pieces = self.frame.response.pieces(example.thinking, example.answer)
+        key = "".join(text for _, text in pieces[1:])
+        return self.frame.bridge + pieces[0][1], key + self.frame.end
+
+    def normal(self, text: str) -> str:
+        """Give what a tokenizer keeps of a text: its own normal form, blanks as blanks."""
+        if self.normalizer is None:
+            return text
+        parts = self.added.split(text) if self.added else [text]
+        return "".join(p if n % 2 else self._normal_part(p) for n, p in enumerate(parts))
+
+    def _normal_part(self, text: str) -> str:
+        normal = str(self.normalizer.normalize_str(text)).replace("▁", " ")
+        prefixed = normal.startswith(" ") and not text.startswith(" ")
+        return normal[1:] if prefixed else normal
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode what follows a prompt."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        text = str(self.frame.tokenizer.decode([*self.before, *ids], **options))
+        assert text.startswith(BEFORE), text
+        return text[len(BEFORE) :]
+
+    def _completion_fault(self, example: Example, row: Row) -> str | None:
+        thinking, key = self.texts(example)
+        text, key = self.normal(thinking + key), self.normal(key)
+        thinking = self.normal(thinking)
+        if self.decode(row.input_ids) != text:
+            return f"text was lost: {self.decode(row.input_ids)!r}"
+        return (
+            self._key_fault(row, len(thinking), key)
+            or self._end_fault(row)
+            or self._answer_fault(example, row, len(thinking))
+        )
+
+    def _key_fault(self, row: Row, length: int, key: str) -> str | None:
+        """The key is the text after the thinking, but for a token that straddles its beginning."""
+        ids, places = row.input_ids, trained(row, "key")
+        start = places[0] if places else len(ids)
+        if places != list(range(start, len(ids))):
+            return "stage `key` trains tokens that do not follow one another up to the row's end"
+        text = self.decode(ids)[len(self.decode(ids[:start])) :]
+        if not key.endswith(text):
+            return f"stage `key` trains more than the key: {text!r}"
+        if len(text) < len(key) and not start:
+            return f"stage `key` misses what nothing straddles: {text!r}"
+        if len(text) < len(key) and len(self._whole(ids[: start - 1])) >= length:
+            return f"stage `key` misses a token of the key: {text!r}"
+        return None
+
+    def _end_fault(self, row: Row) -> str | None:
+        """The end of turn comes last and once, and both stages train it."""
+        if row.input_ids.count(self.frame.end_id) != 1 or row.input_ids[-1] != self.frame.end_id:
+            return "the end of turn is not the last token, and once"
+        last = len(row.input_ids) - 1
+        if row.segment_ids[-1] != Segment.END or trained(row, "key")[-1] != last:
+            return "the end of turn is not trained as such"
+        return None
+
+    def _answer_fault(self, example: Example, row: Row, start: int) -> str | None:
+        """Every token that touches the answer is ANSWER, and no other; THINKING comes first."""
+        ids, answer = row.input_ids, self.normal(example.answer)
+        before = self.normal(self.frame.response.answer_open)
+        if not answer or self.normal(before + answer) != before + answer:
+            return None  # tag and answer melt into one another, and no decoding tells them apart
+        start += len(before)
+        places = trained(row, "answer") or trained(row, "key")[:1]
+        first, last = places[0], places[-1]
+        straddles = first and row.segment_ids[first - 1] == Segment.THINKING
+        if row.segment_ids[first] != Segment.ANSWER:  # none is: the thinking's last token has all
+            wrong = len(self.decode(ids[:first])) < start + len(answer) or not straddles
+        else:
+            wrong = (
+                places != list(range(first, last + 1))
+                or (len(self._whole(ids[:first])) > start and not straddles)
+                or len(self._whole(ids[:last])) >= start + len(answer)
+                or len(self.decode(ids[: last + 1])) < start + len(answer)
+            )
+        if wrong:
+            return f"stage `answer` trains other text: {self.decode(ids[first : last + 1])!r}"
+        return None
+
+    def _whole(self, ids: Sequence[int]) -> str:
+        """Decode, and leave out a last character that isn't whole."""
+        return self.decode(ids).rstrip(BROKEN)
+
+
+def trained(row: Row, loss_on: str) -> list[int]:
+    """Give the places of the tokens that a stage trains."""
+    labels, _ = labels_for(torch.tensor(row.input_ids), torch.tensor(row.segment_ids), loss_on)
+    return (labels != IGNORED).nonzero().flatten().tolist()
