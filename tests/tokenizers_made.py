@@ -150,8 +150,14 @@ HARD = st.sampled_from(
         "cats",
     ]
 )
-TEXT = st.lists(
-    HARD
-    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=6),
-    max_size=5,
-).map("".join)
+TEXT = (
+    st.lists(
+        HARD
+        | st.text(
+            st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=6
+        ),
+        max_size=5,
+    )
+    .map("".join)
+    .filter(lambda text: not any(token in text for token in SPECIAL))
+)
