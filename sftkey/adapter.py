@@ -21,6 +21,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -68,7 +69,8 @@ def _check_initialization(where: str, value: Any) -> None:
 def _ready(adapted: PeftModel) -> PeftModel:
     """Make all that is trained float32, and a checkpoint's save ask the hub for nothing.
 
-    peft makes copies of whole modules in the base's type, and looks the base up by its name.
+    peft makes copies of whole modules in the base's type, and looks the base up by its name. Its
+    head with trained rows hides its bias, which TRL's loss asks for beside the weights.
     """
     config: Any = adapted.peft_config["default"]
     dtype = adapted.get_input_embeddings().weight.dtype
@@ -82,6 +84,10 @@ def _ready(adapted: PeftModel) -> PeftModel:
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     config.base_model_name_or_path = ""
+    base: Any = adapted.get_base_model()
+    head = base.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        object.__setattr__(head, "bias", head.original_module.bias)  # not registered once more
     return adapted
 
 

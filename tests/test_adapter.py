@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import made_model
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from trl.trainer.utils import add_fused_lm_head
 
 from sftkey import adapter as adapter_module
 from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
@@ -86,7 +88,10 @@ def test_same_seed_same_adapter(tiny_folder: Path) -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
-@pytest.mark.parametrize("extra", [{}, {"trainable_token_indices": [2]}])
+ROWS_OF_BOTH = {"trainable_token_indices": {"embed_tokens": [2], "lm_head": [2]}}
+
+
+@pytest.mark.parametrize("extra", [{}, {"trainable_token_indices": [2]}, ROWS_OF_BOTH])
 def test_adapter_is_float32_on_a_bfloat16_base(
     tiny_folder: Path, base: dict[str, str | None], tmp_path: Path, extra: dict[str, Any]
 ) -> None:
@@ -101,6 +106,24 @@ def test_adapter_is_float32_on_a_bfloat16_base(
         assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     assert all(torch.equal(trained(again)[name], each) for name, each in trained(new).items())
     assert torch.equal(again.eval()(ROWS).logits, new.eval()(ROWS).logits)
+
+
+@pytest.mark.parametrize(
+    ("tied", "extra"), [(False, ROWS_OF_BOTH), (True, {"trainable_token_indices": [2]})]
+)
+def test_trls_head_trains_the_row_of_an_end(
+    tiny_tokenizer: Any, tied: bool, extra: dict[str, Any]
+) -> None:
+    """The row of an end of turn that a base never learned gets its gradient through TRL's head."""
+    model = made_model(tiny_tokenizer, tie_word_embeddings=tied)
+    adapted = add_lora(model, LORA | extra, seed=7)
+    add_fused_lm_head(model)
+    labels = torch.full_like(ROWS, -100)
+    labels[0, -1] = 2
+    adapted(input_ids=ROWS, labels=labels, fused_lm_head=True).log_probs.sum().backward()
+    head = adapted.get_base_model().lm_head
+    assert head.token_adapter.trainable_tokens_delta["default"].grad.abs().sum() > 0
+    assert head.bias is None
 
 
 def test_sixteen_bit_adapter_is_upcast(
