@@ -39,10 +39,11 @@ PLAIN_NAMES = {
 
 @dataclass(frozen=True)
 class Field:
-    """One field of an upstream config: its annotation, and the texts it is limited to, if any."""
+    """One field of an upstream config: its type, the texts it is limited to, its default."""
 
     annotation: ast.expr
     choices: tuple[str, ...] = ()
+    default: Any = None
 
     def convert(self, value: Any) -> Any:
         """Give the value as upstream takes it.
@@ -88,8 +89,19 @@ def _fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
                 choices = _listed_choices(statement.value) or _enum_choices(
                     path, statement.annotation
                 )
-                fields[statement.target.id] = Field(statement.annotation, choices)
+                default = _default(statement.value)
+                fields[statement.target.id] = Field(statement.annotation, choices, default)
     return fields
+
+
+def _default(value: ast.expr | None) -> Any:
+    """Read `= 8` or `= field(default=8, …)`; None where the default isn't a plain value."""
+    if isinstance(value, ast.Call):
+        value = next((each.value for each in value.keywords if each.arg == "default"), None)
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
 
 
 def _folder(package: str) -> Path:

@@ -20,6 +20,7 @@ PART_OF = {
     "source": "model",
     "recipe_checks": "recipe",
     "recipe_fields": "recipe",
+    "schedule": "recipe",
     "upstream": "recipe",
     "yaml_source": "recipe",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from sftkey.data.fitting import fit
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Example, Segment
-from sftkey.data.splits import load_splits
+from sftkey.data.splits import Splits, load_splits
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, Problem
 from sftkey.recipe import DataSection, Recipe
@@ -45,6 +46,12 @@ class Prepared:
     counts: dict[str, Any]
     refusals: list[Refusal]
 
+    def questions(self, recipe: Recipe) -> list[Example]:
+        """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
+        count = min(recipe.eval.num_questions, len(self.test))
+        drawn = random.Random(recipe.seed).sample(range(len(self.test)), count)
+        return [self.test[number] for number in sorted(drawn)]
+
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool = True) -> Prepared:
     """Load the recipe's data and tokenize what is trained and validated on.
@@ -55,6 +62,16 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
     """
     frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
     splits = load_splits(recipe.data, recipe.seed, need_test, recipe.response.turns)
+    return prepare_splits(recipe, splits, frame)
+
+
+def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
+    """Tokenize what is trained and validated on, of rows that are loaded already.
+
+    Raises:
+        DataError: No rows are left, or a stage finds nothing to train in them.
+        FrameError: The template drops or raises on a system message.
+    """
     counts: dict[str, Any] = {"dropped": {}, "trimmed": {}, "tokens": {}}
     for item in splits.counts["dropped"]:
         reason = f"{item['split']}: {item['reason']}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,11 +37,8 @@ class Answers:
 
     @cached_property
     def questions(self) -> list[Example]:
-        """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
-        test = self.prepared.test
-        count = min(self.recipe.eval.num_questions, len(test))
-        drawn = random.Random(self.recipe.seed).sample(range(len(test)), count)
-        return [test[number] for number in sorted(drawn)]
+        """Give the test rows that are asked."""
+        return self.prepared.questions(self.recipe)
 
     def missing(self, name: str) -> bool:
         """Tell whether a stage's answers, or the base model's, are still to be written."""

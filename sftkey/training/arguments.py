@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,3 @@ def stage_arguments(
         "disable_tqdm": True,  # the run has one progress bar of its own
     }
     return SFTConfig(**{**DEFAULTS, **recipe.stage_trainer(stage), **owned})
-
-
-def num_stage_steps(arguments: SFTConfig, num_rows: int, num_processes: int) -> int:
-    """Count the optimizer steps of a stage, as the trainer will count them."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    num_batches = math.ceil(num_rows / arguments.per_device_train_batch_size / num_processes)
-    steps_an_epoch = math.ceil(num_batches / arguments.gradient_accumulation_steps)
-    return math.ceil(arguments.num_train_epochs * max(steps_an_epoch, 1))

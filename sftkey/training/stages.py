@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,9 +21,10 @@ from sftkey.device import Device, choose_device
 from sftkey.errors import Problem, RecipeError
 from sftkey.model import load_model, load_tokenizer
 from sftkey.recipe import Recipe
+from sftkey.schedule import num_stage_steps
 from sftkey.source import base_identity
 from sftkey.training.answers import Answers, sharded
-from sftkey.training.arguments import num_stage_steps, stage_arguments
+from sftkey.training.arguments import stage_arguments
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.ledger import Ledger, open_run, write_json
 from sftkey.training.memory import explained_out_of_memory, release_memory
@@ -152,27 +153,41 @@ class Run:
         PartialState().wait_for_everyone()
 
 
-def start(recipe: Recipe, folder: Path, fresh: bool = False) -> Run:
-    """Open the run folder and read the data; no weights are loaded yet.
+def read_rows(recipe: Recipe) -> Prepared:
+    """Load the tokenizer and the rows; the test rows may be missing."""
+    tokenizer = load_tokenizer(recipe.model)
+    return prepare(recipe, tokenizer, need_test=recipe.data.test is not None)
+
+
+def start(
+    recipe: Recipe,
+    folder: Path,
+    fresh: bool = False,
+    read: Callable[[Recipe], Prepared] = read_rows,
+) -> Run:
+    """Read the data and open the run folder; no weights are loaded yet.
+
+    The data come first: a recipe that is refused for them leaves no run folder behind, in which
+    the mended one would be another recipe.
 
     Args:
         recipe: What is asked.
         folder: The run folder.
         fresh: Move a run that lies there aside, under a new name.
+        read: Gives the rows; the hall hands in the gate, which reads them and may refuse the run.
 
     Raises:
         SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
     """
-    refuse_evaluation_without_rows(recipe)
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
     processes = PartialState(cpu=device.kind == "cpu")
+    with processes.main_process_first():
+        prepared = read(recipe)
+    refuse_evaluation_without_rows(recipe, prepared)
     if processes.is_main_process:
         open_run(recipe, folder, fresh)
     processes.wait_for_everyone()
     ledger = Ledger(folder, recipe, main=processes.is_main_process)
-    with processes.main_process_first():
-        tokenizer = load_tokenizer(recipe.model)
-        prepared = prepare(recipe, tokenizer, need_test=recipe.data.test is not None)
     ledger.facts |= {
         "device": device.kind,
         "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
@@ -182,7 +197,8 @@ def start(recipe: Recipe, folder: Path, fresh: bool = False) -> Run:
     ledger.save()
     if ledger.main:
         write_json(ledger.folder / "data.json", prepared.counts)
-    return Run(recipe, ledger, device, tokenizer, prepared, make_progress(ledger, device, prepared))
+    progress = make_progress(ledger, device, prepared)
+    return Run(recipe, ledger, device, prepared.frame.tokenizer, prepared, progress)
 
 
 def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProgress:
@@ -191,8 +207,9 @@ def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProg
     steps = {}
     for number, stage in enumerate(ledger.recipe.stages):
         folder = ledger.stage_folder(number) / "checkpoints"
-        arguments = stage_arguments(ledger.recipe, stage, device, folder, on_start=True)
-        steps[stage.name] = num_stage_steps(arguments, len(prepared.train), world)
+        stage_arguments(ledger.recipe, stage, device, folder, on_start=True)  # upstream's checks
+        trainer = ledger.recipe.stage_trainer(stage)
+        steps[stage.name] = num_stage_steps(trainer, len(prepared.train), world)
     left = sum(steps[record.name] for record in ledger.stages if record.status == "open")
     progress = RunProgress(left, quiet=not ledger.main)
     counts = ", ".join(f"{name} {count} steps" for name, count in steps.items())
@@ -203,8 +220,8 @@ def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProg
     return progress
 
 
-def refuse_evaluation_without_rows(recipe: Recipe) -> None:
-    """Refuse a stage that wants to look at validation rows when the recipe names none.
+def refuse_evaluation_without_rows(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse a stage that wants to look at validation rows when there are none.
 
     Raises:
         RecipeError: Names each such stage.
@@ -215,7 +232,7 @@ def refuse_evaluation_without_rows(recipe: Recipe) -> None:
         for key, value in recipe.stage_trainer(stage).items()
         if key in ("eval_strategy", "load_best_model_at_end") and value not in (False, "no")
     ]
-    if problems and recipe.data.validation is None:
+    if problems and prepared.validation is None:
         raise RecipeError(recipe.name, problems, "write data.validation: a number of rows of train")
 
 
