@@ -70,6 +70,7 @@ def choose_device(
     kind: Literal["cuda", "mps", "cpu"] = "cpu"
     compute_dtype = torch.float32
     if not use_cpu and torch.cuda.is_available():
+        _check_one_gpu(env)
         kind, index = "cuda", int(env.get("LOCAL_RANK", "0"))
         modern = torch.cuda.get_device_capability(index) >= (8, 0)
         compute_dtype = torch.bfloat16 if modern else torch.float16
@@ -81,6 +82,18 @@ def choose_device(
         _check_dtype(section.dtype, kind, compute_dtype)
         compute_dtype = DTYPES[section.dtype]
     return Device(kind, index, compute_dtype)
+
+
+def _check_one_gpu(env: Mapping[str, str]) -> None:
+    """Refuse several GPUs for one process: transformers would split each batch over them."""
+    count = torch.cuda.device_count()
+    if count > 1 and "LOCAL_RANK" not in env:
+        raise DeviceError(
+            "cuda",
+            f"expected one GPU for this process; it sees {count}",
+            "launch with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m "
+            "sftkey.train RECIPE`, or set CUDA_VISIBLE_DEVICES=0",
+        )
 
 
 def _check_nf4(kind: str) -> None:

@@ -7,11 +7,14 @@ import os
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice off a run's progress; their warnings stay."""
+    import logging as standard
     import warnings
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # On a CPU bitsandbytes advises to install a package that then asks the hub at run time.
+    standard.getLogger("bitsandbytes.backends.cpu.ops").setLevel(standard.ERROR)
     # TRL switches gradient checkpointing on by its old name, which transformers reports.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 

@@ -109,3 +109,16 @@ def test_nf4_without_bitsandbytes(no_device: pytest.MonkeyPatch) -> None:
         "import of bitsandbytes halted; None in sys.modules\n"
         "hint: write model.quantization=none"
     )
+
+
+def test_several_gpus_for_one_process_are_refused(two_gpus: pytest.MonkeyPatch) -> None:
+    """Without a launcher, transformers would split each batch over all of them."""
+    two_gpus.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(section(), env={"LOCAL_RANK": "1"}).index == 1
+    with pytest.raises(DeviceError) as caught:
+        choose_device(section(), env={})
+    assert str(caught.value) == (
+        "cuda: expected one GPU for this process; it sees 2\n"
+        "hint: launch with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m "
+        "sftkey.train RECIPE`, or set CUDA_VISIBLE_DEVICES=0"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -56,7 +56,6 @@ class Answers:
         rank, world = processes.process_index, processes.num_processes
         whole = self.ledger.generations(name)
         parts = [whole.with_name(f"{name}.part{r}of{world}.jsonl") for r in range(world)]
-        self.progress.note(f"{name}: answering {len(self.questions)} questions")
         settings = self.recipe.eval
         generate_to_file(
             model,
@@ -71,6 +70,7 @@ class Answers:
             batch_size=settings.batch_size,
             temperature=settings.temperature,
             seed=self.recipe.seed,
+            report=partial(self.progress.answers, name),
         )
         processes.wait_for_everyone()
         if self.ledger.main:

@@ -79,6 +79,12 @@ class RunProgress:
         pace = self.training_seconds / max(self.steps_done, 1)
         return pace * (self.num_steps - self.steps_done)
 
+    def answers(self, stage: str, num_done: int, num_all: int) -> None:
+        """Show how many questions a stage has answered; without a terminal, the first and last."""
+        self._bar.update(self._task, description=stage, figures=f"answers {num_done}/{num_all}")
+        if self._bar.disable and num_done in (0, num_all):
+            self.note(f"{stage}: {num_done} of {num_all} questions answered")
+
     def log(self, stage: str, step: int, max_steps: int, line: dict[str, object]) -> None:
         """Show the figures of one log line."""
         segments = line["segments"]
