@@ -49,7 +49,7 @@ def preview_rows(recipe: Recipe, prepared: Prepared, num_rows: int) -> list[dict
         shown.append((entry, row))
     kept = [(entry, row) for entry, row in shown if isinstance(row, Row)]
     for (entry, _), tokens in zip(
-        kept, _tokens([row for _, row in kept], recipe, tokenizer), strict=True
+        kept, row_tokens([row for _, row in kept], recipe, tokenizer), strict=True
     ):
         entry["tokens"] = tokens
     return [entry for entry, _ in shown]
@@ -96,10 +96,14 @@ def _refused(prepared: Prepared) -> list[Refusal]:
     return refused
 
 
-def _tokens(
+def row_tokens(
     rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[dict[str, Any]]]:
-    """Collate rows for each stage, and read segments and weights off the batches."""
+    """Collate rows for each stage, and read segments and weights off the batches.
+
+    Returns:
+        The `tokens` of `preview_rows` for each row.
+    """
     if not rows:
         return []
     batches = {

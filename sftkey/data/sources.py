@@ -61,12 +61,22 @@ def load_examples(
         DataError: The source can't be read, holds no rows, or lacks columns that the section names.
     """
     data = with_defaults(data)
-    rows = _rows(data, seed, split)
-    if not rows:
-        raise DataError(data.source, f"expected rows in `{split}`; got none")
+    rows = load_rows(data, seed, split)
     # A row may lack what others have (JSON): the columns are all that occur, in their order.
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return make_examples(rows, data, columns, turns)
+
+
+def load_rows(data: DataSection, seed: int, split: str) -> Rows:
+    """Read the rows of one split as they are, before anything becomes an example.
+
+    Raises:
+        DataError: The source can't be read, or holds no rows.
+    """
+    rows = _rows(with_defaults(data), seed, split)
+    if not rows:
+        raise DataError(data.source, f"expected rows in `{split}`; got none")
+    return rows
 
 
 def _rows(data: DataSection, seed: int, split: str) -> Rows:
