@@ -104,15 +104,8 @@ def test_a_wrong_recipe_is_an_error(folder: Path) -> None:
 
 
 def test_every_recipe_that_ships_is_found() -> None:
-    """The shipped folder is there, and this many recipes are in it."""
-    names = [str(file.relative_to(RECIPES)) for file in recipe_files(RECIPES)]
-    assert names == [
-        "qwen2.5-1.5b/gsm8k.yaml",
-        "smollm2-135m/demo.yaml",
-        "smollm2-135m/gsm8k.yaml",
-    ]
-    assert [describe(file)["name"] for file in recipe_files(RECIPES)] == [
-        "qwen2.5-1.5b-gsm8k",
-        "smollm2-135m-demo",
-        "smollm2-135m-gsm8k",
-    ]
+    """The shipped folder is there, and each recipe in it is listed under its own name."""
+    files = list(recipe_files(RECIPES))
+    assert RECIPES / "smollm2-135m" / "demo.yaml" in files
+    assert len(files) >= 20
+    assert len({describe(file)["name"] for file in files}) == len(files)
