@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,7 @@ def load_model(
         "dtype": torch.float32 if full and section.dtype is None else dtype,
     }
     if section.quantization == "nf4":
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=device.compute_dtype,
-        )
+        settings["quantization_config"] = _nf4(device.compute_dtype)
         settings["device_map"] = {"": device.torch_device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -114,6 +110,22 @@ def load_model(
         _keep_gradients(model)
         return model
     return model.to(device.torch_device)
+
+
+def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Quantize to NF4, twice, as QLoRA does.
+
+    FSDP shards floating tensors alone, all of one type: there the packed bytes are held as numbers
+    of the compute type.
+    """
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype if fsdp else torch.uint8,
+    )
 
 
 def _keep_gradients(model: PreTrainedModel) -> None:

@@ -211,6 +211,20 @@ def test_nf4_quantizes_twice(tiny_folder: Path) -> None:
     assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
 
 
+@pytest.mark.parametrize(("fsdp", "storage"), [("true", torch.float32), ("false", torch.uint8)])
+def test_fsdp_gets_nf4_weights_that_it_can_shard(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, fsdp: str, storage: torch.dtype
+) -> None:
+    """Where the launcher says FSDP, the packed weights are numbers of the compute type."""
+    from bitsandbytes.nn import Linear4bit
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    model = quantized(tiny_folder)
+    evaluate(model)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert {layer.weight.dtype for layer in layers} == {storage}
+
+
 def test_gradient_survives_an_evaluation(tiny_folder: Path) -> None:
     """The gradient through quantized layers is exactly the same before and after a forward pass."""
     model = quantized(tiny_folder)
