@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 KINDS = {
@@ -65,6 +66,25 @@ def test_the_head_says_how_to_use_it(name: str) -> None:
     text = (FOLDER / f"{name}.yaml").read_text()
     assert text.startswith("# ")
     assert f"--config_file accelerate_configs/{name}.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [
+        ("fsdp2", "ACCELERATE_USE_FSDP", "true"),
+        ("deepspeed_zero2", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+        ("deepspeed_zero3", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"),
+    ],
+)
+def test_a_process_is_told_how_it_is_launched(name: str, flag: str, value: str) -> None:
+    """The launcher hands its processes the variables from which sftkey knows what is sharded."""
+    command = ["--config_file", str(FOLDER / f"{name}.yaml"), "--num_processes", "2", "train.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args.deepspeed_fields_from_accelerate_config = ""  # the launcher sets it on the way
+    deepspeed = name.startswith("deepspeed")
+    env = prepare_deepspeed_cmd_env(args)[1] if deepspeed else prepare_multi_gpu_env(args)
+    assert env[flag] == value
+    assert env.get("ACCELERATE_USE_DEEPSPEED", "false") == str(deepspeed).lower()
 
 
 def test_two_nodes_are_a_variant_of_multi_gpu(tmp_path: Path) -> None:
