@@ -56,6 +56,14 @@ def train(
 
 
 @app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJSON = False) -> None:
+    """Find all that is wrong with a recipe and its rows; loads no weights."""
+    from sftkey.check import check
+
+    check(recipe, overrides or (), as_json=as_json)
+
+
+@app.command()
 def ls(as_json: AsJSON = False) -> None:
     """List the recipes that come with sftkey."""
     from sftkey.ls import ls

@@ -69,6 +69,10 @@ class DeviceError(SFTKeyError, RuntimeError):
     """This machine's device can't do what the recipe asks of it, or ran out of memory."""
 
 
+class CheckError(SFTKeyError, ValueError):
+    """The gate refuses to train a recipe as it stands."""
+
+
 class RunError(SFTKeyError, RuntimeError):
     """A run folder can't be used as the command asks."""
 

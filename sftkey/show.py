@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def show(
     from sftkey.data.prepare import prepare
     from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
     from sftkey.model import load_tokenizer
+    from sftkey.planning.check_stop import not_verified, stop_ids_of
 
     prepared = prepare(checked, load_tokenizer(checked.model), need_test=False)
     rows = preview_rows(checked, prepared, num_rows)
@@ -38,3 +40,5 @@ def show(
         console = stdout_console()
         console.print(rendered_rows(rows))
         console.print(numbers)
+    if stop_ids_of(checked.model) is None:
+        print(f"note: {not_verified(checked, prepared.frame)}", file=sys.stderr)

@@ -10,7 +10,7 @@ from sftkey.recipe import load_recipe
 
 
 def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> None:
-    """Check the recipe's form, set the process up, and run the stages.
+    """Check the recipe's form, set the process up, pass the gate, and run the stages.
 
     The form comes first: a wrong recipe must be told before torch is imported, which takes seconds.
 
@@ -22,10 +22,11 @@ def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> N
 
     use_all_cores()
     quiet_libraries()
+    from sftkey.check import passed
     from sftkey.evaluate import grade_stage, print_table
     from sftkey.training.stages import start
 
-    run = start(checked, Path("runs") / checked.name, fresh)
+    run = start(checked, Path("runs") / checked.name, fresh, read=passed)
     with run.progress:
         for stage in run.stages():
             grade_stage(run, stage)

@@ -14,7 +14,7 @@ import sftkey.ls
 from sftkey.cli import main
 from sftkey.errors import RunError
 
-COMMANDS = ("train", "ls", "show", "evaluate", "compare")
+COMMANDS = ("train", "check", "ls", "show", "evaluate", "compare")
 HELP_SECONDS = 0.7
 
 

@@ -52,3 +52,17 @@ def test_overrides_count(weightless: Path, capsys: pytest.CaptureFixture[str]) -
     (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     weights = {token["segment"]: token["trained"]["key"] for token in row["tokens"]}
     assert weights == {"PROMPT": 0, "THINKING": 0, "ANSWER_TAG": 0, "ANSWER": 0.5, "END": 0}
+
+
+def test_a_stop_that_nobody_published_is_said(
+    weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a generation config the rows are shown all the same, with a note on stderr."""
+    show(weightless, num_rows=1, as_json=True)
+    assert "stop not verified" not in capsys.readouterr().err
+    (tmp_path / "weightless" / "generation_config.json").unlink()
+    show(weightless, num_rows=1, as_json=True)
+    assert capsys.readouterr().err.endswith(
+        f"note: {tmp_path}/weightless: stop not verified: no generation config says whether "
+        "'<|im_end|>' (2) stops generation\n    hint: other engines need eos_token_id: 2\n"
+    )

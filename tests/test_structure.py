@@ -11,7 +11,7 @@ from structure import cycles, function_lengths, graph, modules, reachable
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sftkey"
-HALL = {"cli", "console", "process", "train", "ls", "show", "evaluate", "compare"}
+HALL = {"cli", "console", "process", "train", "check", "ls", "show", "adapt", "evaluate", "compare"}
 # Modules that are parts of a place of the design, which would be too long in one file.
 PART_OF = {
     "adapter": "model",

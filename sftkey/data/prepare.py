@@ -16,7 +16,7 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Example, Segment
 from sftkey.data.splits import Splits, load_splits
 from sftkey.data.tokenization import Refusal, Row, tokenize
-from sftkey.errors import DataError, Problem
+from sftkey.errors import DataError, Problem, RecipeError
 from sftkey.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
@@ -124,6 +124,22 @@ def _check_stages(recipe: Recipe, tokens: dict[str, int]) -> None:
     ]
     if problems:
         raise DataError(recipe.data.source, problems, hint="see `sftkey show` for the segments")
+
+
+def refuse_evaluation_without_rows(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse a stage that wants to look at validation rows when there are none.
+
+    Raises:
+        RecipeError: Names each such stage.
+    """
+    problems = [
+        Problem(f"stages.{stage.name}.trainer.{key}", f"{value!r} needs validation rows; got none")
+        for stage in recipe.stages
+        for key, value in recipe.stage_trainer(stage).items()
+        if key in ("eval_strategy", "load_best_model_at_end") and value not in (False, "no")
+    ]
+    if problems and prepared.validation is None:
+        raise RecipeError(recipe.name, problems, "write data.validation: a number of rows of train")
 
 
 def _count(counted: dict[str, Any], reason: str, index: int) -> None:

@@ -16,9 +16,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
-from sftkey.data.prepare import Prepared, prepare
+from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.device import Device, choose_device
-from sftkey.errors import Problem, RecipeError
 from sftkey.model import load_model, load_tokenizer
 from sftkey.recipe import Recipe
 from sftkey.schedule import num_stage_steps
@@ -218,22 +217,6 @@ def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProg
         f"{len(prepared.train)} training rows; {counts}"
     )
     return progress
-
-
-def refuse_evaluation_without_rows(recipe: Recipe, prepared: Prepared) -> None:
-    """Refuse a stage that wants to look at validation rows when there are none.
-
-    Raises:
-        RecipeError: Names each such stage.
-    """
-    problems = [
-        Problem(f"stages.{stage.name}.trainer.{key}", f"{value!r} needs validation rows; got none")
-        for stage in recipe.stages
-        for key, value in recipe.stage_trainer(stage).items()
-        if key in ("eval_strategy", "load_best_model_at_end") and value not in (False, "no")
-    ]
-    if problems and prepared.validation is None:
-        raise RecipeError(recipe.name, problems, "write data.validation: a number of rows of train")
 
 
 def handoff_tolerance(recipe: Recipe, device: Device) -> float:

@@ -1,0 +1,132 @@
+"""The gate before training: `sftkey check`, and what `sftkey train` runs before any weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftkey.errors import CheckError, Problem, RecipeError, SFTKeyError
+from sftkey.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from sftkey.data.prepare import Prepared
+    from sftkey.planning.findings import Report
+
+
+def check(recipe: Path, overrides: Sequence[str] = (), as_json: bool = False) -> None:
+    """Print all that is wrong with a recipe and its rows, and what its stages would train.
+
+    Raises:
+        SystemExit: With 2, where something refuses the recipe.
+        RecipeError: Its form is wrong; with `as_json` that is printed as the other findings are.
+    """
+    try:
+        checked = load_recipe(recipe, overrides)
+    except RecipeError as error:
+        if not as_json:
+            raise
+        from sftkey.planning.findings import Report, of_error
+
+        print(json.dumps(Report(tuple(of_error(error))).as_json(), ensure_ascii=False))
+        sys.exit(2)
+    report = gate(checked)
+    if as_json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        from sftkey.console import stdout_console
+
+        stdout_console().print(rendered(checked, report))
+    if report.refusals:
+        sys.exit(2)
+
+
+def gate(recipe: Recipe) -> Report:
+    """Find what the planning wing finds, and the questions whose answers the grader can't read."""
+    from sftkey.planning.check import check
+    from sftkey.planning.findings import Finding, of_error, of_rows
+
+    report = check(recipe)
+    if report.prepared is None:
+        return report
+    findings: list[Finding] = []
+    try:
+        rows = unreadable_answers(recipe, report.prepared)
+    except SFTKeyError as error:
+        findings += of_error(error)
+    else:
+        if rows:
+            what = f"test: the grader {recipe.eval.grader} can't read the answers of these rows"
+            hint = "choose the eval.grader that fits them: number, choice, exact or math"
+            findings.append(of_rows("references", what, rows, hint))
+    return dataclasses.replace(report, findings=(*report.findings, *findings))
+
+
+def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
+    """Give the rows of the questions that no answer would be right to."""
+    from sftkey.evaluation.grading import unreadable
+
+    questions = prepared.questions(recipe)
+    return unreadable({each.index: each.answer for each in questions}, recipe.eval.grader)
+
+
+def passed(recipe: Recipe) -> Prepared:
+    """Give the rows of a recipe that may be trained; what is worth knowing goes to stderr.
+
+    Raises:
+        CheckError: Something refuses the recipe; it holds every finding that does.
+    """
+    from accelerate import PartialState
+
+    report = gate(recipe)
+    if PartialState().is_main_process:
+        for finding in report.findings:
+            if not finding.refuses:
+                print(f"note: {finding}", file=sys.stderr)
+    if report.refusals or report.prepared is None:
+        problems = [Problem(finding.code, str(finding)) for finding in report.refusals]
+        raise CheckError(recipe.name, problems)
+    return report.prepared
+
+
+def rendered(recipe: Recipe, report: Report) -> RenderableType:
+    """Give findings and statistics for a terminal; the last line says whether it passes."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines: list[RenderableType] = []
+    for finding in report.findings:
+        word, style = ("refused", "red") if finding.refuses else ("note", "yellow")
+        lines.append(Text.assemble((f"{word} {finding.code}: ", style), str(finding)))
+    if report.statistics:
+        lines += rendered_numbers(report.statistics)
+    count = len(report.refusals)
+    verdict = f"refused for {count} finding{'s' * (count != 1)}" if count else "passes"
+    return Group(*lines, Text(f"{recipe.name}: {verdict}", "bold"))
+
+
+def rendered_numbers(numbers: dict[str, Any]) -> list[RenderableType]:
+    """Give the counts: rows and tokens, the key's share, each stage's steps and tokens."""
+    from rich.text import Text
+
+    from sftkey.data.preview import rendered_statistics
+
+    share = numbers["key_share"]
+    lines: list[RenderableType] = [
+        rendered_statistics(numbers),
+        Text(
+            f"key: {share['median']:.1%} of a completion's tokens at the median, "
+            f"{share['min']:.1%} to {share['max']:.1%}"
+        ),
+    ]
+    for name, stage in numbers["stages"].items():
+        text = (
+            f"{stage['steps']} steps, {stage['tokens']} tokens, {stage['trained_tokens']} trained"
+        )
+        lines.append(Text(f"stage {name}: {text}"))
+    return lines

@@ -1,0 +1,128 @@
+"""What the gate reads off the batches: is what each stage would train what the recipe says?
+
+Every row goes through the collator that training uses; then rows from all over train are judged by
+an oracle that decodes them and knows nothing of how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from sftkey.data.collator import KeyCollator
+from sftkey.data.frame import Frame
+from sftkey.data.labels import COMPLETION, IGNORED, KEY, PADDING, weights_by_segment
+from sftkey.data.response import Example, Segment
+from sftkey.data.tokenization import tokenize
+from sftkey.planning.findings import Finding, of_rows
+from sftkey.planning.proof import judge
+from sftkey.recipe import Recipe, StageSection
+
+NUM_JUDGED = 200  # rows of train that the oracle judges
+BATCH_SIZE = 64
+BUG = "no recipe mends this: it is a bug of sftkey, please report it with the tokenizer's name"
+HINTS = {
+    "nothing-trained": "leave these rows out, or choose another loss_on",
+    "no-key": "the answer melts into the thinking: choose other tags as response.answer",
+}
+
+
+@dataclass
+class Masks:
+    """What the batches of one split show.
+
+    Args:
+        faults: Rows by code and by what is wrong with them.
+        key_shares: Of each row, the key's share of its completion's tokens.
+    """
+
+    faults: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    key_shares: list[float] = field(default_factory=list)
+
+    def findings(self, split: str) -> Iterator[Finding]:
+        """Give a finding for each fault."""
+        for (code, what), rows in self.faults.items():
+            yield of_rows(code, f"{split}: {what}", rows, HINTS.get(code, BUG))
+
+    def note(self, code: str, what: str, wrong: torch.Tensor, rows: Sequence[int]) -> None:
+        """Note the rows of a batch of which a (B,) tensor of booleans says that they are wrong."""
+        if bool(wrong.any()):
+            numbers = [rows[place] for place in wrong.nonzero().flatten().tolist()]
+            self.faults.setdefault((code, what), []).extend(numbers)
+
+
+def read_masks(recipe: Recipe, frame: Frame, dataset: Dataset) -> Masks:
+    """Collate all rows of a split for every stage, and compare with what the recipe says."""
+    masks = Masks()
+    closing = _closing(frame)
+    pad = frame.tokenizer.pad_token_id
+    for rows in dataset.iter(batch_size=BATCH_SIZE):
+        items = [
+            {"input_ids": ids, "segment_ids": segments}
+            for ids, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)
+        ]
+        for stage in recipe.stages:
+            batch = KeyCollator(pad, stage.loss_on, for_key_trainer=True)(items)
+            _note_stage_faults(masks, stage, batch, frame, rows["index"])
+        _note_row_faults(masks, batch["segment_ids"], rows, closing, frame)
+    return masks
+
+
+def _note_stage_faults(
+    masks: Masks,
+    stage: StageSection,
+    batch: Mapping[str, torch.Tensor],
+    frame: Frame,
+    rows: Sequence[int],
+) -> None:
+    """Compare a batch's labels and weights with the recipe's weights by segment."""
+    ids, segments, labels = batch["input_ids"], batch["segment_ids"], batch["labels"]
+    by_segment = torch.tensor((*weights_by_segment(stage.loss_on), 0.0))  # PADDING takes the last
+    weights, where = by_segment[segments], f"stages.{stage.name}"
+    wrong = (labels != ids.where(weights > 0, IGNORED)) | (batch["loss_weights"] != weights)
+    masks.note("loss-on", f"{where}: trains other tokens than loss_on says", wrong.any(1), rows)
+    masks.note("nothing-trained", f"{where}: trains no token", (labels == IGNORED).all(1), rows)
+    last = (segments != PADDING).sum(1, keepdim=True) - 1
+    end = ids.gather(1, last) == frame.end_id
+    if by_segment[Segment.END]:
+        end &= labels.gather(1, last) == frame.end_id
+    what = f"{where}: doesn't train {frame.end_token!r} as the last token"
+    masks.note("end-untrained", what, ~end.squeeze(1), rows)
+
+
+def _note_row_faults(
+    masks: Masks, segments: torch.Tensor, rows: Mapping[str, Any], closing: str, frame: Frame
+) -> None:
+    """Look for rows whose answer is missing or cut, and measure the key."""
+    without = (segments != Segment.ANSWER).all(1)
+    masks.note("no-key", "no token of an answer", without, rows["index"])
+    longest = len(closing.encode()) + 1
+    tails = _decode(frame, [ids[-longest:] for ids in rows["input_ids"]])
+    cut = torch.tensor([not tail.endswith(closing) for tail in tails])
+    masks.note("answer-cut", f"doesn't end in {closing!r}", cut, rows["index"])
+    key, completion = (torch.isin(segments, torch.tensor(it)).sum(1) for it in (KEY, COMPLETION))
+    masks.key_shares += (key / completion.clamp(min=1)).tolist()
+
+
+def _closing(frame: Frame) -> str:
+    """Give the text that every row ends in, as the tokenizer decodes it."""
+    (encoding,) = frame.encode([frame.response.answer_close + frame.end])
+    return _decode(frame, [encoding.ids])[0].lstrip()
+
+
+def _decode(frame: Frame, rows: Sequence[Sequence[int]]) -> list[str]:
+    backend = frame.tokenizer.backend_tokenizer
+    return list(backend.decode_batch([list(ids) for ids in rows], skip_special_tokens=False))
+
+
+def judged_findings(frame: Frame, examples: Sequence[Example]) -> Iterator[Finding]:
+    """Let the oracle judge rows from all over a split."""
+    chosen = examples[:: max(1, len(examples) // NUM_JUDGED)]
+    wrong = judge(frame, chosen, tokenize(chosen, frame)).wrong
+    if wrong:
+        what = f"train: an oracle that decodes finds masks wrong, at first: {wrong[0].what}"
+        yield of_rows("masks", what, [each.example.index for each in wrong], BUG)

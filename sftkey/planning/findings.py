@@ -1,0 +1,86 @@
+"""What the gate says: one finding for each thing that is wrong, or worth knowing, in a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sftkey.errors import SFTKeyError
+
+if TYPE_CHECKING:
+    from sftkey.data.prepare import Prepared
+
+NUM_SHOWN = 20  # rows that a finding names
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the gate found.
+
+    Args:
+        code: Names the kind of finding, for programs.
+        rows: Numbers of the first rows concerned, from 0; of the split that the message names.
+        message: What was found where.
+        hint: What to do about it.
+        refuses: Whether the recipe can't be trained as it stands.
+    """
+
+    code: str
+    rows: tuple[int, ...]
+    message: str
+    hint: str | None
+    refuses: bool = True
+
+    def __str__(self) -> str:
+        """Give the finding for people: the hint stands in a line of its own."""
+        return self.message if self.hint is None else f"{self.message}\n    hint: {self.hint}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the gate found.
+
+    Args:
+        findings: In the order of the recipe's sections.
+        statistics: JSON; empty where there are no rows.
+        prepared: The rows, so that training needn't read them again; they are what the recipe asks
+            for if nothing refuses, and None where they can't be made.
+    """
+
+    findings: tuple[Finding, ...]
+    statistics: dict[str, Any] = field(default_factory=dict)
+    prepared: Prepared | None = None
+
+    @property
+    def refusals(self) -> list[Finding]:
+        """The findings that keep the recipe from being trained."""
+        return [finding for finding in self.findings if finding.refuses]
+
+    def as_json(self) -> dict[str, Any]:
+        """Give findings and statistics as DESIGN.md says."""
+        return {
+            "findings": [asdict(finding) for finding in self.findings],
+            "statistics": self.statistics,
+        }
+
+
+def of_error(error: SFTKeyError) -> Iterator[Finding]:
+    """Make a finding of each problem of an error: `DataError` has the code `data`."""
+    code = type(error).__name__.removesuffix("Error").lower()
+    for problem in error.problems:
+        yield Finding(code, (), f"{error.where}: {problem}", error.hint)
+
+
+def of_rows(
+    code: str, what: str, rows: Sequence[int], hint: str, *, refuses: bool = True
+) -> Finding:
+    """Make a finding on rows; the message counts them all and names the first."""
+    return Finding(code, tuple(rows[:NUM_SHOWN]), f"{what}: {numbered(rows)}", hint, refuses)
+
+
+def numbered(rows: Sequence[int], count: int | None = None) -> str:
+    """Count rows and name the first: `25 rows, 0, 1, …`."""
+    count = len(rows) if count is None else count
+    names = [str(row) for row in rows[:NUM_SHOWN]] + ["…"] * (count > len(rows[:NUM_SHOWN]))
+    return ", ".join([f"{count} row" + "s" * (count != 1), *names])
