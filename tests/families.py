@@ -10,6 +10,7 @@ import json
 import re
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Family:
         real: The tokenizer of `real_tokenizers` that has this family's vocabulary.
         kind: The kind of tokenizer that stands in for it.
         eos: What templates know as `eos_token`, if not `end`.
-        bos: What templates know as `bos_token`.
+        bos: What templates know as `bos_token`, if they know one.
         swallowing: Whether control tokens swallow the white space behind them.
         others: Tokens of the family that no template of it shows as a whole.
     """
@@ -97,7 +98,7 @@ class Family:
     real: str | None = None
     kind: str = "look_ahead"
     eos: str | None = None
-    bos: str = "<s>"
+    bos: str | None = None
     swallowing: bool = False
     others: tuple[str, ...] = ()
 
@@ -112,13 +113,14 @@ class Family:
         """Give a tokenizer trained in-process, with this family's control tokens and template."""
         tokenizer = KINDS[self.kind]()
         found = {*CONTROL.findall(self.jinja or ""), self.end, *self.stops, *self.others}
-        new = sorted({*found, self.bos, self.eos or self.end} - {"<s>", "</s>"})
+        new = sorted({*found, self.bos or self.end, self.eos or self.end} - {"<s>", "</s>"})
         tokens = [AddedToken(token, special=True, rstrip=self.swallowing) for token in new]
         tokenizer.add_special_tokens({"extra_special_tokens": tokens})
         return self._dressed(tokenizer)
 
+    @cache  # noqa: B019 (families live as long as the tests, and loading takes seconds)
     def real_one(self) -> Any:
-        """Give a copy of the family's published tokenizer, with its template."""
+        """Give the family's published tokenizer with its template, always the same one."""
         assert self.real is not None
         tokenizer = deepcopy(real_tokenizer(self.real))
         if self.name == "DeepSeek R1 distilled":  # Qwen's vocabulary, control tokens of its own
@@ -127,10 +129,8 @@ class Family:
         return self._dressed(tokenizer)
 
     def _dressed(self, tokenizer: Any) -> Any:
-        known = tokenizer.get_vocab()
         tokenizer.eos_token = self.eos or self.end
-        if self.bos in known:
-            tokenizer.bos_token = self.bos
+        tokenizer.bos_token = self.bos
         tokenizer.chat_template = self.jinja
         return tokenizer
 
@@ -138,14 +138,11 @@ class Family:
         """Write what a model folder holds beside the weights."""
         tokenizer.save_pretrained(folder)
         ids = tokenizer.convert_tokens_to_ids([self.end, *self.stops])
-        assert ids[0] is not None, f"{self.name}: {self.end} is not in its vocabulary"
-        # The package with Llama 3.1's tokenizer has <|eom_id|> under a reserved name.
-        ids = [number for number in ids if number is not None]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
-QWEN_BASE = {"end": "<|endoftext|>", "real": "qwen3"}
+QWEN_2_5 = Family("Qwen2.5", "<|endoftext|>", real="qwen3")
 QWEN_3 = Family("Qwen3", "<|im_end|>", ("<|endoftext|>",), "qwen3", "qwen3")
 LLAMA_3_2 = Family(
     "Llama 3.2",
@@ -183,7 +180,7 @@ FAMILIES = {  # by the folder of recipes/
     "lfm2-1.2b": Family("LFM2", "<|im_end|>", (), "lfm2_v2", bos="<|startoftext|>"),
     "llama-3.2-1b-instruct": LLAMA_3_2,
     "llama-3.2-3b-instruct": LLAMA_3_2,
-    "mistral-7b-instruct-v0.3": Family("Mistral", "</s>", (), MISTRAL, kind="unigram"),
+    "mistral-7b-instruct-v0.3": Family("Mistral", "</s>", (), MISTRAL, kind="unigram", bos="<s>"),
     "nemotron-nano-4b": Family(
         "Nemotron Nano",
         "<|eot_id|>",
@@ -203,16 +200,16 @@ FAMILIES = {  # by the folder of recipes/
         swallowing=True,
         others=("<|system|>", "<|user|>", "<|assistant|>"),
     ),
-    "qwen2.5-1.5b": Family("Qwen2.5", **QWEN_BASE),
-    "qwen2.5-3b": Family("Qwen2.5", **QWEN_BASE),
-    "qwen2.5-7b": Family("Qwen2.5", **QWEN_BASE),
+    "qwen2.5-1.5b": QWEN_2_5,
+    "qwen2.5-3b": QWEN_2_5,
+    "qwen2.5-7b": QWEN_2_5,
     "qwen3-4b": QWEN_3,
     "qwen3-8b": QWEN_3,
-    "qwen3-8b-base": Family("Qwen3", **QWEN_BASE),
+    "qwen3-8b-base": Family("Qwen3", "<|endoftext|>", real="qwen3"),
     "smollm2-1.7b-instruct": SMOLLM2,
     "smollm2-135m": SMOLLM2,
     "smollm3-3b-base": Family(
         "SmolLM3", "<|end_of_text|>", (), None, "llama3_1", bos="<|begin_of_text|>"
     ),
-    "tinyllama-1.1b-chat": Family("TinyLlama", "</s>", (), ZEPHYR, "llama2", "unigram"),
+    "tinyllama-1.1b-chat": Family("TinyLlama", "</s>", (), ZEPHYR, "llama2", "unigram", bos="<s>"),
 }
