@@ -370,18 +370,34 @@ def test_a_task_without_worked_solutions_takes_templates() -> None:
     assert re.fullmatch(r"-?\d+", first.answer)
 
 
+def test_a_chain_of_sums_is_worked_out_up_to_its_last_step() -> None:
+    """Each line adds one term to the result so far; the answer is the result of the last line."""
+    options = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1}
+    data = section("reasoning_gym", task="chain_sum", num_rows=50, task_options=options)
+    examples = load_examples(data, seed=42).examples
+    assert len(examples) == 50
+    for example in examples:
+        *lines, last = example.thinking.split("\n")
+        for line, following in zip(lines, [*lines[1:], last], strict=True):
+            step, result = line.split(" = ")
+            assert eval(step) == int(result)
+            assert following.startswith(f"{result} ")
+        assert eval(last) == int(example.answer)
+    assert examples[0].thinking == "4 + 3 = 7\n7 + 3"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
             {"task": "gsm"},
             "data.task: expected a task of reasoning-gym; got 'gsm'\n"
-            "hint: tasks with worked solutions: gsm_symbolic",
+            "hint: tasks with worked solutions: chain_sum, gsm_symbolic",
         ),
         (
-            {"task": "chain_sum"},
-            "data.task: expected a task with worked solutions (gsm_symbolic); "
-            "got 'chain_sum'\n"
+            {"task": "leg_counting"},
+            "data.task: expected a task with worked solutions (chain_sum, gsm_symbolic); "
+            "got 'leg_counting'\n"
             "hint: or write `data.thinking` as a template over question, answer and metadata",
         ),
         ({}, "data.num_rows: expected how many rows to make; got none"),
