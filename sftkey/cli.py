@@ -85,6 +85,31 @@ def show(
 
 
 @app.command()
+def adapt(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A hub id, a folder, or pypi:PACKAGE==VERSION."),
+    ],
+    like: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="Take data, stages and settings from this recipe."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="A file, a folder, a hub id or a built-in name."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
+    ] = None,
+) -> None:
+    """Write a recipe for a model, from its config and tokenizer, and prove its masks."""
+    from sftkey.adapt import adapt
+
+    adapt(model, like=like, data=data, output=output)
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     generations: Annotated[

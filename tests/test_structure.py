@@ -43,6 +43,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "ac
 LIGHT = [
     "sftkey.cli",
     "sftkey.ls",
+    "sftkey.adapt",
     "sftkey.train",
     "sftkey.compare",
     "sftkey.recipe",

@@ -1,0 +1,94 @@
+"""Write a recipe for a model: from its config and tokenizer alone, with its masks proven."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftkey.errors import RecipeError
+from sftkey.ls import RECIPES, recipe_files, shortest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sftkey.planning.adapt import Adapted
+    from sftkey.planning.proof import Proof
+
+
+def adapt(
+    model: str, like: Path | None = None, data: str | None = None, output: Path | None = None
+) -> None:
+    """Write a recipe, and print what proves it.
+
+    Without `output` the recipe goes to stdout, and the proof to stderr.
+
+    Raises:
+        SFTKeyError: The model, the data or the other recipe can't be read; `output` exists; or the
+            masks are wrong.
+    """
+    if output is not None and output.exists():
+        raise RecipeError(
+            str(output), "exists already, and adapt overwrites nothing", "give another -o FILE"
+        )
+    from rich.console import Console
+
+    from sftkey.console import stdout_console
+    from sftkey.planning.adapt import adapt as make_recipe
+    from sftkey.process import quiet_libraries
+
+    quiet_libraries()
+    adapted = make_recipe(model, output or Path("recipe.yaml"), like, data)
+    if output is None:
+        sys.stdout.write(adapted.text)
+        _report(adapted, Console(stderr=True, markup=False, highlight=False))
+        return
+    _write(output, adapted.text)
+    console = stdout_console()
+    console.print(f"{output}: written")
+    _report(adapted, console)
+
+
+def _write(output: Path, text: str) -> None:
+    """Write a new file, and never over one that came meanwhile."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RecipeError(str(output), f"can't be written: {error.strerror}") from error
+
+
+def _report(adapted: Adapted, console: Console) -> None:
+    """Print the proof, an example, and what differs from the nearest recipe."""
+    from sftkey.data.preview import rendered_rows
+    from sftkey.planning.families import find_nearest
+
+    for key in adapted.undecided:
+        console.print(f"to be decided: {key}; `sftkey check` refuses the recipe until then")
+    if adapted.proof is None:
+        console.print("masks not proven: what stands above must be decided first")
+    else:
+        for line in proof_lines(adapted.proof):
+            console.print(line)
+        console.print(rendered_rows(adapted.example))
+    nearest = find_nearest(adapted.recipe, adapted.model_type, recipe_files(RECIPES))
+    if nearest is None:
+        return
+    family = (
+        "the nearest recipe" if nearest.same_family else "no recipe of this family; the nearest"
+    )
+    what = "differs in" if nearest.differences else "says the same on model, lora and response"
+    console.print(f"\n{family}, {shortest(nearest.file)}, {what}")
+    for key, there, here in nearest.differences:
+        console.print(f"  {key}: {there} there, {here} here")
+
+
+def proof_lines(proof: Proof) -> list[str]:
+    """Give the numbers of a proof: rows tried, right, refused by reason, wrong."""
+    refused = sum(proof.refused.values())
+    lines = [
+        f"masks proven on {proof.rows} hard rows: {proof.right} right, {len(proof.wrong)} wrong, "
+        f"{refused} refused, of which none can be built:"
+    ]
+    return [*lines, *(f"  {count}: {why}" for why, count in proof.refused.items())]

@@ -1,0 +1,209 @@
+"""The sections of a recipe that is written for a model, each value with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sftkey.data.sources import with_defaults
+from sftkey.planning.adapt_choices import Choices
+from sftkey.planning.check_recipe import UNDECIDED
+from sftkey.planning.data_choice import choose_grader, plain_prompt
+from sftkey.planning.recipe_text import Line, Section
+from sftkey.recipe import DataSection, Recipe, ResponseSection
+
+ROWS_A_STEP = 16
+ONE_ROW = "one row at a time, until you know what fits your GPU; more in place of accumulation"
+LARGE = 13  # billions of parameters, above which QLoRA halves its rate
+HALF_OF_QLORA = "half of what QLoRA takes (arXiv 2305.14314); not tuned: choose on validation rows"
+# In the order of the recipe's reference.
+DATA_KEYS = tuple(DataSection.model_fields)
+
+
+def head(choices: Choices) -> Iterator[str]:
+    """Say what the recipe is, how it is run, and where it comes from."""
+    facts, model = choices.facts, choices.facts.section.name_or_path
+    data = f", {choices.as_other}" if choices.other else ""
+    data = f" on {choices.source}" if choices.source else data
+    size = _size(facts.billions)
+    yield f"{model} ({facts.model_type}, {size} parameters){data}: stage by stage."
+    yield f"Run:  accelerate launch -m sftkey.train {choices.path}"
+    yield "Written by `sftkey adapt` from the model's config and tokenizer; no weights were read."
+
+
+def _size(billions: float) -> str:
+    count, unit = (billions, "B") if billions >= 1 else (1000 * billions, "M")
+    return f"{count:.1f}{unit}" if count < 10 else f"{count:.0f}{unit}"
+
+
+def sections(choices: Choices) -> Iterator[Section]:
+    """Give all sections in order."""
+    yield "", [Line("name", choices.name), Line("seed", choices.seed)]
+    yield "model", list(_model(choices))
+    if choices.full:
+        yield "", [Line("lora", None, f"all weights are trained, {choices.as_other}")]
+    else:
+        yield "lora", list(_lora(choices))
+    yield "data", list(_data(choices))
+    yield "response", list(_response(choices))
+    yield "trainer", list(_trainer(choices))
+    yield "stages", list(_stages(choices))
+    yield "eval", list(_eval(choices))
+
+
+def _model(choices: Choices) -> Iterator[Line]:
+    facts, frame = choices.facts, choices.frame
+    for key in ("name_or_path", "file", "sha256"):
+        if value := getattr(facts.section, key):
+            yield Line(key, value)
+    if choices.full:
+        yield Line("quantization", "none", "all weights are trained")
+    elif facts.quantized:
+        yield Line("quantization", "none", f"the weights come quantized already: {facts.quantized}")
+    else:
+        yield Line("quantization", "nf4", "for a GPU of unknown size; none where there is room")
+    why = "" if facts.attention == "sdpa" else "this architecture has no sdpa"
+    yield Line("attn_implementation", facts.attention, why)
+    if template := frame.undecided.get("model.chat_template"):
+        yield Line("chat_template", template)
+    if frame.kwargs:
+        yield Line("chat_template_kwargs", frame.kwargs, frame.why["chat_template_kwargs"])
+
+
+def _lora(choices: Choices) -> Iterator[Line]:
+    facts, other = choices.facts, choices.other
+    own = {"target_modules", "trainable_token_indices"}
+    if other is not None and other.lora is not None:
+        kept = {key: value for key, value in other.lora.items() if key not in own}
+        yield from _taken_over(kept, choices)
+    else:
+        yield Line("r", 16)
+        yield Line("lora_alpha", 32)
+        yield Line("lora_dropout", 0.05)
+    targets, why = facts.targets
+    if facts.stacked:
+        why += "; the experts' weights are no modules, and stay as they are"
+    yield Line("target_modules", targets, why)
+    frame = choices.frame.frame
+    if frame is not None and not choices.end_is_known:
+        yield Line(
+            "trainable_token_indices",
+            facts.row_of(frame.end_id),
+            f"the row of {frame.end_token}: {choices.why_unknown}",
+        )
+
+
+def _taken_over(values: dict[str, Any], choices: Choices) -> Iterator[Line]:
+    """Give values of the other recipe; the first line says so for all."""
+    why = f"{choices.as_other}, like what follows" if len(values) > 1 else choices.as_other
+    for key, value in values.items():
+        yield Line(key, value, why)
+        why = ""
+
+
+def _data(choices: Choices) -> Iterator[Line]:
+    other, data = choices.other, choices.data
+    why: dict[str, str] = {}
+    if data is not None:
+        fields, why = data.fields, data.why
+    elif other is not None:
+        fields, why = _others_data(other, choices)
+    else:
+        fields = {
+            "source": f"{UNDECIDED} a data set: a built-in name, a hub id, a file or a folder"
+        }
+        why = {"source": "no --data was given"}
+    for key in DATA_KEYS:
+        if key in fields:
+            yield Line(key, fields[key], why.get(key, ""))
+    yield Line("max_length", *_max_length(choices))
+    too_long = other.data.too_long if other else "drop"
+    yield Line("too_long", too_long, "no key is ever cut" if too_long == "drop" else "")
+
+
+def _others_data(other: Recipe, choices: Choices) -> tuple[dict[str, Any], dict[str, str]]:
+    """Take the other recipe's data over; how its prompts end hangs on the frame."""
+    given = other.data
+    fields = given.model_dump(mode="json", exclude_defaults=True)
+    fields = {key: value for key, value in fields.items() if key not in ("max_length", "too_long")}
+    why = {"source": choices.as_other}
+    if choices.frame.section.frame == "plain":
+        if given.response and with_defaults(given).prompt is None:
+            fields["prompt"] = f"{UNDECIDED} one text; the plain frame takes no messages"
+        else:
+            fields["prompt"], why["prompt"] = plain_prompt(given)
+        if given.system is not None:
+            fields["system"] = f"{UNDECIDED} null, or in the prompt; a plain text has no system"
+    elif other.response.frame == "plain" and given.prompt:
+        fields["prompt"] = given.prompt.rstrip("\n")
+    return fields, why
+
+
+def _max_length(choices: Choices) -> tuple[int, str]:
+    if choices.lengths is not None:
+        return choices.lengths.max_length, choices.lengths.why
+    length = choices.other.data.max_length if choices.other else 1024
+    most = choices.facts.most_tokens
+    if most is not None and length > most:
+        return most, "the model's positions end there"
+    return length, choices.as_other if choices.other else "the default; no row was measured"
+
+
+def _response(choices: Choices) -> Iterator[Line]:
+    frame = choices.frame
+    section, why = frame.section, frame.why
+    yield Line("frame", section.frame, why.get("frame", ""))
+    if end := frame.undecided.get("response.end") or section.end:
+        yield Line("end", end, why.get("end", ""))
+    # Native and default tags alike: who reads the recipe sees what is trained.
+    for key in ("thinking", "answer"):
+        yield Line(key, getattr(section, key), why.get(key, ""))
+    turns = choices.other.response.turns if choices.other else ResponseSection().turns
+    if turns != ResponseSection().turns:
+        yield Line("turns", turns, choices.as_other)
+
+
+def _trainer(choices: Choices) -> Iterator[Line]:
+    given = dict(choices.other.trainer) if choices.other else {}
+    batch = given.pop("per_device_train_batch_size", None)
+    accumulated = given.pop("gradient_accumulation_steps", 1)
+    yield Line("per_device_train_batch_size", 1, ONE_ROW)
+    rows, why = ROWS_A_STEP, "rows a step, on one GPU"
+    if choices.other:
+        rows = (8 if batch is None else batch) * accumulated  # 8 is upstream's
+        why = f"{why}, {choices.as_other}"
+    yield Line("gradient_accumulation_steps", rows, why)
+    if choices.other:
+        yield from _taken_over(given, choices)
+        return
+    large = choices.facts.billions > LARGE
+    yield Line("learning_rate", 5e-5 if large else 1e-4, HALF_OF_QLORA)
+    yield Line("num_train_epochs", 2)
+    yield Line("warmup_steps", 0.05, "below 1: a share of all steps")
+    yield Line("logging_steps", 10)
+
+
+def _stages(choices: Choices) -> Iterator[Line]:
+    if choices.other:
+        for stage in choices.other.stages:
+            yield Line("", stage.model_dump(mode="json", exclude_defaults=True))
+        return
+    yield Line("", {"name": "completion", "loss_on": "completion"})
+    trainer = {"learning_rate": 2e-5, "num_train_epochs": 1}
+    yield Line("", {"name": "key", "loss_on": "key", "trainer": trainer}, "the key is short")
+
+
+def _eval(choices: Choices) -> Iterator[Line]:
+    if choices.other:
+        yield from _taken_over(choices.other.eval.model_dump(exclude_defaults=True), choices)
+        return
+    examples = choices.data.examples if choices.data else []
+    held_out = choices.data.fields.get("test") if choices.data else None
+    yield Line("num_questions", held_out if isinstance(held_out, int) else 200)
+    if choices.lengths is not None:
+        why = "99.5% of the data's completions are no longer"
+        yield Line("max_new_tokens", choices.lengths.max_new_tokens, why)
+    else:
+        yield Line("max_new_tokens", 512)
+    grader, why = choose_grader(examples) if examples else ("exact", "no answer was seen")
+    yield Line("grader", grader, why)
