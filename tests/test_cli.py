@@ -14,7 +14,7 @@ import sftkey.ls
 from sftkey.cli import main
 from sftkey.errors import RunError
 
-COMMANDS = ("train", "check", "ls", "show", "evaluate", "compare")
+COMMANDS = ("train", "check", "ls", "show", "adapt", "evaluate", "compare")
 HELP_SECONDS = 0.7
 
 
