@@ -103,7 +103,7 @@ def adapt(
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
     ] = None,
 ) -> None:
-    """Write a recipe for a model, from its config and tokenizer, and prove its masks."""
+    """Write a recipe for a model, and prove its masks; needs no weights."""
     from sftkey.adapt import adapt
 
     adapt(model, like=like, data=data, output=output)
