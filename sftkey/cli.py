@@ -57,7 +57,7 @@ def train(
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJSON = False) -> None:
-    """Find all that is wrong with a recipe and its rows; loads no weights."""
+    """Find all that is wrong with a recipe and its rows."""
     from sftkey.check import check
 
     check(recipe, overrides or (), as_json=as_json)
@@ -103,7 +103,7 @@ def adapt(
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
     ] = None,
 ) -> None:
-    """Write a recipe for a model, and prove its masks; needs no weights."""
+    """Write a recipe for a model and prove its masks."""
     from sftkey.adapt import adapt
 
     adapt(model, like=like, data=data, output=output)
