@@ -108,10 +108,14 @@ class ResponseSection(Section):
 
 
 class StageSection(Section):
-    """One training stage: which tokens its loss is on, and what its trainer does otherwise."""
+    """One training stage: which tokens its loss is on, and what its trainer does otherwise.
+
+    `context: detached` lets no gradient through prompt and thinking.
+    """
 
     name: StageName
     loss_on: LossOn
+    context: Literal["exact", "detached"] = "exact"
     trainer: dict[str, Any] = {}
 
 

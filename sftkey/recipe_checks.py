@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.upstream import Field, lora_config_fields, sft_config_fields
+from sftkey.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.yaml_source import Keys
 
 Finding = tuple[Keys, str]
@@ -187,3 +187,20 @@ def _check_stages(stages: Any) -> Iterator[Finding]:
                     ("stages", number, "name"),
                     f"stages[{first}] has this name, too; write another",
                 )
+        if isinstance(stage, dict) and stage.get("context") == "detached":
+            trained = _trained_context(stage.get("loss_on"))
+            if trained:
+                what = f"detached gives no gradient to what `loss_on` trains here: {trained}"
+                yield ("stages", number, "context"), f"{what}; write exact, or loss_on: key"
+
+
+def _trained_context(loss_on: Any) -> str:
+    """Name the parts before the key that a loss trains."""
+    weights = {"completion": 1.0} if loss_on == "completion" else loss_on
+    if not isinstance(weights, dict):
+        return ""
+    thinking = weights.get("thinking", weights.get("completion"))
+    found = {"prompt": as_number(weights.get("prompt")), "thinking": as_number(thinking)}
+    return " and ".join(
+        name for name, weight in found.items() if isinstance(weight, int | float) and weight > 0
+    )

@@ -101,8 +101,8 @@ def test_defaults_are_filled_in(file: Path) -> None:
         },
         "trainer": {"learning_rate": 1e-4},
         "stages": (
-            {"name": "completion", "loss_on": "completion", "trainer": {}},
-            {"name": "key", "loss_on": "key", "trainer": {"max_steps": 3}},
+            {"name": "completion", "loss_on": "completion", "context": "exact", "trainer": {}},
+            {"name": "key", "loss_on": "key", "context": "exact", "trainer": {"max_steps": 3}},
         ),
         "eval": {
             "num_questions": 200,
@@ -113,6 +113,15 @@ def test_defaults_are_filled_in(file: Path) -> None:
             "alpha": 0.7,
         },
     }
+
+
+@pytest.mark.parametrize(
+    "loss_on", ["key", "answer", "{key: 1, end: 2}", "{completion: 1, thinking: 0}"]
+)
+def test_a_context_may_be_detached_where_it_is_not_trained(file: Path, loss_on: str) -> None:
+    """Everything after the thinking can be trained without gradient through it."""
+    recipe = load_recipe(file, ["stages.key.context=detached", f"stages.key.loss_on={loss_on}"])
+    assert [stage.context for stage in recipe.stages] == ["exact", "detached"]
 
 
 def test_a_stages_trainer_is_laid_over_the_shared_one(file: Path) -> None:
@@ -337,6 +346,8 @@ def test_changed_keys_are_named_as_overrides_name_them(file: Path) -> None:
 # What is refused
 
 WORDS = "expected completion, key, answer or weights"
+DETACHED = "detached gives no gradient to what `loss_on` trains here"
+EXACT = "write exact, or loss_on: key"
 ROWS = "expected a number of rows, a share below 1, a split or a file"
 RULE = (
     "expected think_tags, boxed, hash_marks or a regular expression with groups thinking and answer"
@@ -353,8 +364,8 @@ RULE = (
         ("lora.zzz=1", "unknown key; it is no field of peft.LoraConfig"),
         ("eval.num_question=1", "unknown key; did you mean `num_questions`?"),
         (
-            "stages.key.context=frozen",
-            "unknown key; the keys here are name, loss_on, trainer",
+            "stages.key.zzz=1",
+            "unknown key; the keys here are name, loss_on, context, trainer",
         ),
         (
             "trainr.max_steps=1",
@@ -456,6 +467,19 @@ RULE = (
             "expected a weight above 0, else nothing is trained; got {'key': 0}",
         ),
         ("stages.key.loss_on={}", "expected a weight above 0, else nothing is trained; got {}"),
+        (
+            "stages.key.context=detach",
+            "expected exact or detached; got 'detach'; did you mean `detached`?",
+        ),
+        ("stages.completion.context=detached", f"{DETACHED}: thinking; {EXACT}"),
+        (
+            "stages.key={name: key, context: detached, loss_on: {completion: '1e-1', key: 1}}",
+            f"stages[1].context: {DETACHED}: thinking; {EXACT}",
+        ),
+        (
+            "stages.key={name: key, context: detached, loss_on: {prompt: 1, thinking: 0.5}}",
+            f"stages[1].context: {DETACHED}: prompt and thinking; {EXACT}",
+        ),
         ("data.validation=0", f"{ROWS}; got 0"),
         ("data.validation=1.0", f"{ROWS}; got 1.0"),
         ("data.test=true", f"{ROWS}; got true"),

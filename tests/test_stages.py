@@ -363,3 +363,55 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
     """Only running out of memory is explained as that."""
     with pytest.raises(RuntimeError, match="shapes"), explained_out_of_memory(tmp_path):
         raise RuntimeError("shapes do not match")
+
+
+def test_a_run_trains_a_detached_key_stage(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """It starts with the losses of an exact one, and writes another adapter."""
+    exact = done(tiny_recipe(), tmp_path / "runs")
+    detached = done(
+        tiny_recipe(), tmp_path / "runs", "name=detached", "stages.key.context=detached"
+    )
+    logs = [read_log(run.ledger.stage_folder(1) / "log.jsonl") for run in (exact, detached)]
+    assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
+    assert (
+        detached.ledger.stages[1].validation["start"] == exact.ledger.stages[1].validation["start"]
+    )
+    first = [adapter_of(run, 0) for run in (exact, detached)]
+    last = [adapter_of(run, 1) for run in (exact, detached)]
+    assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
+    assert not all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_a_model_that_keeps_states_is_refused_before_the_first_stage(
+    tiny_recipe: MakeRecipe, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """What the second stage can't do is said when the weights are there, not after the first."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mamba2",
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+    )
+    folder = tmp_path / "mamba"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    recipe = tiny_recipe(
+        model={"name_or_path": str(folder), "quantization": "none", "attn_implementation": "eager"},
+        stages=[
+            {"name": "completion", "loss_on": "completion"},
+            {"name": "key", "loss_on": "key", "context": "detached"},
+        ],
+    )
+    with pytest.raises(ModelError) as caught:
+        done(recipe, tmp_path / "runs")
+    assert str(caught.value) == (
+        "mamba2: a model of this family keeps of a context more than keys and values: "
+        "LinearAttentionLayer\nhint: write context: exact in the stage"
+    )
+    assert not (tmp_path / "runs" / "tiny" / "evaluation" / "base.jsonl").exists()

@@ -32,12 +32,18 @@ def made_rows(vocabulary: int) -> Dataset:
 
 
 def made_trainer(
-    model: Any, tokenizer: Any, folder: Path, loss_on: Any = "key", **settings: Any
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    loss_on: Any = "key",
+    context: Any = "exact",
+    **settings: Any,
 ) -> KeyTrainer:
     """Make a trainer over the eight rows, on the CPU, without dropout or shuffling."""
     args = config(folder, **settings)
     rows = made_rows(len(tokenizer))
-    return KeyTrainer(model, args, loss_on, tokenizer, rows, rows.select(range(7)))
+    validation = rows.select(range(7))
+    return KeyTrainer(model, args, loss_on, tokenizer, rows, validation, context=context)
 
 
 def config(folder: Path, **settings: Any) -> SFTConfig:
@@ -85,9 +91,13 @@ def direct_losses(model: Any, rows: Dataset) -> list[torch.Tensor]:
 LOSSES = ["completion", "key", "answer", {"thinking": 0.05, "key": 0.4}]
 
 
-@pytest.mark.parametrize("loss_on", LOSSES, ids=str)
+@pytest.mark.parametrize(
+    ("loss_on", "context"),
+    [*((loss_on, "exact") for loss_on in LOSSES), ("key", "detached"), ({"end": 2}, "detached")],
+    ids=str,
+)
 def test_micro_batches_do_not_change_training(
-    loss_on: Any, tiny_tokenizer: Any, tmp_path: Path
+    loss_on: Any, context: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     """A step over 4 rows is the same step, cut as 4 x 1 or as 1 x 4."""
     from conftest import made_model
@@ -99,6 +109,7 @@ def test_micro_batches_do_not_change_training(
             tiny_tokenizer,
             tmp_path,
             loss_on,
+            context,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
         )
@@ -106,7 +117,9 @@ def test_micro_batches_do_not_change_training(
         runs.append((training_lines(trainer), dict(trainer.model.named_parameters())))
     (whole, weights), (cut, cut_weights) = runs
     for a, b in zip(whole, cut, strict=True):
-        for key in ("loss", "grad_norm", "loss_answer", "trained_tokens", "tokens"):
+        segments = {key for key in a if key.startswith("loss_")}
+        assert segments
+        for key in (*segments, "loss", "grad_norm", "trained_tokens", "tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
     untrained = dict(made_model(tiny_tokenizer).named_parameters())
     assert not any(torch.equal(weight, untrained[name]) for name, weight in weights.items())
@@ -271,6 +284,43 @@ def test_token_losses_are_zero_where_nothing_is_labelled(
     assert losses.shape == (1, ids.shape[1] - 1)
     torch.testing.assert_close(losses[0, -2:].detach(), expected[-2:], rtol=1e-5, atol=1e-6)
     assert not losses[0, :-2].any()
+
+
+def test_a_detached_stage_begins_with_the_exact_ones_losses(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The first step's losses and the validation losses are the same; the gradient isn't."""
+    from conftest import made_model
+
+    lines, metrics = [], []
+    for context in ("exact", "detached"):
+        trainer = made_trainer(
+            made_model(tiny_tokenizer),
+            tiny_tokenizer,
+            tmp_path,
+            context=context,
+            per_device_train_batch_size=4,
+            max_steps=1,
+        )
+        metrics.append(trainer.evaluate())
+        trainer.train()
+        lines.append(training_lines(trainer)[0])
+    exact, detached = lines
+    assert exact.keys() == detached.keys()
+    for key in exact.keys() - {"grad_norm"}:
+        assert detached[key] == pytest.approx(exact[key], rel=1e-5), key
+    assert detached["grad_norm"] != pytest.approx(exact["grad_norm"], rel=1e-2)
+    for key in metrics[0]:
+        if "loss" in key:
+            assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-6)
+
+
+def test_batches_are_lengthened_as_the_settings_say(
+    tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    """`pad_to_multiple_of` of the trainer's settings reaches the collator."""
+    trainer = made_trainer(tiny_model, tiny_tokenizer, tmp_path, pad_to_multiple_of=64)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 64 == 0
 
 
 def test_segment_sums_leave_padding_out() -> None:

@@ -25,6 +25,7 @@ from sftkey.source import base_identity
 from sftkey.training.answers import Answers, sharded
 from sftkey.training.arguments import stage_arguments
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
+from sftkey.training.detached import refuse_other_caches
 from sftkey.training.ledger import Ledger, open_run, write_json
 from sftkey.training.memory import explained_out_of_memory, release_memory
 from sftkey.training.progress import RunProgress
@@ -104,10 +105,13 @@ class Run:
         section, lora = self.recipe.model, self.recipe.lora
         before = self.ledger.adapter(number - 1) if number else section.adapter
         self.ledger.facts["base"] = base_identity(section)
+        full = lora is None
+        weights = Path(before) if full and before else None
+        model = load_model(section, self.device, full=full, folder=weights)
+        if any(stage.context == "detached" for stage in self.recipe.stages):
+            refuse_other_caches(model)  # before hours of training, not after
         if lora is None:
-            weights = Path(before) if before else None
-            return load_model(section, self.device, full=True, folder=weights)
-        model = load_model(section, self.device)
+            return model
         if before is None:
             return add_lora(model, lora, self.recipe.seed)
         return load_adapter(model, before, self.ledger.facts["base"], lora=lora)
@@ -133,6 +137,7 @@ class Run:
             self.prepared.train,
             self.validation,
             callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
+            context=stage.context,
         )
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")

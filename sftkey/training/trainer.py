@@ -18,22 +18,7 @@ from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.recipe import LossOn
-
-
-def token_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Give the negative log-likelihood of every labelled token, in nats.
-
-    The model carries TRL's fused head (`SFTTrainer` adds it), so no `(B, T, vocabulary)` logits
-    are kept and soft-capping and scaling are the model's own.
-
-    Args:
-        model: A causal language model, wrapped (DDP, FSDP, PEFT) or not.
-        inputs: `input_ids`, `attention_mask` and `labels`, each `(B, T)`.
-
-    Returns:
-        `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100.
-    """
-    return -model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+from sftkey.training.losses import Context, add_token_losses, token_losses
 
 
 class KeyTrainer(SFTTrainer):
@@ -51,6 +36,11 @@ class KeyTrainer(SFTTrainer):
         train_dataset: Rows with `input_ids` and `segment_ids`.
         eval_dataset: The validation rows, of the same form.
         callbacks: As in transformers.
+        context: What gradient flows through prompt and thinking. `exact`: all that there is;
+            `detached`: none (`sftkey.training.detached`), and `loss_on` trains neither.
+
+    Raises:
+        ModelError: The model can't do `detached`.
     """
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL types it as None
@@ -64,20 +54,27 @@ class KeyTrainer(SFTTrainer):
         train_dataset: Dataset,
         eval_dataset: Dataset,
         callbacks: list[Any] | None = None,
+        context: Context = "exact",
     ) -> None:
         # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         self.segment_weights = weights_by_segment(loss_on)
+        self.context = context
         self._window = torch.zeros(0)
+        multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
         super().__init__(
             model=model,
             args=args,
-            data_collator=KeyCollator(tokenizer.pad_token_id, loss_on, for_key_trainer=True),
+            data_collator=KeyCollator(
+                tokenizer.pad_token_id, loss_on, multiple, for_key_trainer=True
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        add_token_losses(base, context)
         self.remove_callback(PrinterCallback)  # stdout is for results
         if isinstance(model, PeftModel):
             # Else every checkpoint asks the hub whether the base's vocabulary was resized.
@@ -95,10 +92,10 @@ class KeyTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Give a micro-batch's part of the step's loss; `num_items_in_batch` is the step's Σ wₜ."""
-        segment_ids = inputs.pop("segment_ids")[:, 1:]
+        segment_ids = inputs.pop("segment_ids")
         weights = inputs.pop("loss_weights")[:, 1:]
-        losses = token_losses(model, inputs)
-        self._count(losses.detach(), segment_ids, weights, inputs["attention_mask"])
+        losses = token_losses(model, inputs, self.context)
+        self._count(losses.detach(), segment_ids, weights)
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         # The processes' gradients are averaged, but their losses are parts of one sum.
         return (losses * weights).sum() / total * self.accelerator.num_processes
@@ -115,11 +112,11 @@ class KeyTrainer(SFTTrainer):
         losses: torch.Tensor,
         segment_ids: torch.Tensor,
         weights: torch.Tensor,
-        attention_mask: torch.Tensor,
     ) -> None:
         """Add a micro-batch to the window that the next log line reports."""
-        sums = segment_sums(losses, segment_ids.masked_fill(weights == 0, PADDING))
-        row = torch.cat([sums.flatten(), attention_mask.sum().float().view(1)])
+        sums = segment_sums(losses, segment_ids[:, 1:].masked_fill(weights == 0, PADDING))
+        num_tokens = (segment_ids != PADDING).sum()
+        row = torch.cat([sums.flatten(), num_tokens.float().view(1)])
         self._window = row if self._window.numel() == 0 else self._window + row
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

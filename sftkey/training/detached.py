@@ -1,0 +1,202 @@
+"""The key with gradient, on a context without: no gradient flows through the reasoning.
+
+The context is all that stands before the first token that predicts a labelled one: prompt and
+thinking, but for the thinking's last token. It is read once into the model's own cache; the key
+then runs on the cached keys and values, which are constants to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from sftkey.data.labels import IGNORED
+from sftkey.errors import ModelError
+
+CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A batch whose rows are shifted to the right so far that all keys begin in one column.
+
+    Args:
+        input_ids: `(B, C + K)`: C columns of context, filled up on the left, and K of the key,
+            filled up on the right.
+        attention_mask: `(B, C + K)`; 0 where it is filled up.
+        position_ids: `(B, C + K)`: each token's place in its own row.
+        labels: `(B, K)`, the token that each column of the key predicts, or -100.
+        starts: `(B,)`, where the key's columns begin in the row as it came.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    starts: torch.Tensor
+
+    @property
+    def num_context(self) -> int:
+        """Give C."""
+        return self.input_ids.shape[1] - self.labels.shape[1]
+
+    def restored(self, values: torch.Tensor, length: int) -> torch.Tensor:
+        """Put the values of the key's columns, `(B, K)`, where the tokens came from: `(B, T)`."""
+        columns = torch.arange(length, device=values.device) - self.starts[:, None].to(
+            values.device
+        )
+        outside = (columns < 0) | (columns >= values.shape[1])
+        return values.gather(1, columns.clamp(0, values.shape[1] - 1)).masked_fill(outside, 0)
+
+
+def align(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    least_context: int = 0,
+) -> Aligned:
+    """Shift rows that are filled up on the right so that their keys begin in one column.
+
+    Args:
+        input_ids: `(B, T)`.
+        attention_mask: `(B, T)`.
+        labels: `(B, T)`, at each position the token that it predicts, or -100.
+        least_context: Make C at least so large.
+
+    >>> ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]])
+    >>> labels = torch.tensor([[-100, -100, 4, 5, -100], [-100, 3, -100, -100, -100]])
+    >>> aligned = align(ids, (ids > 0).long(), labels)
+    >>> aligned.input_ids
+    tensor([[1, 2, 3, 4, 5],
+            [1, 1, 2, 3, 0]])
+    >>> aligned.attention_mask
+    tensor([[1, 1, 1, 1, 1],
+            [0, 1, 1, 1, 0]])
+    >>> aligned.labels
+    tensor([[   4,    5, -100],
+            [   3, -100, -100]])
+    """
+    lengths = attention_mask.sum(1)
+    labelled = labels != IGNORED
+    starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths - 1)
+    num_context = max(int(starts.max()), least_context)
+    num_key = int((lengths - starts).max())
+    places = starts[:, None] + torch.arange(-num_context, num_key, device=starts.device)
+    outside = (places < 0) | (places >= lengths[:, None])
+    source = places.clamp(0, input_ids.shape[1] - 1)
+    return Aligned(
+        input_ids.gather(1, source),
+        (~outside).to(attention_mask.dtype),
+        places.clamp(min=0),
+        labels.gather(1, source).masked_fill(outside, IGNORED)[:, num_context:],
+        starts,
+    )
+
+
+def detached_log_probs(
+    model: PreTrainedModel,
+    head: Callable[..., torch.Tensor],
+    labels: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Score the labels with gradient through the key alone.
+
+    Args:
+        model: The causal language model.
+        head: Runs it on its inputs and scores the labels it is given.
+        labels: `(B, T)`, at each position the token that it predicts, or -100.
+        input_ids: `(B, T)`, filled up on the right.
+        attention_mask: `(B, T)`.
+
+    Returns:
+        `(B, T)` log-probabilities; 0 where there is no label.
+
+    Raises:
+        ModelError: The model doesn't use the cache that it is given.
+    """
+    num_chunks = _num_chunks(input_ids)
+    batch = align(input_ids, attention_mask, labels, least_context=num_chunks)
+    start = batch.num_context
+    with _without_checkpointing(model):
+        cache = _read_context(model, batch, num_chunks)
+        found = head(
+            batch.labels,
+            input_ids=batch.input_ids[:, start:],
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids[:, start:],
+            **{_cache_name(model.base_model): cache},
+        )
+    return batch.restored(found, input_ids.shape[1])
+
+
+@torch.no_grad()
+def _read_context(model: PreTrainedModel, batch: Aligned, num_chunks: int) -> DynamicCache:
+    """Fill a cache with the context's keys and values, chunk by chunk."""
+    cache = DynamicCache(config=model.config)
+    for columns in torch.arange(batch.num_context).tensor_split(num_chunks):
+        start, stop = int(columns[0]), int(columns[-1]) + 1
+        model.base_model(
+            input_ids=batch.input_ids[:, start:stop],
+            attention_mask=batch.attention_mask[:, :stop],
+            position_ids=batch.position_ids[:, start:stop],
+            use_cache=True,
+            **{_cache_name(model.base_model): cache},
+        )
+        if cache.get_seq_length() != stop:
+            raise _unfit(model, "doesn't keep its context in transformers' cache")
+    return cache
+
+
+def _num_chunks(input_ids: torch.Tensor) -> int:
+    """Give the number of passes: the same for all processes, since sharded layers meet in each."""
+    num_chunks = torch.tensor(-(-input_ids.numel() // CHUNK_TOKENS), device=input_ids.device)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(num_chunks, distributed.ReduceOp.MAX)
+    return int(num_chunks)
+
+
+def _cache_name(backbone: torch.nn.Module) -> str:
+    """Give the argument of the cache, which transformers 5.24 renamed."""
+    return (
+        "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    )
+
+
+@contextmanager
+def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """Keep the key's activations: a layer that computes them anew would drop the cache."""
+    layers = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def refuse_other_caches(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers keep something else of a context than keys and values.
+
+    Raises:
+        ModelError: Names the family and what it keeps.
+    """
+    layers = {type(each) for each in DynamicCache(config=model.config).layers}
+    others = sorted(each.__name__ for each in layers.difference(KEYS_AND_VALUES))
+    if others or model._is_stateful:
+        kept = ", ".join(others) or "a state of its own"
+        raise _unfit(model, f"keeps of a context more than keys and values: {kept}")
+
+
+def _unfit(model: PreTrainedModel, what: str) -> ModelError:
+    family = model.config.model_type
+    return ModelError(family, f"a model of this family {what}", "write context: exact in the stage")

@@ -1,0 +1,125 @@
+"""Losses of labelled tokens, of which alone the model's head computes the logits."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from trl.trainer import utils as trl_utils
+
+from sftkey.data.labels import IGNORED
+from sftkey.training.detached import detached_log_probs, refuse_other_caches
+
+Context = Literal["exact", "detached"]
+
+TILE_LOGITS = 2**20  # on a CPU: so many logits at once stay in its cache (4 MiB in float32)
+TILE_ROWS = 4096  # TRL's tiles hold so many tokens at most
+NARROWEST_TILE, WIDEST_TILE = 256, 32768  # entries of the vocabulary
+
+
+def token_losses(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], context: Context = "exact"
+) -> torch.Tensor:
+    """Give the negative log-likelihood of every labelled token, in nats.
+
+    It is one call of the model with a keyword, so that DDP, FSDP and PEFT see it as any other.
+
+    Args:
+        model: A causal language model that `add_token_losses` was given, wrapped or not.
+        inputs: `input_ids` and `labels`, each `(B, T)`, and whatever else the model takes.
+        context: `detached`: what lies before the key is read without gradient.
+
+    Returns:
+        `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100.
+    """
+    losses: torch.Tensor = model(**inputs, token_losses=context)
+    return losses
+
+
+def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None:
+    """Teach a model the keyword `token_losses`; without it, the model does what it did.
+
+    The head is TRL's: soft-capping, scaling and sharded weights are as it knows them.
+
+    Args:
+        model: The causal language model inside any wrapper.
+        context: How the losses will be asked for.
+
+    Raises:
+        ModelError: The model keeps more of a context than keys and values, which `detached` needs.
+    """
+    if context == "detached":
+        refuse_other_caches(model)
+    trl_utils.add_fused_lm_head(model)
+    fused = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(self: Any, *args: Any, token_losses: Context | None = None, **kwargs: Any) -> Any:
+        if token_losses is None:
+            return fused(*args, **kwargs)
+        head = functools.partial(_labelled_log_probs, self.base_model, fused)
+        labels = pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        if token_losses == "detached":
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT's
+            return -detached_log_probs(self, head, labels, **kwargs)[:, :-1]
+        return -head(labels, **kwargs)[:, :-1]
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _labelled_log_probs(
+    backbone: torch.nn.Module,
+    fused: Callable[..., Any],
+    labels: torch.Tensor,
+    **inputs: Any,
+) -> torch.Tensor:
+    """Run the model and score the labels; positions without one don't reach the head.
+
+    Args:
+        backbone: The model below its head.
+        fused: The model's forward with TRL's head.
+        labels: `(B, T)`, at each position the token that it predicts, or -100.
+        inputs: What the backbone takes.
+
+    Returns:
+        `(B, T)` log-probabilities; 0 where there is no label.
+    """
+    labelled = labels != IGNORED
+
+    def compact(module: torch.nn.Module, args: Any, output: Any) -> None:
+        states = output.last_hidden_state
+        output.last_hidden_state = states[labelled.to(states.device)][None]
+
+    if trl_utils._use_triton(labels.device):  # TRL's own head leaves them out
+        found: torch.Tensor = fused(**inputs, shift_labels=labels, fused_lm_head=True).log_probs
+        return found
+    hook = backbone.register_forward_hook(compact)
+    try:
+        with _tiles_for(int(labelled.sum()), labels.device):
+            found = fused(
+                **inputs, shift_labels=labels[labelled][None], fused_lm_head=True
+            ).log_probs
+    finally:
+        hook.remove()
+    labelled = labelled.to(found.device)
+    return found.new_zeros(labelled.shape).masked_scatter(labelled, found)
+
+
+@contextmanager
+def _tiles_for(num_tokens: int, device: torch.device) -> Iterator[None]:
+    """Narrow TRL's tiles of logits to what a CPU's cache holds; it looks at each call."""
+    width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    if device.type == "cpu":
+        rows = max(min(num_tokens, TILE_ROWS), 1)
+        narrow = min(max(TILE_LOGITS // rows, NARROWEST_TILE), WIDEST_TILE)
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = narrow
+    try:
+        yield
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = width
