@@ -13,9 +13,8 @@ from sftkey.schedule import trainer_setting
 from sftkey.yaml_source import Keys, dotted
 
 UNDECIDED = "DECIDE:"  # what `sftkey adapt` writes in the place of a value that it can't choose
-# What fine-tuning usually takes: all weights 5e-6 (the paper of SFTKey; Tulu 3, arXiv 2411.15124)
-# to 2e-5 (Llama 2, arXiv 2307.09288, section 3.1); LoRA 2e-4 up to 13B parameters and 1e-4 above
-# (QLoRA, arXiv 2305.14314, table 9).
+# For all weights between the 5e-6 of arXiv 2512.21017 and the 2e-5 of TRL's example, for LoRA the
+# 2e-4 of the same example (trl/scripts/sft.py, 1.16).
 USUAL_LEARNING_RATES = {"full fine-tuning": 1e-5, "LoRA": 2e-4}
 FACTOR = 10.0
 
