@@ -7,6 +7,7 @@ an oracle that decodes them and knows nothing of how they were made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,16 +61,28 @@ def read_masks(recipe: Recipe, frame: Frame, dataset: Dataset) -> Masks:
     masks = Masks()
     closing = _closing(frame)
     pad = frame.tokenizer.pad_token_id
-    for rows in dataset.iter(batch_size=BATCH_SIZE):
-        items = [
-            {"input_ids": ids, "segment_ids": segments}
-            for ids, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)
-        ]
-        for stage in recipe.stages:
-            batch = KeyCollator(pad, stage.loss_on, for_key_trainer=True)(items)
-            _note_stage_faults(masks, stage, batch, frame, rows["index"])
-        _note_row_faults(masks, batch["segment_ids"], rows, closing, frame)
+    with _one_thread():
+        for rows in dataset.iter(batch_size=BATCH_SIZE):
+            items = [
+                {"input_ids": ids, "segment_ids": segments}
+                for ids, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)
+            ]
+            for stage in recipe.stages:
+                batch = KeyCollator(pad, stage.loss_on, for_key_trainer=True)(items)
+                _note_stage_faults(masks, stage, batch, frame, rows["index"])
+            _note_row_faults(masks, batch["segment_ids"], rows, closing, frame)
     return masks
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: on small batches several only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _note_stage_faults(
