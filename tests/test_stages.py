@@ -273,6 +273,19 @@ def test_full_fine_tuning_hands_its_whole_model_on(tiny_recipe: MakeRecipe, tmp_
     assert (run.ledger.adapter(1) / "model.safetensors").is_file()
 
 
+def test_a_fully_trained_model_is_saved_with_the_end_that_it_was_trained_on(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Other engines stop by the generation config: the trained end stands in it before the old."""
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    model = {"name_or_path": str(folder), "quantization": "none"}
+    run = done(tiny_recipe(lora=None, model=model), tmp_path / "runs")
+    saved = json.loads((run.ledger.adapter(1) / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [run.prepared.frame.end_id, 0]
+
+
 def test_qlora_hands_over_within_a_thousandth_of_a_nat(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
+from sftkey.data.frame import stop_ids
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.device import Device, choose_device
 from sftkey.model import load_model, load_tokenizer
@@ -108,6 +109,9 @@ class Run:
         full = lora is None
         weights = Path(before) if full and before else None
         model = load_model(section, self.device, full=full, folder=weights)
+        # What is trained to stop must stop wherever the model goes: it is saved with the weights.
+        published = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = stop_ids(self.prepared.frame, published)
         if any(stage.context == "detached" for stage in self.recipe.stages):
             refuse_other_caches(model)  # before hours of training, not after
         if lora is None:
