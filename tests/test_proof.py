@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from tokenizers_made import CHATML, KINDS, LLAMA2, OPENED, made
+from transformers import PreTrainedTokenizerFast
 
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example, Segment
@@ -249,6 +251,43 @@ def test_refusals_for_each_reason_are_confirmed() -> None:
     ]:
         proven = judge(probed, [example], tokenize([example], probed))
         assert proven.refused == {reason: 1}
+
+
+def test_refusals_of_one_kind_are_counted_together() -> None:
+    """A reason that names a token or a character is one reason for all of them."""
+    texts = ["holds the text of the special token '</s>'", "holds '\\x04', which is lost"]
+    frame, examples = framed(), [Example("Q", "a </s>", "7", n) for n in range(4)]
+    others = [texts[0].replace("/", ""), texts[1].replace("4", "6")]
+    refused: list[Row | Refusal] = [Refusal(n, r) for n, r in enumerate([*texts, *others])]
+    assert judge(frame, examples, refused).refused == {
+        "holds the text of a special token": 2,
+        "holds a character that is lost": 2,
+    }
+
+
+def test_blank_that_the_tokenizer_sets_behind_a_special_token_is_no_loss() -> None:
+    """Older SentencePiece sets one behind every special token, here the prompt's last."""
+    state = json.loads(made("unigram").backend_tokenizer.to_str())
+    state["pre_tokenizer"]["prepend_scheme"] = "always"
+    backend = Tokenizer.from_str(json.dumps(state))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    section = ResponseSection(frame="plain")
+    frame, example = probe_frame(tokenizer, section), Example("Q[/INST]", "x", "7", 0)
+    (row,) = tokenize([example], frame)
+    assert isinstance(row, Row)
+    assert "Q[/INST] <Thinking>" in tokenizer.decode(row.input_ids)
+    assert Oracle(frame).fault(example, row) is None
+    assert Oracle(frame).can_be_built(example)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("unigram", " "), ("byte_level", "▁")])
+def test_sign_of_a_blank(kind: str, kept: str) -> None:
+    """SentencePiece reads its own sign in a text as a blank; others keep it."""
+    frame, example = framed(kind), Example("Q", "a▁b", "7", 0)
+    (row,) = tokenize([example], frame)
+    assert isinstance(row, Row)
+    assert f"a{kept}b" in frame.tokenizer.decode(row.input_ids)
+    assert Oracle(frame).fault(example, row) is None
 
 
 def test_swallowed_text_is_no_row() -> None:

@@ -165,6 +165,32 @@ def test_unknown_character_is_refused() -> None:
     ]
 
 
+def losing() -> Frame:
+    """Give a plain frame over a byte-level vocabulary that lacks the byte 4, as SmolLM2's does."""
+    state = json.loads(KINDS["byte_level"]().backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["another"] = vocabulary.pop("\N{LATIN CAPITAL LETTER A WITH OGONEK}")
+    backend = Tokenizer.from_str(json.dumps(state))
+    return probe_frame(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), PLAIN)
+
+
+def test_character_that_gets_lost_is_refused() -> None:
+    """What the tokenizer would drop without a word refuses its row, and no other."""
+    rows = tokenize([Example("Q", "a\x04b", "7", 0), Example("Q", "ab", "7", 1)], losing())
+    assert rows[0] == Refusal(0, "the completion holds '\\x04', which the tokenizer would lose")
+    assert isinstance(rows[1], Row)
+
+
+def test_character_that_the_prompt_loses_shifts_nothing() -> None:
+    """Offsets behind a lost character are wrong, so the completion's are taken apart from it."""
+    frame, example = losing(), Example("Q\x04", "ab", "7", 0)
+    (row,) = tokenize([example], frame)
+    assert isinstance(row, Row)
+    assert frame.tokenizer.decode(row.input_ids[:1]) == "Q"
+    assert row.segment_ids[:2] == [Segment.PROMPT, Segment.THINKING]
+    assert Oracle(frame).fault(example, row) is None
+
+
 def swallowing(**sides: bool) -> Frame:
     """Give a plain frame whose end of text swallows white space beside it."""
     tokenizer = KINDS["look_ahead"]()

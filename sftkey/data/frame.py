@@ -96,11 +96,29 @@ class Frame:
         """Finds special tokens in a text."""
         return special_pattern(self.special_ids)
 
+    def lost_character(self, text: str) -> str | None:
+        """Give the first character of a text that the tokenizer would lose, if it has one."""
+        if not self._lost_bytes or self._lost_bytes.isdisjoint(text.encode()):
+            return None
+        return next(c for c in text if not self._lost_bytes.isdisjoint(c.encode()))
+
     @cached_property
     def written_special_ids(self) -> list[int]:
         """The special tokens that bridge, tags and end bring into every completion, in order."""
         written = self.bridge + self.response.render("", "") + self.end
         return [self.special_ids[token] for token in self.special_pattern.findall(written)]
+
+    @cached_property
+    def _lost_bytes(self) -> frozenset[int]:
+        """The bytes that a byte-level vocabulary lacks (SmolLM2's, say), dropped without a word."""
+        if "ByteLevel" not in str(self._backend.pre_tokenizer):
+            return frozenset()
+        # What can be shown stands for itself in such a vocabulary, the others stand behind.
+        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(0x100) if byte not in shown]
+        signs = {byte: chr(byte) for byte in shown}
+        signs |= {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+        return frozenset(b for b, sign in signs.items() if self._backend.token_to_id(sign) is None)
 
     @cached_property
     def _backend(self) -> Tokenizer:

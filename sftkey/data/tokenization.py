@@ -125,12 +125,17 @@ def _row(
     text: _Text, prompt: Encoding, whole: Encoding, frame: Frame
 ) -> tuple[list[int], list[int]] | str:
     """Give ids and segments of a row, or why there are none."""
+    lost = frame.lost_character(text.rest)
+    if lost:
+        return f"the completion holds {lost!r}, which the tokenizer would lose"
     start = len(prompt.ids)
     ids, spans = whole.ids[start:], whole.offsets[start:]
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
     changed = whole.ids[:start] != prompt.ids
-    # A special token may swallow the white space behind it, here the completion's first.
-    if changed or (start and whole.offsets[start - 1][1] > len(text.prompt)):
+    # A special token may swallow the white space behind it, here the completion's first. And a
+    # character that is lost makes the offsets behind it wrong.
+    swallowed = not changed and start and whole.offsets[start - 1][1] > len(text.prompt)
+    if changed or swallowed or frame.lost_character(text.prompt):
         apart = _apart(text, prompt, whole, frame)
         if apart is None:
             return (
