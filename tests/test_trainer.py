@@ -227,10 +227,12 @@ def test_padding_by_the_end_of_turn_leaves_the_end_trained(
 ) -> None:
     """The tokenizer pads with the end of turn, and each row's own end still counts."""
     assert tiny_tokenizer.pad_token_id == tiny_tokenizer.eos_token_id
-    trainer = made_trainer(
-        tiny_model, tiny_tokenizer, tmp_path, per_device_train_batch_size=8, max_steps=1
+    end = tiny_tokenizer.eos_token_id
+    rows = made_rows(len(tiny_tokenizer)).map(
+        lambda row: {"input_ids": [*row["input_ids"][:-1], end]}
     )
-    rows = made_rows(len(tiny_tokenizer))
+    args = config(tmp_path, per_device_train_batch_size=8, max_steps=1)
+    trainer = KeyTrainer(tiny_model, args, "key", tiny_tokenizer, rows, rows)
     ends = [losses[-1] for losses in direct_losses(tiny_model, rows)]
     trainer.train()
     expected = torch.stack(ends).mean().item()
