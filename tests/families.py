@@ -124,7 +124,8 @@ class Family:
         assert self.real is not None
         tokenizer = deepcopy(real_tokenizer(self.real))
         if self.name == "DeepSeek R1 distilled":  # Qwen's vocabulary, control tokens of its own
-            tokens = sorted({*CONTROL.findall(self.jinja or ""), self.end})
+            assert self.bos is not None  # the template writes it as a variable
+            tokens = sorted({*CONTROL.findall(self.jinja or ""), self.bos, self.end})
             tokenizer.add_special_tokens({"extra_special_tokens": tokens})
         return self._dressed(tokenizer)
 
