@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 MakeRecipe = Callable[..., Path]
 STAGES = ("1-completion", "2-key")
@@ -53,7 +55,9 @@ def adapter(run: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(run / "stages" / stage / "adapter" / "adapter_model.safetensors")
 
 
-def test_two_ranks_train_as_one_process_does(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_process_does(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
     """Two gloo ranks of 2 rows take the very steps of one process of 4 rows; one run folder."""
     recipe = str(tiny_recipe(rows=48, trainer={**STEADY, "per_device_train_batch_size": 2}))
     one = launch(
@@ -83,6 +87,12 @@ def test_two_ranks_train_as_one_process_does(tiny_recipe: MakeRecipe, tmp_path: 
         weights = adapter(tmp_path / "runs" / "one", stage)
         for name, tensor in adapter(tmp_path / "runs" / "two", stage).items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        folder = tmp_path / "runs" / "two" / "stages" / stage / "adapter"
+        in_plain_peft = get_peft_model_state_dict(PeftModel.from_pretrained(base, folder))
+        saved = adapter(tmp_path / "runs" / "two", stage)
+        assert in_plain_peft.keys() == saved.keys()
+        assert all(torch.equal(in_plain_peft[name], saved[name]) for name in saved)
     records = [
         json.loads((tmp_path / "runs" / name / "ledger.json").read_text())["stages"]
         for name in ("one", "two")
