@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import doctest
+import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.measuring import peak_bytes
 from models_made import (
     FAMILIES,
     SHAPE,
@@ -36,8 +40,6 @@ def constant_contexts(model: Any) -> Iterator[None]:
 
     This is the oracle: one pass over whole rows, one graph, which has nothing of a cache.
     """
-    import sys
-
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     module = sys.modules[type(getattr(model, "base_model", model)).__module__]
@@ -164,6 +166,32 @@ def test_a_key_that_begins_one_token_late_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(detached, "align", late)
     assert distances(made_family("llama"))[0] > 0.1
+
+
+def growth(length: int) -> float:
+    """Give what a context's doubling from `length` adds to the peak, as a multiple of its cache."""
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    model = made_family("llama", **fields, num_hidden_layers=6)
+    add_token_losses(model, "detached")
+    peaks = []
+    for num_tokens in (length, 2 * length):
+        ids = torch.randint(2, VOCABULARY, (1, num_tokens))
+        labels = ids.clone()
+        labels[:, :-16] = -100
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        step = functools.partial(token_losses, model, batch, "detached")
+        peaks.append(peak_bytes(lambda step=step: step().sum().backward()))
+    return (peaks[1] - peaks[0]) / (
+        length * 2 * 2 * 64 * 4 * 6
+    )  # keys and values, heads, bytes, layers
+
+
+def test_memory_grows_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four heads share each head of keys: kept copies would cost four times the cache more."""
+    monkeypatch.setattr(detached, "CHUNK_TOKENS", 256)
+    assert 1 <= growth(512) < 2.5
+    monkeypatch.setattr(detached, "shared_keys", contextlib.nullcontext)
+    assert growth(512) > 4
 
 
 HINT = "\nhint: write context: exact in the stage"

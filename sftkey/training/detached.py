@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
+from sftkey.training.attention import shared_keys
 
 CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -126,8 +127,8 @@ def detached_log_probs(
     num_chunks = _num_chunks(input_ids)
     batch = align(input_ids, attention_mask, labels, least_context=num_chunks)
     start = batch.num_context
-    with _without_checkpointing(model):
-        cache = _read_context(model, batch, num_chunks)
+    cache = _read_context(model, batch, num_chunks)
+    with _without_checkpointing(model), shared_keys():
         found = head(
             batch.labels,
             input_ids=batch.input_ids[:, start:],

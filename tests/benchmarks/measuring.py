@@ -29,6 +29,11 @@ class Bar:
         measured = round(self.measured, 3)
         return {"name": self.name, "measured": measured, "limit": self.limit, "holds": holds}
 
+    def __str__(self) -> str:
+        verdict = "holds" if self.as_dict()["holds"] else "misses"
+        wanted = f"{'at most' if self.at_most else 'at least'} {self.limit}"
+        return f"{self.name}: {self.measured:.3f}, {wanted}: {verdict}"
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -50,18 +55,17 @@ class Spread:
 def alternate(jobs: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Run all jobs in turn, again and again, so that what slows the machine slows them alike.
 
-    A first round, whose seconds don't count, warms up. Every other round runs backwards.
+    Every other round runs backwards.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(repeats + 1):
-        for name in list(jobs) if number % 2 else reversed(list(jobs)):
+    for number in range(repeats):
+        for name in reversed(list(jobs)) if number % 2 else list(jobs):
             gc.collect()
             synchronize(device)
             start = time.perf_counter()
             jobs[name]()
             synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -95,8 +99,3 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
         held += record.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def ratios(above: list[float], below: list[float]) -> float:
-    """Give the median of the rounds' own ratios: what slows one round slows both of its sides."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
