@@ -244,7 +244,8 @@ def test_a_model_that_leaves_the_cache_aside_is_refused(monkeypatch: pytest.Monk
 
 
 def ranks_gradients(rank: int, folder: str) -> None:
-    """Take one backward pass as one of two processes, which read unequal numbers of chunks."""
+    """Take backward passes as one of two processes, which read unequal numbers of chunks."""
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
@@ -252,22 +253,29 @@ def ranks_gradients(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     detached.CHUNK_TOKENS = 24
-    model = made_family("qwen3")
-    add_token_losses(model, "detached")
-    wrapped = DistributedDataParallel(model)
     rows = [0] if rank == 0 else [1, 2]
     batch = {name: each[rows] for name, each in made_batch().items()}
-    for context in ("exact", "detached"):
-        model.zero_grad()
-        (2 * token_losses(wrapped, batch, context).sum()).backward()  # DDP takes the mean
-        found = {name: each.grad.clone() for name, each in model.named_parameters()}
-        torch.save(found, f"{folder}/{context}{rank}.pt")
+    for kind in ("ddp", "fsdp"):
+        model = made_family("qwen3")
+        add_token_losses(model, "detached")
+        if kind == "fsdp":
+            mesh = torch.distributed.init_device_mesh("cpu", (2,))
+            for layer in (*model.model.layers, model):
+                fully_shard(layer, mesh=mesh)
+        wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+        for context in ("exact", "detached"):
+            model.zero_grad()
+            (2 * token_losses(wrapped, batch, context).sum()).backward()  # both take the mean
+            found = {name: each.grad for name, each in model.named_parameters()}
+            if kind == "fsdp":
+                found = {name: each.full_tensor() for name, each in found.items()}
+            torch.save(found, f"{folder}/{kind}-{context}{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # taking a gloo group down may wait for ever on a thread that wants the GIL
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    """DDP over gloo: both ranks hold the whole batch's gradients, exact and detached."""
+    """DDP and FSDP2 over gloo: both ranks have the whole batch's gradients, exact and detached."""
     torch.multiprocessing.spawn(ranks_gradients, (str(tmp_path),), nprocs=2)
     model, batch = made_family("qwen3"), made_batch()
     add_token_losses(model, "detached")
@@ -275,6 +283,5 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
         model.zero_grad()
         token_losses(model, batch, context).sum().backward()
         expected = {name: each.grad for name, each in model.named_parameters()}
-        for rank in (0, 1):
-            found = torch.load(tmp_path / f"{context}{rank}.pt")
-            assert differences(found, expected) < 1e-5
+        for name in (f"{kind}-{context}{rank}" for kind in ("ddp", "fsdp") for rank in (0, 1)):
+            assert differences(torch.load(tmp_path / f"{name}.pt"), expected) < 1e-5, name
