@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
+        "output_router_logits": True,
     },
 }
 LENGTHS, KEYS = (40, 23, 31), (10, 11, 2)  # tokens of each row, and how many of them are its key

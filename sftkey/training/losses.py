@@ -64,6 +64,8 @@ def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None
         if token_losses is None:
             return fused(*args, **kwargs)
         head = functools.partial(_labelled_log_probs, self.base_model, fused)
+        if getattr(self.config.get_text_config(), "output_router_logits", False):
+            head = functools.partial(head, output_router_logits=False)  # of a loss that isn't ours
         labels = pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         if token_losses == "detached":
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT's
