@@ -128,6 +128,7 @@ PAIRS = [
     Pair("qwen3", PLAIN, "<|endoftext|>"),
     Pair("llama2", "[INST]", "</s>", " "),
     Pair("llama2", "phi3", "<|end|>", added=PHI3),
+    Pair("llama2", "phi3", "<|end|>", response="</think>", added=PHI3),
     Pair("llama2", PLAIN, "</s>"),
     Pair("llama3", OWN, EOT),
     Pair("llama3_1", OWN, EOT, kwargs=DATED),

@@ -78,6 +78,18 @@ def test_blank_that_straddles_counts_though_offsets_leave_it_out() -> None:
     assert thinking[1].startswith(" h")
 
 
+def test_nothing_of_the_thinking_leaks_where_the_answer_has_no_tag() -> None:
+    """A token of the thinking's last character and the answer's first is THINKING."""
+    section = ResponseSection(thinking=("", " "), answer=("", ""))
+    frame = probe_frame(made("look_ahead", CHATML), section)
+    (row,) = tokenize([Example("Q", "x", "have together?", 0)], frame)
+    assert isinstance(row, Row)
+    thinking = [text for text, segment in texts_of(row, frame) if segment == "THINKING"]
+    answer = "".join(text for text, segment in texts_of(row, frame) if segment == "ANSWER")
+    assert thinking[1].startswith(" h")
+    assert "".join(thinking) + answer == "x have together?"
+
+
 def test_answer_keeps_a_token_that_also_holds_its_tag() -> None:
     """A token of the answer's last character and the closing tag's first is ANSWER."""
     section = ResponseSection(answer=("\n<Answer>\n", " have together?"))
@@ -215,12 +227,39 @@ def test_white_space_that_the_prompt_would_swallow_is_kept() -> None:
     assert frame.tokenizer.decode(row.input_ids) == "Q<|end|> x\n7<|end|>"
 
 
+def test_anchor_that_would_swallow_white_space_is_left_out() -> None:
+    """Phi-3's case: blanks are set behind special tokens, and its end of turn takes in newlines."""
+    state = json.loads(KINDS["unigram"]().backend_tokenizer.to_str())
+    state["pre_tokenizer"]["prepend_scheme"] = "always"
+    backend = Tokenizer.from_str(json.dumps(state))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True)], special_tokens=True)
+    tags = {"thinking": ("", "\n"), "answer": ("", "")}
+    frame = probe_frame(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
+    example = Example("Q<|end|>", "\nx", "7", 0)
+    (row,) = tokenize([example], frame)
+    assert isinstance(row, Row)
+    assert frame.tokenizer.decode(row.input_ids).endswith("<|end|>\nx\n7<|end|>")
+    assert Oracle(frame).fault(example, row) is None
+
+
+def test_tag_that_swallows_white_space_refuses_the_row() -> None:
+    """A special token as a tag must not take a blank from the thinking."""
+    tokenizer = KINDS["look_ahead"]()
+    tokenizer.add_tokens([AddedToken("<|think|>", special=True, rstrip=True)], special_tokens=True)
+    section = ResponseSection(frame="plain", thinking=("<|think|>", "\n"), answer=("", ""))
+    frame = probe_frame(tokenizer, section)
+    rows = tokenize([Example("Q", " x", "7", 0), Example("Q", "x", "7", 1)], frame)
+    assert rows[0] == Refusal(0, "the special token '<|think|>' swallows white space beside it")
+    assert isinstance(rows[1], Row)
+
+
 def test_row_that_cannot_be_built_is_refused() -> None:
     """Where one string changes the prompt and apart changes the text, the row is refused."""
     tokenizer = KINDS["unigram"]()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["pre_tokenizer"]["prepend_scheme"] = "always"  # behind special tokens too
-    state["model"]["vocab"].append(["\n<", 0.0])
+    state["model"]["vocab"] += [["\n<", 0.0], ["x<", 0.0]]
     backend = Tokenizer.from_str(json.dumps(state))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     frame = probe_frame(tokenizer, PLAIN)

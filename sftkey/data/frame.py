@@ -92,6 +92,11 @@ class Frame:
         return special_ids(self.tokenizer)
 
     @cached_property
+    def special_lengths(self) -> dict[int, int]:
+        """The numbers of characters of the special tokens by their ids."""
+        return {number: len(token) for token, number in self.special_ids.items()}
+
+    @cached_property
     def special_pattern(self) -> re.Pattern[str]:
         """Finds special tokens in a text."""
         return special_pattern(self.special_ids)

@@ -136,7 +136,7 @@ def _row(
     # character that is lost makes the offsets behind it wrong.
     swallowed = not changed and start and whole.offsets[start - 1][1] > len(text.prompt)
     if changed or swallowed or frame.lost_character(text.prompt):
-        apart = _apart(text, prompt, whole, frame)
+        apart = _apart(text, prompt, None if swallowed else whole, frame)
         if apart is None:
             return (
                 "the ids do not begin with the prompt's, "
@@ -152,19 +152,21 @@ def _row(
 
 
 def _apart(
-    text: _Text, prompt: Encoding, whole: Encoding, frame: Frame
+    text: _Text, prompt: Encoding, whole: Encoding | None, frame: Frame
 ) -> tuple[list[int], list[tuple[int, int]]] | None:
     """Tokenize what follows the prompt on its own, so that no character gets lost or comes in.
 
     SentencePiece sets a blank before a text: behind an anchor, which is cut off again, it doesn't.
     """
-    wanted = (_decode(prompt.ids, frame) + text.rest, _decode(whole.ids, frame))
-    for anchor in ("", frame.end_token, "\n"):
+    wanted = {_decode(prompt.ids, frame) + text.rest}
+    wanted |= {_decode(whole.ids, frame)} if whole else set()
+    for anchor in ("", frame.end_token, "\n", "x"):
         head, both = frame.encode([anchor, anchor + text.rest])
-        ids = both.ids[len(head.ids) :]
-        if [*head.ids, *ids] == both.ids and _decode([*prompt.ids, *ids], frame) in wanted:
-            shift = len(anchor)
-            spans = both.offsets[len(head.ids) :]
+        shift, length = len(anchor), len(head.ids)
+        ids, spans = both.ids[length:], both.offsets[length:]
+        if both.ids[:length] != head.ids or (length and both.offsets[length - 1][1] > shift):
+            continue
+        if _decode([*prompt.ids, *ids], frame) in wanted:
             return ids, [(max(start - shift, 0), stop - shift) for start, stop in spans]
     return None
 
@@ -200,9 +202,13 @@ def _fault(
         return f"the end of turn {token!r} is not the last token"
     if spans[-1] != (length - len(token), length):
         return f"the end of turn {token!r} swallows white space before it"
-    special = frozenset(frame.special_ids.values())
-    if [number for number in ids if number in special] != frame.written_special_ids:
+    special = [n for n, number in enumerate(ids) if number in frame.special_lengths]
+    if [ids[n] for n in special] != frame.written_special_ids:
         return "a special token arises that nobody wrote: a character is unknown to the tokenizer"
+    for number, (start, stop) in ((ids[n], spans[n]) for n in special):
+        if stop - start != frame.special_lengths[number]:
+            swallowing = frame.tokenizer.convert_ids_to_tokens(number)
+            return f"the special token {swallowing!r} swallows white space beside it"
     return None
 
 
