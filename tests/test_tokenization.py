@@ -204,7 +204,7 @@ def test_character_that_the_prompt_loses_shifts_nothing() -> None:
 
 
 def swallowing(**sides: bool) -> Frame:
-    """Give a plain frame whose end of text swallows white space beside it."""
+    """Give a plain frame whose end of text heeds what stands beside it."""
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, **sides)], special_tokens=True)
     tags = {"thinking": ("", "\n"), "answer": ("", "")}
@@ -216,6 +216,14 @@ def test_end_that_swallows_white_space_is_refused() -> None:
     frame = swallowing(lstrip=True)
     rows = tokenize([Example("Q", "x", "7 ", 0), Example("Q", "x", "7", 1)], frame)
     assert rows[0] == Refusal(0, "the end of turn '<|end|>' swallows white space before it")
+    assert isinstance(rows[1], Row)
+
+
+def test_end_that_melts_into_the_answer_is_refused() -> None:
+    """A token that is one only between blanks is none behind a letter."""
+    frame = swallowing(single_word=True)
+    rows = tokenize([Example("Q", "x", "7", 0), Example("Q", "x", "7.", 1)], frame)
+    assert rows[0] == Refusal(0, "the end of turn '<|end|>' is not the last token")
     assert isinstance(rows[1], Row)
 
 
