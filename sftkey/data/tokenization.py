@@ -162,11 +162,10 @@ def _apart(
     wanted |= {_decode(whole.ids, frame)} if whole else set()
     for anchor in ("", frame.end_token, "\n", "x"):
         head, both = frame.encode([anchor, anchor + text.rest])
-        shift, length = len(anchor), len(head.ids)
-        ids, spans = both.ids[length:], both.offsets[length:]
-        if both.ids[:length] != head.ids or (length and both.offsets[length - 1][1] > shift):
-            continue
-        if _decode([*prompt.ids, *ids], frame) in wanted:
+        ids = both.ids[len(head.ids) :]
+        if [*head.ids, *ids] == both.ids and _decode([*prompt.ids, *ids], frame) in wanted:
+            shift = len(anchor)
+            spans = both.offsets[len(head.ids) :]
             return ids, [(max(start - shift, 0), stop - shift) for start, stop in spans]
     return None
 
