@@ -25,7 +25,7 @@ from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from sftkey.errors import ModelError
+from sftkey.errors import ModelError, first_line
 from sftkey.model import check_targets, short_names, target_names
 from sftkey.source import ADAPTER_CONFIG, Source, find_source
 
@@ -53,7 +53,7 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftMod
             torch.default_generator.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
-        raise ModelError("lora", str(error).splitlines()[0]) from error
+        raise ModelError("lora", first_line(error)) from error
     return _ready(adapted)
 
 
@@ -126,7 +126,7 @@ def load_adapter(
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(source.path, f"can't be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
     adapted = _ready(get_peft_model(model, config))
     try:
         result: Any = set_peft_model_state_dict(adapted, weights)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from sftkey.errors import DeviceError
+from sftkey.errors import DeviceError, first_line
 from sftkey.recipe import ModelSection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -65,7 +65,7 @@ def choose_device(
     Raises:
         DeviceError: The device can't do what the recipe asks; the hint says what to write instead.
     """
-    use_cpu = use_cpu or env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = use_cpu or launched_with("CPU", env)
     index = 0
     kind: Literal["cuda", "mps", "cpu"] = "cpu"
     compute_dtype = torch.float32
@@ -82,6 +82,11 @@ def choose_device(
         _check_dtype(section.dtype, kind, compute_dtype)
         compute_dtype = DTYPES[section.dtype]
     return Device(kind, index, compute_dtype)
+
+
+def launched_with(what: str, env: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the launcher says `CPU`, `FSDP` or `DEEPSPEED` to its processes."""
+    return env.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
 
 
 def _check_one_gpu(env: Mapping[str, str]) -> None:
@@ -102,7 +107,7 @@ def _check_nf4(kind: str) -> None:
     try:
         importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DeviceError(
             kind,
             f"model.quantization: nf4 needs bitsandbytes, which can't be imported here: {reason}",

@@ -77,6 +77,11 @@ class RunError(SFTKeyError, RuntimeError):
     """A run folder can't be used as the command asks."""
 
 
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's text, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shown(value: Any) -> str:
     """Write a value into an error, in YAML's words and not at length."""
     if value is None:

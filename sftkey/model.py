@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from sftkey.device import DTYPES, Device
-from sftkey.errors import ModelError
+from sftkey.device import DTYPES, Device, launched_with
+from sftkey.errors import ModelError, first_line
 from sftkey.recipe import ModelSection
 from sftkey.source import Source, find_source, hub_error, model_source, weight_files
 
@@ -118,13 +117,12 @@ def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     FSDP shards floating tensors alone, all of one type: there the packed bytes are held as numbers
     of the compute type.
     """
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=compute_dtype if fsdp else torch.uint8,
+        bnb_4bit_quant_storage=compute_dtype if launched_with("FSDP") else torch.uint8,
     )
 
 
@@ -147,7 +145,7 @@ def _load_error(
     of_the_hub = (hub.HfHubHTTPError, hub.LocalEntryNotFoundError)
     if source.commit and isinstance(error.__cause__, of_the_hub):
         return hub_error(section.name_or_path, section.revision, error.__cause__)
-    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    reason = first_line(error)
     return ModelError(section.name_or_path, f"its {what} can't be loaded: {reason}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 
-from sftkey.errors import ModelError
+from sftkey.errors import ModelError, first_line
 from sftkey.packaged import is_packaged, packaged_folder
 from sftkey.recipe import ModelSection
 
@@ -108,7 +108,7 @@ def hub_error(repo_id: str, revision: str | None, error: BaseException) -> Model
             )
         case hub.HFValidationError():
             return ModelError(repo_id, "neither a folder here nor a name that the hub could have")
-    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    reason = first_line(error)
     return ModelError(repo_id, f"the hub can't give it: {reason}")
 
 

@@ -16,6 +16,7 @@ HALL = {"cli", "console", "process", "train", "check", "ls", "show", "adapt", "e
 PART_OF = {
     "adapter": "model",
     "device": "model",
+    "files": "errors",
     "packaged": "model",
     "source": "model",
     "recipe_checks": "recipe",

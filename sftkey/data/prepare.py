@@ -14,15 +14,13 @@ from sftkey.data.fitting import fit
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Example, Segment
-from sftkey.data.splits import Splits, load_splits
+from sftkey.data.splits import NUM_SHOWN, Splits, load_splits
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, Problem, RecipeError
 from sftkey.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NUM_SHOWN = 20  # row numbers in counts
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,7 @@ def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
         DataError: No rows are left, or a stage finds nothing to train in them.
         FrameError: The template drops or raises on a system message.
     """
-    counts: dict[str, Any] = {"dropped": {}, "trimmed": {}, "tokens": {}}
-    for item in splits.counts["dropped"]:
-        reason = f"{item['split']}: {item['reason']}"
-        counts["dropped"][reason] = {"count": item["num_rows"], "rows": item["rows"]}
+    counts: dict[str, Any] = {"dropped": splits.dropped(), "trimmed": {}, "tokens": {}}
     datasets: dict[str, Dataset | None] = {}
     refusals: list[Refusal] = []
     for name, examples in (("train", splits.train), ("validation", splits.validation)):

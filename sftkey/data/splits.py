@@ -31,6 +31,13 @@ class Splits:
     test: list[Example]
     counts: dict[str, Any]
 
+    def dropped(self) -> dict[str, Any]:
+        """Give what was dropped by "split: reason", with `count` and the first `rows`."""
+        return {
+            f"{item['split']}: {item['reason']}": {"count": item["num_rows"], "rows": item["rows"]}
+            for item in self.counts["dropped"]
+        }
+
 
 def load_splits(
     data: DataSection, seed: int, need_test: bool = True, turns: Turns = "last"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -16,6 +15,7 @@ from sftkey.data.response import Example, Parsed, Response
 from sftkey.errors import DataError, Problem, RunError
 from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.statistics import wilson
+from sftkey.files import write_text
 from sftkey.generation import Generation
 
 if TYPE_CHECKING:
@@ -157,9 +157,7 @@ def _mean_length(
 def write_result(folder: Path, result: StageResult) -> Path:
     """Write `<stage>.json`; under that name it is always whole."""
     file = folder / f"{result.stage}.json"
-    unfinished = folder / f".{result.stage}.json.{os.getpid()}"
-    unfinished.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    write_text(file, result.model_dump_json(indent=1) + "\n")
     return file
 
 

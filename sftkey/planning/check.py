@@ -21,7 +21,6 @@ from sftkey.model import load_tokenizer
 from sftkey.planning.check_masks import Masks, judged_findings, read_masks
 from sftkey.planning.check_recipe import recipe_findings, undecided
 from sftkey.planning.check_rows import (
-    as_counts,
     dropped_findings,
     frame_findings,
     lenient,
@@ -59,7 +58,7 @@ def check(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
     if frame is not None and splits is not None:
         prepared = _read_rows(findings, recipe, frame, splits)
     if splits is not None:
-        dropped = as_counts(splits) if prepared is None else prepared.counts["dropped"]
+        dropped = splits.dropped() if prepared is None else prepared.counts["dropped"]
         findings += dropped_findings(recipe.data, dropped)
     if prepared is None:
         return Report(tuple(findings))

@@ -7,6 +7,7 @@ from typing import Any
 
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Segment
+from sftkey.device import launched_with
 from sftkey.planning.findings import Finding
 from sftkey.recipe import Recipe
 from sftkey.schedule import trainer_setting
@@ -54,7 +55,7 @@ def _marked(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
 
 def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:
     """Refuse a launcher's config that can't serve the recipe, and name one that can."""
-    deepspeed = env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
+    deepspeed = launched_with("DEEPSPEED", env)
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if deepspeed and stage == "3" and recipe.model.quantization == "nf4":
         yield Finding(

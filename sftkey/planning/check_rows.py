@@ -78,14 +78,6 @@ def dropped_findings(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[
         yield Finding(reason.code, rows, message, reason.hint if refuses else None, refuses)
 
 
-def as_counts(splits: Splits) -> dict[str, Any]:
-    """Give what the splits dropped in the form of `Prepared.counts`."""
-    return {
-        f"{item['split']}: {item['reason']}": {"count": item["num_rows"], "rows": item["rows"]}
-        for item in splits.counts["dropped"]
-    }
-
-
 def frame_findings(frame: Frame) -> Iterator[Finding]:
     """Find thinking that the template writes itself, beside the response's own."""
     if not THINK_TAG.search(frame.bridge):

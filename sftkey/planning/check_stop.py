@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from sftkey.data.frame import Frame
-from sftkey.errors import ModelError
+from sftkey.errors import ModelError, first_line
 from sftkey.planning.findings import Finding
 from sftkey.recipe import ModelSection, Recipe
 from sftkey.source import ADAPTER_CONFIG, Source, find_source, model_source
@@ -44,7 +44,7 @@ def head_is_tied(section: ModelSection) -> bool:
     try:
         config = AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(section.name_or_path, f"its config can't be read: {reason}") from error
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sftkey.data.splits import NUM_SHOWN
 from sftkey.errors import SFTKeyError
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
-
-NUM_SHOWN = 20  # rows that a finding names
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sftkey.errors import ModelError
+from sftkey.errors import ModelError, first_line
 from sftkey.model import linear_modules, load_tokenizer, short_names
 from sftkey.packaged import find_weights, is_packaged
 from sftkey.recipe import ModelSection
@@ -155,7 +155,7 @@ def _config(section: ModelSection, source: Source) -> Any:
     try:
         return AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             section.name_or_path, f"its config.json can't be read: {reason}"
         ) from error
@@ -169,7 +169,7 @@ def _skeleton(section: ModelSection, config: Any) -> tuple[PreTrainedModel, str]
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         except (ValueError, KeyError, AttributeError, ImportError) as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = first_line(error)
         else:
             return model, attention
     raise ModelError(section.name_or_path, f"no language model can be built of it: {reason}")

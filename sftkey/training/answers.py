@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,16 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftkey.data.frame import stop_ids
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example
+from sftkey.device import launched_with
+from sftkey.files import write_text
 from sftkey.generation import generate_to_file
 from sftkey.recipe import Recipe
-from sftkey.training.ledger import Ledger, whole_file
+from sftkey.training.ledger import Ledger
 from sftkey.training.progress import RunProgress
 
 
 def sharded() -> bool:
     """Tell whether no process holds the whole model (FSDP, DeepSpeed)."""
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return any(os.environ.get(flag, "false").lower() in ("true", "1") for flag in flags)
+    return launched_with("FSDP") or launched_with("DEEPSPEED")
 
 
 @dataclass
@@ -74,8 +74,7 @@ class Answers:
         )
         processes.wait_for_everyone()
         if self.ledger.main:
-            with whole_file(whole) as temporary:
-                temporary.write_text("".join(part.read_text() for part in parts))
+            write_text(whole, "".join(part.read_text(encoding="utf-8") for part in parts))
             for part in parts:
                 part.unlink()
         processes.wait_for_everyone()

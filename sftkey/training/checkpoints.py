@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sftkey.errors import RunError
+from sftkey.files import free_name, write_json
 
 SEAL = "whole.json"
 
@@ -18,9 +19,7 @@ SEAL = "whole.json"
 def seal(checkpoint: Path) -> None:
     """Record the names and sizes of a finished checkpoint's files; what differs later is torn."""
     sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.is_file()}
-    temporary = checkpoint / (SEAL + ".tmp")
-    temporary.write_text(json.dumps(sizes, indent=1))
-    temporary.replace(checkpoint / SEAL)
+    write_json(checkpoint / SEAL, sizes)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -49,15 +48,6 @@ def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:
         elif set_aside:
             checkpoint.rename(free_name(folder / f"torn-{checkpoint.name}"))
     return max(found)[1] if found else None
-
-
-def free_name(path: Path) -> Path:
-    """Give `path`, or the first of `path.1`, `path.2` … that doesn't exist."""
-    count, free = 0, path
-    while free.exists():
-        count += 1
-        free = path.with_name(f"{path.name}.{count}")
-    return free
 
 
 class SealCheckpoints(TrainerCallback):

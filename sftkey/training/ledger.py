@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sftkey.errors import Problem, RunError
+from sftkey.files import free_name, write_json, write_text
 from sftkey.recipe import Recipe, changed_keys, load_recipe
-from sftkey.training.checkpoints import free_name
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path that takes the name `path` when the block ends without an error."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; the file appears under its name only when it is whole."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @dataclass
@@ -106,8 +89,7 @@ def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
         if (folder / "recipe.yaml").exists():
             refuse_changed(folder, recipe)
         else:
-            with whole_file(folder / "recipe.yaml") as temporary:
-                temporary.write_text(recipe.to_yaml())
+            write_text(folder / "recipe.yaml", recipe.to_yaml())
         ledger = Ledger(folder, recipe)
         ledger.save()
     except OSError as error:

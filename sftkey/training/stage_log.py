@@ -11,7 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sftkey.errors import RunError
-from sftkey.training.ledger import Ledger, whole_file
+from sftkey.files import write_text
+from sftkey.training.ledger import Ledger
 from sftkey.training.progress import RunProgress
 
 
@@ -29,8 +30,7 @@ def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
 def cut_log(path: Path, last_step: int) -> None:
     """Drop what was logged after `last_step`: those steps will be taken again."""
     kept = read_log(path, last_step)
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def check_handoff(

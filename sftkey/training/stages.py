@@ -19,6 +19,7 @@ from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
 from sftkey.data.frame import stop_ids
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.device import Device, choose_device
+from sftkey.files import write_json
 from sftkey.model import load_model, load_tokenizer
 from sftkey.recipe import Recipe
 from sftkey.schedule import num_stage_steps
@@ -27,7 +28,7 @@ from sftkey.training.answers import Answers, sharded
 from sftkey.training.arguments import stage_arguments
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.detached import refuse_other_caches
-from sftkey.training.ledger import Ledger, open_run, write_json
+from sftkey.training.ledger import Ledger, open_run
 from sftkey.training.memory import explained_out_of_memory, release_memory
 from sftkey.training.progress import RunProgress
 from sftkey.training.stage_log import StageLog, read_log
@@ -164,7 +165,9 @@ class Run:
 def read_rows(recipe: Recipe) -> Prepared:
     """Load the tokenizer and the rows; the test rows may be missing."""
     tokenizer = load_tokenizer(recipe.model)
-    return prepare(recipe, tokenizer, need_test=recipe.data.test is not None)
+    prepared = prepare(recipe, tokenizer, need_test=recipe.data.test is not None)
+    refuse_evaluation_without_rows(recipe, prepared)
+    return prepared
 
 
 def start(
@@ -191,7 +194,6 @@ def start(
     processes = PartialState(cpu=device.kind == "cpu")
     with processes.main_process_first():
         prepared = read(recipe)
-    refuse_evaluation_without_rows(recipe, prepared)
     if processes.is_main_process:
         open_run(recipe, folder, fresh)
     processes.wait_for_everyone()
