@@ -17,6 +17,7 @@ PART_OF = {
     "adapter": "model",
     "device": "model",
     "files": "errors",
+    "key_adapter": "model",
     "packaged": "model",
     "source": "model",
     "recipe_checks": "recipe",
