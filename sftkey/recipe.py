@@ -110,12 +110,14 @@ class ResponseSection(Section):
 class StageSection(Section):
     """One training stage: which tokens its loss is on, and what its trainer does otherwise.
 
-    `context: detached` lets no gradient through prompt and thinking.
+    `context: detached` lets no gradient through prompt and thinking. `loss: dft` weighs every
+    token's loss with its probability (arXiv 2508.05629).
     """
 
     name: StageName
     loss_on: LossOn
     context: Literal["exact", "detached"] = "exact"
+    loss: Literal["nll", "dft"] = "nll"
     trainer: dict[str, Any] = {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -27,13 +28,17 @@ def sharded() -> bool:
 
 @dataclass
 class Answers:
-    """Writes a run's generations, each once, and goes on with them after a kill."""
+    """Writes a run's generations, each once, and goes on with them after a kill.
+
+    `asked` names the stages (or `base`) that answer the test questions; None stands for all.
+    """
 
     recipe: Recipe
     ledger: Ledger
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     progress: RunProgress
+    asked: Collection[str] | None = None
 
     @cached_property
     def questions(self) -> list[Example]:
@@ -42,7 +47,8 @@ class Answers:
 
     def missing(self, name: str) -> bool:
         """Tell whether a stage's answers, or the base model's, are still to be written."""
-        return bool(self.questions) and not self.ledger.generations(name).exists()
+        asked = self.asked is None or name in self.asked
+        return asked and bool(self.questions) and not self.ledger.generations(name).exists()
 
     def write(self, name: str, model: PreTrainedModel | PeftModel) -> None:
         """Let the model answer; each process takes its share of the questions.

@@ -18,6 +18,7 @@ class StageRecord:
     """What the ledger knows of one stage.
 
     `validation` holds, under `start` and `end`, the loss of every segment in nats a token.
+    `shared_from` names the run beside this one that trained the stage, where it was another.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StageRecord:
     num_steps: int = 0
     seconds: float = 0.0
     validation: dict[str, dict[str, float]] = field(default_factory=dict)
+    shared_from: str | None = None
 
 
 class Ledger:

@@ -143,6 +143,7 @@ class Run:
             self.validation,
             callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
             context=stage.context,
+            loss=stage.loss,
         )
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class KeyTrainer(SFTTrainer):
         callbacks: As in transformers.
         context: What gradient flows through prompt and thinking. `exact`: all that there is;
             `detached`: none (`sftkey.training.detached`), and `loss_on` trains neither.
+        loss: `dft` weighs each token's loss with the token's probability, through which no
+            gradient flows (arXiv 2508.05629).
 
     Raises:
         ModelError: The model can't do `detached`.
@@ -55,11 +57,12 @@ class KeyTrainer(SFTTrainer):
         eval_dataset: Dataset,
         callbacks: list[Any] | None = None,
         context: Context = "exact",
+        loss: Literal["nll", "dft"] = "nll",
     ) -> None:
         # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         self.segment_weights = weights_by_segment(loss_on)
-        self.context = context
+        self.context, self.loss = context, loss
         self._window = torch.zeros(0)
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
         super().__init__(
@@ -96,6 +99,8 @@ class KeyTrainer(SFTTrainer):
         weights = inputs.pop("loss_weights")[:, 1:]
         losses = token_losses(model, inputs, self.context)
         self._count(losses.detach(), segment_ids, weights)
+        if self.loss == "dft":
+            losses = losses * torch.exp(-losses.detach())
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         # The processes' gradients are averaged, but their losses are parts of one sum.
         return (losses * weights).sum() / total * self.accelerator.num_processes
