@@ -16,6 +16,7 @@ DEFAULT = Response.from_section(ResponseSection())
 NATIVE = Response("<think>\n", "\n</think>", "\n\n", "")
 OPENED = Response("", "\n</think>", "\n\n", "")  # the prompt ends in `<think>`
 HASH = Response("", "", "\n#### ", "")
+LINES = Response("", "", "\n", "")  # without tags: the answer is the last line
 
 
 def test_doctests_hold() -> None:
@@ -89,6 +90,9 @@ def test_strict_is_the_whole_form_and_else_the_last_answer_counts(
         (HASH, "2 + 5 = 7\n#### 7", Parsed("2 + 5 = 7", "7", True)),
         (HASH, "a\n#### 6\n#### 7", Parsed(None, "7", False)),
         (Response("", "", "", ""), "7", Parsed("", "7", True)),
+        (LINES, "2 + 5 = 7\n7 + 1 = 8\n8", Parsed("2 + 5 = 7\n7 + 1 = 8", "8", True)),
+        (LINES, "a\n8\n", Parsed("a", "8", True)),
+        (LINES, "It is 8.", Parsed(None, "It is 8.", False)),
     ],
 )
 def test_tags_may_be_empty(response: Response, text: str, parsed: Parsed) -> None:

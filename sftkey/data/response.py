@@ -101,8 +101,13 @@ class Response:
         """Find thinking and answer in a generated text.
 
         Strict is what `render` writes, with any white space around the tags (the paper's Fmt
-        speaks of tags only), each tag once. Otherwise the last answer found counts.
+        speaks of tags only), each tag once. Otherwise the last answer found counts. Without tags,
+        where white space alone parts the two, the answer is what stands after the last of it.
         """
+        boundary = self.thinking_close + self.answer_open
+        if boundary and not any(self._tags(strip=True)):
+            before, found, after = text.strip().rpartition(boundary)
+            return Parsed(before if found else None, after, strict=bool(found))
         for space, tags in (("", self._tags(strip=False)), (r"\s*", self._tags(strip=True))):
             match = re.fullmatch(_pattern(tags, space), text, flags=re.DOTALL)
             if match and not any(self._holds_tag(part) for part in match.groups()):
