@@ -15,6 +15,7 @@ from sftkey.yaml_source import Keys
 
 Finding = tuple[Keys, str]
 
+MADE_SOURCES = ("reasoning_gym", "made")
 REFUSED_TRAINER_KEYS = {
     "packing": "packing is not built yet, and it will be `data.packing`",
     "packing_strategy": "packing is not built yet, and it will be `data.packing`",
@@ -152,11 +153,12 @@ def _check_model(model: dict[str, Any], lora: Any) -> Iterator[Finding]:
 def _check_data(data: dict[str, Any]) -> Iterator[Finding]:
     source = data.get("source")
     for key in ("task", "num_rows"):
-        if source == "reasoning_gym" and data.get(key) is None:
-            yield ("data", key), "missing; `source: reasoning_gym` needs `task` and `num_rows`"
+        if source in MADE_SOURCES and data.get(key) is None:
+            yield ("data", key), f"missing; `source: {source}` needs `task` and `num_rows`"
     for key in ("task", "task_options", "num_rows"):
-        if isinstance(source, str) and source != "reasoning_gym" and data.get(key):
-            yield ("data", key), f"only with `source: reasoning_gym`; got {shown(source)}"
+        if isinstance(source, str) and source not in MADE_SOURCES and data.get(key):
+            wanted = " or ".join(MADE_SOURCES)
+            yield ("data", key), f"only with `source: {wanted}`; got {shown(source)}"
     for key in ("thinking", "answer"):
         for rule in ("response", "split_rule"):
             if data.get(key) is not None and data.get(rule) is not None:

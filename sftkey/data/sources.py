@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sftkey.data import orders
 from sftkey.data.examples import Loaded, Turns, make_examples
 from sftkey.data.hub import hub_rows
 from sftkey.data.worked import made_rows
@@ -25,7 +26,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "split_rule": "hash_marks",
     },
 }
-MADE = "reasoning_gym"
+MADE: dict[str, Callable[[DataSection, int], Any]] = {
+    "reasoning_gym": made_rows,
+    orders.SOURCE: orders.order_rows,
+}
 SHARD = re.compile(r"-\d+-of-\d+\Z")
 
 Rows = list[dict[str, Any]]
@@ -43,7 +47,7 @@ def with_defaults(data: DataSection) -> DataSection:
 
 def has_splits(data: DataSection) -> bool:
     """Tell whether the source has splits of its own: one file and made rows have none."""
-    return data.source != MADE and not _is_file(data.source)
+    return data.source not in MADE and not _is_file(data.source)
 
 
 def load_examples(
@@ -83,11 +87,12 @@ def _rows(data: DataSection, seed: int, split: str) -> Rows:
     """Find out what kind of source this is, and read it."""
     if _is_file(split):
         return _read(Path(split))
-    if data.source == MADE or _is_file(data.source):
+    if data.source in MADE or _is_file(data.source):
         if split != "train":
             what = f"expected a count, a share or a file as split; got {split!r}"
             raise DataError(data.source, what, hint="this source has no splits of its own")
-        return made_rows(data, seed) if data.source == MADE else _read(Path(data.source))
+        make = MADE.get(data.source)
+        return make(data, seed) if make else _read(Path(data.source))
     folder = Path(data.source)
     if folder.is_dir():
         configured = folder / (data.config or "")

@@ -1,0 +1,69 @@
+"""Orders: every figure in a row follows from its prompt, and options are held to."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from sftkey.data.orders import order_rows
+from sftkey.errors import DataError
+from sftkey.recipe import DataSection
+
+
+def section(**fields: object) -> DataSection:
+    """Give a section of made orders."""
+    return DataSection(**{"source": "made", "task": "orders", "num_rows": 60, **fields})
+
+
+@pytest.mark.parametrize("ask", ["total", "dearest", "rest"])
+def test_thinking_and_answer_follow_from_the_prompt(ask: str) -> None:
+    """Each line of the thinking is a product of the prompt; the answer takes the step that asks."""
+    rows = order_rows(section(task_options={"ask": ask, "num_lines": 4, "most": 12}), seed=3)
+    assert len({row["prompt"] for row in rows}) == 60
+    for row in rows:
+        lines = re.findall(r"(\d+) (\w+) at (\d+)", row["prompt"])
+        assert len(lines) == 4
+        priced = [(f"{n} {good}", int(n) * int(price)) for n, good, price in lines]
+        assert row["thinking"] == "\n".join(f"{line}: {price}" for line, price in priced)
+        assert all(2 <= int(figure) <= 12 for n, _, price in lines for figure in (n, price))
+        dearest = max(priced, key=lambda each: each[1])[0].split()[1]
+        total = sum(price for _, price in priced)
+        expected = {"total": str(total), "dearest": dearest, "rest": str(100 - total)}
+        assert row["answer"] == expected[ask]
+
+
+def test_seed_decides_the_rows() -> None:
+    """The same seed gives the same rows, another one others."""
+    assert order_rows(section(), 1) == order_rows(section(), 1) != order_rows(section(), 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"task": "menus"}, "made: data.task: expected orders; got 'menus'"),
+        (
+            {"task_options": {"lines": 3}},
+            "made: data.task_options.lines: unknown option\nhint: orders has num_lines, most, ask",
+        ),
+        (
+            {"task_options": {"most": 1}},
+            "made: data.task_options.most: expected a number 3 to 99; got 1",
+        ),
+        (
+            {"task_options": {"ask": "sum"}},
+            "made: data.task_options.ask: expected total, dearest, rest; got 'sum'",
+        ),
+        ({"num_rows": None}, "made: data.num_rows: expected how many rows to make; got none"),
+        (
+            {"num_rows": 40000, "task_options": {"num_lines": 2, "most": 3}},
+            "made: data.num_rows: expected fewer rows, there are too few such orders; got 40000\n"
+            "hint: raise data.task_options.most or num_lines",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused(fields: dict[str, object], expected: str) -> None:
+    """Each mistake has one error."""
+    with pytest.raises(DataError) as error:
+        order_rows(section(**fields), 1)
+    assert str(error.value) == expected
