@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,7 +168,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
-        findings += [_finding(details) for details in error.errors()]
+        findings += [finding(details, _known_keys) for details in error.errors()]
     problems = source.problems + [source.problem(*finding) for finding in findings]
     if recipe is None or problems:
         raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
@@ -219,12 +219,21 @@ _EXPECTED = {
 }
 
 
-def _finding(details: ErrorDetails) -> tuple[Keys, str]:
-    """Turn one of pydantic's errors into our words."""
+def _known_keys(keys: Keys) -> Iterable[str]:
+    return (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields
+
+
+def finding(details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]]) -> tuple[Keys, str]:
+    """Turn one of pydantic's errors into our words.
+
+    Args:
+        details: As pydantic gives it.
+        known_keys: Gives the keys that there are where one is unknown.
+    """
     kind, keys, got = details["type"], details["loc"], details["input"]
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
-        known = (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields
+        known = known_keys(keys)
         near = did_you_mean(keys[-1], known) or f"; the keys here are {', '.join(known)}"
         return keys, f"unknown key{near}"
     if kind == "value_error":

@@ -101,8 +101,20 @@ def test_defaults_are_filled_in(file: Path) -> None:
         },
         "trainer": {"learning_rate": 1e-4},
         "stages": (
-            {"name": "completion", "loss_on": "completion", "context": "exact", "trainer": {}},
-            {"name": "key", "loss_on": "key", "context": "exact", "trainer": {"max_steps": 3}},
+            {
+                "name": "completion",
+                "loss_on": "completion",
+                "context": "exact",
+                "loss": "nll",
+                "trainer": {},
+            },
+            {
+                "name": "key",
+                "loss_on": "key",
+                "context": "exact",
+                "loss": "nll",
+                "trainer": {"max_steps": 3},
+            },
         ),
         "eval": {
             "num_questions": 200,
@@ -365,7 +377,7 @@ RULE = (
         ("eval.num_question=1", "unknown key; did you mean `num_questions`?"),
         (
             "stages.key.zzz=1",
-            "unknown key; the keys here are name, loss_on, context, trainer",
+            "unknown key; the keys here are name, loss_on, context, loss, trainer",
         ),
         (
             "trainr.max_steps=1",
