@@ -1,12 +1,9 @@
-"""LoRA adapters: made, saved with the base that they belong to, loaded onto that base alone."""
+"""LoRA adapters: made, and loaded onto the base that they belong to alone."""
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +14,28 @@ from peft import (
     PeftModel,
     TaskType,
     get_peft_model,
-    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.utils.other import TrainableTokensWrapper
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError, first_line
 from sftkey.model import check_targets, short_names, target_names
+from sftkey.saving import BASE_FILE, DEFAULT, Base
 from sftkey.source import ADAPTER_CONFIG, Source, find_source
 
-BASE_FILE = "base.json"
-Base = dict[str, str | None]
 
-
-def add_lora(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel | PeftModel, lora: dict[str, Any], seed: int, name: str = DEFAULT
+) -> PeftModel:
     """Put a new adapter with float32 weights on the model, the same one for the same seed.
 
     Args:
-        model: Quantized or not; its own weights are frozen.
+        model: Quantized or not, with other adapters or without; its own weights are frozen.
         lora: `peft.LoraConfig`'s fields.
         seed: Of the adapter's first weights; the process's random state stays as it was.
+        name: peft's name of it.
 
     Raises:
         ModelError: The target modules don't exist, or the settings can't be.
@@ -51,10 +47,17 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftMod
         with torch.random.fork_rng(devices=[]):
             # peft draws on the CPU whatever the device; torch.manual_seed would reseed GPUs too.
             torch.default_generator.manual_seed(seed)
-            adapted = get_peft_model(model, config)
+            adapted = _adapted(model, config, name)
     except (ValueError, TypeError) as error:
         raise ModelError("lora", first_line(error)) from error
-    return _ready(adapted)
+    return _ready(adapted, name)
+
+
+def _adapted(model: PreTrainedModel | PeftModel, config: LoraConfig, name: str) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=name)
+    model.add_adapter(name, config)
+    return model
 
 
 def _check_initialization(where: str, value: Any) -> None:
@@ -66,13 +69,13 @@ def _check_initialization(where: str, value: Any) -> None:
         )
 
 
-def _ready(adapted: PeftModel) -> PeftModel:
+def _ready(adapted: PeftModel, name: str) -> PeftModel:
     """Make all that is trained float32, and a checkpoint's save ask the hub for nothing.
 
     peft makes copies of whole modules in the base's type, and looks the base up by its name. Its
     head with trained rows hides its bias, which TRL's loss asks for beside the weights.
     """
-    config: Any = adapted.peft_config["default"]
+    config: Any = adapted.peft_config[name]
     dtype = adapted.get_input_embeddings().weight.dtype
     if config.modules_to_save and dtype != torch.float32:
         raise ModelError(
@@ -80,8 +83,9 @@ def _ready(adapted: PeftModel) -> PeftModel:
             f"float32 copies can't compute beside {str(dtype).removeprefix('torch.')} weights",
             "train single tokens with trainable_token_indices, or write model.dtype=float32",
         )
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+    for key, parameter in adapted.named_parameters():
+        ours = parameter.requires_grad or f".{name}." in key  # peft freezes a second adapter
+        if ours and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     config.base_model_name_or_path = ""
     base: Any = adapted.get_base_model()
@@ -98,15 +102,17 @@ def load_adapter(
     *,
     lora: dict[str, Any] | None = None,
     trainable: bool = True,
+    name: str = DEFAULT,
 ) -> PeftModel:
     """Put a saved adapter on the model: one of ours, or anybody's LoRA adapter in peft's form.
 
     Args:
-        model: The base, without an adapter.
+        model: The base, without an adapter of this name.
         adapter: A folder or a hub id.
         base: What `base_identity` says of the model.
         lora: The recipe's; what it says must be what the adapter has.
-        trainable: Go on with training; otherwise the adapter is frozen. float32 either way.
+        trainable: Go on with training; otherwise all is frozen. float32 either way.
+        name: peft's name of it.
 
     Raises:
         ModelError: It can't be found or read, is no LoRA adapter, belongs to another base, or
@@ -127,13 +133,14 @@ def load_adapter(
         if isinstance(error, ModelError):
             raise
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
-    adapted = _ready(get_peft_model(model, config))
+    adapted = _ready(_adapted(model, config, name), name)
     try:
-        result: Any = set_peft_model_state_dict(adapted, weights)
+        result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(source.path, f"its weights don't fit the model: {reason}") from error
-    unmatched = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}" in key]
+    unmatched = [*result.unexpected_keys, *missing]
     if unmatched:
         raise ModelError(
             source.path,
@@ -203,57 +210,3 @@ def _check_lora(
             "; ".join(contradictions),
             "write what the adapter has, or leave the key out",
         )
-
-
-def save_adapter(
-    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Save the adapter and the identity of its base; the folder appears when it is whole.
-
-    Asks the hub for nothing (peft's own save asks for the base's config), and records the base's
-    name, not the path in a cache.
-
-    Args:
-        model: With the adapter.
-        folder: Replaced if it exists.
-        base: From `base_identity`.
-        state: The model's state where it is sharded, gathered from all processes.
-    """
-    with _saving(folder) as temporary:
-        saving = Path(temporary) / "adapter"
-        saving.mkdir()
-        tensors = get_peft_model_state_dict(model, state, save_embedding_layers=False)
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        save_file(tensors, saving / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = copy.deepcopy(model.peft_config["default"])
-        config.base_model_name_or_path = base["name_or_path"]
-        config.revision = base["revision"]
-        config.inference_mode = True
-        config.save_pretrained(str(saving))
-        _finish(saving, folder, base)
-
-
-def save_model(
-    model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
-    with _saving(folder) as temporary:
-        saving = Path(temporary) / "model"
-        model.save_pretrained(saving, state_dict=state)
-        _finish(saving, folder, base)
-
-
-def _saving(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """Make a folder beside the one that is to be written; remove what a killed save left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-"
-    for killed in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(killed)
-    return tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix)
-
-
-def _finish(saving: Path, folder: Path, base: Base) -> None:
-    (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
-    if folder.exists():
-        shutil.move(folder, saving.parent / "old")
-    saving.rename(folder)

@@ -12,12 +12,13 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
-from sftkey import adapter as adapter_module
-from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
+from sftkey import saving as saving_module
+from sftkey.adapter import add_lora, load_adapter
 from sftkey.device import Device
 from sftkey.errors import ModelError
 from sftkey.model import load_model
 from sftkey.recipe import ModelSection
+from sftkey.saving import save_adapter, save_model
 from sftkey.source import base_identity
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -260,7 +261,7 @@ def test_save_that_is_cut_short_leaves_the_old_adapter(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as context:
-        context.setattr(adapter_module, "save_file", full)
+        context.setattr(saving_module, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             save_adapter(model, ours, base)
     assert adapter_weights(ours).read_bytes() == before

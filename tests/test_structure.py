@@ -19,6 +19,7 @@ PART_OF = {
     "files": "errors",
     "key_adapter": "model",
     "packaged": "model",
+    "saving": "model",
     "source": "model",
     "recipe_checks": "recipe",
     "recipe_fields": "recipe",

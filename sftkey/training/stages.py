@@ -15,13 +15,15 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftkey.adapter import add_lora, load_adapter, save_adapter, save_model
+from sftkey.adapter import add_lora, load_adapter
 from sftkey.data.frame import stop_ids
+from sftkey.data.packing import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.device import Device, choose_device
 from sftkey.files import write_json
 from sftkey.model import load_model, load_tokenizer
 from sftkey.recipe import Recipe
+from sftkey.saving import save_adapter, save_model
 from sftkey.schedule import num_stage_steps
 from sftkey.source import base_identity
 from sftkey.training.answers import Answers, sharded
@@ -30,6 +32,7 @@ from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.detached import refuse_other_caches
 from sftkey.training.ledger import Ledger, open_run
 from sftkey.training.memory import explained_out_of_memory, release_memory
+from sftkey.training.packs import refuse_mixed_rows
 from sftkey.training.progress import RunProgress
 from sftkey.training.stage_log import StageLog, read_log
 from sftkey.training.trainer import KeyTrainer
@@ -50,6 +53,7 @@ class Run:
         tokenizer: The model's, with the recipe's chat template.
         prepared: The rows.
         progress: What the person sees.
+        packs: The training rows, packed, for the stages that read packs.
     """
 
     recipe: Recipe
@@ -58,6 +62,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     progress: RunProgress
+    packs: Dataset | None = None
 
     @cached_property
     def validation(self) -> Dataset:
@@ -115,6 +120,8 @@ class Run:
         model.generation_config.eos_token_id = stop_ids(self.prepared.frame, published)
         if any(stage.context == "detached" for stage in self.recipe.stages):
             refuse_other_caches(model)  # before hours of training, not after
+        if self.packs is not None:
+            refuse_mixed_rows(model, probe=not sharded())
         if lora is None:
             return model
         if before is None:
@@ -139,7 +146,7 @@ class Run:
             arguments,
             stage.loss_on,
             self.tokenizer,
-            self.prepared.train,
+            stage_rows(self.recipe, stage, self.prepared.train, self.packs),
             self.validation,
             callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
             context=stage.context,
@@ -195,6 +202,7 @@ def start(
     processes = PartialState(cpu=device.kind == "cpu")
     with processes.main_process_first():
         prepared = read(recipe)
+        packs = packed_rows(recipe, prepared.train)
     if processes.is_main_process:
         open_run(recipe, folder, fresh)
     processes.wait_for_everyone()
@@ -206,13 +214,17 @@ def start(
         "versions": {name: version(name) for name in PACKAGES},
     }
     ledger.save()
+    if packs is not None:
+        prepared.counts["packing"] = pack_counts(packs, recipe.data.max_length)
     if ledger.main:
         write_json(ledger.folder / "data.json", prepared.counts)
-    progress = make_progress(ledger, device, prepared)
-    return Run(recipe, ledger, device, prepared.frame.tokenizer, prepared, progress)
+    progress = make_progress(ledger, device, prepared, packs)
+    return Run(recipe, ledger, device, prepared.frame.tokenizer, prepared, progress, packs)
 
 
-def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProgress:
+def make_progress(
+    ledger: Ledger, device: Device, prepared: Prepared, packs: Dataset | None
+) -> RunProgress:
     """Count the steps of all stages, and say what is going to be trained where."""
     world = PartialState().num_processes
     steps = {}
@@ -220,7 +232,8 @@ def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProg
         folder = ledger.stage_folder(number) / "checkpoints"
         stage_arguments(ledger.recipe, stage, device, folder, on_start=True)  # upstream's checks
         trainer = ledger.recipe.stage_trainer(stage)
-        steps[stage.name] = num_stage_steps(trainer, len(prepared.train), world)
+        rows = stage_rows(ledger.recipe, stage, prepared.train, packs)
+        steps[stage.name] = num_stage_steps(trainer, len(rows), world)
     left = sum(steps[record.name] for record in ledger.stages if record.status == "open")
     progress = RunProgress(left, quiet=not ledger.main)
     counts = ", ".join(f"{name} {count} steps" for name, count in steps.items())
@@ -228,6 +241,8 @@ def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProg
         f"{ledger.recipe.name}: {device.kind}, world size {world}, "
         f"{len(prepared.train)} training rows; {counts}"
     )
+    if packs is not None:
+        progress.note(pack_line(prepared.counts["packing"]))
     return progress
 
 
