@@ -68,6 +68,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         stage: A stage's name, or `base`.
         generations: The answers; default what the run itself wrote, if it did.
     """
+    from sftkey.data.sources import MADE
     from sftkey.evaluation.generations import read_generations
     from sftkey.evaluation.results import score, write_result
 
@@ -88,8 +89,38 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         end=frame.end,
         tokenizer=run.tokenizer,
         settings={"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature},
+        made=run.recipe.data.source in MADE,
+        thinking_loss=thinking_losses(run, stage),
     )
     write_result(run.ledger.folder / "evaluation", result)
+
+
+def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
+    """Give the thinking's validation loss before and after a stage; None of the base model."""
+    for record in run.ledger.stages:
+        losses = [record.validation.get(at, {}).get("thinking") for at in ("start", "end")]
+        if record.name == stage and losses[0] is not None and losses[1] is not None:
+            return losses[0], losses[1]
+    return None
+
+
+def note_thinking(run: Run, stage: str) -> None:
+    """Say in the log what a stage did to the thinking, and how to mend what it harmed."""
+    from sftkey.evaluation.results import read_result
+    from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
+
+    names = ["base", *(each.name for each in run.recipe.stages)]
+    if stage == "base" or not run.ledger.main:
+        return
+    folder = run.ledger.folder / "evaluation"
+    files = [folder / f"{name}.json" for name in (names[names.index(stage) - 1], stage)]
+    before, after = (read_result(file) if file.exists() else None for file in files)
+    if after:
+        change = thinking_change(before, after)
+    else:  # nothing was asked, or will be later
+        change = ThinkingChange(stage, thinking_losses(run, stage))
+    for line in (change.line(), *change.warnings()):
+        run.progress.note(line)
 
 
 def print_table(run: Run, alpha: float | None = None) -> None:

@@ -23,13 +23,14 @@ def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> N
     use_all_cores()
     quiet_libraries()
     from sftkey.check import passed
-    from sftkey.evaluate import grade_stage, print_table
+    from sftkey.evaluate import grade_stage, note_thinking, print_table
     from sftkey.training.stages import start
 
     run = start(checked, Path("runs") / checked.name, fresh, read=passed)
     with run.progress:
         for stage in run.stages():
             grade_stage(run, stage)
+            note_thinking(run, stage)
     print_table(run)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sftkey.evaluation.results import StageResult, read_results
 from sftkey.evaluation.statistics import mcnemar, paired_difference
+from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, thinking_table
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of one run; `difference` is that to the stage before, on the same questions."""
+    """One stage of one run.
+
+    `difference` and `thinking` are against the stage before, on the same questions.
+    """
 
     run: str
     name: str
     result: StageResult
     alpha: float
     difference: Difference | None
+    thinking: ThinkingChange
 
     @property
     def score(self) -> float:
@@ -75,9 +80,13 @@ def compare(runs: Mapping[str, Sequence[StageResult]], alpha: float | None = Non
         for result in results:
             name = result.stage if len(runs) == 1 else f"{run} {result.stage}"
             difference = _difference(before, result, name) if before else None
-            row = Row(run, name, result, result.alpha if alpha is None else alpha, difference)
+            old, names = (before.result, (before.name, name)) if before else (None, ("", name))
+            thinking = thinking_change(old, result, names)
+            own_alpha = result.alpha if alpha is None else alpha
+            row = Row(run, name, result, own_alpha, difference, thinking)
             if before and not difference:
                 warnings.append(_unpaired(before, row))
+            warnings += thinking.warnings()
             rows.append(row)
             before = row
         lasts += rows[-1:]
@@ -109,6 +118,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "alpha": row.alpha,
                 "score": row.score,
                 "difference": row.difference and asdict(row.difference),
+                "thinking_change": row.thinking.as_json(),
             }
             for row in comparison.rows
         ],
@@ -119,8 +129,11 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def render(comparison: Comparison) -> Group:
-    """Give the table and its sentences, for a rich console."""
-    return Group(table(comparison), *map(Text, sentences(comparison)))
+    """Give the tables and their sentences, for a rich console."""
+    rows = [(row.name, row.result, row.thinking) for row in comparison.rows]
+    told = any(result.num_thinking_judged is not None for _, result, _ in rows)
+    second: list[Table | Text] = [Text(), thinking_table(rows), Text()] if told else []
+    return Group(table(comparison), *second, *map(Text, sentences(comparison)))
 
 
 def table(comparison: Comparison) -> Table:

@@ -47,8 +47,14 @@ def last_number(text: str) -> Number | None:
     >>> last_number("The answer is $1,234.50.").value
     Fraction(2469, 2)
     """
-    matches = list(_NUMBER.finditer(_plain(text)))
+    matches = list(_NUMBER.finditer(plain(text)))
     return _number(matches[-1]) if matches else None
+
+
+def first_number(text: str) -> Number | None:
+    """Give the first number of a text, read as `last_number` does; None without one."""
+    match = _NUMBER.search(plain(text))
+    return _number(match) if match else None
 
 
 def same_number(answer: Number, reference: Number) -> bool:
@@ -85,7 +91,7 @@ def _number(match: re.Match[str]) -> Number | None:
     return Number(-value if match["sign"] == "-" else value, rounded, bool(match["percent"]))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Write a text's numbers with ASCII signs, such as `1/2` for `½` and `e5` for `x 10^5`."""
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = re.sub(r"(⁻?[⁰¹²³⁴-⁹]+)", r"^\1", text)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sftkey.data.response import Example, Parsed, Response
+from sftkey.data.response import Example, Response
 from sftkey.errors import DataError, Problem, RunError
 from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.statistics import wilson
+from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
 from sftkey.files import write_text
 from sftkey.generation import Generation
 
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class Question(BaseModel):
-    """How one question was answered; it holds nothing of the question itself."""
+    """How one question was answered; it holds nothing of the question itself.
+
+    `thinking_right` is None where no rule can say, and both of the thinking are in results that
+    were written before there were such.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,6 +37,8 @@ class Question(BaseModel):
     strict: bool  # thinking, answer and nothing else
     parsed: bool  # there was an answer
     stopped: bool | None
+    thinking_right: bool | None = None
+    thinking_hash: str | None = None  # equal where two stages wrote the same thinking
 
 
 class StageResult(BaseModel):
@@ -40,6 +47,9 @@ class StageResult(BaseModel):
     `acc` and `fmt` are shares of all questions: an answer that wasn't found is wrong. Intervals
     are Wilson's at 95%. `num_never_stopped` is None where another engine didn't say;
     `mean_thinking_length` is over the generations with thinking, None if there was none.
+    `num_thinking_right` is of the `num_thinking_judged` that a rule can judge. `thinking_loss` is
+    the thinking's validation loss before and after the stage in nats a token, None of the base
+    model and where nobody measured it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,6 +67,9 @@ class StageResult(BaseModel):
     num_never_stopped: int | None
     mean_thinking_length: float | None
     thinking_unit: Literal["tokens", "characters"]
+    num_thinking_judged: int | None = None
+    num_thinking_right: int | None = None
+    thinking_loss: tuple[float, float] | None = None
     settings: dict[str, Any]
     questions_sha256: str  # of prompts and reference answers: equal where questions are the same
     questions: tuple[Question, ...]
@@ -79,6 +92,8 @@ def score(
     end: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: Mapping[str, Any] | None = None,
+    made: bool = False,
+    thinking_loss: tuple[float, float] | None = None,
 ) -> StageResult:
     """Grade the generations of one stage.
 
@@ -94,6 +109,8 @@ def score(
         end: The end of turn, which some engines leave in the text.
         tokenizer: Counts the thinking's tokens; without it its characters are counted.
         settings: Of the generation; kept with the result, so that a comparison can tell.
+        made: Whether the questions come from a generator of tasks.
+        thinking_loss: The thinking's validation loss before and after the stage.
 
     Raises:
         DataError: There is no question.
@@ -103,9 +120,18 @@ def score(
     in_order = sorted(examples, key=lambda example: example.index)
     texts = [generations[example.index].text for example in in_order]
     parsed = [response.parse(text.removeprefix(bridge).removesuffix(end)) for text in texts]
+    judged = judge_thinkings([found.thinking for found in parsed], in_order, grader, made)
     questions = tuple(
-        _question(example, found, generations[example.index], grader)
-        for example, found in zip(in_order, parsed, strict=True)
+        Question(
+            index=example.index,
+            correct=grade(found.answer, example.answer, grader),
+            strict=found.strict,
+            parsed=found.answer is not None,
+            stopped=generations[example.index].stopped,
+            thinking_right=right,
+            thinking_hash=thinking_hash(text.removeprefix(bridge), response),
+        )
+        for example, found, text, right in zip(in_order, parsed, texts, judged, strict=True)
     )
     num_right = sum(question.correct for question in questions)
     num_strict = sum(question.strict for question in questions)
@@ -125,19 +151,12 @@ def score(
         num_never_stopped=sum(unstopped) if len(unstopped) == len(questions) else None,
         mean_thinking_length=_mean_length([found.thinking for found in parsed], tokenizer),
         thinking_unit="characters" if tokenizer is None else "tokens",
+        num_thinking_judged=len(judged) - judged.count(None),
+        num_thinking_right=judged.count(True),
+        thinking_loss=thinking_loss,
         settings={"grader": grader, "response": asdict(response), **(settings or {})},
         questions_sha256=_fingerprint(examples),
         questions=questions,
-    )
-
-
-def _question(example: Example, found: Parsed, generation: Generation, grader: str) -> Question:
-    return Question(
-        index=example.index,
-        correct=grade(found.answer, example.answer, grader),
-        strict=found.strict,
-        parsed=found.answer is not None,
-        stopped=generation.stopped,
     )
 
 

@@ -62,6 +62,17 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     return float(binomtest(gains, gains + losses, 0.5).pvalue)
 
 
+def chance_of_worse(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Give the p of McNemar's exact test against one side: that `after` has fewer right.
+
+    For a warning, which asks whether something got worse and not whether it changed.
+    """
+    gains, losses = discordant(before, after)
+    if gains + losses == 0:
+        return 1.0
+    return float(binomtest(losses, gains + losses, 0.5, alternative="greater").pvalue)
+
+
 def discordant(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
     """Count the questions that only `after` has right, and those that only `before` has right."""
     pairs = list(zip(before, after, strict=True))

@@ -1,0 +1,123 @@
+"""Is a written thinking right, and is it the same one as before? No model is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from hashlib import sha256
+
+from sftkey.data.response import Example, Response
+from sftkey.evaluation.numbers import first_number, last_number, plain, same_number
+
+ARRIVING = 0.9  # from this share of references on, thinkings of a task end in its answers
+
+_STEP_ENDS = re.compile(r"[\n;]|[.,]\s")
+_BULLET = re.compile(r"^\s*[-*•]\s+")
+_SIGNS = [
+    (re.compile(r"\\times|\\cdot|[×·]|(?<=\d)\s*x\s*(?=\d)"), "*"),  # noqa: RUF001
+    (re.compile(r"\\div|÷"), "/"),
+]
+_TOKEN = re.compile(
+    r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+    r"|[+*/=^<>]|(?<![^\W\d])-(?![^\W\d])"  # the hyphen of a word is no minus
+)
+_WORD = re.compile(rf"{_TOKEN.pattern}|[^\W\d_]+")
+
+Step = tuple[str, ...]
+
+
+def judge_thinkings(
+    written: Sequence[str | None], examples: Sequence[Example], grader: str, made: bool = False
+) -> list[bool | None]:
+    r"""Tell which thinkings are right; None where no rule can say.
+
+    Of numbers (`number`) there are two kinds of task, told apart by their references:
+
+    - The thinking arrives at the answer (GSM8K: 99.5% of the references do, by their last number
+      or the result of their last equation). Then a thinking is right that arrives there too, on
+      whatever way.
+    - It stops before the answer, as the demo's `4 + 3 = 7`, `7 - 2` does. Then a thinking is right
+      if the reference's steps stand in it in their order and the last of them ends it. A step is
+      what a line or clause says in numbers and signs: words, spaces and the way of writing a sign
+      don't count, a result may follow where the reference leaves it out, and further steps may
+      stand between. The same sum in another order counts as wrong.
+
+    Made rows have one way of thinking: their steps count with other graders too, the words in them
+    included. Any other thinking (choices, free texts, `math`) can be right in too many ways, and a
+    reference without thinking says nothing.
+
+    Args:
+        written: As `Response.parse` found them; None, a thinking that was never closed, is wrong.
+        examples: Their questions with the references.
+        grader: That of the answers.
+        made: Whether the rows come from a generator of tasks.
+
+    >>> example = Example("4 + 3 - 2 =", "4 + 3 = 7\n7 - 2", "5", 0)
+    >>> texts = ["4+3 = 7, 7 - 2 = 5", "4 + 3 = 8\n8 - 2"]
+    >>> judge_thinkings(texts, [example] * 2, "number")
+    [True, False]
+    """
+    told = [example for example in examples if example.thinking.strip()]
+    arriving = sum(_arrives(example.thinking, example.answer) for example in told)
+    by_answer = grader == "number" and arriving >= ARRIVING * len(told)
+    judged: list[bool | None] = []
+    for text, example in zip(written, examples, strict=True):
+        if not example.thinking.strip() or not (made or grader == "number"):
+            judged.append(None)
+        elif by_answer:
+            judged.append(text is not None and _arrives(text, example.answer))
+        else:
+            judged.append(_has_steps(text, example.thinking, words=grader != "number"))
+    return judged
+
+
+def thinking_hash(text: str, response: Response) -> str:
+    """Give 16 hex digits that are equal where two completions are, up to the thinking's end.
+
+    The thinking ends at the first closing tag, where a key would begin; one that was never closed
+    is all of its text.
+    """
+    tags = (response.thinking_close.strip(), response.answer_open.strip())
+    end = next((tag for tag in tags if tag), None)
+    thinking = text.partition(end)[0] if end else text
+    return sha256(thinking.strip().encode()).hexdigest()[:16]
+
+
+def _arrives(thinking: str, answer: str) -> bool:
+    """Tell whether a thinking ends in the answer: its last number, or its last result."""
+    wanted, _, result = last_number(answer), *thinking.rpartition("=")[1:]
+    found = [last_number(thinking), first_number(result) if "=" in thinking else None]
+    return wanted is not None and any(number and same_number(number, wanted) for number in found)
+
+
+def _has_steps(written: str | None, reference: str, words: bool) -> bool | None:
+    """Look for the reference's steps in their order, the last one last."""
+    steps, found = _steps(reference, words), _steps(written or "", words)
+    if not steps:
+        return None
+    if not found or not _says(found[-1], steps[-1]):
+        return False
+    left = iter(found[:-1])
+    return all(any(_says(step, wanted) for step in left) for wanted in steps[:-1])
+
+
+def _says(step: Step, wanted: Step) -> bool:
+    return step == wanted or step[: len(wanted) + 1] == (*wanted, "=")
+
+
+def _steps(text: str, words: bool) -> list[Step]:
+    """Give the numbers and signs of each clause that has a number, or of each all that it says."""
+    steps = []
+    for clause in _STEP_ENDS.split(text):
+        clause = plain(_BULLET.sub("", clause)).casefold()
+        for sign, ascii_sign in _SIGNS:
+            clause = sign.sub(ascii_sign, clause)
+        tokens = (_WORD if words else _TOKEN).findall(clause)
+        if words or any(token[-1].isdigit() for token in tokens):
+            steps.append(tuple(map(_same_form, tokens)))
+    return [step for step in steps if step]
+
+
+def _same_form(token: str) -> str:
+    return str(Fraction(token.replace(",", ""))) if token[-1].isdigit() else token
