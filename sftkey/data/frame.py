@@ -81,6 +81,13 @@ class Frame:
         """Tokenize texts as they are: nothing is added, cut or padded."""
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
+    def encode_rows(
+        self, prompts: Sequence[str], wholes: Sequence[str]
+    ) -> tuple[list[Encoding], list[Encoding]]:
+        """Tokenize the prompts of rows and the whole rows; of the prompts no offsets are known."""
+        encode_prompts = self._backend.encode_batch_fast
+        return encode_prompts(list(prompts), add_special_tokens=False), self.encode(wholes)
+
     @property
     def end_token(self) -> str:
         """The special token that ends generation."""
@@ -103,9 +110,10 @@ class Frame:
 
     def lost_character(self, text: str) -> str | None:
         """Give the first character of a text that the tokenizer would lose, if it has one."""
-        if not self._lost_bytes or self._lost_bytes.isdisjoint(text.encode()):
+        lost = self._lost_bytes
+        if lost is None or not lost.search(text.encode()):
             return None
-        return next(c for c in text if not self._lost_bytes.isdisjoint(c.encode()))
+        return next(c for c in text if lost.search(c.encode()))
 
     @cached_property
     def written_special_ids(self) -> list[int]:
@@ -114,16 +122,20 @@ class Frame:
         return [self.special_ids[token] for token in self.special_pattern.findall(written)]
 
     @cached_property
-    def _lost_bytes(self) -> frozenset[int]:
-        """The bytes that a byte-level vocabulary lacks (SmolLM2's, say), dropped without a word."""
+    def _lost_bytes(self) -> re.Pattern[bytes] | None:
+        """Finds bytes that a byte-level vocabulary lacks (SmolLM2's, say): dropped without a word.
+
+        None where it lacks none.
+        """
         if "ByteLevel" not in str(self._backend.pre_tokenizer):
-            return frozenset()
+            return None
         # What can be shown stands for itself in such a vocabulary, the others stand behind.
         shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(0x100) if byte not in shown]
         signs = {byte: chr(byte) for byte in shown}
         signs |= {byte: chr(0x100 + place) for place, byte in enumerate(others)}
-        return frozenset(b for b, sign in signs.items() if self._backend.token_to_id(sign) is None)
+        lost = bytes(b for b, sign in signs.items() if self._backend.token_to_id(sign) is None)
+        return re.compile(b"[" + re.escape(lost) + b"]") if lost else None
 
     @cached_property
     def _backend(self) -> Tokenizer:

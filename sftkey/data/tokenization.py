@@ -7,29 +7,24 @@ on byte-level tokenizers the last `>` of a tag merges with the line's end behind
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sftkey.data.frame import Frame
 from sftkey.data.response import Example, Segment
+from sftkey.data.spans import Tokens, segments_of
 from sftkey.errors import FrameError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-BATCH_SIZE = 1000
-# A token that touches several segments belongs to the first of them here, so that nothing of the
-# thinking gets into the key, and everything of the answer into the answer.
-PRECEDENCE = (
-    Segment.THINKING,
-    Segment.ANSWER,
-    Segment.ANSWER_TAG,
-    Segment.END,
-    Segment.PROMPT,
-)
+    _Encoded = tuple[list[Encoding], list[Encoding]]
+
+BATCH_SIZE = 250  # rows that a thread tokenizes at a time
 
 
 @dataclass
@@ -74,23 +69,58 @@ def tokenize(examples: Sequence[Example], frame: Frame) -> list[Row | Refusal]:
     Raises:
         FrameError: The template drops or raises on a system message.
     """
+    return [row for batch in tokenize_batches(examples, frame) for row in batch]
+
+
+def tokenize_batches(examples: Sequence[Example], frame: Frame) -> Iterator[list[Row | Refusal]]:
+    """Do as `tokenize`, batch by batch.
+
+    The tokenizer works outside of Python's lock: while its threads are at the next batches, one on
+    each core, this thread makes rows of the last.
+
+    Raises:
+        FrameError: The template drops or raises on a system message.
+    """
+    num_threads = _num_cores()
+    batches = (examples[n : n + BATCH_SIZE] for n in range(0, len(examples), BATCH_SIZE))
+    waiting: deque[tuple[Sequence[Example], list[_Text | str], Future[_Encoded]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for batch in batches:
+            written = [_write(example, frame) for example in batch]
+            texts = [text for text in written if isinstance(text, _Text)]
+            prompts = [text.prompt for text in texts]
+            wholes = [text.prompt + text.rest for text in texts]
+            future = pool.submit(frame.encode_rows, prompts, wholes)
+            waiting.append((batch, written, future))
+            if len(waiting) > num_threads:
+                yield _rows(*waiting.popleft(), frame)
+        while waiting:
+            yield _rows(*waiting.popleft(), frame)
+
+
+def _num_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _rows(
+    examples: Sequence[Example],
+    written: Sequence[_Text | str],
+    encoded: Future[_Encoded],
+    frame: Frame,
+) -> list[Row | Refusal]:
+    """Make the rows of a batch when its tokens are there."""
+    prompts, wholes = map(iter, encoded.result())
     rows: list[Row | Refusal] = []
-    for start in range(0, len(examples), BATCH_SIZE):
-        rows += _tokenize_batch(examples[start : start + BATCH_SIZE], frame)
-    return rows
-
-
-def _tokenize_batch(examples: Sequence[Example], frame: Frame) -> Iterator[Row | Refusal]:
-    written = [_write(example, frame) for example in examples]
-    texts = [text for text in written if isinstance(text, _Text)]
-    prompts = iter(frame.encode([text.prompt for text in texts]))
-    wholes = iter(frame.encode([text.prompt + text.rest for text in texts]))
     for example, text in zip(examples, written, strict=True):
         outcome = text if isinstance(text, str) else _row(text, next(prompts), next(wholes), frame)
         if isinstance(outcome, str):
-            yield Refusal(example.index, outcome)
+            rows.append(Refusal(example.index, outcome))
         else:
-            yield Row(*outcome, example.index)
+            rows.append(Row(*outcome, example.index))
+    return rows
 
 
 def _write(example: Example, frame: Frame) -> _Text | str:
@@ -128,83 +158,62 @@ def _row(
     lost = frame.lost_character(text.rest)
     if lost:
         return f"the completion holds {lost!r}, which the tokenizer would lose"
-    start = len(prompt.ids)
-    ids, spans = whole.ids[start:], whole.offsets[start:]
+    prompt_ids, ids = prompt.ids, whole.ids
+    start = len(prompt_ids)
+    tokens = Tokens(ids[start:], whole, start)
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
-    changed = whole.ids[:start] != prompt.ids
+    changed = ids[:start] != prompt_ids
     # A special token may swallow the white space behind it, here the completion's first. And a
     # character that is lost makes the offsets behind it wrong.
-    swallowed = not changed and start and whole.offsets[start - 1][1] > len(text.prompt)
+    swallowed = not changed and start and tokens.span(-1)[1] > len(text.prompt)
     if changed or swallowed or frame.lost_character(text.prompt):
-        apart = _apart(text, prompt, None if swallowed else whole, frame)
+        apart = _apart(text, prompt_ids, None if swallowed else ids, frame)
         if apart is None:
             return (
                 "the ids do not begin with the prompt's, "
                 "and the rest tokenized apart decodes to another text"
             )
-        (ids, spans), pieces = apart, text.pieces
-    fault = _fault(ids, spans, pieces, frame)
+        tokens, pieces = apart, text.pieces
+    fault = _fault(tokens, pieces, frame)
     if fault:
         return fault
-    before = [*frame.bos_before(text.prompt), *prompt.ids]
-    segments = _segments(spans, pieces)
-    return [*before, *ids], [*[int(Segment.PROMPT)] * len(before), *segments]
+    before = [*frame.bos_before(text.prompt), *prompt_ids]
+    segments = segments_of(tokens, pieces)
+    return [*before, *tokens.ids], [*[int(Segment.PROMPT)] * len(before), *segments]
 
 
 def _apart(
-    text: _Text, prompt: Encoding, whole: Encoding | None, frame: Frame
-) -> tuple[list[int], list[tuple[int, int]]] | None:
+    text: _Text, prompt_ids: list[int], whole_ids: list[int] | None, frame: Frame
+) -> Tokens | None:
     """Tokenize what follows the prompt on its own, so that no character gets lost or comes in.
 
     SentencePiece sets a blank before a text: behind an anchor, which is cut off again, it doesn't.
     """
-    wanted = {_decode(prompt.ids, frame) + text.rest}
-    wanted |= {_decode(whole.ids, frame)} if whole else set()
+    wanted = {_decode(prompt_ids, frame) + text.rest}
+    wanted |= {_decode(whole_ids, frame)} if whole_ids else set()
     for anchor in ("", frame.end_token, "\n", "x"):
         head, both = frame.encode([anchor, anchor + text.rest])
         ids = both.ids[len(head.ids) :]
-        if [*head.ids, *ids] == both.ids and _decode([*prompt.ids, *ids], frame) in wanted:
-            shift = len(anchor)
-            spans = both.offsets[len(head.ids) :]
-            return ids, [(max(start - shift, 0), stop - shift) for start, stop in spans]
+        if [*head.ids, *ids] == both.ids and _decode([*prompt_ids, *ids], frame) in wanted:
+            return Tokens(ids, both, len(head.ids), len(anchor))
     return None
 
 
-def _segments(spans: Sequence[tuple[int, int]], pieces: Sequence[tuple[Segment, str]]) -> list[int]:
-    """Give each token's segment from the characters it stands for.
-
-    Tokens that are bytes of one character all stand for it; a token of no character (the blank that
-    SentencePiece sets before a text) goes with the character it stands before.
-    """
-    starts = [start for start, _ in spans]
-    stops = [max(stop, start + 1) for start, stop in spans]
-    ends = list(accumulate(len(text) for _, text in pieces))
-    found = [int(Segment.PROMPT)] * len(spans)
-    for segment in reversed(PRECEDENCE):
-        for (owner, text), end in zip(pieces, ends, strict=True):
-            if owner == segment and text:
-                first, last = bisect_right(stops, end - len(text)), bisect_left(starts, end)
-                found[first:last] = [int(segment)] * (last - first)
-    return found
-
-
-def _fault(
-    ids: Sequence[int],
-    spans: Sequence[tuple[int, int]],
-    pieces: Sequence[tuple[Segment, str]],
-    frame: Frame,
-) -> str | None:
+def _fault(tokens: Tokens, pieces: Sequence[tuple[Segment, str]], frame: Frame) -> str | None:
     """Tell what is wrong with the special tokens behind the prompt, if anything is."""
     length = sum(len(text) for _, text in pieces)
-    token = frame.end_token
+    ids, token = tokens.ids, frame.end_token
     if not ids or ids[-1] != frame.end_id:
         return f"the end of turn {token!r} is not the last token"
-    if spans[-1] != (length - len(token), length):
+    if tokens.span(len(ids) - 1) != (length - len(token), length):
         return f"the end of turn {token!r} swallows white space before it"
-    special = [n for n, number in enumerate(ids) if number in frame.special_lengths]
-    if [ids[n] for n in special] != frame.written_special_ids:
+    special = list(filter(frame.special_lengths.__contains__, ids))
+    if special != frame.written_special_ids:
         return "a special token arises that nobody wrote: a character is unknown to the tokenizer"
-    for number, (start, stop) in ((ids[n], spans[n]) for n in special):
+    place = -1
+    for number in special:
+        place = ids.index(number, place + 1)
+        start, stop = tokens.span(place)
         if stop - start != frame.special_lengths[number]:
             swallowing = frame.tokenizer.convert_ids_to_tokens(number)
             return f"the special token {swallowing!r} swallows white space beside it"
