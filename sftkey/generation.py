@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from sftkey.switching import Switch
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Generation:
             be special tokens.
         num_tokens: Tokens of the text; None where another engine wrote it and doesn't say.
         stopped: Whether the model ended it by itself, before `max_new_tokens`; None as above.
+        ids: Its tokens, where the model wrote it just now: no file has them.
     """
 
     text: str
     num_tokens: int | None = None
     stopped: bool | None = None
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 def generate(
@@ -45,6 +49,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     skip: Collection[int] = (),
+    switch: Switch | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """Generate after every prompt, longest prompts first; yields each batch as it is finished.
 
@@ -62,6 +67,8 @@ def generate(
         temperature: 0 is greedy; above it, all tokens are sampled by their probabilities.
         seed: Of the sampling.
         skip: Positions of prompts that are left out.
+        switch: From `find_switch`: where the key adapter of a frozen key stage begins to act. None:
+            the adapters that are active write all of it.
 
     Yields:
         Position of the prompt, and what was generated after it.
@@ -69,6 +76,8 @@ def generate(
     Raises:
         ValueError: There is nothing to stop at, or an empty prompt.
     """
+    from sftkey.writing import write, write_switching
+
     if not stop_ids:
         raise ValueError("stop_ids: expected at least the trained end of turn; got none")
     if empty := [position for position, prompt in enumerate(prompts) if not prompt]:
@@ -79,8 +88,13 @@ def generate(
         batch = order[start : start + batch_size]
         if set(batch) <= set(skip):
             continue
-        with _inference(model), _seeded(model, f"{seed} {start}", temperature > 0):
-            written = _write(model, [prompts[position] for position in batch], config)
+        with inferring(model), _seeded(model, f"{seed} {start}", temperature > 0):
+            asked = [prompts[position] for position in batch]
+            written = (
+                write_switching(model, tokenizer, asked, config, switch)
+                if switch
+                else write(model, asked, config)
+            )
         for position, ids in zip(batch, written, strict=True):
             if position not in skip:
                 yield position, _generation(tokenizer, ids, stop_ids)
@@ -122,6 +136,7 @@ def generate_to_file(
         for position, generation in batches:
             index = indexes[position]
             row = {"index": index, "prompt_tokens": len(prompts[index]), **vars(generation)}
+            del row["ids"]
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             done[index] = generation
@@ -193,37 +208,17 @@ def _generation_config(
     )
 
 
-def _write(
-    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
-) -> list[list[int]]:
-    """Generate after prompts that are padded on the left; gives the new ids alone."""
-    import torch
-
-    length = max(len(prompt) for prompt in prompts)
-    padding = [[config.pad_token_id] * (length - len(prompt)) for prompt in prompts]
-    rows = [pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * len(pad) + [1] * (length - len(pad)) for pad in padding]
-    input_ids = torch.tensor(rows, device=model.device)  # (B, T)
-    attention_mask = torch.tensor(mask, device=model.device)
-    with torch.no_grad():
-        output = model.generate(  # type: ignore[operator]  # of a mixin that the stubs don't know
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config
-        )
-    written: list[list[int]] = output[:, length:].tolist()
-    return written
-
-
 def _generation(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: Collection[int]
 ) -> Generation:
     """Cut a row at its first stop; what stands after it is padding."""
     end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
     text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-    return Generation(text, end, end < len(ids))
+    return Generation(text, end, end < len(ids), tuple(ids[:end]))
 
 
 @contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
+def inferring(model: torch.nn.Module) -> Iterator[None]:
     """Put a model in eval mode; afterwards each module is in the mode that it was in.
 
     That switches gradient checkpointing off too, which would drop the cache.
