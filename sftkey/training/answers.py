@@ -17,6 +17,7 @@ from sftkey.device import launched_with
 from sftkey.files import write_text
 from sftkey.generation import generate_to_file
 from sftkey.recipe import Recipe
+from sftkey.switching import find_switch
 from sftkey.training.ledger import Ledger
 from sftkey.training.progress import RunProgress
 
@@ -76,6 +77,7 @@ class Answers:
             batch_size=settings.batch_size,
             temperature=settings.temperature,
             seed=self.recipe.seed,
+            switch=find_switch(model, self.prepared.frame),
             report=partial(self.progress.answers, name),
         )
         processes.wait_for_everyone()
