@@ -140,6 +140,42 @@ def compare(
     compare(runs, as_json=as_json, alpha=alpha)
 
 
+@app.command()
+def diagnose(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, a run's folder, or a model."),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Rows for a MODEL: a file, a folder or a hub id."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A run's stage, or base; else its last one.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to ask.")] = 200,
+    as_json: AsJSON = False,
+) -> None:
+    """Tell what limits a model's answers, and what could mend it."""
+    from sftkey.diagnose import diagnose
+
+    diagnose(target, overrides or (), data=data, stage=stage, num_rows=rows, as_json=as_json)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print cells, steps, tokens and time; train nothing.")
+    ] = False,
+) -> None:
+    """Run arms and seeds over recipes, or go on with them."""
+    from sftkey.study import study
+
+    study(file, plan_only=plan)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error that the user can mend ends it with exit code 2 and no traceback.
 

@@ -1,0 +1,175 @@
+"""Chooses each stage's learning rate, and a weight, on validation rows; no test row is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sftkey.data.labels import weights_by_segment
+from sftkey.data.prepare import Prepared
+from sftkey.data.response import Segment
+from sftkey.errors import DataError, RunError
+from sftkey.evaluation.study import Choice, Study, arm_recipe
+from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoints, take_over
+from sftkey.files import write_json
+from sftkey.recipe import Recipe
+from sftkey.strategies import WEIGHTED
+from sftkey.training.ledger import Ledger, open_run
+from sftkey.training.stages import start
+
+Picked = list[dict[str, float]]  # by stage
+
+
+@dataclass
+class Choices:
+    """What is chosen for one task.
+
+    A stage is chosen once for all arms that come to it in the same way, given what was chosen for
+    the stages before it; so arms that share a first stage go on sharing it.
+
+    Args:
+        study: With or without something to choose.
+        file: The task's recipe.
+        folder: Keeps the choices.
+        arms: In the order in which they are chosen for.
+        rows: Gives a recipe's rows.
+        matched: Gives an arm's settings that hang on the number of rows.
+        note: Says a line to the person.
+    """
+
+    study: Study
+    file: Path
+    folder: StudyFolder
+    arms: Sequence[str]
+    rows: Callable[[Recipe], Prepared]
+    matched: Callable[[Path, str, int, int | None], Picked]
+    note: Callable[[str], None]
+
+    def of(self, arm: str, choose: bool = True) -> Picked:
+        """Give what is chosen for an arm's stages.
+
+        Args:
+            arm: One of the study's.
+            choose: Train what this takes; otherwise what isn't chosen yet is left open.
+        """
+        num_stages = len(self.study.strategy(arm).stages)
+        if self.study.choose is None:
+            return [{} for _ in range(num_stages)]
+        record = self._record(self.study.choose)
+        picked: Picked = []
+        for number in range(num_stages):
+            key = self._key(arm, number)
+            if key not in record["stages"]:
+                if not choose:
+                    return picked + [{} for _ in range(number, num_stages)]
+                record["stages"][key] = self._choose(self.study.choose, arm, number, picked)
+                path = self.folder.choices(self.file.stem)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, record)
+                if all(key in record["stages"] for key in self._keys()):
+                    shutil.rmtree(self._runs, ignore_errors=True)
+            picked.append(record["stages"][key]["chosen"])
+        return picked
+
+    @property
+    def _runs(self) -> Path:
+        return self.folder.choices(self.file.stem).with_suffix("")
+
+    def _keys(self) -> list[str]:
+        strategies = {arm: self.study.strategy(arm) for arm in self.arms}
+        return [self._key(arm, n) for arm in self.arms for n in range(len(strategies[arm].stages))]
+
+    def _key(self, arm: str, number: int) -> str:
+        """Give what two arms share that come to a stage in the same way."""
+        strategy = self.study.strategy(arm)
+        last = number == len(strategy.stages) - 1
+        way = [list(map(dict, strategy.stages[: number + 1])), dict(strategy.response or {})]
+        rest = [list(strategy.overrides), strategy.matched and last, arm == WEIGHTED]
+        return hashed([way, rest])[:16]
+
+    def _record(self, choice: Choice) -> dict[str, Any]:
+        asked = choice.model_dump(mode="json")
+        path = self.folder.choices(self.file.stem)
+        if not path.exists():
+            return {"choose": asked, "stages": {}}
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record["choose"] != asked:
+            raise RunError(
+                str(path),
+                f"expected the values that were chosen from, {record['choose']}; got {asked}",
+                "another `name` begins another study; without this file it is chosen again",
+            )
+        return record
+
+    def _choose(self, choice: Choice, arm: str, number: int, before: Picked) -> dict[str, Any]:
+        """Try all values of one stage."""
+        grid: dict[str, tuple[float, ...]] = {"learning_rate": choice.learning_rate}
+        if arm == WEIGHTED:
+            grid["weight"] = choice.weight
+        grid = {name: values for name, values in grid.items() if values}
+        tried = []
+        for values in product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            loss = self._loss(choice, arm, [*before, point]) if point else None
+            tried.append({**point, "loss": loss})
+        names = [str(stage["name"]) for stage in self.study.strategy(arm).stages[: number + 1]]
+        finite = [each for each in tried if each["loss"] is not None]
+        if not finite and grid:
+            raise RunError(
+                f"{self.file}, arm {arm}, {names[-1]}", "the loss diverged with every value"
+            )
+        best = min(finite, key=lambda each: each["loss"] or 0.0) if finite else tried[0]
+        chosen = {name: value for name, value in best.items() if name != "loss"}
+        edge = [name for name in grid if chosen[name] in (min(grid[name]), max(grid[name]))]
+        shown = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if value)
+        note = f"{self.file.stem}, {' > '.join(names)}: {shown or 'nothing'} chosen"
+        self.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
+        return {"stages": names, "tried": tried, "chosen": chosen, "at_edge": edge}
+
+    def _loss(self, choice: Choice, arm: str, picked: Picked) -> float | None:
+        """Train up to the stage that is chosen for; None where its loss diverges."""
+        num_stages = len(picked)
+        matched = self.matched(self.file, arm, choice.seed, choice.num_rows)
+        laid = [{**values, **more} for values, more in zip(picked, matched, strict=False)]
+        recipe = arm_recipe(self.study, self.file, arm, choice.seed, laid, num_stages)
+        folder = self._runs / hashed([self._key(arm, num_stages - 1), picked])[:16]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        open_run(recipe, folder)
+        take_over(Ledger(folder, recipe))
+        run = start(recipe, folder, read=lambda recipe: self._few_rows(choice, recipe))
+        run.answers.asked = ()
+        try:
+            with run.progress:
+                list(run.stages())
+        except RunError as error:
+            if "expected a finite loss" not in str(error):
+                raise
+            return None
+        remove_checkpoints(folder)
+        losses = run.ledger.stages[-1].validation["end"]
+        loss = validation_loss(losses, run.prepared, choice.by)
+        return loss if math.isfinite(loss) else None
+
+    def _few_rows(self, choice: Choice, recipe: Recipe) -> Prepared:
+        prepared = self.rows(recipe)
+        if prepared.validation is None:
+            what = "choose: expected validation rows to choose on; got none"
+            raise DataError(str(self.file), what, "write data.validation into the recipe")
+        few = range(min(choice.num_rows, len(prepared.train)))
+        return replace(prepared, train=prepared.train.select(few))
+
+
+def validation_loss(losses: dict[str, float], prepared: Prepared, by: str) -> float:
+    """Give the mean loss a token over the segments of `by`, from the means of all segments."""
+    weights, tokens = weights_by_segment(by), prepared.counts["tokens"]["validation"]
+    counted = {
+        segment.name.lower(): tokens[segment.name] for segment in Segment if weights[segment]
+    }
+    counted = {name: count for name, count in counted.items() if count}
+    return sum(losses[name] * count for name, count in counted.items()) / sum(counted.values())

@@ -1,0 +1,149 @@
+"""What a study is going to cost: cells, steps, tokens and time, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sftkey.evaluation.study_cells import Cell, prefix_key
+from sftkey.evaluation.study_run import StudyRun
+from sftkey.schedule import num_stage_epochs, num_stage_steps
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a cell; a shared one is trained in an earlier cell and costs nothing here."""
+
+    name: str
+    num_steps: int
+    num_tokens: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One cell; `seconds` is None where no finished cell tells how fast this machine is."""
+
+    cell: Cell
+    finished: bool
+    stages: tuple[PlannedStage, ...]
+    seconds: float | None
+
+    @property
+    def num_steps(self) -> int:
+        """Count the steps that are still to be trained."""
+        return sum(each.num_steps for each in self.stages if not (each.shared or self.finished))
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens that these steps read."""
+        return sum(each.num_tokens for each in self.stages if not (each.shared or self.finished))
+
+
+def plan(run: StudyRun) -> list[PlannedCell]:
+    """Plan all cells; nothing is trained, and what isn't chosen yet is as in the recipes."""
+    cells = list(run.cells(choose=False))
+    finished = [cell for cell in cells if run.folder.record(cell).exists()]
+    pace = Pace([json.loads(run.folder.record(cell).read_text()) for cell in finished])
+    seen: set[str] = set()
+    planned = []
+    for cell in cells:
+        prepared, stages = run.rows(cell.recipe), []
+        tokens = sum(prepared.counts["tokens"]["train"].values())
+        for number, stage in enumerate(cell.recipe.stages):
+            trainer, num_rows = cell.recipe.stage_trainer(stage), len(prepared.train)
+            key = prefix_key(cell.recipe, number + 1)
+            steps = num_stage_steps(trainer, num_rows, 1)
+            read = round(num_stage_epochs(trainer, num_rows, 1) * tokens)
+            stages.append(PlannedStage(stage.name, steps, read, key in seen))
+            seen.add(key)
+        done = cell in finished
+        planned.append(
+            PlannedCell(cell, done, tuple(stages), 0.0 if done else pace.seconds(cell, stages))
+        )
+    return planned
+
+
+class Pace:
+    """How fast the finished cells were.
+
+    Args:
+        records: Their files' contents.
+    """
+
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        self.records = records
+        own = [_own_seconds(record) for record in records]
+        self.overhead = sum(
+            max(record["wall_seconds"] - seconds, 0.0)
+            for record, seconds in zip(records, own, strict=True)
+        ) / max(len(records), 1)
+
+    def seconds(self, cell: Cell, stages: Iterable[PlannedStage]) -> float | None:
+        """Guess the seconds of a cell: its training, and what loading and answers took before."""
+        total = self.overhead
+        for stage in stages:
+            rate = self._rate(cell.task, stage.name)
+            if rate is None:
+                return None
+            total += 0.0 if stage.shared else stage.num_tokens / rate
+        return total
+
+    def _rate(self, task: str, stage: str) -> float | None:
+        """Give the tokens a second of such a stage on this task, else of whatever was trained."""
+        timed = [
+            (record["task"] == task and name == stage, record["tokens"][name], seconds)
+            for record in self.records
+            for name, seconds in record["seconds"].items()
+            if seconds
+        ]
+        for rows in ([row for row in timed if row[0]], timed):
+            if rows:
+                return float(sum(row[1] for row in rows) / sum(row[2] for row in rows))
+        return None
+
+
+def _own_seconds(record: dict[str, Any]) -> float:
+    """Give the seconds of the stages that this cell trained itself."""
+    shared = record["shared_from"]
+    return float(sum(s for name, s in record["seconds"].items() if not shared[name]))
+
+
+def rendered(planned: list[PlannedCell]) -> RenderableType:
+    """Give the plan as a table and a sentence."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("task", "arm", "seed", "stages and their steps"):
+        table.add_column(header, overflow="fold")
+    for header in ("tokens", "time"):
+        table.add_column(header, justify="right")
+    for each in planned:
+        cell, stages = each.cell, ", ".join(map(_stage, each.stages))
+        time = "finished" if each.finished else _time(each.seconds)
+        table.add_row(cell.task, cell.arm, str(cell.seed), stages, str(each.num_tokens), time)
+    left = [each for each in planned if not each.finished]
+    times = [each.seconds for each in left]
+    known = None if None in times else sum(time for time in times if time is not None)
+    sentence = (
+        f"{len(planned)} cells, {len(planned) - len(left)} of them finished; "
+        f"{sum(each.num_steps for each in left)} steps and "
+        f"{sum(each.num_tokens for each in left)} tokens to train; time: {_time(known)}"
+    )
+    return Group(table, Text(sentence))
+
+
+def _stage(stage: PlannedStage) -> str:
+    return f"{stage.name} {'shared' if stage.shared else stage.num_steps}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,217 @@
+"""Runs the cells of a study, seed by seed; a finished cell is a file, and is not run again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sftkey.data.labels import weights_by_segment
+from sftkey.data.prepare import Prepared
+from sftkey.data.response import Segment
+from sftkey.errors import DataError, RunError
+from sftkey.evaluation.study import Study, arm_recipe
+from sftkey.evaluation.study_cells import (
+    Cell,
+    StudyFolder,
+    hashed,
+    link,
+    remove_checkpoints,
+    rows_key,
+    take_over,
+)
+from sftkey.evaluation.study_choice import Choices, Picked
+from sftkey.evaluation.study_record import cell_record, recipe_hash
+from sftkey.files import write_text
+from sftkey.recipe import Recipe
+from sftkey.schedule import num_stage_epochs, num_stage_steps, trainer_setting
+from sftkey.training.ledger import Ledger, open_run, refuse_changed
+from sftkey.training.stages import BASE, Run, start
+
+Read = Callable[[Recipe], Prepared]
+Grade = Callable[[Run, str], None]
+NUM_KEPT = 4  # sets of rows in memory: those of one seed on a few tasks
+
+
+@dataclass
+class StudyRun:
+    """A study on its way.
+
+    Args:
+        study: What is asked.
+        files: The recipes of its tasks.
+        folder: Where all of it lies.
+        read: The gate: gives a recipe's rows, or refuses the recipe.
+        grade: Grades a stage's answers in its run folder.
+        note: Says a line to the person.
+        command: The command that began the study, for the record.
+    """
+
+    study: Study
+    files: tuple[Path, ...]
+    folder: StudyFolder
+    read: Read
+    grade: Grade
+    note: Callable[[str], None]
+    command: str
+    _rows: dict[str, Prepared] = field(default_factory=dict)
+
+    def cells(self, choose: bool = True) -> Iterator[Cell]:
+        """Give all cells in the order in which they are run: one that others start from is first.
+
+        Args:
+            choose: Choose what is still to be chosen; otherwise it is as in the recipes.
+        """
+        choices = {file: self.choices(file) for file in self.files}
+        for seed in self.study.seeds:
+            for file in self.files:
+                for arm in self.arms:
+                    picked = choices[file].of(arm, choose)
+                    yield self.cell(file, arm, seed, picked)
+
+    @property
+    def arms(self) -> list[str]:
+        """Give the arms with few stages first, since later ones take these over."""
+        return sorted(self.study.arms, key=lambda arm: len(self.study.strategy(arm).stages))
+
+    def choices(self, file: Path) -> Choices:
+        """Give what was chosen for a task, and what chooses."""
+        return Choices(self.study, file, self.folder, self.arms, self.rows, self.matched, self.note)
+
+    def cell(self, file: Path, arm: str, seed: int, picked: Picked) -> Cell:
+        """Make one cell, with the number of steps that a matched stage needs."""
+        matched = self.matched(file, arm, seed)
+        laid = [{**values, **more} for values, more in zip(picked, matched, strict=True)]
+        recipe = arm_recipe(self.study, file, arm, seed, laid)
+        names = [stage.name for stage in recipe.stages]
+        chosen = {name: values for name, values in zip(names, picked, strict=True) if values}
+        return Cell(file.stem, arm, seed, recipe, chosen)
+
+    def matched(self, file: Path, arm: str, seed: int, num_rows: int | None = None) -> Picked:
+        """Give by stage the `max_steps` that train as many tokens as a key stage; else nothing."""
+        strategy = self.study.strategy(arm)
+        laid: Picked = [{} for _ in strategy.stages]
+        if strategy.matched:
+            recipe = arm_recipe(self.study, file, arm, seed)
+            prepared = self.rows(recipe)
+            trainer = recipe.stage_trainer(recipe.stages[-1])
+            laid[-1] = {"max_steps": matched_steps(trainer, prepared, num_rows)}
+        return laid
+
+    def rows(self, recipe: Recipe) -> Prepared:
+        """Give a recipe's rows; arms of one seed share them."""
+        key = rows_key(recipe)
+        if key not in self._rows:
+            self._rows[key] = self.read(recipe)
+            for old in list(self._rows)[:-NUM_KEPT]:
+                del self._rows[old]
+        return self._rows[key]
+
+    def run(self) -> None:
+        """Run what isn't finished.
+
+        Raises:
+            SFTKeyError: An arm is refused, or a finished cell is of another recipe.
+        """
+        self.refuse_early()
+        cells = list(self.cells())
+        for number, cell in enumerate(cells, start=1):
+            if not self.finished(cell):
+                self.note(f"cell {number} of {len(cells)}: {cell.task}, {cell.name}")
+                self.run_cell(cell)
+
+    def refuse_early(self) -> None:
+        """Let the gate see every arm before anything is trained."""
+        for file in self.files:
+            for arm in self.arms:
+                recipe = arm_recipe(self.study, file, arm, self.study.seeds[0])
+                cell = Cell(file.stem, arm, self.study.seeds[0], recipe, {})
+                if self.folder.record(cell).exists():
+                    continue
+                prepared = self._rows.setdefault(rows_key(recipe), self.read(recipe))
+                if not prepared.questions(recipe):
+                    what = "a study asks test questions; expected test rows, got none"
+                    raise DataError(str(file), what, "write data.test into the recipe")
+
+    def finished(self, cell: Cell) -> bool:
+        """Tell whether a cell is done; one of another recipe is refused.
+
+        Raises:
+            RunError: Names the changed keys, where the cell's run is still there.
+        """
+        file, folder = self.folder.record(cell), self.folder.run(cell)
+        if not file.exists():
+            return False
+        if (folder / "recipe.yaml").exists():
+            refuse_changed(folder, cell.recipe)
+        elif json.loads(file.read_text())["recipe_sha256"] != recipe_hash(cell.recipe):
+            raise RunError(
+                str(file),
+                "this cell is of another recipe",
+                "another `name` begins another study; without this file the cell is run again",
+            )
+        remove_checkpoints(folder)  # a kill may have come before
+        return True
+
+    def run_cell(self, cell: Cell) -> None:
+        """Train what no other cell has trained, let the last stage answer, and write the record."""
+        since = time.monotonic()
+        folder = self.folder.run(cell)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        open_run(cell.recipe, folder)
+        take_over(Ledger(folder, cell.recipe))
+        run = start(cell.recipe, folder, read=self.rows)
+        run.answers.asked = {BASE, cell.last}
+        base, own = self._base(run, cell), run.ledger.generations(BASE)
+        if base.exists() and not own.exists():
+            link(base, own)
+        with run.progress:
+            for stage in run.stages():
+                if stage == BASE and not base.exists():
+                    link(own, base)
+                if run.ledger.generations(stage).exists():
+                    self.grade(run, stage)
+        file = self.folder.record(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record = cell_record(run, cell, self.command, time.monotonic() - since)
+        write_text(file, json.dumps(record) + "\n")
+        remove_checkpoints(folder)
+
+    def _base(self, run: Run, cell: Cell) -> Path:
+        """Give the file of the base model's answers to these very questions."""
+        settings = run.recipe.eval.model_dump(include={"max_new_tokens", "temperature"})
+        asked = {
+            "prompts": {
+                example.index: run.prepared.frame.prompt_ids(example.prompt)
+                for example in run.answers.questions
+            },
+            "settings": {**settings, "seed": run.recipe.seed if settings["temperature"] else 0},
+            "model": run.recipe.model.model_dump(mode="json"),
+        }
+        return self.folder.runs(cell.task) / f"base-{hashed(asked)[:12]}.jsonl"
+
+
+def matched_steps(trainer: dict[str, object], prepared: Prepared, num_rows: int | None) -> int:
+    """Count the steps of full SFT that train as many tokens as a key stage with this trainer.
+
+    Args:
+        trainer: The settings of the key stage's trainer.
+        prepared: The rows.
+        num_rows: How many of them are trained on; None: all.
+    """
+    rows = num_rows or len(prepared.train)
+    tokens = {name: trained_tokens(name, prepared) for name in ("key", "completion")}
+    whole = num_stage_epochs(trainer, rows, 1) * rows * tokens["key"]
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    batch, accumulation = (trainer_setting(trainer, name) for name in names)
+    steps = round(whole / (tokens["completion"] * batch * accumulation))
+    return max(1, min(steps, num_stage_steps(trainer, rows, 1)))
+
+
+def trained_tokens(loss_on: str, prepared: Prepared) -> float:
+    """Give the mean number of tokens a training row that a loss is on."""
+    weights, tokens = weights_by_segment(loss_on), prepared.counts["tokens"]["train"]
+    trained = sum(tokens[segment.name] for segment in Segment if weights[segment])
+    return float(trained / len(prepared.train))
