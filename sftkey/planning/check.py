@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.labels import weights_by_segment
+from sftkey.data.packing import packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
 from sftkey.data.preview import statistics
 from sftkey.data.response import Segment
@@ -119,13 +120,15 @@ def _numbers(
     """
     shares = masks.key_shares
     tokens = prepared.counts["tokens"]["train"]
+    packs = packed_rows(recipe, prepared.train)
     stages = {}
     for stage in recipe.stages:
         trainer, weights = recipe.stage_trainer(stage), weights_by_segment(stage.loss_on)
-        epochs = num_stage_epochs(trainer, len(prepared.train), num_processes)
+        num_rows = len(stage_rows(recipe, stage, prepared.train, packs))
+        epochs = num_stage_epochs(trainer, num_rows, num_processes)
         trained = sum(tokens[segment.name] for segment in Segment if weights[segment])
         stages[stage.name] = {
-            "steps": num_stage_steps(trainer, len(prepared.train), num_processes),
+            "steps": num_stage_steps(trainer, num_rows, num_processes),
             "tokens": round(epochs * sum(tokens.values())),
             "trained_tokens": round(epochs * trained),
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from sftkey.errors import ModelError
@@ -13,23 +16,28 @@ PROBE = (9, 7)  # tokens of two rows
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 0.1
 
 
-def refuse_mixed_rows(model: PreTrainedModel, probe: bool = True) -> None:
+def refuse_mixed_rows(model: PreTrainedModel | PeftModel, probe: bool = True) -> None:
     """Refuse a model that lets a row of a pack see the rows before it.
 
     Args:
-        model: The model without adapters, as it was loaded.
+        model: The model as it was loaded, with adapters or without.
         probe: Try it with two short rows, packed and alone. It needs the whole weights.
 
     Raises:
         ModelError: Names the family and why.
     """
+    if isinstance(model, PeftModel):
+        whole: Any = model.get_base_model()  # its layers hold the adapters
+        return refuse_mixed_rows(whole, probe)
     layers = {type(each) for each in DynamicCache(config=model.config).layers}
     others = sorted(each.__name__ for each in layers.difference(KEYS_AND_VALUES))
     if others or model._is_stateful:
         kept = ", ".join(others) or "a state of its own"
         raise _unfit(model, f"its layers carry more than keys and values on: {kept}")
     if probe:
-        moved, tolerance = _moved(model)
+        was_training = model.training
+        moved, tolerance = _moved(model.eval())  # dropout would move them, too
+        model.train(was_training)
         if not moved <= tolerance:  # NaN is none either
             attention = f"attn_implementation: {model.config._attn_implementation}"
             what = f"with {attention} a row's tokens see the row before it"
