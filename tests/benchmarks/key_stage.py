@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import packing
 import torch
 from measuring import Bar, Spread, alternate, peak_bytes
 from models import SHAPES, Shape
@@ -186,6 +187,7 @@ def main() -> None:
             grow(sides, lengths, arguments.repeats, say).savefig(arguments.growth, dpi=150)
             return
         found = bars(table(sides, batches, arguments.repeats, say), *batches[0])
+        found.append(packing.bar(sides, arguments.repeats, say))
         del sides
         if arguments.device == "cuda" and not arguments.quick:
             say(long_thinking(Path(folder), 16384, 16))
