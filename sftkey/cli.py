@@ -176,6 +176,42 @@ def study(
     study(file, plan_only=plan)
 
 
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="Default: what stands on stdin.")
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The stage that answers, or base; default the last."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: the recipe's eval.max_new_tokens.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Ask what a run has trained one question."""
+    from sftkey.generate import generate
+
+    generate(run, question, stage=stage, max_new_tokens=max_new_tokens, as_json=as_json)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")],
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The stage whose adapter is merged; default the last."),
+    ] = None,
+) -> None:
+    """Merge a stage's adapter into its unquantized base."""
+    from sftkey.merge import merge
+
+    merge(run, output, stage)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error that the user can mend ends it with exit code 2 and no traceback.
 

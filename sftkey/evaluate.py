@@ -126,10 +126,14 @@ def note_thinking(run: Run, stage: str) -> None:
 def print_table(run: Run, alpha: float | None = None) -> None:
     """Print the table of all graded stages on stdout, and what it shows (main process only)."""
     from sftkey.evaluation.comparison import compare_runs, render
+    from sftkey.stage_diagnosis import diagnosed
 
     if not run.ledger.main:
         return
     if not list((run.ledger.folder / "evaluation").glob("*.json")):
         run.progress.note(f"{run.ledger.folder}: nothing was evaluated, so there is no table")
         return
-    stdout_console().print(render(compare_runs([run.ledger.folder], alpha)))
+    console = stdout_console()
+    console.print(render(compare_runs([run.ledger.folder], alpha)))
+    for line in diagnosed(run):
+        console.print(line)

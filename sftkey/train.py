@@ -24,9 +24,11 @@ def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> N
     quiet_libraries()
     from sftkey.check import passed
     from sftkey.evaluate import grade_stage, note_thinking, print_table
+    from sftkey.stage_diagnosis import StageDiagnosis
     from sftkey.training.stages import start
 
     run = start(checked, Path("runs") / checked.name, fresh, read=passed)
+    run.reports = (StageDiagnosis(run),)
     with run.progress:
         for stage in run.stages():
             grade_stage(run, stage)

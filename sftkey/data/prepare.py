@@ -5,17 +5,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from sftkey.data.fitting import fit
+from sftkey.data.fitting import refuse_long
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Example, Segment
+from sftkey.data.row_cache import Outcome, tokenized_rows
 from sftkey.data.splits import NUM_SHOWN, Splits, load_splits
-from sftkey.data.tokenization import Refusal, Row, tokenize
+from sftkey.data.tokenization import Refusal
 from sftkey.errors import DataError, Problem, RecipeError
 from sftkey.recipe import DataSection, Recipe
 
@@ -35,6 +36,7 @@ class Prepared:
         counts: JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count` and
             the first 20 `rows`; `tokens` by split and segment.
         refusals: The rows of train and validation that were dropped here.
+        validation_examples: Those that the rows of `validation` were made from, in their order.
     """
 
     train: Dataset
@@ -43,6 +45,7 @@ class Prepared:
     frame: Frame
     counts: dict[str, Any]
     refusals: list[Refusal]
+    validation_examples: list[Example] = field(default_factory=list)
 
     def questions(self, recipe: Recipe) -> list[Example]:
         """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
@@ -73,38 +76,57 @@ def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
     counts: dict[str, Any] = {"dropped": splits.dropped(), "trimmed": {}, "tokens": {}}
     datasets: dict[str, Dataset | None] = {}
     refusals: list[Refusal] = []
+    kept: dict[str, list[Example]] = {}
     for name, examples in (("train", splits.train), ("validation", splits.validation)):
-        rows, refused = _fitted_rows(examples, frame, recipe.data, name, counts)
-        datasets[name] = _dataset(rows) if rows else None
-        counts[name] = len(rows)
-        counts["tokens"][name] = _tokens_by_segment(rows)
-        refusals += refused
+        counts[name], counts["tokens"][name] = 0, {segment.name: 0 for segment in Segment}
+        datasets[name], kept[name] = None, []
+        if examples:
+            rows, outcome = _fitted_rows(examples, frame, recipe.data)
+            refused = _count_outcome(outcome, examples, recipe.data, name, counts)
+            datasets[name], counts[name] = rows, len(rows)
+            places = {place for place, _ in outcome.refused}
+            kept[name] = [each for place, each in enumerate(examples) if place not in places]
+            refusals += refused
     counts["test"] = len(splits.test)
     _check_stages(recipe, counts["tokens"]["train"])
     train, validation = datasets["train"], datasets["validation"]
     assert train is not None  # else _fitted_rows has raised
-    return Prepared(train, validation, splits.test, frame, counts, refusals)
+    return Prepared(train, validation, splits.test, frame, counts, refusals, kept["validation"])
 
 
 def _fitted_rows(
-    examples: Sequence[Example], frame: Frame, data: DataSection, split: str, counts: dict[str, Any]
-) -> tuple[list[Row], list[Refusal]]:
-    """Tokenize a split, and count what is dropped or trimmed."""
-    whole = tokenize(examples, frame)
-    fitted = fit(whole, examples, frame, data.max_length, data.too_long)
-    rows = [row for row in fitted if isinstance(row, Row)]
-    refusals = [replace(row, split=split) for row in fitted if isinstance(row, Refusal)]
+    examples: Sequence[Example], frame: Frame, data: DataSection
+) -> tuple[Dataset, Outcome]:
+    """Tokenize a split, and deal with rows that are too long."""
+    rows, outcome = tokenized_rows(
+        examples, frame, data.max_length, trim=data.too_long == "trim_thinking"
+    )
+    if data.too_long == "error":
+        refuse_long([(examples[place].index, n) for place, n in outcome.long], data.max_length)
+    return rows, outcome
+
+
+def _count_outcome(
+    outcome: Outcome,
+    examples: Sequence[Example],
+    data: DataSection,
+    split: str,
+    counts: dict[str, Any],
+) -> list[Refusal]:
+    """Count what was dropped or trimmed, and give the refused rows."""
+    refusals = [Refusal(examples[n].index, reason, split) for n, reason in outcome.refused]
     for refusal in refusals:
         _count(counts["dropped"], f"{split}: {refusal.reason}", refusal.index)
-    for before, after in zip(whole, fitted, strict=True):
-        if isinstance(after, Row) and after is not before:
-            _count(counts["trimmed"], f"{split}: longer than {data.max_length} tokens", after.index)
-    if examples and not rows:
+    for place in outcome.trimmed:
+        reason = f"{split}: longer than {data.max_length} tokens"
+        _count(counts["trimmed"], reason, examples[place].index)
+    counts["tokens"][split] = outcome.tokens
+    if len(refusals) == len(examples):
         reasons = Counter(refusal.reason for refusal in refusals).most_common()
         listed = "; ".join(f"{reason} ({count} of {len(examples)})" for reason, count in reasons)
         hint = "raise data.max_length" if "longer than" in listed else None
         raise DataError(data.source, f"no rows are left in {split}: {listed}", hint)
-    return rows, refusals
+    return refusals
 
 
 def _check_stages(recipe: Recipe, tokens: dict[str, int]) -> None:
@@ -142,18 +164,3 @@ def _count(counted: dict[str, Any], reason: str, index: int) -> None:
     entry["count"] += 1
     if len(entry["rows"]) < NUM_SHOWN:
         entry["rows"].append(index)
-
-
-def _dataset(rows: Sequence[Row]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rows],
-            "segment_ids": [row.segment_ids for row in rows],
-            "index": [row.index for row in rows],
-        }
-    )
-
-
-def _tokens_by_segment(rows: Sequence[Row]) -> dict[str, int]:
-    counted = Counter(segment for row in rows for segment in row.segment_ids)
-    return {segment.name: counted[segment] for segment in Segment}

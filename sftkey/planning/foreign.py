@@ -1,0 +1,95 @@
+"""A model and rows that no recipe of ours describes: what `adapt` would choose, without a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sftkey.data.fitting import fit
+from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.response import Example
+from sftkey.data.sources import load_examples
+from sftkey.data.tokenization import Row, tokenize
+from sftkey.errors import Problem, RecipeError
+from sftkey.planning.data_choice import DataChoice, choose_data, choose_grader, measure
+from sftkey.planning.frame_choice import TAGS, THINK, FrameChoice, choose_frame
+from sftkey.planning.model_facts import ModelFacts, read_facts
+from sftkey.recipe import DataSection, ModelSection
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Somebody's model, and the rows that it is asked.
+
+    Args:
+        section: The model, as it is: not quantized by us.
+        frame: What stands around its responses.
+        examples: Those of the rows.
+        rows: Their tokens.
+        grader: That fits the answers.
+        max_new_tokens: That a response may have.
+        chosen: Lines that say what was chosen.
+    """
+
+    section: ModelSection
+    frame: Frame
+    examples: list[Example]
+    rows: list[Row]
+    grader: str
+    max_new_tokens: int
+    chosen: tuple[str, ...]
+
+
+def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
+    """Choose frame, tags, columns and grader for a model and rows, as `adapt` does.
+
+    All rows are taken, of a validation split if there is one.
+
+    Raises:
+        SFTKeyError: The model or the rows can't be read, or something must be decided first.
+    """
+    facts = read_facts(name_or_path)
+    choice = choose_frame(facts.tokenizer, facts.published_stops)
+    data = choose_data(source, seed, choice.section.frame == "plain")
+    open_choices = {**choice.undecided, **{key: str(data.fields[key]) for key in data.undecided}}
+    if open_choices or choice.frame is None:
+        what = [Problem(key, value) for key, value in open_choices.items()]
+        ask = f"`sftkey adapt {name_or_path} --data {source} -o my.yaml` writes a recipe"
+        raise RecipeError(name_or_path, what, f"{ask}: decide there, then diagnose my.yaml")
+    frame = _with_tags_of(data, choice, choice.frame, facts)
+    examples = data.examples
+    if data.fields.get("validation") == "validation":
+        examples = load_examples(DataSection(**data.fields), seed, "validation").examples
+    lengths = measure(examples, frame, facts.most_tokens)
+    fitted = fit(tokenize(examples, frame), examples, frame, lengths.max_length, "drop")
+    pairs = [(e, row) for e, row in zip(examples, fitted, strict=True) if isinstance(row, Row)]
+    grader, why = choose_grader(examples)
+    columns = {
+        key: data.fields[key]
+        for key in ("prompt", "thinking", "answer", "split_rule")
+        if key in data.fields
+    }
+    tags = frame.response
+    return Foreign(
+        facts.section.model_copy(
+            update={"quantization": "none", "attn_implementation": facts.attention}
+        ),
+        frame,
+        [example for example, _ in pairs],
+        [row for _, row in pairs],
+        grader,
+        lengths.max_new_tokens,
+        (
+            f"frame {frame.kind}; tags {tags.thinking_open!r} {tags.thinking_close!r} "
+            f"{tags.answer_open!r} {tags.answer_close!r}",
+            ", ".join(f"{key} {value!r}" for key, value in columns.items()) or "built-in columns",
+            f"grader {grader}: {why}",
+        ),
+    )
+
+
+def _with_tags_of(data: DataChoice, choice: FrameChoice, frame: Frame, facts: ModelFacts) -> Frame:
+    """Take the rows' own tags where the template has none: the model was trained on such rows."""
+    if data.fields.get("split_rule") != "think_tags" or choice.section.thinking != TAGS.thinking:
+        return frame
+    kept = {"frame": choice.section.frame, "end": choice.section.end}
+    return probe_frame(facts.tokenizer, THINK.model_copy(update=kept), choice.kwargs)
