@@ -41,7 +41,7 @@ def add_lora(
         ModelError: The target modules don't exist, or the settings can't be.
     """
     _check_initialization("lora", lora.get("init_lora_weights", True))
-    check_targets(model, lora.get("target_modules"))
+    check_targets(_without_adapters(model), lora.get("target_modules"))
     try:
         config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
         with torch.random.fork_rng(devices=[]):
@@ -51,6 +51,12 @@ def add_lora(
     except (ValueError, TypeError) as error:
         raise ModelError("lora", first_line(error)) from error
     return _ready(adapted, name)
+
+
+def _without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    found: PreTrainedModel = base
+    return found
 
 
 def _adapted(model: PreTrainedModel | PeftModel, config: LoraConfig, name: str) -> PeftModel:
@@ -96,7 +102,7 @@ def _ready(adapted: PeftModel, name: str) -> PeftModel:
 
 
 def load_adapter(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     adapter: str | Path,
     base: Base,
     *,
@@ -125,7 +131,7 @@ def load_adapter(
             raise ModelError(source.path, f"expected a LoRA adapter; got {type(config).__name__}")
         _check_base(source, config, base)
         _check_initialization(source.path, config.init_lora_weights)
-        _check_lora(model, source, config, lora or {})
+        _check_lora(_without_adapters(model), source, config, lora or {})
         config.inference_mode = False  # so that float32 comes before the weights
         config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
         weights = load_peft_weights(source.path, device="cpu", revision=source.commit)

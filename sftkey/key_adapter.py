@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 KEY = "key"
@@ -37,7 +36,7 @@ def _is_of_key(name: str) -> bool:
 
 
 def _adapters(model: torch.nn.Module) -> Iterable[str]:
-    return getattr(model, "peft_config", {}) if isinstance(model, PeftModel) else ()
+    return getattr(model, "peft_config", {})  # peft puts it onto the model inside, too
 
 
 @contextmanager

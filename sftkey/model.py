@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
     """Give the full names of the modules that peft would put an adapter on."""
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return linear_modules(model)
-    names = {name for name, each in model.named_modules() if isinstance(each, CARRIERS)}
+    names = {name for name, each in _modules(model) if isinstance(each, CARRIERS)}
     if isinstance(targets, str):
         return {name for name in names if re.fullmatch(targets, name)}
     return {
@@ -191,8 +192,15 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
 
 def linear_modules(model: torch.nn.Module) -> set[str]:
     """Give the full names of all linear modules but the output head."""
-    linear = {name for name, each in model.named_modules() if isinstance(each, LINEAR)}
+    linear = {name for name, each in _modules(model) if isinstance(each, LINEAR)}
     return linear - {_head_name(model)}
+
+
+def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Give the modules under the names that they have without adapters."""
+    for name, module in model.named_modules():
+        if ".lora_" not in name:
+            yield name.removesuffix(".base_layer"), module
 
 
 def _head_name(model: Any) -> str:

@@ -22,9 +22,9 @@ from sftkey.recipe_fields import (
     GROUPS,
     SEGMENTS,
     Count,
+    Grid,
     LossOn,
     ModelName,
-    NotBuilt,
     Number,
     Rows,
     RunName,
@@ -94,7 +94,7 @@ class DataSection(Section):
     overlap: Literal["error", "drop"] = "error"
     max_length: Count = 1024
     too_long: Literal["drop", "trim_thinking", "error"] = "drop"
-    packing: NotBuilt = False
+    packing: bool = False
 
 
 class ResponseSection(Section):
@@ -110,13 +110,17 @@ class ResponseSection(Section):
 class StageSection(Section):
     """One training stage: which tokens its loss is on, and what its trainer does otherwise.
 
-    `context: detached` lets no gradient through prompt and thinking. `loss: dft` weighs every
-    token's loss with its probability (arXiv 2508.05629).
+    `context: detached` lets no gradient through prompt and thinking. `frozen` trains an adapter of
+    its own that acts on the key alone: `lora` is its shape (default the recipe's), and `grid` has
+    lists of values, of which every combination is trained beside the others. `loss: dft` weighs
+    every token's loss with its probability (arXiv 2508.05629).
     """
 
     name: StageName
     loss_on: LossOn
-    context: Literal["exact", "detached"] = "exact"
+    context: Literal["exact", "detached", "frozen"] = "exact"
+    lora: dict[str, Any] | None = None
+    grid: Grid | None = None
     loss: Literal["nll", "dft"] = "nll"
     trainer: dict[str, Any] = {}
 

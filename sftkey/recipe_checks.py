@@ -17,9 +17,9 @@ Finding = tuple[Keys, str]
 
 MADE_SOURCES = ("reasoning_gym", "made")
 REFUSED_TRAINER_KEYS = {
-    "packing": "packing is not built yet, and it will be `data.packing`",
-    "packing_strategy": "packing is not built yet, and it will be `data.packing`",
-    "eval_packing": "packing is not built yet, and it will be `data.packing`",
+    "packing": "write `data.packing`",
+    "packing_strategy": "write `data.packing`",
+    "eval_packing": "write `data.packing`",
     "padding_free": "sftkey's collator pads, and this would do nothing",
     "max_length": "write `data.max_length`",
     "truncation_mode": "it cuts off the answer; write `data.too_long`",
@@ -27,6 +27,7 @@ REFUSED_TRAINER_KEYS = {
     "dataset_text_field": "sftkey tokenizes the rows itself; describe them under `data`",
     "dataset_num_proc": "sftkey tokenizes the rows itself, and this would do nothing",
     "shuffle_dataset": "the rows are shuffled in each epoch anyway, and this would do nothing",
+    "length_column_name": "sftkey counts the tokens of its rows itself",
     "remove_unused_columns": "sftkey's collator needs all columns",
     "completion_only_loss": "write `loss_on: completion` in a stage",
     "assistant_only_loss": "write `loss_on: completion` in a stage",
@@ -61,6 +62,13 @@ REFUSED_LORA_KEYS = dict.fromkeys(
     ],
     "sftkey sets it itself",
 )
+REFUSED_KEY_LORA_KEYS = {
+    **dict.fromkeys(
+        ["trainable_token_indices", "modules_to_save"],
+        "it acts on all tokens, and a frozen stage trains what acts on the key alone",
+    ),
+    "use_dora": "a frozen stage's adapter adds to the previous one's, and DoRA's norm would not",
+}
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "a number above 0")
 _COUNT: tuple[Callable[[Any], bool], str] = (lambda value: value >= 1, "a whole number above 0")
 _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or a number above")
@@ -87,15 +95,22 @@ LIMITS = {
 
 
 def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
-    """Check `trainer`, `lora` and the stages' `trainer`; turn texts such as `5e-5` into numbers."""
-    yield from _check_settings(data.get("lora"), ("lora",), REFUSED_LORA_KEYS, lora_config_fields())
-    trainers: list[tuple[Keys, Any]] = [(("trainer",), data.get("trainer"))]
+    """Check `trainer` and `lora`, the stages' too; turn texts such as `5e-5` into numbers."""
     stages = data.get("stages")
-    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
-        if isinstance(stage, dict):
-            trainers.append((("stages", number, "trainer"), stage.get("trainer")))
-    for keys, trainer in trainers:
-        yield from _check_settings(trainer, keys, REFUSED_TRAINER_KEYS, sft_config_fields())
+    places: list[tuple[Keys, Any]] = [((), data)]
+    places += [
+        (("stages", number), stage)
+        for number, stage in enumerate(stages if isinstance(stages, list) else ())
+        if isinstance(stage, dict)
+    ]
+    for keys, section in places:
+        refused = REFUSED_LORA_KEYS | (REFUSED_KEY_LORA_KEYS if keys else {})
+        yield from _check_settings(
+            section.get("lora"), (*keys, "lora"), refused, lora_config_fields()
+        )
+        yield from _check_settings(
+            section.get("trainer"), (*keys, "trainer"), REFUSED_TRAINER_KEYS, sft_config_fields()
+        )
 
 
 def _check_settings(
@@ -103,7 +118,7 @@ def _check_settings(
 ) -> Iterator[Finding]:
     if not isinstance(settings, dict):
         return
-    upstream = "peft.LoraConfig" if keys == ("lora",) else "trl.SFTConfig"
+    upstream = "peft.LoraConfig" if keys[-1] == "lora" else "trl.SFTConfig"
     for key, value in settings.items():
         if key in refused:
             yield (*keys, key), f"refused: {refused[key]}"
@@ -126,6 +141,7 @@ def check_together(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _check_data(_section(data, "data"))
     yield from _check_response(_section(data, "response"))
     yield from _check_stages(data.get("stages"))
+    yield from _check_frozen(data)
 
 
 def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -189,11 +205,31 @@ def _check_stages(stages: Any) -> Iterator[Finding]:
                     ("stages", number, "name"),
                     f"stages[{first}] has this name, too; write another",
                 )
-        if isinstance(stage, dict) and stage.get("context") == "detached":
-            trained = _trained_context(stage.get("loss_on"))
-            if trained:
-                what = f"detached gives no gradient to what `loss_on` trains here: {trained}"
-                yield ("stages", number, "context"), f"{what}; write exact, or loss_on: key"
+        if isinstance(stage, dict):
+            yield from _check_context(stage, ("stages", number), number + 1 == len(stages))
+
+
+def _check_frozen(data: dict[str, Any]) -> Iterator[Finding]:
+    """Refuse full fine-tuning behind a frozen context."""
+    stages, lora = data.get("stages"), data.get("lora", {})
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        if isinstance(stage, dict) and stage.get("context") == "frozen":
+            if stage.get("lora") is None and lora is None:
+                what = "missing; full fine-tuning would change what writes the thinking"
+                yield ("stages", number, "lora"), f"{what}: a frozen stage trains an adapter"
+
+
+def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Finding]:
+    context = stage.get("context", "exact")
+    if context in ("detached", "frozen") and (trained := _trained_context(stage.get("loss_on"))):
+        what = f"{context} gives no gradient to what `loss_on` trains here: {trained}"
+        yield (*keys, "context"), f"{what}; write exact, or loss_on: key"
+    if context == "frozen" and not last:
+        what = "frozen, whose adapter acts on the key alone, leaves nothing for a stage after it"
+        yield (*keys, "context"), f"{what}; make it the last one"
+    for key in ("lora", "grid"):
+        if context != "frozen" and stage.get(key) is not None:
+            yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"
 
 
 def _trained_context(loss_on: Any) -> str:

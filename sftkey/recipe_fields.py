@@ -47,6 +47,31 @@ def _rows(given: Any) -> Any:
     raise ValueError(f"expected {expected}; got {shown(given)}")
 
 
+def _grid(value: Any) -> Any:
+    """Check each list of values; `5e-5` is text to YAML."""
+    wanted: dict[str, tuple[str, Any]] = {
+        "learning_rate": ("numbers above 0", lambda x: isinstance(x, int | float) and x > 0),
+        "r": ("whole numbers above 0", lambda x: isinstance(x, int) and x > 0),
+        "seed": ("whole numbers from 0", lambda x: isinstance(x, int) and x >= 0),
+    }
+    if not isinstance(value, dict) or not value:
+        names = ", ".join(wanted)
+        raise ValueError(f"expected lists of values for {names}; got {shown(value)}")
+    grid = {}
+    for name, values in value.items():
+        if name not in wanted:
+            near = did_you_mean(name, wanted) or f"; there are {', '.join(wanted)}"
+            raise ValueError(f"a grid has no `{name}`{near}")
+        expected, holds = wanted[name]
+        numbers = [as_number(x) for x in values] if isinstance(values, list) else []
+        if not numbers or not all(holds(x) and x is not True for x in numbers):
+            raise ValueError(f"expected a list of {expected} as {name}; got {shown(values)}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"expected each {name} once; got {shown(values)}")
+        grid[name] = numbers
+    return grid
+
+
 def _run_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
         expected = "letters, digits, `.`, `-` and `_`, since a folder gets this name"
@@ -90,12 +115,6 @@ def _split_rule(value: str) -> str:
     return value
 
 
-def _not_built(value: bool) -> bool:
-    if value:
-        raise ValueError("true is refused until packing is built; write false")
-    return value
-
-
 def _sha256(value: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", value):
         raise ValueError(f"expected 64 hexadecimal digits; got {shown(value)}")
@@ -119,8 +138,8 @@ ModelName = Annotated[Text, AfterValidator(_model_name)]
 Sha256 = Annotated[str, AfterValidator(_sha256)]
 Template = Annotated[str, AfterValidator(_template)]
 SplitRule = Annotated[Text, AfterValidator(_split_rule)]
-NotBuilt = Annotated[bool, AfterValidator(_not_built)]
 Rows = Annotated[int | float | str | None, PlainValidator(_rows)]
+Grid = Annotated[dict[str, list[Any]], PlainValidator(_grid)]
 LossOn = Annotated[
     Literal["completion", "key", "answer"] | dict[str, float], PlainValidator(_loss_on)
 ]

@@ -131,7 +131,7 @@ def base_identity(section: ModelSection) -> dict[str, str | None]:
         "name_or_path": section.name_or_path,
         "revision": source.commit,
         "sha256": section.sha256,
-        "fingerprint": _fingerprint(source.folder),
+        "fingerprint": fingerprint(source.folder),
     }
 
 
@@ -141,7 +141,7 @@ def weight_files(folder: Path) -> list[Path]:
     return next((files for files in found if files), [])
 
 
-def _fingerprint(folder: Path) -> str | None:
+def fingerprint(folder: Path) -> str | None:
     """Hash the sizes of the weight files and samples from all over them; 8B weights in a second."""
     files = weight_files(folder)
     digest = hashlib.sha256()

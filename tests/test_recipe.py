@@ -105,6 +105,8 @@ def test_defaults_are_filled_in(file: Path) -> None:
                 "name": "completion",
                 "loss_on": "completion",
                 "context": "exact",
+                "lora": None,
+                "grid": None,
                 "loss": "nll",
                 "trainer": {},
             },
@@ -112,6 +114,8 @@ def test_defaults_are_filled_in(file: Path) -> None:
                 "name": "key",
                 "loss_on": "key",
                 "context": "exact",
+                "lora": None,
+                "grid": None,
                 "loss": "nll",
                 "trainer": {"max_steps": 3},
             },
@@ -355,11 +359,20 @@ def test_changed_keys_are_named_as_overrides_name_them(file: Path) -> None:
     assert changed_keys(old, full) == ["model.quantization", "lora"]
 
 
+def test_a_grid_reads_its_rates_as_numbers(file: Path) -> None:
+    """YAML has text where it says 5e-5."""
+    grid = "{learning_rate: [5e-5, 1.0e-4], r: [2, 4]}"
+    (_, stage) = load_recipe(file, [f"{FROZEN}, grid: {grid}}}"]).stages
+    assert stage.grid == {"learning_rate": [5e-5, 1e-4], "r": [2, 4]}
+
+
 # What is refused
 
 WORDS = "expected completion, key, answer or weights"
 DETACHED = "detached gives no gradient to what `loss_on` trains here"
 EXACT = "write exact, or loss_on: key"
+OF_FROZEN = "only with `context: frozen`, which trains an adapter of its own"
+FROZEN = "stages.key={name: key, context: frozen, loss_on: key"
 ROWS = "expected a number of rows, a share below 1, a split or a file"
 RULE = (
     "expected think_tags, boxed, hash_marks or a regular expression with groups thinking and answer"
@@ -378,7 +391,7 @@ RULE = (
         ("stages.key.loss=dtf", "expected nll or dft; got 'dtf'; did you mean `dft`?"),
         (
             "stages.key.zzz=1",
-            "unknown key; the keys here are name, loss_on, context, loss, trainer",
+            "unknown key; the keys here are name, loss_on, context, lora, grid, loss, trainer",
         ),
         (
             "trainr.max_steps=1",
@@ -482,7 +495,7 @@ RULE = (
         ("stages.key.loss_on={}", "expected a weight above 0, else nothing is trained; got {}"),
         (
             "stages.key.context=detach",
-            "expected exact or detached; got 'detach'; did you mean `detached`?",
+            "expected exact, detached or frozen; got 'detach'; did you mean `detached`?",
         ),
         ("stages.completion.context=detached", f"{DETACHED}: thinking; {EXACT}"),
         (
@@ -492,6 +505,45 @@ RULE = (
         (
             "stages.key={name: key, context: detached, loss_on: {prompt: 1, thinking: 0.5}}",
             f"stages[1].context: {DETACHED}: prompt and thinking; {EXACT}",
+        ),
+        (
+            "stages.completion={name: completion, context: frozen, loss_on: key}",
+            "stages[0].context: frozen, whose adapter acts on the key alone, leaves nothing for a "
+            "stage after it; make it the last one",
+        ),
+        (
+            "stages.key={name: key, context: frozen, loss_on: completion}",
+            "stages[1].context: frozen gives no gradient to what `loss_on` trains here: thinking; "
+            f"{EXACT}",
+        ),
+        ("stages.key.lora={r: 2}", OF_FROZEN),
+        ("stages.key.grid={r: [2]}", OF_FROZEN),
+        (
+            f"{FROZEN}, lora: {{modules_to_save: [lm_head]}}}}",
+            "stages[1].lora.modules_to_save: refused: it acts on all tokens, and a frozen stage "
+            "trains what acts on the key alone",
+        ),
+        (
+            f"{FROZEN}, lora: {{use_dora: true}}}}",
+            "stages[1].lora.use_dora: refused: a frozen stage's adapter adds to the previous "
+            "one's, and DoRA's norm would not",
+        ),
+        (f"{FROZEN}, lora: {{rr: 2}}}}", "stages[1].lora.rr: unknown key; did you mean `r`?"),
+        (
+            f"{FROZEN}, grid: {{}}}}",
+            "stages[1].grid: expected lists of values for learning_rate, r, seed; got {}",
+        ),
+        (
+            f"{FROZEN}, grid: {{rate: [1]}}}}",
+            "stages[1].grid: a grid has no `rate`; there are learning_rate, r, seed",
+        ),
+        (
+            f"{FROZEN}, grid: {{learning_rate: [1e-4, -1]}}}}",
+            "stages[1].grid: expected a list of numbers above 0 as learning_rate; got ['1e-4', -1]",
+        ),
+        (
+            f"{FROZEN}, grid: {{seed: [1, 1]}}}}",
+            "stages[1].grid: expected each seed once; got [1, 1]",
         ),
         ("data.validation=0", f"{ROWS}; got 0"),
         ("data.validation=1.0", f"{ROWS}; got 1.0"),
@@ -526,7 +578,6 @@ RULE = (
             "data={source: reasoning_gym, num_rows: 5}",
             "data.task: missing; `source: reasoning_gym` needs `task` and `num_rows`",
         ),
-        ("data.packing=true", "true is refused until packing is built; write false"),
         ("response.end=x", "only with `frame: plain`; the chat template ends a turn itself"),
         (
             PACKAGED.replace("==1", ""),

@@ -94,7 +94,7 @@ def test_a_second_stage_that_starts_elsewhere_is_stopped(
     def forget(model: Any, before: Any, base: Any, lora: dict[str, Any]) -> Any:
         return add_lora(model, lora, 7)
 
-    monkeypatch.setattr("sftkey.training.stages.load_adapter", forget)
+    monkeypatch.setattr("sftkey.training.loading.load_adapter", forget)
     recipe = tiny_recipe(
         trainer={"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4}
     )
@@ -121,7 +121,7 @@ def test_the_same_command_again_trains_nothing(
     """A finished run is read, not repeated: not even a model is loaded."""
     recipe = tiny_recipe()
     done(recipe, tmp_path / "runs")
-    monkeypatch.setattr("sftkey.training.stages.load_model", None)
+    monkeypatch.setattr("sftkey.training.loading.load_model", None)
     run = start(load_recipe(recipe), tmp_path / "runs" / "tiny")
     assert list(run.stages()) == ["base", "completion", "key"]
 
@@ -376,6 +376,24 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
     """Only running out of memory is explained as that."""
     with pytest.raises(RuntimeError, match="shapes"), explained_out_of_memory(tmp_path):
         raise RuntimeError("shapes do not match")
+
+
+def test_an_anchored_key_stage_trains_key_and_thinking(
+    tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """`{thinking: 0.1, key: 1.0}` logs and improves both; a plain key stage has no thinking."""
+    stage = {"name": "key", "loss_on": "key", "trainer": {"learning_rate": 1e-2}}
+    recipe = tiny_recipe(stages=[stage])
+    without = ("data.test=null",)
+    plain = done(recipe, tmp_path / "runs", *without)
+    anchor = "stages.key.loss_on={thinking: 0.1, key: 1.0}"
+    anchored = done(recipe, tmp_path / "runs", *without, "name=anchored", anchor)
+    start, end = (anchored.ledger.stages[0].validation[at] for at in ("start", "end"))
+    assert all(end[name] < start[name] - 0.01 for name in ("thinking", "answer_tag", "end"))
+    logs = [read_log(run.ledger.stage_folder(0) / "log.jsonl")[-1] for run in (plain, anchored)]
+    assert "thinking" in logs[1]["segments"]
+    assert "thinking" not in logs[0]["segments"]
+    assert end["thinking"] < plain.ledger.stages[0].validation["end"]["thinking"]
 
 
 def test_a_run_trains_a_detached_key_stage(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

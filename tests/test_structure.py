@@ -25,12 +25,16 @@ HALL = {
     "study",
     "diagnose",
     "stage_diagnosis",
+    "generate",
+    "merge",
+    "trained",
 }
 # Modules that are parts of a place of the design, which would be too long in one file.
 PART_OF = {
     "adapter": "model",
     "device": "model",
     "files": "errors",
+    "grid": "recipe",
     "key_adapter": "model",
     "packaged": "model",
     "saving": "model",
@@ -61,9 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": ROOMS,
     "training": ROOMS,
     "evaluation": ROOMS,
+    "sharing": ROOMS,
     "running": {*ROOMS, "training", "evaluation"},  # of studies, which train
     **{
-        command: {*ROOMS, "planning", "training", "evaluation", "running", *HALL}
+        command: {*ROOMS, "planning", "training", "evaluation", "running", "sharing", *HALL}
         for command in HALL
     },
 }

@@ -64,6 +64,8 @@ class Answers:
         whole = self.ledger.generations(name)
         parts = [whole.with_name(f"{name}.part{r}of{world}.jsonl") for r in range(world)]
         settings = self.recipe.eval
+        contexts = {stage.name: stage.context for stage in self.recipe.stages}
+        frozen = contexts.get(name) == "frozen"  # else the key's adapters aren't trained yet
         generate_to_file(
             model,
             self.tokenizer,
@@ -77,7 +79,7 @@ class Answers:
             batch_size=settings.batch_size,
             temperature=settings.temperature,
             seed=self.recipe.seed,
-            switch=find_switch(model, self.prepared.frame),
+            switch=find_switch(model, self.prepared.frame) if frozen else None,
             report=partial(self.progress.answers, name),
         )
         processes.wait_for_everyone()

@@ -7,11 +7,13 @@ from typing import Any
 
 from trl import SFTConfig
 
+from sftkey.data.packing import reads_packs
 from sftkey.model import Device
 from sftkey.recipe import Recipe, StageSection
 
 # What sftkey takes where the recipe says nothing; all else is TRL's own default.
 DEFAULTS: dict[str, Any] = {
+    "train_sampling_strategy": "group_by_length",  # less padding; packs have next to none
     "logging_steps": 10,
     "save_steps": 0.1,  # a share of the stage: any stage can go on where it stopped
     "save_total_limit": 2,  # the newest, and one before it should a kill tear the newest
@@ -46,4 +48,7 @@ def stage_arguments(
         "logging_nan_inf_filter": False,  # a diverged loss must be seen: it ends the stage
         "disable_tqdm": True,  # the run has one progress bar of its own
     }
-    return SFTConfig(**{**DEFAULTS, **recipe.stage_trainer(stage), **owned})
+    defaults = DEFAULTS
+    if reads_packs(recipe, stage):
+        defaults = {**DEFAULTS, "train_sampling_strategy": "random"}
+    return SFTConfig(**{**defaults, **recipe.stage_trainer(stage), **owned})

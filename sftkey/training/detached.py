@@ -1,8 +1,9 @@
 """The key with gradient, on a context without: no gradient flows through the reasoning.
 
-The context is all that stands before the first token that predicts a labelled one: prompt and
+The context is all that stands before the first token that predicts one of the key: prompt and
 thinking, but for the thinking's last token. It is read once into the model's own cache; the key
-then runs on the cached keys and values, which are constants to it.
+then runs on the cached keys and values, which are constants to it. Adapters that act on the key
+alone (`context: frozen`) join in there.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import distributed
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
+from sftkey.key_adapter import key_adapters
 from sftkey.training.attention import shared_keys
+from sftkey.training.joining import joining
 
 CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -49,6 +54,18 @@ class Aligned:
         """Give C."""
         return self.input_ids.shape[1] - self.labels.shape[1]
 
+    def repeated(self, count: int) -> Aligned:
+        """Give the batch so many times over, one copy behind another."""
+        if count == 1:
+            return self
+        return Aligned(
+            self.input_ids.repeat(count, 1),
+            self.attention_mask.repeat(count, 1),
+            self.position_ids.repeat(count, 1),
+            self.labels.repeat(count, 1),
+            self.starts.repeat(count),
+        )
+
     def restored(self, values: torch.Tensor, length: int) -> torch.Tensor:
         """Put the values of the key's columns, `(B, K)`, where the tokens came from: `(B, T)`."""
         columns = torch.arange(length, device=values.device) - self.starts[:, None].to(
@@ -63,6 +80,7 @@ def align(
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
     least_context: int = 0,
+    starts: torch.Tensor | None = None,
 ) -> Aligned:
     """Shift rows that are filled up on the right so that their keys begin in one column.
 
@@ -71,6 +89,7 @@ def align(
         attention_mask: `(B, T)`.
         labels: `(B, T)`, at each position the token that it predicts, or -100.
         least_context: Make C at least so large.
+        starts: `(B,)`, where the key's columns begin in each row; by default at the first label.
 
     >>> ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]])
     >>> labels = torch.tensor([[-100, -100, 4, 5, -100], [-100, 3, -100, -100, -100]])
@@ -86,8 +105,9 @@ def align(
             [   3, -100, -100]])
     """
     lengths = attention_mask.sum(1)
-    labelled = labels != IGNORED
-    starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths - 1)
+    if starts is None:
+        labelled = labels != IGNORED
+        starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths - 1)
     num_context = max(int(starts.max()), least_context)
     num_key = int((lengths - starts).max())
     places = starts[:, None] + torch.arange(-num_context, num_key, device=starts.device)
@@ -108,6 +128,7 @@ def detached_log_probs(
     labels: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
+    key_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score the labels with gradient through the key alone.
 
@@ -117,18 +138,27 @@ def detached_log_probs(
         labels: `(B, T)`, at each position the token that it predicts, or -100.
         input_ids: `(B, T)`, filled up on the right.
         attention_mask: `(B, T)`.
+        key_starts: `(B,)`: from this token of a row on, the model's key adapters act, too. Of
+            several (a grid), each scores a copy of the batch of its own.
 
     Returns:
-        `(B, T)` log-probabilities; 0 where there is no label.
+        `(B, T)` log-probabilities, 0 where there is no label; for N key adapters `(N * B, T)`.
 
     Raises:
         ModelError: The model doesn't use the cache that it is given.
     """
     num_chunks = _num_chunks(input_ids)
-    batch = align(input_ids, attention_mask, labels, least_context=num_chunks)
+    batch = align(input_ids, attention_mask, labels, num_chunks, key_starts)
     start = batch.num_context
     cache = _read_context(model, batch, num_chunks)
-    with _without_checkpointing(model), shared_keys():
+    adapters = key_adapters(model) if key_starts is not None else []
+    if len(adapters) > 1:
+        batch = batch.repeated(len(adapters))
+        for layer in cache.layers:
+            read: Any = layer  # of KEYS_AND_VALUES
+            read.keys = read.keys.repeat(len(adapters), 1, 1, 1)
+            read.values = read.values.repeat(len(adapters), 1, 1, 1)
+    with _without_checkpointing(model), shared_keys(), joining(model, adapters):
         found = head(
             batch.labels,
             input_ids=batch.input_ids[:, start:],
@@ -185,7 +215,7 @@ def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def refuse_other_caches(model: PreTrainedModel) -> None:
+def refuse_other_caches(model: PreTrainedModel | PeftModel) -> None:
     """Refuse a model whose layers keep something else of a context than keys and values.
 
     Raises:
@@ -193,11 +223,12 @@ def refuse_other_caches(model: PreTrainedModel) -> None:
     """
     layers = {type(each) for each in DynamicCache(config=model.config).layers}
     others = sorted(each.__name__ for each in layers.difference(KEYS_AND_VALUES))
-    if others or model._is_stateful:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if others or base._is_stateful:
         kept = ", ".join(others) or "a state of its own"
         raise _unfit(model, f"keeps of a context more than keys and values: {kept}")
 
 
-def _unfit(model: PreTrainedModel, what: str) -> ModelError:
+def _unfit(model: PreTrainedModel | PeftModel, what: str) -> ModelError:
     family = model.config.model_type
     return ModelError(family, f"a model of this family {what}", "write context: exact in the stage")

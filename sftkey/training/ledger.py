@@ -18,6 +18,7 @@ class StageRecord:
     """What the ledger knows of one stage.
 
     `validation` holds, under `start` and `end`, the loss of every segment in nats a token.
+    `grid` says what a grid tried and kept.
     `shared_from` names the run beside this one that trained the stage, where it was another.
     """
 
@@ -27,6 +28,7 @@ class StageRecord:
     seconds: float = 0.0
     validation: dict[str, dict[str, float]] = field(default_factory=dict)
     shared_from: str | None = None
+    grid: dict[str, Any] | None = None
 
 
 class Ledger:

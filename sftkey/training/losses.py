@@ -16,7 +16,7 @@ from trl.trainer import utils as trl_utils
 from sftkey.data.labels import IGNORED
 from sftkey.training.detached import detached_log_probs, refuse_other_caches
 
-Context = Literal["exact", "detached"]
+Context = Literal["exact", "detached", "frozen"]
 
 TILE_LOGITS = 2**20  # on a CPU: so many logits at once stay in its cache (4 MiB in float32)
 TILE_ROWS = 4096  # TRL's tiles hold so many tokens at most
@@ -32,11 +32,14 @@ def token_losses(
 
     Args:
         model: A causal language model that `add_token_losses` was given, wrapped or not.
-        inputs: `input_ids` and `labels`, each `(B, T)`, and whatever else the model takes.
-        context: `detached`: what lies before the key is read without gradient.
+        inputs: `input_ids` and `labels`, each `(B, T)`, and whatever else the model takes;
+            `frozen` takes `key_starts`, `(B,)`.
+        context: `detached`: what lies before the key is read without gradient; `frozen`: the
+            model's key adapters act from `key_starts` on besides.
 
     Returns:
-        `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100.
+        `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100. For
+        several key adapters `(N * B, T - 1)`: one copy of the batch behind another.
     """
     losses: torch.Tensor = model(**inputs, token_losses=context)
     return losses
@@ -52,9 +55,10 @@ def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None
         context: How the losses will be asked for.
 
     Raises:
-        ModelError: The model keeps more of a context than keys and values, which `detached` needs.
+        ModelError: The model keeps more of a context than keys and values; `exact` alone can
+            have such a model.
     """
-    if context == "detached":
+    if context != "exact":
         refuse_other_caches(model)
     trl_utils.add_fused_lm_head(model)
     fused = model.forward
@@ -67,10 +71,11 @@ def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             head = functools.partial(head, output_router_logits=False)  # of a loss that isn't ours
         labels = pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-        if token_losses == "detached":
+        if token_losses != "exact":
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT's
             return -detached_log_probs(self, head, labels, **kwargs)[:, :-1]
-        return -head(labels, **kwargs)[:, :-1]
+        # Nothing reads a cache here, and beside one packed rows would see each other.
+        return -head(labels, **{**kwargs, "use_cache": False})[:, :-1]
 
     model.forward = types.MethodType(forward, model)
 

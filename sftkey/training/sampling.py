@@ -29,4 +29,5 @@ class GroupedByLength(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return super().__iter__()
+        order: Iterator[int] = super().__iter__()
+        return order

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -15,24 +15,21 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftkey.adapter import add_lora, load_adapter
-from sftkey.data.frame import stop_ids
 from sftkey.data.packing import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.device import Device, choose_device
 from sftkey.files import write_json
-from sftkey.model import load_model, load_tokenizer
+from sftkey.model import load_tokenizer
 from sftkey.recipe import Recipe
-from sftkey.saving import save_adapter, save_model
 from sftkey.schedule import num_stage_steps
-from sftkey.source import base_identity
-from sftkey.training.answers import Answers, sharded
+from sftkey.training.answers import Answers
 from sftkey.training.arguments import stage_arguments
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
-from sftkey.training.detached import refuse_other_caches
+from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.ledger import Ledger, open_run
+from sftkey.training.loading import load_stage, stands_on
+from sftkey.training.making import make_trainer, refuse_unfit, save_stage
 from sftkey.training.memory import explained_out_of_memory, release_memory
-from sftkey.training.packs import refuse_mixed_rows
 from sftkey.training.progress import RunProgress
 from sftkey.training.stage_log import StageLog, read_log
 from sftkey.training.trainer import KeyTrainer
@@ -40,6 +37,16 @@ from sftkey.training.trainer import KeyTrainer
 BASE = "base"  # the model before all stages
 PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 NUM_ROWS_WITHOUT_VALIDATION = 32  # training rows on which the hand-off is then measured
+
+
+class Report(Protocol):
+    """Writes something of each stage's model, once: its answers are one such thing."""
+
+    def missing(self, name: str) -> bool:
+        """Tell whether a stage's is still to be written."""
+
+    def write(self, name: str, model: PreTrainedModel | PeftModel) -> None:
+        """Write it, on all processes."""
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Run:
         prepared: The rows.
         progress: What the person sees.
         packs: The training rows, packed, for the stages that read packs.
+        reports: What the hall wants of each stage's model beside its answers.
     """
 
     recipe: Recipe
@@ -63,6 +71,7 @@ class Run:
     prepared: Prepared
     progress: RunProgress
     packs: Dataset | None = None
+    reports: Sequence[Report] = ()
 
     @cached_property
     def validation(self) -> Dataset:
@@ -102,31 +111,19 @@ class Run:
                 self._train(number, model if model is not None else self._load(number))
             model = None
             release_memory()
-            if self.answers.missing(record.name):
+            wanted = [self.answers, *(self.reports if train else ())]
+            missing = [report for report in wanted if report.missing(record.name)]
+            if missing:
                 model = self._load(number + 1)
-                self.answers.write(record.name, model)
+                for report in missing:
+                    report.write(record.name, model)
             yield record.name
 
     def _load(self, number: int) -> PreTrainedModel | PeftModel:
-        """Load the model as the stage at `number` starts: base, and what the stage before wrote."""
-        section, lora = self.recipe.model, self.recipe.lora
-        before = self.ledger.adapter(number - 1) if number else section.adapter
-        self.ledger.facts["base"] = base_identity(section)
-        full = lora is None
-        weights = Path(before) if full and before else None
-        model = load_model(section, self.device, full=full, folder=weights)
-        # What is trained to stop must stop wherever the model goes: it is saved with the weights.
-        published = model.generation_config.eos_token_id
-        model.generation_config.eos_token_id = stop_ids(self.prepared.frame, published)
-        if any(stage.context == "detached" for stage in self.recipe.stages):
-            refuse_other_caches(model)  # before hours of training, not after
-        if self.packs is not None:
-            refuse_mixed_rows(model, probe=not sharded())
-        if lora is None:
-            return model
-        if before is None:
-            return add_lora(model, lora, self.recipe.seed)
-        return load_adapter(model, before, self.ledger.facts["base"], lora=lora)
+        """Load the model as the stage at `number` starts from it."""
+        model = load_stage(self.recipe, self.ledger, self.device, self.prepared.frame, number)
+        refuse_unfit(model, self.recipe, packed=self.packs is not None)
+        return model
 
     def _train(self, number: int, model: PreTrainedModel | PeftModel) -> None:
         """Train one stage from its start, or from its newest whole checkpoint, to its adapter."""
@@ -141,16 +138,15 @@ class Run:
         log = StageLog(
             self.ledger, number, self.progress, handoff_tolerance(self.recipe, self.device)
         )
-        trainer = KeyTrainer(
-            model,
-            arguments,
-            stage.loss_on,
-            self.tokenizer,
-            stage_rows(self.recipe, stage, self.prepared.train, self.packs),
-            self.validation,
+        trainer = make_trainer(
+            self.recipe,
+            stage,
+            model=model,
+            args=arguments,
+            tokenizer=self.tokenizer,
+            train_dataset=stage_rows(self.recipe, stage, self.prepared.train, self.packs),
+            eval_dataset=self.validation,
             callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
-            context=stage.context,
-            loss=stage.loss,
         )
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
@@ -162,12 +158,17 @@ class Run:
         self.ledger.save()
 
     def _save(self, trainer: KeyTrainer, number: int) -> None:
-        """Write what the stage has trained; a sharded model is gathered by all processes."""
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else None
-        if self.ledger.main:
-            save: Any = save_model if self.recipe.lora is None else save_adapter
-            save(trainer.model, self.ledger.adapter(number), self.ledger.facts["base"], state)
-        PartialState().wait_for_everyone()
+        """Write what the stage has trained, and what the run's end stands on."""
+        folder = self.ledger.adapter(number)
+        written = {"adapter": str(folder.relative_to(self.ledger.folder))}
+        if isinstance(trainer, FrozenTrainer):
+            context = stands_on(self.recipe, self.ledger, number)
+            self.ledger.stages[number].grid = trainer.choice()
+            written["context"] = str(context["context"])
+        else:
+            context = {}
+        save_stage(trainer, folder, self.ledger.facts["base"] | context, write=self.ledger.main)
+        self.ledger.facts["end"] = written
 
 
 def read_rows(recipe: Recipe) -> Prepared:

@@ -12,13 +12,16 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
 from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import PADDING, weights_by_segment
+from sftkey.data.packing import row_lengths
 from sftkey.data.response import Segment
 from sftkey.recipe import LossOn
 from sftkey.training.losses import Context, add_token_losses, token_losses
+from sftkey.training.sampling import GroupedByLength
 
 
 class KeyTrainer(SFTTrainer):
@@ -33,7 +36,7 @@ class KeyTrainer(SFTTrainer):
         args: Built by `sftkey.training.arguments`; preparation of the data set is switched off.
         loss_on: What the stage trains.
         tokenizer: Gives the id that fills up short rows.
-        train_dataset: Rows with `input_ids` and `segment_ids`.
+        train_dataset: Rows with `input_ids` and `segment_ids`, or packs (`sftkey.data.packing`).
         eval_dataset: The validation rows, of the same form.
         callbacks: As in transformers.
         context: What gradient flows through prompt and thinking. `exact`: all that there is;
@@ -69,7 +72,11 @@ class KeyTrainer(SFTTrainer):
             model=model,
             args=args,
             data_collator=KeyCollator(
-                tokenizer.pad_token_id, loss_on, multiple, for_key_trainer=True
+                tokenizer.pad_token_id,
+                loss_on,
+                multiple,
+                for_key_trainer=True,
+                one_line=is_flash_attention_requested(model.config),
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -97,13 +104,20 @@ class KeyTrainer(SFTTrainer):
         """Give a micro-batch's part of the step's loss; `num_items_in_batch` is the step's Σ wₜ."""
         segment_ids = inputs.pop("segment_ids")
         weights = inputs.pop("loss_weights")[:, 1:]
-        losses = token_losses(model, inputs, self.context)
+        losses = self._losses(model, inputs, segment_ids)
         self._count(losses.detach(), segment_ids, weights)
         if self.loss == "dft":
             losses = losses * torch.exp(-losses.detach())
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         # The processes' gradients are averaged, but their losses are parts of one sum.
-        return (losses * weights).sum() / total * self.accelerator.num_processes
+        weighted = losses.view(-1, *weights.shape) * weights  # of several copies of the batch
+        return weighted.sum() / total * self.accelerator.num_processes
+
+    def _losses(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Give the losses of the labelled tokens, `(B, T - 1)` or several times that."""
+        return token_losses(model, inputs, self.context)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
@@ -111,6 +125,21 @@ class KeyTrainer(SFTTrainer):
         """Sum the weights of a step's trained tokens, over its micro-batches and all processes."""
         total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum()
         return self.accelerator.reduce(total.to(device), reduction="sum")
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """Group rows by length, if so set, in an order that a resumed stage repeats."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        num_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedByLength(
+            row_lengths(self.train_dataset),
+            num_rows * self.accelerator.num_processes,
+            self.args.seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
+        """Give none: `evaluation_loop` chooses its own order."""
 
     def _count(
         self,
@@ -144,7 +173,7 @@ class KeyTrainer(SFTTrainer):
         """
         prefix = kwargs.get("metric_key_prefix", "eval")
         dataset = dataloader.dataset
-        sums = torch.zeros(2, len(Segment), device=self.args.device)
+        sums = torch.zeros(1, device=self.args.device)
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         for rows, counted in self._validation_batches(dataset):
@@ -153,16 +182,29 @@ class KeyTrainer(SFTTrainer):
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, -100)
             with torch.no_grad(), self.compute_loss_context_manager():
-                losses = token_losses(self.model_wrapped, inputs)
-            sums += segment_sums(losses, segment_ids[:, 1:])
+                sums = sums + self._validation_sums(inputs, segment_ids)
         self.model_wrapped.train(was_training)
-        sums = self.accelerator.reduce(sums, reduction="sum").cpu()
-        weights = torch.tensor(self.segment_weights)
-        loss = (sums[0] * weights).sum() / (sums[1] * weights).sum()
-        metrics = {f"{prefix}_loss": loss.item()}
+        sums = self._reported(self.accelerator.reduce(sums, reduction="sum").cpu())
+        metrics = {f"{prefix}_loss": self._weighted(sums).item()}
         metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
         nothing = np.empty(0)
         return EvalLoopOutput(nothing, None, metrics, num_samples=len(dataset))
+
+    def _validation_sums(
+        self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Give the sums of a batch of validation rows, `(2, 5)`."""
+        return segment_sums(token_losses(self.model_wrapped, inputs), segment_ids[:, 1:])
+
+    def _reported(self, sums: torch.Tensor) -> torch.Tensor:
+        """Give the sums of all validation rows that are reported, `(2, 5)`."""
+        return sums
+
+    def _weighted(self, sums: torch.Tensor) -> torch.Tensor:
+        """Give the stage's own loss, from sums `(…, 2, 5)`."""
+        weights = torch.tensor(self.segment_weights)
+        above, below = (sums * weights).sum(-1).unbind(-1)
+        return above / below
 
     def _validation_batches(
         self, dataset: Dataset
@@ -172,7 +214,7 @@ class KeyTrainer(SFTTrainer):
         All processes get equally many batches (FSDP hangs otherwise); what fills up doesn't count.
         """
         size, world = self.args.eval_batch_size, self.accelerator.num_processes
-        lengths = [len(ids) for ids in dataset["input_ids"]]
+        lengths = row_lengths(dataset)
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         order += [-1] * (-len(order) % (size * world))
         for start in range(self.accelerator.process_index * size, len(order), size * world):
