@@ -100,9 +100,9 @@ def look(subject: Subject, report: Report | None = None) -> tuple[Figures, Recom
     return found, recommend(found)
 
 
-def _say(condition: str, num_done: int, num_all: int) -> None:
+def _say(thinking: str, num_done: int, num_all: int) -> None:
     if num_done == num_all:
-        print(f"{condition}: {num_all} answers", file=sys.stderr)
+        print(f"{num_all} answers after {thinking} thinking", file=sys.stderr)
 
 
 def _chosen(

@@ -99,8 +99,12 @@ def test_without_tags_nothing_can_be_asked(tiny_tokenizer: Any) -> None:
     )
 
 
-def test_a_key_alone_is_scored(tiny_model: Any, frame: Frame) -> None:
+@pytest.mark.parametrize("batch_tokens", [4096, 120])
+def test_a_key_alone_is_scored(
+    batch_tokens: int, tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padded batches give each row's sum over its key's tokens, and over no other token."""
+    monkeypatch.setattr("sftkey.evaluation.key_losses.BATCH_TOKENS", batch_tokens)
     asked = made(frame)
     contexts = [getattr(each, name) for each in asked for name in ("reference", "none")]
     contexts += [Context(asked[0].prompt, asked[0].reference.key), Context([5], [7, 8])]
@@ -177,7 +181,7 @@ def test_each_condition_is_judged_by_what_it_wrote(
     assert right == {"own": [False, True, False], "reference": [True] * 3, "none": [False] * 3}
     assert [row.parsed for row in outcomes["own"]] == [False, True, True]
     assert all(row.stopped for rows in outcomes.values() for row in rows)
-    assert seen == [(name, n, 3) for name in ("own", "reference", "none") for n in (1, 2, 3)]
+    assert seen == [*(("own", n, 3) for n in range(1, 4)), *(("given", n, 6) for n in range(1, 7))]
 
     own = frame.tokenizer(REFERENCE.format(OWN), add_special_tokens=False)["input_ids"]
     contexts = {
@@ -208,4 +212,4 @@ def test_a_response_that_goes_on_has_never_stopped(
     outcomes = ask(tiny_model, frame, asked, settings(frame))
     assert not any(row.stopped or row.right for rows in outcomes.values() for row in rows)
     longest = max(len(each.reference.key) for each in asked)
-    assert lengths == [64, 64, *[longest + 8] * 4]
+    assert lengths == [64, 64, *[longest + 8] * 3]

@@ -109,53 +109,61 @@ def ask(
         frame: The run's.
         asked: The questions.
         settings: As above.
-        report: Called with a condition and the number of its answers, and of all questions.
+        report: Called with `own` or `given`, the number of answers after such thinkings, and how
+            many there will be.
 
     Returns:
         By condition, what came of each question.
     """
-    longest = max(len(row.key) for each in asked for row in (each.reference, each.none))
-    given = {
-        "own": [Context(each.prompt, []) for each in asked],
-        "reference": [each.reference for each in asked],
-        "none": [each.none for each in asked],
+    reference, none = [each.reference for each in asked], [each.none for each in asked]
+    prompts = [Context(each.prompt, []) for each in asked]
+    longest = max(len(context.key) for context in (*reference, *none)) + SPARE_TOKENS
+    own = _answers("own", model, frame, prompts, settings, settings.max_new_tokens, report)
+    # One call: small batches leave a machine idle.
+    given = _answers("given", model, frame, [*reference, *none], settings, longest, report)
+    written = {"own": own, "reference": given[: len(asked)], "none": given[len(asked) :]}
+    read = {"own": prompts, "reference": reference, "none": none}
+    scored: dict[str, Sequence[Context | None]] = {**read}
+    scored["own"] = [_own(*pair, frame) for pair in zip(asked, own, strict=True)]
+    contexts = [each for name in CONDITIONS for each in scored[name] if each is not None]
+    losses = iter(key_losses(model, contexts, find_switch(model, frame)))
+    return {
+        name: [
+            _outcome(
+                frame, settings, each, before, generation, None if context is None else next(losses)
+            )
+            for each, before, generation, context in zip(
+                asked, read[name], written[name], scored[name], strict=True
+            )
+        ]
+        for name in CONDITIONS
     }
-    outcomes = {}
-    for name in CONDITIONS:
-        own = name == "own"
-        num_tokens = settings.max_new_tokens if own else longest + SPARE_TOKENS
-        written = _write(model, frame, given[name], settings, num_tokens, not own)
-        generations: dict[int, Generation] = {}
-        for position, generation in written:
-            generations[position] = generation
-            if report:
-                report(name, len(generations), len(asked))
-        in_order = [generations[position] for position in range(len(asked))]
-        contexts: list[Context | None] = list(given[name])
-        if own:
-            contexts = [_own(*pair, frame) for pair in zip(asked, in_order, strict=True)]
-        outcomes[name] = _outcomes(model, frame, asked, given[name], in_order, contexts, settings)
-    return outcomes
 
 
-def _write(
+def _answers(
+    thinking: str,
     model: PreTrainedModel | PeftModel,
     frame: Frame,
     contexts: Sequence[Context],
     settings: Settings,
     max_new_tokens: int,
-    thinking_given: bool,
-) -> Any:
-    """Generate greedily after contexts."""
-    return generate(
+    report: Report | None,
+) -> list[Generation]:
+    """Generate greedily after contexts that hold no thinking (`own`), or a given one."""
+    generations: dict[int, Generation] = {}
+    for position, generation in generate(
         model,
         frame.tokenizer,
         [context.before for context in contexts],
         stop_ids=settings.stop_ids,
         max_new_tokens=max_new_tokens,
         batch_size=settings.batch_size,
-        switch=find_switch(model, frame, thinking_given=thinking_given),
-    )
+        switch=find_switch(model, frame, thinking_given=thinking == "given"),
+    ):
+        generations[position] = generation
+        if report:
+            report(thinking, len(generations), len(contexts))
+    return [generations[position] for position in range(len(contexts))]
 
 
 def _own(asked: Asked, generation: Generation, frame: Frame) -> Context | None:
@@ -188,32 +196,25 @@ def num_thinking_tokens(ids: Sequence[int], frame: Frame) -> int | None:
     return num_tokens
 
 
-def _outcomes(
-    model: PreTrainedModel | PeftModel,
+def _outcome(
     frame: Frame,
-    asked: Sequence[Asked],
-    given: Sequence[Context],
-    generations: Sequence[Generation],
-    contexts: Sequence[Context | None],
     settings: Settings,
-) -> list[Outcome]:
-    """Judge the responses, and measure the loss of the reference's key after these contexts."""
-    read = [context for context in contexts if context is not None]
-    losses = iter(key_losses(model, read, find_switch(model, frame)))
-    outcomes = []
-    for each, before, generation, context in zip(asked, given, generations, contexts, strict=True):
-        ids = [*before.before[len(each.prompt) :], *generation.ids]
-        answer = frame.response.parse(_text(frame.tokenizer, ids).removeprefix(frame.bridge)).answer
-        outcomes.append(
-            Outcome(
-                right=grade(answer, each.answer, settings.grader),
-                parsed=answer is not None,
-                stopped=bool(generation.stopped),
-                nats=None if context is None else next(losses),
-                num_tokens=len(each.reference.key if context is None else context.key),
-            )
-        )
-    return outcomes
+    asked: Asked,
+    before: Context,
+    generation: Generation,
+    nats: float | None,
+) -> Outcome:
+    """Judge a whole response: what stood before the generation, and what was generated."""
+    ids = [*before.before[len(asked.prompt) :], *generation.ids]
+    text = _text(frame.tokenizer, ids).removeprefix(frame.bridge)
+    answer = frame.response.parse(text).answer
+    return Outcome(
+        right=grade(answer, asked.answer, settings.grader),
+        parsed=answer is not None,
+        stopped=bool(generation.stopped),
+        nats=nats,
+        num_tokens=len(before.key or asked.reference.key),
+    )
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sftkey.switching import Switch
 
-BATCH_SIZE = 16
+BATCH_TOKENS = 4096  # padding counted
 IGNORED = -100
 
 
@@ -43,15 +43,26 @@ def key_losses(
         switch: From `find_switch`: which adapters read a context; its last token and the key are
             read with the key adapter, too.
     """
-    order = sorted(range(len(contexts)), key=lambda n: len(contexts[n].before))
     losses = [0.0] * len(contexts)
     with inferring(model), torch.no_grad():
-        for start in range(0, len(order), BATCH_SIZE):
-            batch = order[start : start + BATCH_SIZE]
+        for batch in _batches(contexts):
             found = _batch_losses(model, [contexts[n] for n in batch], switch)
             for position, loss in zip(batch, found.tolist(), strict=True):
                 losses[position] = loss
     return losses
+
+
+def _batches(contexts: Sequence[Context]) -> Iterator[list[int]]:
+    """Put contexts of similar lengths together, so many as their tokens allow."""
+    lengths = [len(context.before) + len(context.key) for context in contexts]
+    batch: list[int] = []
+    for position in sorted(range(len(contexts)), key=lambda n: lengths[n]):
+        if batch and lengths[position] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
 
 
 def _batch_losses(model: Any, contexts: Sequence[Context], switch: Switch | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from sftkey.data.response import Example
 from sftkey.data.sources import load_examples
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import Problem, RecipeError
+from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import DataChoice, choose_data, choose_grader, measure
 from sftkey.planning.frame_choice import TAGS, THINK, FrameChoice, choose_frame
 from sftkey.planning.model_facts import ModelFacts, read_facts
@@ -50,9 +51,14 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     facts = read_facts(name_or_path)
     choice = choose_frame(facts.tokenizer, facts.published_stops)
     data = choose_data(source, seed, choice.section.frame == "plain")
-    open_choices = {**choice.undecided, **{key: str(data.fields[key]) for key in data.undecided}}
+    open_choices = choice.undecided | {
+        f"data.{key}": str(data.fields[key]) for key in data.undecided
+    }
     if open_choices or choice.frame is None:
-        what = [Problem(key, value) for key, value in open_choices.items()]
+        what = [
+            Problem(key, f"to be decided: {value.removeprefix(UNDECIDED).strip()}")
+            for key, value in open_choices.items()
+        ]
         ask = f"`sftkey adapt {name_or_path} --data {source} -o my.yaml` writes a recipe"
         raise RecipeError(name_or_path, what, f"{ask}: decide there, then diagnose my.yaml")
     frame = _with_tags_of(data, choice, choice.frame, facts)
