@@ -125,12 +125,12 @@ def with_lora(name: str, folder: Path, model: Any = None) -> Any:
     return get_peft_model(model or made_family(name), config)
 
 
-def nf4(name: str, folder: Path) -> Any:
+def nf4(name: str, folder: Path, **fields: Any) -> Any:
     """Put an adapter on a model whose weights are NF4, loaded as a run loads it."""
     from sftkey.device import Device
     from sftkey.model import load_model
     from sftkey.recipe import ModelSection
 
-    made_family(name, hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    made_family(name, hidden_size=64, intermediate_size=64, **fields).save_pretrained(folder)
     section = ModelSection(name_or_path=str(folder))
     return with_lora(name, folder, load_model(section, Device("cpu", 0, torch.float32)))

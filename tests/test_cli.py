@@ -14,7 +14,10 @@ import sftkey.ls
 from sftkey.cli import main
 from sftkey.errors import RunError
 
-COMMANDS = ("train", "check", "ls", "show", "adapt", "evaluate", "compare")
+COMMANDS = (
+    *("train", "check", "ls", "show", "adapt", "evaluate", "compare"),
+    *("diagnose", "study", "generate", "merge"),
+)
 HELP_SECONDS = 0.7
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from tokenizers_made import CHATML, KINDS, OPENED, made
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
-from sftkey.errors import FrameError
 from sftkey.generation import Generation, generate, generate_to_file
 from sftkey.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe import ResponseSection
-from sftkey.switching import Switch, ThinkingEnds, find_switch
+from sftkey.switching import Switch, ThinkingEnds
 
 MOST, STOP = 14, 2
 TEXT = "How many legs do 3 cats and 2 birds have together, and how many have 7 pens?"
@@ -35,7 +33,11 @@ def with_key(adapted: Any) -> Any:
 
     torch.manual_seed(5)
     config = LoraConfig(
-        r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, inference_mode=True
+        r=4,
+        lora_alpha=16,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        inference_mode=True,
     )
     adapted.add_adapter(KEY, config)
     return adapted.eval()
@@ -44,7 +46,8 @@ def with_key(adapted: Any) -> Any:
 @cache
 def family(name: str) -> Any:
     """Make a model of a family with two adapters, over the vocabulary of the tests' tokenizer."""
-    model = made_family(name, vocab_size=len(TOKENIZER))
+    fields = {"tie_word_embeddings": False, "vocab_size": len(TOKENIZER)}
+    model = made_family(name, **fields)  # a tied head would write the last token again and again
     return with_key(with_lora(name, Path(), model))
 
 
@@ -53,12 +56,12 @@ def of_nf4() -> Any:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        return with_key(nf4("llama", Path(folder)))
+        return with_key(nf4("llama", Path(folder), vocab_size=len(TOKENIZER)))
 
 
 def base_alone() -> Any:
     """Make a model whose thinking no adapter has touched: after full fine-tuning, say."""
-    model = with_key(with_lora("qwen3", Path(), made_family("qwen3", vocab_size=300)))
+    model = with_key(with_lora("qwen3", Path(), made_family("qwen3", vocab_size=len(TOKENIZER))))
     model.delete_adapter("default")
     model.set_adapter(KEY, inference_mode=True)
     return model
@@ -163,3 +166,137 @@ def test_it_equals_two_generations_by_hand(name: str, batch_size: int) -> None:
     assert found == {row: as_generation(ids) for row, ids in enumerate(rows)}
     alone = [as_generation(free(model, prompt)) for prompt in PROMPTS]
     assert sum(found[row] != alone[row] for row in found) >= 3, "the key adapter should matter"
+
+
+def test_the_thinking_is_what_the_previous_adapters_write() -> None:
+    """In the same batches each thinking equals theirs alone, greedy and sampled; the rest doesn't.
+
+    Rows that never switch are theirs to the last token.
+    """
+    model = family("gemma3")
+    tag, _, _ = written_by_hand("gemma3")
+    for temperature in (0.0, 1.0):
+        settings = {"stop_ids": [STOP], "max_new_tokens": MOST, "batch_size": 3, "seed": 4}
+        with acting(model, context_adapters(model)):
+            plain = dict(generate(model, TOKENIZER, PROMPTS, temperature=temperature, **settings))
+        found = generations(model, tag, temperature=temperature, seed=4)
+        thinkings = [plain[row].text.partition(tag) for row in found]
+        assert [found[row].text.partition(tag)[:2] for row in found] == [t[:2] for t in thinkings]
+        assert any(found[row] != plain[row] for row in found)
+        assert generations(model, tag, temperature=temperature, seed=4) == found
+
+
+def test_a_given_thinking_is_gone_on_from_at_once() -> None:
+    """A prompt that holds its thinking is read by the previous adapters but for its last token."""
+    model = family("gemma3")
+    expected = {
+        row: as_generation(key_by_hand(model, ids, MOST)) for row, ids in enumerate(PROMPTS)
+    }
+    assert generations(model, "x", switch={"thinking_given": True}) == expected
+    one = [PROMPTS[0][:1], PROMPTS[1][:1]]  # nothing stands before the only token
+    found = generations(model, "x", one, switch={"thinking_given": True})
+    assert found == {n: as_generation(key_by_hand(model, ids, MOST)) for n, ids in enumerate(one)}
+
+
+def test_nothing_is_computed_twice_but_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is read once; every other pass is over one token a row."""
+    model = family("llama")
+    tag, rows, lengths = written_by_hand("llama")
+    passes: list[tuple[int, ...]] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: passes.append(tuple(inputs[0].shape))
+    )
+    generations(model, tag, batch_size=len(PROMPTS))
+    hook.remove()
+    switched = [row for row, length in enumerate(lengths) if length is not None]
+    first, second = MOST, max(len(rows[row]) - (lengths[row] or 0) for row in switched)
+    assert passes == [
+        (len(PROMPTS), max(len(prompt) for prompt in PROMPTS)),
+        *[(len(PROMPTS), 1)] * (first - 1),
+        *[(len(switched), 1)] * second,
+    ]
+
+
+def test_no_row_is_longer_than_asked_and_a_stop_ends_the_thinking() -> None:
+    """A tag that comes last leaves nothing to switch for; after a stop there is no key."""
+    model = family("llama")
+    tag, rows, lengths = written_by_hand("llama")
+    row = next(n for n, length in enumerate(lengths) if length is not None and length > 1)
+    length = lengths[row] or 0
+    (found,) = generations(model, tag, [PROMPTS[row]], max_new_tokens=length).values()
+    assert found == Generation(text_of(rows[row][:length]), length, False)
+    stop = rows[row][length - 2]
+    (stopped,) = generations(model, tag, [PROMPTS[row]], stop_ids=[stop]).values()
+    assert stopped.stopped
+    assert tag not in stopped.text
+
+
+def test_a_killed_generation_goes_on(tmp_path: Path) -> None:
+    """What a file holds already is not written again, and the rest is as it would have been."""
+    model = family("llama")
+    tag, _, _ = written_by_hand("llama")
+    switch = Switch(tuple(context_adapters(model)), tag, "")
+    settings = {"stop_ids": [STOP], "max_new_tokens": MOST, "batch_size": 3, "switch": switch}
+    prompts, file = dict(enumerate(PROMPTS)), tmp_path / "rows.jsonl"
+    whole = generate_to_file(model, TOKENIZER, prompts, file, **settings)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:4])[:-9])
+    assert generate_to_file(model, TOKENIZER, prompts, file, **settings) == whole
+
+
+def test_the_adapters_are_left_as_they_were() -> None:
+    """After a generation those act that acted before it."""
+    model = family("llama")
+    active = [model.base_model.active_adapters, model.active_adapters]
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    before = [list(layer.active_adapters) for layer in layers]
+    generations(model, written_by_hand("llama")[0])
+    assert [list(layer.active_adapters) for layer in layers] == before
+    assert [model.base_model.active_adapters, model.active_adapters] == active
+
+
+FRAMES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "a line's end behind the tag": {"thinking": ("<Thinking>\n", "\n</Thinking>\n")},
+    "native": {"thinking": ("<think>\n", "\n</think>"), "answer": ("\n\n", "")},
+    "opened by the prompt": {"thinking": ("", "\n</think>"), "answer": ("\n\n", "")},
+    "special token": {"thinking": ("", "[/INST]"), "answer": ("", "")},
+    "no closing tag": {"thinking": ("", ""), "answer": ("\n#### ", "")},
+    "blank closing tag": {"thinking": ("", "\n"), "answer": ("#### ", "")},
+}
+EXAMPLES = [
+    ("3 cats: 12\n2 birds: 4", "16"),
+    ("A pen costs 5 dollars.", "dollars"),
+    ("3 \u00d7 \u6c34 = \U0001f427\n", "\U0001f427"),
+    ("", "35"),
+]
+BRIDGED = CHATML.replace(
+    "<|im_start|>{{ m['role'] }}\n",
+    "<|im_start|>{{ m['role'] }}\n{{ '\n\n' if m['role'] == 'assistant' }}",
+)
+
+
+def ends_of(frame: Frame, ids: list[int]) -> dict[int, int]:
+    """Let the ids be written one by one, and give the tokens of the thinking, if it ended."""
+    switch = Switch((), frame.response.thinking_close, frame.response.answer_open, frame.bridge)
+    ends = ThinkingEnds(switch, frame.tokenizer, 1, [frame.end_id])
+    for length in range(1, len(ids) + 1):
+        ended = ends(torch.tensor([[0, *ids[:length]]]), None)
+        assert ended.tolist() == [0 in ends.num_tokens]
+    return ends.num_tokens
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> None:
+    """The token found is the last one of the segment THINKING, a straddling one too."""
+    template = OPENED if name == "opened by the prompt" else CHATML
+    frame = probe_frame(made(kind, template), ResponseSection(**FRAMES[name]))
+    count = 0
+    for row in tokenize([Example("Q", *texts, n) for n, texts in enumerate(EXAMPLES)], frame):
+        if not isinstance(row, Row):
+            continue  # a character that this vocabulary lacks
+        start = row.segment_ids.count(Segment.PROMPT)
+        thinking = row.segment_ids.count(Segment.THINKING)
+        assert ends_of(frame, row.input_ids[start:]) == {0: thinking}
+        count += 1
+    assert count >= 2

@@ -1,0 +1,107 @@
+"""Ask what a run has trained one question."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftkey.errors import RunError
+from sftkey.trained import run_recipe, trained_stage
+
+if TYPE_CHECKING:
+    from sftkey.data.frame import Frame
+    from sftkey.generation import Generation
+    from sftkey.recipe import Recipe
+
+
+def generate(
+    folder: Path,
+    question: str | None = None,
+    *,
+    stage: str | None = None,
+    max_new_tokens: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the thinking and the answer to a question.
+
+    Args:
+        folder: A run folder.
+        question: None: it stands on stdin.
+        stage: A trained stage, or `base`; default the last one that is trained.
+        max_new_tokens: Default the recipe's.
+        as_json: Print one JSON object.
+
+    Raises:
+        SFTKeyError: There is no question, or the folder is no run, or the stage isn't trained.
+    """
+    recipe = run_recipe(folder)
+    number = trained_stage(folder, recipe, stage)
+    asked = (sys.stdin.read() if question is None else question).strip()
+    if not asked:
+        raise RunError(
+            "question",
+            "expected a text; got none",
+            f'sftkey generate {folder} "How many …?", or the question on stdin',
+        )
+    from sftkey.process import quiet_libraries, use_all_cores
+
+    use_all_cores()
+    quiet_libraries()
+    limit = max_new_tokens or recipe.eval.max_new_tokens
+    generation, frame = _write(folder, recipe, number, asked, limit)
+    parsed = frame.response.parse(generation.text.removeprefix(frame.bridge))
+    if as_json:
+        found = {
+            "thinking": parsed.thinking,
+            "answer": parsed.answer,
+            "text": generation.text,
+            "stopped": generation.stopped,
+        }
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    if parsed.answer is None:
+        print(generation.text)
+        print("note: no answer was found in this text", file=sys.stderr)
+    else:
+        print(f"thinking:\n{parsed.thinking or ''}\n\nanswer:\n{parsed.answer}")
+    if not generation.stopped:
+        print(f"note: it didn't stop within {limit} tokens", file=sys.stderr)
+
+
+def _write(
+    folder: Path, recipe: Recipe, number: int, question: str, max_new_tokens: int
+) -> tuple[Generation, Frame]:
+    """Load the stage's model and let it answer."""
+    from sftkey.data.frame import probe_frame, stop_ids
+    from sftkey.data.question import num_columns, question_prompt
+    from sftkey.device import choose_device
+    from sftkey.generation import generate
+    from sftkey.model import load_tokenizer
+    from sftkey.switching import find_switch
+    from sftkey.training.ledger import Ledger
+    from sftkey.training.loading import load_stage
+
+    tokenizer = load_tokenizer(recipe.model)
+    frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    if (count := num_columns(recipe.data)) != 1:
+        what = f"data.prompt puts {count} columns together; the question is taken as all of it"
+        print(f"note: {what}", file=sys.stderr)
+    prompt = frame.prompt_ids(question_prompt(recipe.data, question))
+    device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
+    model = load_stage(recipe, Ledger(folder, recipe, main=False), device, frame, number)
+    # Before a frozen stage stand key adapters that aren't trained yet.
+    frozen = number > 0 and recipe.stages[number - 1].context == "frozen"
+    written = generate(
+        model,
+        tokenizer,
+        [prompt],
+        stop_ids=stop_ids(frame, model.generation_config.eos_token_id),
+        max_new_tokens=max_new_tokens,
+        batch_size=1,
+        temperature=recipe.eval.temperature,
+        seed=recipe.seed,
+        switch=find_switch(model, frame) if frozen else None,
+    )
+    return next(generation for _, generation in written), frame

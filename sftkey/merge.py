@@ -1,0 +1,68 @@
+"""Merge what a stage has trained into its base."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sftkey.errors import RunError
+from sftkey.recipe import Recipe
+from sftkey.trained import run_recipe, trained_stage
+
+
+def merge(folder: Path, output: Path, stage: str | None = None) -> None:
+    """Write a model folder with the stage's adapter merged into the unquantized base.
+
+    Args:
+        folder: A run folder.
+        output: A new folder.
+        stage: A trained stage; default the last one that is trained.
+
+    Raises:
+        SFTKeyError: The stage has no adapter that can be merged, or the merge failed.
+    """
+    recipe = run_recipe(folder)
+    number = trained_stage(folder, recipe, stage)
+    from sftkey.training.ledger import Ledger
+
+    ledger = Ledger(folder, recipe, main=False)
+    if number == 0:
+        raise RunError(str(folder), "--stage: the base has no adapter to merge")
+    adapter = ledger.adapter(number - 1)
+    _refuse_unmergeable(folder, recipe, number, adapter)
+    from sftkey.process import quiet_libraries, use_all_cores
+
+    use_all_cores()
+    quiet_libraries()
+    from sftkey.sharing.merge import merge as write_merged
+
+    found = write_merged(recipe, adapter, output)
+    print(
+        f"{output}: {adapter} merged into {recipe.model.name_or_path} in {found.dtype}; on a probe "
+        f"the adapter changes logits by up to {found.effect:.3g}, the merged model is within "
+        f"{found.distance:.3g} of it",
+        file=sys.stderr,
+    )
+    print(output)
+
+
+def _refuse_unmergeable(folder: Path, recipe: Recipe, number: int, adapter: Path) -> None:
+    """Refuse a stage whose result is no adapter that acts on all tokens."""
+    stage = recipe.stages[number - 1]
+    if stage.context == "frozen":
+        before = recipe.stages[number - 2].name if number > 1 else None
+        context = f"merge what it stands on with --stage {before}" if before else "take the base"
+        raise RunError(
+            str(folder),
+            f"{stage.name} was trained with `context: frozen`: its adapter acts from the "
+            "thinking's last token on, merged weights would act on every token and change the "
+            "thinking",
+            f"{context}, and serve {adapter} beside it as activated LoRA, where a server has that; "
+            "`sftkey generate` and the README's lines switch by themselves",
+        )
+    if recipe.lora is None:
+        raise RunError(
+            str(folder),
+            f"{stage.name} trained the model whole: there is no adapter to merge",
+            f"the model lies in {adapter}",
+        )
