@@ -16,10 +16,11 @@ from tokenizers_made import CHATML, KINDS, OPENED, made
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
+from sftkey.errors import FrameError
 from sftkey.generation import Generation, generate, generate_to_file
 from sftkey.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe import ResponseSection
-from sftkey.switching import Switch, ThinkingEnds
+from sftkey.switching import Switch, ThinkingEnds, find_switch
 
 MOST, STOP = 14, 2
 TEXT = "How many legs do 3 cats and 2 birds have together, and how many have 7 pens?"
@@ -261,18 +262,20 @@ FRAMES: dict[str, dict[str, Any]] = {
     "opened by the prompt": {"thinking": ("", "\n</think>"), "answer": ("\n\n", "")},
     "special token": {"thinking": ("", "[/INST]"), "answer": ("", "")},
     "no closing tag": {"thinking": ("", ""), "answer": ("\n#### ", "")},
+    "bridge": {"thinking": ("", ""), "answer": ("\n\n", "")},
     "blank closing tag": {"thinking": ("", "\n"), "answer": ("#### ", "")},
 }
 EXAMPLES = [
     ("3 cats: 12\n2 birds: 4", "16"),
     ("A pen costs 5 dollars.", "dollars"),
-    ("3 \u00d7 \u6c34 = \U0001f427\n", "\U0001f427"),
+    ("3 \u00d7 \u6c34 = \U0001f427", "\U0001f427"),
     ("", "35"),
 ]
+# What the template writes before a thinking holds what ends it here.
 BRIDGED = CHATML.replace(
-    "<|im_start|>{{ m['role'] }}\n",
-    "<|im_start|>{{ m['role'] }}\n{{ '\n\n' if m['role'] == 'assistant' }}",
+    "{{ m['content'] }}", "{{ '\n\n' if m['role'] == 'assistant' }}{{ m['content'] }}"
 )
+TEMPLATES = {"opened by the prompt": OPENED, "bridge": BRIDGED}
 
 
 def ends_of(frame: Frame, ids: list[int]) -> dict[int, int]:
@@ -289,8 +292,7 @@ def ends_of(frame: Frame, ids: list[int]) -> dict[int, int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> None:
     """The token found is the last one of the segment THINKING, a straddling one too."""
-    template = OPENED if name == "opened by the prompt" else CHATML
-    frame = probe_frame(made(kind, template), ResponseSection(**FRAMES[name]))
+    frame = probe_frame(made(kind, TEMPLATES.get(name, CHATML)), ResponseSection(**FRAMES[name]))
     count = 0
     for row in tokenize([Example("Q", *texts, n) for n, texts in enumerate(EXAMPLES)], frame):
         if not isinstance(row, Row):
@@ -300,3 +302,41 @@ def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> No
         assert ends_of(frame, row.input_ids[start:]) == {0: thinking}
         count += 1
     assert count >= 2
+    assert (frame.bridge == "\n\n") == (name == "bridge")
+
+
+@pytest.mark.parametrize(
+    ("close", "text", "end"),
+    [
+        ("\n</T>\n", "1</T>\n5", 6),  # no line's end before the tag
+        ("\n</T>\n", "1\n</T>", None),  # one may come behind it
+        ("\n</T>\n", "1\n</T> 5", 6),  # none came
+        ("\n</T>", "1\n</T>\n", 6),
+        ("\n</T>", "</T>1</T>", 4),
+        ("", "1\n#### 5", 1),
+        ("\n", "1\n#### 5", None),  # the blank tag and the answer's belong together
+        ("\n", "1\n\n####", 2),
+    ],
+)
+def test_white_space_around_the_tag(close: str, text: str, end: int | None) -> None:
+    """White space counts where the tag has it, and a missing one keeps no thinking open."""
+    assert Switch((), close, "\n#### ").thinking_end(text) == end
+
+
+def test_a_thinking_that_nothing_ends_is_refused() -> None:
+    """Without any tag there is no place to switch at."""
+    with pytest.raises(FrameError) as error:
+        Switch((), "", "")
+    assert str(error.value) == (
+        "response.thinking: expected a closing tag, or an opening tag of the answer; both are "
+        "empty, so that nothing tells where the key adapter of `context: frozen` is to act\n"
+        "hint: write one of them"
+    )
+
+
+def test_a_model_without_key_adapter_never_switches() -> None:
+    """The switch is found from the model and the run's tags; there is none without the adapter."""
+    frame = probe_frame(made("byte_level", CHATML), ResponseSection())
+    assert find_switch(made_family("llama"), frame) is None
+    found = find_switch(family("llama"), frame, thinking_given=True)
+    assert found == Switch(("default",), "\n</Thinking>", "\n<Answer>\n", "", True)
