@@ -1,8 +1,9 @@
-"""Files that appear under their name only when they are whole, and names that are free."""
+"""Files that appear under their name only when they are whole, free names, and the cache."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,10 @@ def free_name(path: Path) -> Path:
         count += 1
         free = path.with_name(f"{path.name}.{count}")
     return free
+
+
+def cache_folder() -> Path:
+    """Give the folder of what is fetched or made once: `SFTKEY_CACHE`, or in the user's cache."""
+    if own := os.environ.get("SFTKEY_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftkey"

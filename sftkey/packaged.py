@@ -7,7 +7,6 @@ For machines that reach a package index but no model hub: `name_or_path: pypi:NA
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sftkey.errors import ModelError
+from sftkey.files import cache_folder
 from sftkey.recipe import ModelSection
 
 PREFIX = "pypi:"
@@ -27,13 +27,6 @@ CHUNK_BYTES = 1 << 20
 def is_packaged(name_or_path: str) -> bool:
     """Say whether the recipe names a package."""
     return name_or_path.startswith(PREFIX)
-
-
-def cache_folder() -> Path:
-    """Give the folder of wheels and converted models: `SFTKEY_CACHE`, or in the user's cache."""
-    if own := os.environ.get("SFTKEY_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftkey"
 
 
 def packaged_folder(section: ModelSection) -> Path:

@@ -33,16 +33,9 @@ def fit(
     Raises:
         DataError: A row is too long, and `too_long` is `error`.
     """
-    long = [row for row in rows if isinstance(row, Row) and len(row.input_ids) > max_length]
-    if long and too_long == "error":
-        numbers = [str(row.index) for row in long[:NUM_LISTED]] + ["…"] * (len(long) > NUM_LISTED)
-        raise DataError(
-            "data.max_length",
-            f"expected rows of at most {max_length} tokens; got {len(long)} "
-            f"of up to {max(len(row.input_ids) for row in long)}: {', '.join(numbers)}",
-            hint="rows count from 0; raise data.max_length, "
-            "or choose data.too_long: drop or trim_thinking",
-        )
+    if too_long == "error":
+        lengths = [(row.index, len(row.input_ids)) for row in rows if isinstance(row, Row)]
+        refuse_long([each for each in lengths if each[1] > max_length], max_length)
     fitted = list(rows)
     for place, row in enumerate(rows):
         if isinstance(row, Row) and len(row.input_ids) > max_length:
@@ -51,6 +44,23 @@ def fit(
             else:
                 fitted[place] = _trim(row, examples[place], frame, max_length)
     return fitted
+
+
+def refuse_long(long: Sequence[tuple[int, int]], max_length: int) -> None:
+    """Refuse rows that are too long, given their numbers and lengths, if there are any.
+
+    Raises:
+        DataError: Names the first of them.
+    """
+    if long:
+        numbers = [str(index) for index, _ in long[:NUM_LISTED]] + ["…"] * (len(long) > NUM_LISTED)
+        raise DataError(
+            "data.max_length",
+            f"expected rows of at most {max_length} tokens; got {len(long)} "
+            f"of up to {max(length for _, length in long)}: {', '.join(numbers)}",
+            hint="rows count from 0; raise data.max_length, "
+            "or choose data.too_long: drop or trim_thinking",
+        )
 
 
 def _trim(row: Row, example: Example, frame: Frame, max_length: int) -> Row | Refusal:

@@ -88,6 +88,10 @@ class Frame:
         encode_prompts = self._backend.encode_batch_fast
         return encode_prompts(list(prompts), add_special_tokens=False), self.encode(wholes)
 
+    def backend_state(self) -> str:
+        """Give all that tokenizing depends on, as JSON."""
+        return self._backend.to_str()
+
     @property
     def end_token(self) -> str:
         """The special token that ends generation."""
