@@ -223,7 +223,10 @@ def test_generations_are_written_as_they_come_and_not_made_twice(
     assert reports == [(3, 7), (4, 7), (5, 7), (6, 7), (7, 7)]
     assert file.read_text() == (tmp_path / "whole").read_text()
     row = json.loads(file.read_text().splitlines()[0])
-    assert row == {"index": 12, "prompt_tokens": len(prompts[2]), **vars(whole[12])}
+    written = {name: value for name, value in vars(whole[12]).items() if name != "ids"}
+    assert row == {"index": 12, "prompt_tokens": len(prompts[2]), **written}
+    assert tiny_tokenizer.decode(whole[12].ids) == whole[12].text
+    assert len(whole[12].ids) == whole[12].num_tokens
 
     generate_to_file(tiny_model, tiny_tokenizer, by_index, file, **settings())
     assert calls == [3, 1]
