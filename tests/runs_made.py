@@ -30,6 +30,7 @@ def made_run(
     model: Path,
     *,
     num_trained: int = 2,
+    quantization: str = "none",
     stages: tuple[dict[str, Any], ...] = STAGES,
     **sections: Any,
 ) -> tuple[Path, Recipe]:
@@ -39,6 +40,7 @@ def made_run(
         folder: Where `runs/tiny` goes.
         model: A model folder.
         num_trained: Stages that are trained.
+        quantization: Of the model.
         stages: The recipe's.
         sections: Others of the recipe.
     """
@@ -46,7 +48,7 @@ def made_run(
 
     written: dict[str, Any] = {
         "name": "tiny",
-        "model": {"name_or_path": str(model), "quantization": "none"},
+        "model": {"name_or_path": str(model), "quantization": quantization},
         "lora": LORA,
         "data": {"source": "rows.jsonl", "system": "You calculate.", "prompt": "Q: {question}"},
         "trainer": {"use_cpu": True},
