@@ -172,7 +172,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
-        findings += [finding(details, _known_keys) for details in error.errors()]
+        findings += found_by_models(error, _known_keys)
     problems = source.problems + [source.problem(*finding) for finding in findings]
     if recipe is None or problems:
         raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
@@ -215,7 +215,9 @@ _EXPECTED = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "tuple_type": "a list",
+    "greater_than": "a number above {gt}",
     "greater_than_equal": "{ge} or more",
+    "greater_than": "a number above {gt}",
     "less_than_equal": "{le} or less",
     "less_than": "a number below {lt}",
     "too_short": "at least one item",
@@ -227,13 +229,23 @@ def _known_keys(keys: Keys) -> Iterable[str]:
     return (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields
 
 
-def finding(details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]]) -> tuple[Keys, str]:
-    """Turn one of pydantic's errors into our words.
+def found_by_models(
+    error: ValidationError, known_keys: Callable[[Keys], Iterable[str]]
+) -> list[tuple[Keys, str]]:
+    """Turn pydantic's errors into our words.
 
     Args:
-        details: As pydantic gives it.
+        error: Of a recipe or a study.
         known_keys: Gives the keys that there are where one is unknown.
     """
+    # Of a list whose only item is wrong pydantic says, besides, that it is too short.
+    wrong = [each for each in error.errors() if not (each["type"] == "too_short" and each["input"])]
+    return [_finding(details, known_keys) for details in wrong]
+
+
+def _finding(
+    details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]]
+) -> tuple[Keys, str]:
     kind, keys, got = details["type"], details["loc"], details["input"]
     context = details.get("ctx", {})
     if kind == "extra_forbidden":

@@ -117,6 +117,81 @@ def test_the_table_fits_a_terminal() -> None:
     ]
 
 
+def thinking(stage: str, position: int, right: range, loss: tuple[float, float] | None) -> Any:
+    """Make a stage that thinks right on the questions of a range."""
+    examples = [Example(f"{n}?", f"{n} + 1 = {n + 1}\n1 + 1", "2", n) for n in range(100)]
+    generations = {
+        n: Generation(RESPONSE.render(examples[n].thinking if n in right else "?", "2"), 8, True)
+        for n in range(100)
+    }
+    return score(
+        generations,
+        examples,
+        RESPONSE,
+        stage=stage,
+        position=position,
+        grader="number",
+        alpha=0.7,
+        thinking_loss=loss,
+    )
+
+
+HARMED = (
+    "key harmed the thinking: its validation loss rose by 0.1000 nats a token (more than 0.02); "
+    "10 right ones turned wrong, 1 wrong right (one-sided p 0.006). In a key stage `loss_on: "
+    "{thinking: 0.1, key: 1.0}` holds the thinking, and `context: frozen` can't change it."
+)
+
+
+def test_a_stage_that_harmed_the_thinking_is_told_with_the_remedy() -> None:
+    """The second table shows what each stage did; the sentence comes last, and in the JSON."""
+    stages = [
+        thinking("base", 0, range(0), None),
+        thinking("completion", 1, range(80), (2.5, 0.25)),
+        thinking("key", 2, range(10, 81), (0.25, 0.35)),
+    ]
+    comparison = compare({"demo": stages})
+    assert comparison.warnings == (HARMED,)
+    assert sentences(comparison)[-1] == HARMED
+    assert printed(comparison)[10:17] == [
+        "thinking   identical        turned turned validation loss,",
+        "after      to before  right  wrong  right     nats a token",
+        "─" * 58,
+        "base                  0/100",
+        "completion    20/100 80/100      0     80 2.5000 -> 0.2500",
+        "key           89/100 71/100     10      1 0.2500 -> 0.3500",
+        "",
+    ]
+    change = json.loads(json.dumps(as_json(comparison)))["stages"][2]["thinking_change"]
+    assert change == {
+        "after": "key",
+        "loss": [0.25, 0.35],
+        "before": "completion",
+        "num_questions": 100,
+        "num_identical": 89,
+        "mean_lengths": [stage.mean_thinking_length for stage in stages[1:]],
+        "unit": "characters",
+        "turned": {
+            "num_judged": 100,
+            "num_right_before": 80,
+            "num_right_after": 71,
+            "num_made_wrong": 10,
+            "num_made_right": 1,
+            "p": pytest.approx(12 / 2048),
+        },
+        "harms": [
+            "its validation loss rose by 0.1000 nats a token (more than 0.02)",
+            "10 right ones turned wrong, 1 wrong right (one-sided p 0.006)",
+        ],
+    }
+
+
+def test_results_without_thinkings_have_one_table() -> None:
+    """What was written before thinkings were judged is shown as it was."""
+    old = BASE.model_copy(update={"num_thinking_judged": None})
+    assert "identical" not in "\n".join(printed(compare({"demo": [old]})))
+
+
 def test_what_is_not_known_is_shown_so() -> None:
     """Another engine's generations may not say what stopped, and may hold no thinking."""
     examples = [Example("2?", "", "2", 0)]

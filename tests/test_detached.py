@@ -161,9 +161,9 @@ def test_a_key_that_begins_one_token_late_is_found(monkeypatch: pytest.MonkeyPat
     """The losses differ where the token that predicts the key's first one is in the context."""
     align = detached.align
 
-    def late(ids: Any, mask: Any, labels: torch.Tensor, **rest: Any) -> detached.Aligned:
+    def late(ids: Any, mask: Any, labels: torch.Tensor, *rest: Any) -> detached.Aligned:
         first = (labels != -100).int().argmax(1, keepdim=True)
-        return align(ids, mask, labels.scatter(1, first, -100), **rest)
+        return align(ids, mask, labels.scatter(1, first, -100), *rest)
 
     monkeypatch.setattr(detached, "align", late)
     assert distances(made_family("llama"))[0] > 0.1

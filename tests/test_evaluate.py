@@ -13,8 +13,10 @@ from conftest import made_rows
 
 import sftkey.training.stages
 from sftkey.errors import RunError
-from sftkey.evaluate import evaluate
+from sftkey.evaluate import evaluate, note_thinking
+from sftkey.recipe import load_recipe
 from sftkey.train import train
+from sftkey.training.stages import start
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,44 @@ def test_another_engines_answers_are_graded(
     result = json.loads((run / "evaluation" / "key.json").read_text())
     assert (result["acc"], result["fmt"], result["num_never_stopped"]) == (1.0, 1.0, None)
     assert figures(capsys.readouterr().out, "key")[:2] == ["key", "4"]
+
+
+def test_training_says_what_each_stage_did_to_the_thinking(
+    run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log compares with the stage before; a loss that rose comes with the remedy."""
+    shutil.copy(trained.parent.parent / "tiny.yaml", "tiny.yaml")
+    ledger = json.loads((run / "ledger.json").read_text())
+    ledger["stages"][0]["validation"] = {"start": {"thinking": 1.5}, "end": {"thinking": 1.75}}
+    (run / "ledger.json").write_text(json.dumps(ledger))
+    train(Path("tiny.yaml"))
+    captured = capsys.readouterr()
+    (told,) = (line for line in captured.err.splitlines() if line.startswith("key: thinking"))
+    assert told == (
+        "key: thinking against base: 4 of 4 identical, mean length none -> none tokens, "
+        "right 0 -> 0 of 4 (0 right ones turned wrong, 0 wrong right), "
+        "validation loss 1.5000 -> 1.7500"
+    )
+    warning = (
+        "key harmed the thinking: its validation loss rose by 0.2500 nats a token (more than "
+        "0.02). In a key stage `loss_on: {thinking: 0.1, key: 1.0}` holds the thinking, and "
+        "`context: frozen` can't change it."
+    )
+    assert warning in captured.err.splitlines()
+    assert warning in " ".join(captured.out.split())
+
+
+def test_without_questions_the_losses_alone_are_told(run: Path) -> None:
+    """A run that nobody asked anything still says that the thinking's loss rose."""
+    started = start(load_recipe(run / "recipe.yaml"), run)
+    started.ledger.stages[0].validation = {"start": {"thinking": 1.5}, "end": {"thinking": 1.501}}
+    (run / "evaluation" / "key.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        notes: list[str] = []
+        patch.setattr(started.progress, "note", notes.append)
+        note_thinking(started, "base")
+        note_thinking(started, "key")
+    assert notes == ["key: thinking: validation loss 1.5000 -> 1.5010"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_score_counts() -> None:
     assert result.score == pytest.approx(0.5)
     assert (result.num_unparsed, result.num_never_stopped) == (1, 2)
     assert (result.mean_thinking_length, result.thinking_unit) == ((5 + 9) / 2, "characters")
+    assert (result.num_thinking_judged, result.num_thinking_right) == (0, 0)  # no references
     flags = [(q.index, q.correct, q.strict, q.parsed, q.stopped) for q in result.questions]
     assert flags == [
         (1, True, True, True, True),
@@ -148,6 +149,35 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_result(file) == result
     assert json.loads(file.read_text())["acc"] == 0.5
     assert os.listdir(tmp_path) == ["key.json"]
+
+
+def test_a_result_from_before_thinkings_were_judged_is_read(tmp_path: Path) -> None:
+    """What such a file lacks is None, not 0."""
+    content = scored().model_dump(mode="json")
+    for name in ("num_thinking_judged", "num_thinking_right", "thinking_loss"):
+        del content[name]
+    for question in content["questions"]:
+        del question["thinking_right"], question["thinking_hash"]
+    (tmp_path / "key.json").write_text(json.dumps(content))
+    result = read_result(tmp_path / "key.json")
+    assert (result.num_thinking_judged, result.num_thinking_right) == (None, None)
+    assert result.thinking_loss is None
+    assert {(q.thinking_right, q.thinking_hash) for q in result.questions} == {(None, None)}
+
+
+def test_thinkings_are_judged_and_hashed(tmp_path: Path) -> None:
+    """Each question says whether its thinking is right; no text of it stands in the file."""
+    examples = [Example(f"{n}?", f"{n} + {n} = {2 * n}", str(2 * n), n) for n in (1, 2, 3, 4)]
+    changes = {"stage": "key", "position": 2, "grader": "number", "alpha": 0.7}
+    result = score(GENERATIONS, examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
+    assert [q.thinking_right for q in result.questions] == [False, False, False, False]
+    right = {**GENERATIONS, 1: Generation(RESPONSE.render("That makes 1 + 1 = 2", "3"))}
+    result = score(right, examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
+    assert [q.thinking_right for q in result.questions] == [True, False, False, False]
+    assert (result.num_thinking_judged, result.num_thinking_right) == (4, 1)
+    assert result.thinking_loss == (0.5, 0.25)
+    assert len({q.thinking_hash for q in result.questions}) == 4
+    assert "That" not in write_result(tmp_path, result).read_text()
 
 
 def test_a_write_that_is_cut_off_leaves_the_old_file(

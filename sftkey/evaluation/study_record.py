@@ -53,6 +53,7 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
         **_figures(last),
         "base": _figures(base),
         "reference_tokens": lengths,
+        "segment_tokens": segment_tokens(run),
         "validation": {record.name: record.validation for record in records},
         "steps": {record.name: record.num_steps for record in records},
         "trained_tokens": {
@@ -91,6 +92,14 @@ def reference_lengths(run: Run) -> dict[str, list[int]]:
         lengths["thinking"].append(counted[Segment.THINKING])
         lengths["key"].append(sum(counted[segment] for segment in KEY_SEGMENTS))
     return lengths
+
+
+def segment_tokens(run: Run) -> dict[str, int]:
+    """Count the tokens of each segment in the rows that the validation losses are means over."""
+    counts: dict[str, int] = Counter()
+    for segment_ids in run.validation["segment_ids"]:
+        counts.update(Segment(number).name.lower() for number in segment_ids)
+    return dict(counts)
 
 
 def hardware(run: Run) -> str:

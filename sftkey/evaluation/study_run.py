@@ -32,6 +32,10 @@ from sftkey.training.stages import BASE, Run, start
 
 Read = Callable[[Recipe], Prepared]
 Grade = Callable[[Run, str], None]
+OTHER_STUDY = (
+    "another `name` begins another study; without its run's folder and its file in cells/ "
+    "a cell is run anew"
+)
 NUM_KEPT = 4  # sets of rows in memory: those of one seed on a few tasks
 
 
@@ -145,13 +149,9 @@ class StudyRun:
         if not file.exists():
             return False
         if (folder / "recipe.yaml").exists():
-            refuse_changed(folder, cell.recipe)
+            self._refuse_changed(cell)
         elif json.loads(file.read_text())["recipe_sha256"] != recipe_hash(cell.recipe):
-            raise RunError(
-                str(file),
-                "this cell is of another recipe",
-                "another `name` begins another study; without this file the cell is run again",
-            )
+            raise RunError(str(file), "this cell is of another recipe", OTHER_STUDY)
         remove_checkpoints(folder)  # a kill may have come before
         return True
 
@@ -160,6 +160,7 @@ class StudyRun:
         since = time.monotonic()
         folder = self.folder.run(cell)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        self._refuse_changed(cell)
         open_run(cell.recipe, folder)
         take_over(Ledger(folder, cell.recipe))
         run = start(cell.recipe, folder, read=self.rows)
@@ -178,6 +179,15 @@ class StudyRun:
         record = cell_record(run, cell, self.command, time.monotonic() - since)
         write_text(file, json.dumps(record) + "\n")
         remove_checkpoints(folder)
+
+    def _refuse_changed(self, cell: Cell) -> None:
+        """Refuse a cell that another recipe began, with the changed keys."""
+        folder = self.folder.run(cell)
+        try:
+            if (folder / "recipe.yaml").exists():
+                refuse_changed(folder, cell.recipe)
+        except RunError as error:
+            raise RunError(error.where, error.problems, OTHER_STUDY) from None
 
     def _base(self, run: Run, cell: Cell) -> Path:
         """Give the file of the base model's answers to these very questions."""

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import frozen
 import packing
 import torch
 from measuring import Bar, Spread, alternate, peak_bytes
@@ -187,6 +188,9 @@ def main() -> None:
             grow(sides, lengths, arguments.repeats, say).savefig(arguments.growth, dpi=150)
             return
         found = bars(table(sides, batches, arguments.repeats, say), *batches[0])
+        num_rows, length = batches[0]
+        batch = Batch(num_rows, length, round(length * THE_SHARE))
+        found += frozen.bars(sides, batch, arguments.repeats, say)
         found.append(packing.bar(sides, arguments.repeats, say))
         del sides
         if arguments.device == "cuda" and not arguments.quick:

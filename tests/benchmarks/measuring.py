@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import ProfilerConfig, ProfilerState
 
 Step = Callable[[], Any]
 
@@ -86,12 +88,17 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
         held = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - held
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    # What torch.profiler wraps around it in Python takes longer than the step, and isn't needed.
+    settings = ProfilerConfig(
+        ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
+    activities = {torch.profiler.ProfilerActivity.CPU}
+    torch.autograd._prepare_profiler(settings, activities)
+    torch.autograd._enable_profiler(settings, activities)
+    try:
         step()
-    assert profile.profiler is not None
-    records = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    finally:
+        records = torch.autograd._disable_profiler().events()
     held = peak = 0
     for record in sorted(
         (each for each in records if each.name() == "[memory]"), key=lambda each: each.start_ns()

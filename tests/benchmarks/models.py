@@ -19,12 +19,14 @@ class Shape:
         config: The fields of its configuration.
         quantized: NF4 with bfloat16 between; otherwise float32.
         checkpointing: Whether gradients are checkpointed, on all sides.
+        dropout: Of the adapters.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     quantized: bool = False
     checkpointing: bool = False
+    dropout: float = 0.0
 
     @property
     def vocabulary(self) -> int:
@@ -58,6 +60,35 @@ SHAPES = {
             "num_attention_heads": 9,
             "num_key_value_heads": 3,
             "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "0.5b": Shape(
+        "Qwen2.5-0.5B",
+        {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "1b": Shape(
+        "Llama-3.2-1B",
+        {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
             "tie_word_embeddings": True,
         },
     ),
@@ -133,6 +164,7 @@ def adapted_model(shape: Shape, device: str) -> PeftModel:
     config = LoraConfig(
         r=16,
         lora_alpha=32,
+        lora_dropout=shape.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
         init_lora_weights=False,  # else one of the two factors is 0, and the other's gradient, too

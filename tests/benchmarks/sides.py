@@ -51,6 +51,8 @@ class Sides:
         methods: What will be asked for: `trl`, `exact`, `detached`.
     """
 
+    rate = 0.0
+
     def __init__(
         self,
         shape: Shape,
@@ -66,13 +68,13 @@ class Sides:
     @cached_property
     def trl(self) -> Any:
         """Make TRL's trainer; our collator hands it the labels that ours gets."""
-        return self._ready(
+        return self.ready(
             SFTTrainer(
                 adapted_model(self.shape, self.device),
-                args=self._arguments(),
+                args=self.arguments(),
                 data_collator=KeyCollator(0, "key"),
                 train_dataset=Batch(1, 16, 4).rows(self.shape.vocabulary),
-                processing_class=_tokenizer(),
+                processing_class=tokenizer(),
             )
         )
 
@@ -81,9 +83,9 @@ class Sides:
         """Make sftkey's trainer."""
         rows = Batch(1, 16, 4).rows(self.shape.vocabulary)
         model = adapted_model(self.shape, self.device)
-        arguments = self._arguments()
-        return self._ready(
-            KeyTrainer(model, arguments, "key", _tokenizer(), rows, rows, context="detached")
+        arguments = self.arguments()
+        return self.ready(
+            KeyTrainer(model, arguments, "key", tokenizer(), rows, rows, context="detached")
         )
 
     def step(self, method: str, batch: Batch, loss_on: str = "key") -> None:
@@ -91,17 +93,27 @@ class Sides:
         trainer = self.trl if method == "trl" else self.ours
         if method != "trl":
             trainer.context = method
-        collate = KeyCollator(0, loss_on, for_key_trainer=method != "trl")
+        self.compare(batch, loss_on, self.train(trainer, batch, loss_on))
+
+    def train(self, trainer: Any, batch: Batch, loss_on: str) -> float:
+        """Take one step of any trainer, and give its loss."""
+        collate = KeyCollator(0, loss_on, for_key_trainer=trainer is not self.trl)
         inputs = collate(list(batch.rows(self.shape.vocabulary)))
         assert inputs["input_ids"].shape == (batch.num_rows, batch.length)
         count = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         loss = float(trainer.training_step(trainer.model, inputs, num_items_in_batch=count))
+        trainer._clip_grad_norm(trainer.model)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
+        return loss
+
+    def compare(self, batch: Batch, loss_on: str, loss: float) -> None:
+        """See that the loss is what the others had on this batch."""
         expected = self.losses.setdefault((batch, loss_on), loss)
         assert abs(loss - expected) < (2e-2 if self.shape.quantized else 1e-4), (loss, expected)
 
-    def _arguments(self) -> SFTConfig:
+    def arguments(self) -> SFTConfig:
+        """Give the settings of all trainers."""
         return SFTConfig(
             output_dir=str(self.folder),
             bf16=self.device == "cuda",
@@ -113,10 +125,11 @@ class Sides:
             max_length=None,
             save_strategy="no",
             disable_tqdm=True,
-            learning_rate=0.0,  # whole steps, and yet the same losses in all of them
+            learning_rate=self.rate,  # whole steps, and yet the same losses in all of them
         )
 
-    def _ready(self, trainer: Any) -> Any:
+    def ready(self, trainer: Any) -> Any:
+        """Make a trainer ready for steps outside of `train`."""
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # TRL rounds adapters on 4-bit weights to bfloat16
                 parameter.data = parameter.data.float()
@@ -127,7 +140,7 @@ class Sides:
         return trainer
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer for the trainers to hold; the rows are ids already."""
     from tokenizers import Tokenizer, models
 
