@@ -21,6 +21,7 @@ import torch
 import trl
 
 from sftkey.data.collator import KeyCollator
+from sftkey.data.packing import pack_rows
 from sftkey.data.tokenization import Row
 from sftkey.errors import RecipeError
 from sftkey.planning.check import check
@@ -103,13 +104,18 @@ def test_complaint_3_weights_that_have_no_effect(
 
 
 def test_complaint_6_masking_together_with_packing(gate: Gate) -> None:
-    """Packing is refused as long as masks aren't proven with it, and so is TRL's own."""
+    """Packs train the very tokens that their rows train alone; TRL's own packing is refused."""
+    report = gate("data.packing=true")
+    assert found(report) == {}
+    rows = report.prepared.train
+    trained = []
+    for batch in (KeyCollator(0, "key")(list(of)) for of in (rows, pack_rows(rows, 512))):
+        trained.append(sorted(batch["labels"][batch["labels"] != -100].tolist()))
+    assert trained[0] == trained[1]
     with pytest.raises(RecipeError) as caught:
-        gate("data.packing=true", "trainer.packing=true")
-    assert str(caught.value).partition("2 problems\n")[2] == (
-        "  override trainer.packing=true: "
-        "refused: packing is not built yet, and it will be `data.packing`\n"
-        "  override data.packing=true: true is refused until packing is built; write false"
+        gate("trainer.packing=true")
+    assert str(caught.value).partition("1 problem\n")[2] == (
+        "  override trainer.packing=true: refused: write `data.packing`"
     )
 
 

@@ -19,8 +19,9 @@ from gguf import GGUFWriter, TokenType
 from sftkey import packaged
 from sftkey.device import Device
 from sftkey.errors import ModelError
+from sftkey.files import cache_folder
 from sftkey.model import load_model, load_tokenizer
-from sftkey.packaged import cache_folder, find_weights, packaged_folder
+from sftkey.packaged import find_weights, packaged_folder
 from sftkey.recipe import ModelSection
 from sftkey.source import base_identity
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey import yaml_source
 from sftkey.errors import Problem, RecipeError, did_you_mean
-from sftkey.recipe import Recipe, finding
+from sftkey.recipe import Recipe, found_by_models
 from sftkey.recipe_fields import Count, Number, RunName, Text
 from sftkey.strategies import STRATEGIES, WEIGHTED, Strategy, strategy_recipe
 from sftkey.yaml_source import Keys
@@ -80,7 +80,7 @@ def load_study(path: Path) -> Study:
     try:
         study = Study.model_validate(source.data)
     except ValidationError as error:
-        findings += [finding(details, _known_keys) for details in error.errors()]
+        findings += found_by_models(error, _known_keys)
     problems = source.problems + [source.problem(*each) for each in findings]
     if study is None or problems:
         raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))

@@ -1,0 +1,201 @@
+"""A study's results as people read them: a table for each task, and what was shown and what not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sftkey.evaluation.study_results import (
+    ArmFigures,
+    Detectable,
+    DifferenceToControl,
+    Interval,
+    StudyResults,
+)
+from sftkey.evaluation.thinking_change import MOST_LOSS
+
+HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
+
+
+def report(results: StudyResults, pictures: Sequence[str] = (), title: str = "Results") -> str:
+    """Give `report.md`.
+
+    Args:
+        results: The study's.
+        pictures: Files beside the report; without them it says how to get them.
+        title: Its head.
+    """
+    lines = [f"# {title}", ""]
+    for task in results.tasks:
+        lines += [f"## {task}", "", table(results, task), "", " ".join(said(results, task)), ""]
+        lines += _list("Warnings", warnings(results, task))
+        lines += _list("Chosen on the validation rows", chosen(results, task))
+        lines += _list("The thinking", thinking(results, task))
+    lines += _pictures(pictures)
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    lines += ["## Where it was measured", "", f"`{results.command}`, commit {results.commit}, "]
+    lines[-1] += f"{results.hardware}; {versions}." if versions else f"{results.hardware}."
+    return "\n".join([*lines, "", *NOTES, ""])
+
+
+NOTES = (
+    "Intervals are 95% ones over seeds and questions; n is questions x seeds. p is that of a "
+    "permutation of arm and control within questions, Holm-corrected over the arms. A difference "
+    "counts as shown if its interval is clear of 0 and p is below 0.05. Tokens are the trained "
+    "ones and time that of training, of all stages, the mean over seeds.",
+)
+
+
+def _list(head: str, items: Sequence[str]) -> list[str]:
+    return [f"### {head}", "", *(f"- {item}" for item in items), ""] if items else []
+
+
+def _pictures(files: Sequence[str]) -> list[str]:
+    if not files:
+        how = 'python -m pip install "sftkey[plots]"'
+        return [f"No pictures: matplotlib isn't installed (`{how}`, then the same command).", ""]
+    return [line for file in files for line in (f"![{file.removesuffix('.png')}]({file})", "")]
+
+
+def table(results: StudyResults, task: str) -> str:
+    """Give a task's table in Markdown."""
+    rows = [[cell.format(control=results.control) for cell in HEAD]]
+    rows += [_row(arm) for arm in results.arms if arm.task == task]
+    judged = [arm.judge for arm in results.arms if arm.task == task]
+    if any(judged):
+        rows[0].append("judge: Acc, agreement, kappa")
+        for row, judge in zip(rows[1:], judged, strict=True):
+            kappa = "" if judge is None or judge.kappa is None else f", {judge.kappa:.2f}"
+            agreed = f"{judge.acc:.3f}, {judge.num_agreeing}/{judge.num_judged}" if judge else ""
+            row.append(agreed + kappa)
+    rules = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rules, *rows[1:]))
+
+
+def _row(arm: ArmFigures) -> list[str]:
+    difference = arm.difference_to_control
+    return [
+        arm.name,
+        f"{arm.num_questions} x {arm.num_seeds}" if arm.stages else str(arm.num_questions),
+        f"{arm.acc:.3f} [{arm.acc_interval[0]:.3f}, {arm.acc_interval[1]:.3f}]",
+        f"{arm.fmt:.3f}",
+        f"{_points(difference.difference)} {_ends(difference.interval)}" if difference else "",
+        _p(difference.p_holm) if difference else "",
+        "" if arm.trained_tokens is None else f"{arm.trained_tokens:,}",
+        "" if arm.seconds is None else f"{arm.seconds / 60:.1f} min",
+    ]
+
+
+def said(results: StudyResults, task: str) -> list[str]:
+    """Say of one task what was shown and what wasn't, against which control."""
+    sentences = [_stated(each) for each in results.detectable_difference if each.task == task]
+    arms = [arm for arm in results.arms if arm.task == task and arm.difference_to_control]
+    shown, unshown = [], []
+    for arm in arms:
+        difference = arm.difference_to_control
+        if difference and difference.shown:
+            word = "better" if difference.difference > 0 else "worse"
+            shown.append(f"{arm.name} answers {word} than {results.control} {_figures(difference)}")
+        elif difference:
+            unshown.append(f"{arm.name} {_figures(difference)}")
+    if shown:
+        sentences.append(f"Shown: {'; '.join(shown)}.")
+    if unshown:
+        sentences.append(
+            f"Not shown to be better or worse than {results.control}: {'; '.join(unshown)}. That "
+            "is no proof that they are alike."
+        )
+    if not arms:
+        sentences.append(f"Nothing is compared: {results.control} has no cell beside another arm.")
+    if any(arm.num_seeds == 1 for arm in arms):
+        sentences.append("With one seed the intervals say nothing of what another seed would give.")
+    return sentences
+
+
+def _stated(stated: Detectable) -> str:
+    seeds = f"{stated.num_seeds} seed{'s' * (stated.num_seeds != 1)}"
+    return (
+        f"Before any result: {stated.num_questions} questions, {seeds} and {stated.num_arms} "
+        f"comparisons show a difference of {100 * stated.difference:.1f} points in four of five "
+        f"studies (supposing that two runs differ on {stated.differing:.0%} of the questions, "
+        f"{stated.by_question:.0%} of it alike in all seeds, and that seeds differ by "
+        f"{100 * stated.between_seeds:.1f} points); smaller ones are likely missed."
+    )
+
+
+def _figures(difference: DifferenceToControl) -> str:
+    points = f"{_points(difference.difference)} points {_ends(difference.interval)}"
+    return f"({points}, p {_p(difference.p_holm)})"
+
+
+def warnings(results: StudyResults, task: str) -> list[str]:
+    """Say what is to be minded before anything is believed."""
+    found = []
+    arms = [arm for arm in results.arms if arm.task == task and arm.stages]
+    most = max((arm.num_seeds for arm in arms), default=0)
+    for arm in arms:
+        if arm.num_seeds < most:
+            found.append(f"{arm.name}: {arm.num_seeds} of {most} seeds are finished.")
+        told = arm.thinking
+        if told and told.loss and told.loss[1] - told.loss[0] > MOST_LOSS:
+            rise = told.loss[1] - told.loss[0]
+            found.append(
+                f"{arm.name}: the last stage raised the thinking's validation loss by {rise:.4f} "
+                "nats a token."
+            )
+        if told and told.num_made_wrong > told.num_made_right:
+            found.append(
+                f"{arm.name}: {told.num_made_wrong} right thinkings turned wrong against "
+                f"{told.before}, {told.num_made_right} wrong ones right."
+            )
+    if not all(arm.same_questions for arm in arms):
+        found.append("Each seed answered other questions, so a question has one flag an arm.")
+    if "," in results.commit:
+        found.append(f"The cells are of several commits: {results.commit}.")
+    return found
+
+
+def chosen(results: StudyResults, task: str) -> list[str]:
+    """List what was chosen on the validation rows, by arm and stage."""
+    return [
+        f"{arm.name}, {stage}: {', '.join(f'{key} {value:g}' for key, value in values.items())}"
+        for arm in results.arms
+        if arm.task == task
+        for stage, values in arm.chosen.items()
+    ]
+
+
+def thinking(results: StudyResults, task: str) -> list[str]:
+    """Say of each arm what its last stage did to the thinking, as far as it is known."""
+    return [
+        f"{arm.name}: {'; '.join(figures)}"
+        for arm in results.arms
+        if arm.task == task and (figures := list(_thinking(arm)))
+    ]
+
+
+def _thinking(arm: ArmFigures) -> Iterable[str]:
+    told = arm.thinking
+    if told is None:
+        return
+    if told.num_judged:
+        yield f"right {told.num_right} of {told.num_judged}"
+    if told.num_compared:
+        yield f"identical to {told.before}'s {told.num_identical} of {told.num_compared}"
+    if told.mean_length is not None:
+        yield f"mean length {told.mean_length:.1f} tokens over {told.num_questions}"
+    if told.loss:
+        yield "validation loss {:.4f} -> {:.4f} nats a token".format(*told.loss)
+    if told.num_judged_following:
+        yield f"the answer follows from it {told.num_following} of {told.num_judged_following}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _ends(interval: Interval) -> str:
+    return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in interval))
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

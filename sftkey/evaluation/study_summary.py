@@ -1,0 +1,240 @@
+"""From a study's finished cells to its results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import PurePath
+from statistics import fmean
+
+from sftkey.evaluation.agreement import judge_figures
+from sftkey.evaluation.finished_cells import (
+    Answered,
+    FinishedCell,
+    paired,
+    same_questions,
+    table_of,
+)
+from sftkey.evaluation.seeds import (
+    CHANCE,
+    Supposed,
+    detectable_difference,
+    difference_estimate,
+    holm,
+    mean_estimate,
+    sign_flip_p,
+)
+from sftkey.evaluation.statistics import wilson
+from sftkey.evaluation.study_parts import buckets, shares, thinking_figures
+from sftkey.evaluation.study_results import (
+    ArmFigures,
+    Detectable,
+    DifferenceToControl,
+    SeedFigures,
+    StudyResults,
+)
+
+BASE = "base"
+Cells = Sequence[FinishedCell]
+
+
+def summarize(cells: Cells, control: str, arms: Sequence[str] = ()) -> StudyResults:
+    """Gather the results of all cells that are finished.
+
+    Args:
+        cells: As `read_cells` gives them.
+        control: The arm that the others are compared with.
+        arms: The order of the arms; those that it doesn't name follow.
+
+    Raises:
+        RunError: Arms of one seed answered other questions.
+    """
+    tasks = {task: list(group) for task, group in groupby(cells, key=lambda cell: cell.task)}
+    figures: list[ArmFigures] = []
+    for group in tasks.values():
+        figures += _task(group, control, arms)
+    return StudyResults(
+        tasks=tuple(tasks),
+        control=control,
+        detectable_difference=tuple(_stated(task, group) for task, group in tasks.items()),
+        arms=tuple(figures),
+        commit=_joined(cell.commit for cell in cells),
+        hardware=_joined(cell.hardware for cell in cells),
+        versions={
+            name: _joined(cell.versions.get(name, "") for cell in cells)
+            for name in dict.fromkeys(name for cell in cells for name in cell.versions)
+        },
+        command=_joined(_without_paths(cell.command) for cell in cells),
+    )
+
+
+def stated(task: str, num_questions: int, num_seeds: int, num_arms: int) -> Detectable:
+    """State which difference a study can show, from its size alone.
+
+    Args:
+        task: Its task.
+        num_questions: Of each seed.
+        num_seeds: Of each arm.
+        num_arms: How many are compared with the control.
+    """
+    supposed = Supposed()
+    difference = detectable_difference(num_questions, num_seeds, supposed, num_arms=num_arms)
+    return Detectable(
+        task=task,
+        num_questions=num_questions,
+        num_seeds=num_seeds,
+        num_arms=num_arms,
+        difference=difference,
+        **asdict(supposed),
+    )
+
+
+def _stated(task: str, cells: Cells) -> Detectable:
+    num_seeds, num_arms = len({cell.seed for cell in cells}), len({cell.arm for cell in cells})
+    return stated(task, len(cells[0].questions), num_seeds, max(num_arms - 1, 1))
+
+
+def _task(cells: Cells, control: str, order: Sequence[str]) -> Iterator[ArmFigures]:
+    by_arm: dict[str, list[FinishedCell]] = {}
+    for name in (*order, *(cell.arm for cell in cells)):
+        by_arm.setdefault(name, [cell for cell in cells if cell.arm == name])
+    by_arm = {name: group for name, group in by_arm.items() if group}
+    differences = _differences(by_arm, control)
+    if base := _base(cells):
+        yield base
+    for name, group in by_arm.items():
+        yield _arm(group, by_arm, by_arm.get(control, []), differences.get(name))
+
+
+def _differences(by_arm: Mapping[str, Cells], control: str) -> dict[str, DifferenceToControl]:
+    """Compare every arm with the control, and correct the p for their number."""
+    tables = {}
+    for name, cells in by_arm.items():
+        pairs = paired(cells, by_arm.get(control, ())) if name != control else []
+        if pairs:
+            flags = [table_of(each, "correct") for each in zip(*pairs, strict=True)]
+            tables[name] = (*flags, same_questions(cells))
+    ps = {name: sign_flip_p(*table) for name, table in tables.items()}
+    corrected = holm(ps)
+    found = {}
+    for name, table in tables.items():
+        estimate = difference_estimate(*table)
+        clear = not estimate.interval[0] <= 0 <= estimate.interval[1]
+        found[name] = DifferenceToControl(
+            control=control,
+            num_seeds=estimate.num_seeds,
+            num_questions=estimate.num_questions,
+            difference=estimate.value,
+            interval=estimate.interval,
+            p=ps[name],
+            p_holm=corrected[name],
+            shown=clear and corrected[name] < CHANCE,
+        )
+    return found
+
+
+def _arm(
+    cells: Cells,
+    by_arm: Mapping[str, Cells],
+    control: Cells,
+    difference: DifferenceToControl | None,
+) -> ArmFigures:
+    same = same_questions(cells)
+    acc, fmt = (mean_estimate(table_of(cells, name), same) for name in ("correct", "strict"))
+    against = control if cells[0].arm != (control[0].arm if control else None) else ()
+    loss_share, gradient_share = shares(cells)
+    return ArmFigures(
+        name=cells[0].arm,
+        task=cells[0].task,
+        stages=cells[0].stages,
+        num_seeds=acc.num_seeds,
+        num_questions=acc.num_questions,
+        same_questions=same,
+        acc=acc.value,
+        acc_interval=acc.interval,
+        fmt=fmt.value,
+        fmt_interval=fmt.interval,
+        steps=round(fmean(sum(cell.steps.values()) for cell in cells)),
+        trained_tokens=round(fmean(sum(cell.trained_tokens.values()) for cell in cells)),
+        seconds=fmean(sum(cell.seconds.values()) for cell in cells),
+        difference_to_control=difference,
+        thinking=thinking_figures(cells, _stage_earlier(cells, by_arm)),
+        by_thinking_length=buckets(cells, against, "length"),
+        by_ratio=buckets(cells, against, "ratio"),
+        loss_share=loss_share,
+        gradient_share=gradient_share,
+        chosen=cells[0].chosen,
+        judge=judge_figures(cells),
+        seeds=tuple(_seed(cell, cell) for cell in cells),
+    )
+
+
+def _stage_earlier(cells: Cells, by_arm: Mapping[str, Cells]) -> Cells:
+    """Find the arm that ends where this one's last stage begins."""
+    wanted = cells[0].stages[:-1]
+    return next((group for group in by_arm.values() if group[0].stages == wanted), ())
+
+
+def _base(cells: Cells) -> ArmFigures | None:
+    """Give the row of the model before all stages: no seed trained it.
+
+    Greedy answers to the same questions are the same for all seeds, and count once.
+    """
+    seeds = {cell.seed: cell for cell in reversed(cells) if cell.base}
+    asked = {}
+    for cell in (seeds[seed] for seed in sorted(seeds)):
+        if cell.base:
+            asked[cell.questions_sha256, tuple(cell.base.flags("correct"))] = cell.base
+    if not asked:
+        return None
+    answered = list(asked.values())
+    acc, fmt = (mean_estimate(table_of(answered, name), False) for name in ("correct", "strict"))
+    return ArmFigures(
+        name=BASE,
+        task=cells[0].task,
+        stages=(),
+        num_seeds=acc.num_seeds,
+        num_questions=acc.num_questions,
+        same_questions=False,
+        acc=acc.value,
+        acc_interval=acc.interval,
+        fmt=fmt.value,
+        fmt_interval=fmt.interval,
+        seeds=tuple(_seed(each) for each in answered),
+    )
+
+
+def _seed(answered: Answered, cell: FinishedCell | None = None) -> SeedFigures:
+    correct, strict = answered.flags("correct"), answered.flags("strict")
+    num_questions = len(correct)
+    unstopped = [not each.stopped for each in answered.questions if each.stopped is not None]
+    return SeedFigures(
+        seed=cell.seed if cell else None,
+        num_questions=num_questions,
+        acc=sum(correct) / num_questions,
+        acc_interval=wilson(sum(correct), num_questions),
+        fmt=sum(strict) / num_questions,
+        fmt_interval=wilson(sum(strict), num_questions),
+        num_unparsed=num_questions - sum(answered.flags("parsed")),
+        num_never_stopped=sum(unstopped) if len(unstopped) == num_questions else None,
+        steps=cell.steps if cell else {},
+        trained_tokens=cell.trained_tokens if cell else {},
+        seconds=cell.seconds if cell else {},
+        correct=_digits(correct),
+        strict=_digits(strict),
+    )
+
+
+def _digits(flags: Iterable[bool]) -> str:
+    return "".join(str(int(flag)) for flag in flags)
+
+
+def _joined(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(value for value in values if value))
+
+
+def _without_paths(command: str) -> str:
+    """Shorten absolute paths to their last name: where a machine keeps things is its own affair."""
+    return re.sub(r"(?<![\w.])(?:[A-Za-z]:\\|/|~)[^\s'\"]*", lambda m: PurePath(m[0]).name, command)
