@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftkey.errors import RecipeError
+from sftkey.ls import recipe_files
 from sftkey.recipe import Recipe, changed_keys, load_recipe
 from sftkey.recipe_checks import REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
 
@@ -233,13 +234,21 @@ def test_an_override_of_null_opens_a_mapping(file: Path) -> None:
     assert load_recipe(file, [*overrides, "lora.r=8"]).lora == {"r": 8}
 
 
+def test_the_only_stage_being_wrong_is_one_problem(file: Path) -> None:
+    """A list whose only item is wrong isn't called too short."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, ["stages=[{name: key}]"])
+    what = "override stages=[{name: key}]: stages[0].loss_on: missing"
+    assert str(caught.value) == f"{file}: 1 problem\n  {what}"
+
+
 def test_recipes_do_not_change(file: Path) -> None:
     """A loaded recipe is frozen."""
     with pytest.raises(ValueError, match="frozen"):
         load_recipe(file).seed = 1
 
 
-@pytest.mark.parametrize("path", sorted(f for f in (ROOT / "recipes").rglob("*.yaml") if "study-" not in f.name), ids=str)
+@pytest.mark.parametrize("path", [*recipe_files(ROOT / "recipes")], ids=str)
 def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
     """No recipe that comes with sftkey is refused, and its head says how to run it."""
     assert load_recipe(path).stages

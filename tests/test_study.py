@@ -14,8 +14,9 @@ from conftest import made_rows
 from test_stages import Killed
 
 from sftkey.errors import RecipeError, RunError
-from sftkey.evaluation.study import load_study
+from sftkey.evaluation.study import arm_recipe, load_study
 from sftkey.evaluation.study_run import matched_steps
+from sftkey.ls import RECIPES
 from sftkey.strategies import STRATEGIES, strategy_recipe
 from sftkey.study import study, study_run
 from sftkey.training.trainer import KeyTrainer
@@ -390,9 +391,8 @@ def test_an_arm_that_a_recipe_cannot_do_is_named(task: Path, tiny_folder: Path) 
     with pytest.raises(RecipeError) as caught:
         run.cell(run.files[0], "mine", 1, [{}, {}])
     assert str(caught.value) == (
-        f"{task}, arm mine: 1 problem\n"
-        "  stages[1].loss_on: expected completion, key, answer or weights; got 'anwser'; did you "
-        "mean `answer`?"
+        f"{task}, arm mine: stages[1].loss_on: expected completion, key, answer or weights; "
+        "got 'anwser'; did you mean `answer`?"
     )
 
 
@@ -423,6 +423,15 @@ def test_a_launcher_is_refused(
     assert str(caught.value) == (
         f"{file}: expected one process; got 2\nhint: start it as `sftkey study`, without a launcher"
     )
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("study-*.yaml")), ids=lambda file: file.name)
+def test_a_study_that_ships_is_right(file: Path) -> None:
+    """Its form, its recipes, and each arm on each of them."""
+    checked = load_study(file)
+    for recipe in checked.recipes:
+        for arm in checked.arms:
+            arm_recipe(checked, file.parent / recipe, arm, checked.seeds[0])
 
 
 NAMES = ", ".join(STRATEGIES)

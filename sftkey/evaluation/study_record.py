@@ -96,7 +96,7 @@ def reference_lengths(run: Run) -> dict[str, list[int]]:
 
 def segment_tokens(run: Run) -> dict[str, int]:
     """Count the tokens of each segment in the rows that the validation losses are means over."""
-    counts: dict[str, int] = Counter()
+    counts: Counter[str] = Counter()
     for segment_ids in run.validation["segment_ids"]:
         counts.update(Segment(number).name.lower() for number in segment_ids)
     return dict(counts)
