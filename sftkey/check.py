@@ -16,16 +16,37 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sftkey.data.prepare import Prepared
+    from sftkey.plan import Fit
     from sftkey.planning.findings import Report
 
 
-def check(recipe: Path, overrides: Sequence[str] = (), as_json: bool = False) -> None:
+def check(
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    as_json: bool = False,
+    gpu: str | None = None,
+    plan_only: bool = False,
+) -> None:
     """Print all that is wrong with a recipe and its rows, and what its stages would train.
+
+    Args:
+        recipe: Its file.
+        overrides: Changes to it.
+        as_json: Print JSON.
+        gpu: Plan the memory on a GPU of this size, too.
+        plan_only: Plan alone; read no rows.
 
     Raises:
         SystemExit: With 2, where something refuses the recipe.
         RecipeError: Its form is wrong; with `as_json` that is printed as the other findings are.
+            Or `plan_only` comes without `gpu`.
     """
+    if plan_only and gpu is None:
+        raise RecipeError("--plan-only", "expected --gpu SIZE beside it", "write --gpu 24GB")
+    if gpu is not None:
+        from sftkey.planning.plan import size_bytes
+
+        size_bytes(gpu)  # before any row is read
     try:
         checked = load_recipe(recipe, overrides)
     except RecipeError as error:
@@ -35,15 +56,45 @@ def check(recipe: Path, overrides: Sequence[str] = (), as_json: bool = False) ->
 
         print(json.dumps(Report(tuple(of_error(error))).as_json(), ensure_ascii=False))
         sys.exit(2)
-    report = gate(checked)
+    if plan_only and gpu is not None:
+        from sftkey.plan import check_plan
+
+        check_plan(recipe, overrides, gpu, as_json)
+        return
+    report, found = gate(checked), None
+    if gpu is not None:
+        report, found = with_plan(report, recipe, overrides, gpu)
     if as_json:
-        print(json.dumps(report.as_json(), ensure_ascii=False))
+        plan = {"plan": found.as_json()} if found else {}
+        print(json.dumps({**report.as_json(), **plan}, ensure_ascii=False))
     else:
         from sftkey.console import stdout_console
 
-        stdout_console().print(rendered(checked, report))
+        console = stdout_console()
+        if found:
+            from sftkey.plan import rendered_plan
+
+            console.print(rendered_plan(found.plan))
+        console.print(rendered(checked, report))
     if report.refusals:
         sys.exit(2)
+
+
+def with_plan(
+    report: Report, recipe: Path, overrides: Sequence[str], gpu: str
+) -> tuple[Report, Fit | None]:
+    """Add what the plan finds to what the gate found; the plan itself where there is one."""
+    from sftkey.plan import fit
+    from sftkey.planning.findings import Finding, of_error
+
+    try:
+        found = fit(recipe, overrides, gpu)
+    except SFTKeyError as error:
+        known = {finding.message for finding in report.findings}
+        new = [each for each in of_error(error) if each.message not in known]
+        return dataclasses.replace(report, findings=(*report.findings, *new)), None
+    findings = [] if found.plan.fits else [Finding(**found.finding())]
+    return dataclasses.replace(report, findings=(*report.findings, *findings)), found
 
 
 def gate(recipe: Recipe) -> Report:

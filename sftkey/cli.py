@@ -28,6 +28,14 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes: trainer.learning_rate=1e-4, for one."),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+GPU = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="SIZE",
+        help="Plan the memory on a GPU of this size: 24GB (as on a card's label, so 24 GiB).",
+    ),
+]
 Alpha = Annotated[
     float | None,
     typer.Option(min=0.0, max=1.0, help="Score = alpha * Acc + (1 - alpha) * Fmt."),
@@ -56,11 +64,19 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJSON = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: GPU = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Plan the memory alone; read no data.")
+    ] = False,
+    as_json: AsJSON = False,
+) -> None:
     """Find all that is wrong with a recipe and its rows."""
     from sftkey.check import check
 
-    check(recipe, overrides or (), as_json=as_json)
+    check(recipe, overrides or (), as_json=as_json, gpu=gpu, plan_only=plan_only)
 
 
 @app.command()

@@ -18,6 +18,7 @@ HALL = {
     "train",
     "check",
     "ls",
+    "plan",
     "show",
     "adapt",
     "evaluate",
@@ -77,6 +78,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "ac
 LIGHT = [
     "sftkey.cli",
     "sftkey.ls",
+    "sftkey.plan",
     "sftkey.adapt",
     "sftkey.train",
     "sftkey.compare",

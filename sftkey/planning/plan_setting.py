@@ -14,7 +14,7 @@ from sftkey.recipe import Recipe, StageSection
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of state for each trained number; and in how many states of 8 bits a large tensor has it.
-OPTIMIZERS: dict[str, tuple[float, int]] = {
+OPTIMIZERS: dict[str, tuple[int, int]] = {
     "adamw_torch": (8, 0),
     "adamw_torch_fused": (8, 0),
     "paged_adamw_32bit": (8, 0),
@@ -99,9 +99,7 @@ def setting_of(recipe: Recipe, stage: StageSection, shape: ModelShape, kind: Kin
     lora: dict[str, Any] = recipe.lora or {}
     problems = list(_uncounted(recipe, stage))
     if problems:
-        raise CheckError(
-            f"{recipe.name}, stage {stage.name}", problems, "leave --gpu out"
-        )
+        raise CheckError(f"{recipe.name}, stage {stage.name}", problems, "leave --gpu out")
     compute, weights = _dtypes(recipe, shape, kind)
     rows = lora.get("trainable_token_indices") or ()
     lists = rows.values() if isinstance(rows, dict) else [rows]

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftkey.data.collator import KeyCollator
 from sftkey.planning import plan_activations, plan_held
-from sftkey.planning.model_shape import shape_of
 from sftkey.planning.plan_setting import DEFAULT_OPTIMIZER, Setting
+from sftkey.planning.shape_reading import shape_of
 
 HELD_OUT_SHAPE, HELD_OUT_LENGTH = "1b", 1024
 LENGTHS = (256, 1024, 2048)
@@ -113,7 +113,8 @@ def planned(shape: Shape, method: str, rows: Batch, labelled: int) -> tuple[int,
         rank=16,
         dropout=shape.dropout > 0,
         trained_rows=0,
-        adapters=1,
+        members=1,
+        context_rank=0,
         optimizer=DEFAULT_OPTIMIZER,
         accumulated=True,
     )
@@ -219,5 +220,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # what is allocated is no other with more
+    torch.set_num_threads(2)
     main()
