@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
         "data": {"source": str(rows), "validation": 4, "test": 8, "max_length": 512},
         "trainer": {"per_device_train_batch_size": 2, "max_steps": 1},
         "stages": [{"name": "key", "loss_on": "key"}],
-        "eval": {"num_questions": 4, "max_new_tokens": 8},
+        "eval": {"num_questions": 4, "max_new_tokens": 8, "grader": "number"},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.MonkeyPatch.context() as patch:
