@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from sftkey.errors import RunError
 from sftkey.evaluation.study import Study, load_study
+from sftkey.files import write_text
 
 if TYPE_CHECKING:
+    from sftkey.evaluation.study_results import StudyResults
     from sftkey.evaluation.study_run import StudyRun
 
 
@@ -39,7 +41,31 @@ def study(file: Path, plan_only: bool = False) -> None:
 
         stdout_console().print(rendered(plan(run)))
         return
-    run.run()
+    for _ in run.run():
+        write_figures(checked, run.folder.root)
+    write_report(checked, run.folder.root)
+
+
+def write_figures(checked: Study, folder: Path) -> StudyResults:
+    """Write `results.json` from the cells that are finished."""
+    from sftkey.evaluation.finished_cells import read_cells
+    from sftkey.evaluation.study_results import write_results
+    from sftkey.evaluation.study_summary import summarize
+
+    results = summarize(read_cells(folder), checked.control, checked.arms)
+    write_results(folder, results)
+    return results
+
+
+def write_report(checked: Study, folder: Path) -> None:
+    """Write the pictures and `report.md`, and print the report."""
+    from sftkey.evaluation.study_pictures import draw_pictures
+    from sftkey.evaluation.study_report import report
+
+    results = write_figures(checked, folder)
+    text = report(results, draw_pictures(folder, results), title=checked.name)
+    write_text(folder / "report.md", text)
+    print(text, end="")
 
 
 def study_run(checked: Study, file: Path) -> StudyRun:

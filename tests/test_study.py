@@ -215,8 +215,12 @@ def test_the_same_command_again_trains_and_reads_nothing(
     """A finished study is told by its files."""
     monkeypatch.setattr("sftkey.evaluation.study_run.start", None)
     before = finished.written()
+    report = (finished.folder / "report.md").read_text()
+    results = (finished.folder / "results.json").read_text()
     study(finished.file)
     assert finished.written() == before
+    assert (finished.folder / "report.md").read_text() == report
+    assert (finished.folder / "results.json").read_text() == results
 
 
 def test_a_finished_cell_of_another_recipe_is_refused(
@@ -256,13 +260,13 @@ def test_the_plan_counts_what_is_left(
     study(finished.file, plan_only=True)
     cell.write_text(kept)
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines[2:-1]]
+    rows = [line.split() for line in lines[2:-2]]
     assert [row[:3] for row in rows] == [
         ["task", arm, seed] for seed in "12" for arm in ("sft_tag", "sft_twice", "sftkey")
     ]
     assert [row[-1] for row in rows[:5]] == ["finished"] * 5
     assert rows[5][3:7] == ["completion", "shared,", "key", str(STEPS)]
-    assert lines[-1].startswith(
+    assert lines[-2].startswith(
         f"6 cells, 5 of them finished; {STEPS} steps and {rows[5][-2]} tokens to train; time: 0:0"
     )
 
@@ -276,7 +280,8 @@ def test_without_a_finished_cell_the_time_is_unknown(
     """No time is made up."""
     monkeypatch.chdir(tmp_path)
     study(write_study(tmp_path, tiny_folder, seeds=[1]), plan_only=True)
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, last, promise = capsys.readouterr().out.splitlines()
+    assert promise.startswith("task: 3 questions, seeds: 1, comparisons: 2; a difference of ")
     assert last.startswith(f"3 cells, 0 of them finished; {3 * STEPS} steps and ")
     assert last.endswith(" tokens to train; time: unknown")
     assert not (tmp_path / "runs").exists()

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sftkey.evaluation.study_cells import Cell, prefix_key
 from sftkey.evaluation.study_run import StudyRun
+from sftkey.evaluation.study_summary import stated
 from sftkey.schedule import num_stage_epochs, num_stage_steps
 
 
@@ -35,6 +36,7 @@ class PlannedCell:
     finished: bool
     stages: tuple[PlannedStage, ...]
     seconds: float | None
+    num_questions: int
 
     @property
     def num_steps(self) -> int:
@@ -65,9 +67,9 @@ def plan(run: StudyRun) -> list[PlannedCell]:
             stages.append(PlannedStage(stage.name, steps, read, key in seen))
             seen.add(key)
         done = cell in finished
-        planned.append(
-            PlannedCell(cell, done, tuple(stages), 0.0 if done else pace.seconds(cell, stages))
-        )
+        seconds = 0.0 if done else pace.seconds(cell, stages)
+        num_questions = len(prepared.questions(cell.recipe))
+        planned.append(PlannedCell(cell, done, tuple(stages), seconds, num_questions))
     return planned
 
 
@@ -135,7 +137,23 @@ def rendered(planned: list[PlannedCell]) -> RenderableType:
         f"{sum(each.num_steps for each in left)} steps and "
         f"{sum(each.num_tokens for each in left)} tokens to train; time: {_time(known)}"
     )
-    return Group(table, Text(sentence))
+    return Group(table, Text(sentence), *map(Text, promised(planned)))
+
+
+def promised(planned: list[PlannedCell]) -> list[str]:
+    """State by task which difference the study can show, before anybody has looked."""
+    lines = []
+    for task in dict.fromkeys(each.cell.task for each in planned):
+        own = [each for each in planned if each.cell.task == task]
+        seeds, arms = ({getattr(each.cell, name) for each in own} for name in ("seed", "arm"))
+        num_questions = min(each.num_questions for each in own)
+        found = stated(task, num_questions, len(seeds), max(len(arms) - 1, 1))
+        lines.append(
+            f"{task}: {num_questions} questions, seeds: {len(seeds)}, comparisons: "
+            f"{found.num_arms}; a difference of {100 * found.difference:.1f} points would be shown "
+            "by four of five such studies"
+        )
+    return lines
 
 
 def _stage(stage: PlannedStage) -> str:

@@ -113,8 +113,8 @@ class StudyRun:
                 del self._rows[old]
         return self._rows[key]
 
-    def run(self) -> None:
-        """Run what isn't finished.
+    def run(self) -> Iterator[Cell]:
+        """Run what isn't finished; yield each cell when its file lies there.
 
         Raises:
             SFTKeyError: An arm is refused, or a finished cell is of another recipe.
@@ -125,6 +125,7 @@ class StudyRun:
             if not self.finished(cell):
                 self.note(f"cell {number} of {len(cells)}: {cell.task}, {cell.name}")
                 self.run_cell(cell)
+            yield cell
 
     def refuse_early(self) -> None:
         """Let the gate see every arm before anything is trained."""
