@@ -16,7 +16,6 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers_made import CHATML, KINDS, SPECIAL, TEXT, made
-from transformers import PreTrainedTokenizerFast
 
 from sftkey.data import content, row_cache
 from sftkey.data.content import content_key
@@ -129,6 +128,7 @@ def test_second_start_reads(frame: Frame, folder: Path, made_batches: list[int])
 
 
 def with_template(template: str) -> Frame:
+    """Probe a template."""
     return probe_frame(made("look_ahead", template), ResponseSection())
 
 
@@ -149,7 +149,7 @@ def test_other_content_is_another_entry(frame: Frame) -> None:
         content_key(others, frame, SETTINGS),
         content_key(EXAMPLES, frame, SETTINGS | {"max_length": 61}),
         content_key(EXAMPLES, frame, SETTINGS | {"too_long": "trim_thinking"}),
-        content_key(EXAMPLES, with_template(CHATML.replace("\n<|im", "<|im")), SETTINGS),
+        content_key(EXAMPLES, with_template(CHATML.replace("<|im_s", "<s><|im_s")), SETTINGS),
         content_key(EXAMPLES, with_template("{# a remark #}" + CHATML), SETTINGS),
         content_key(EXAMPLES, replace(frame, chat_template_kwargs={"a": 1}), SETTINGS),
         content_key(EXAMPLES, probe_frame(made("look_ahead", CHATML), response), SETTINGS),
@@ -200,11 +200,13 @@ def test_template_that_writes_the_date_is_another_entry_each_day(
 
 
 def cut_rows(entry: Path) -> None:
+    """Lose the end of the rows."""
     rows = entry / "rows.arrow"
     rows.write_bytes(rows.read_bytes()[:-9])
 
 
 def flip_a_bit(entry: Path) -> None:
+    """Change the rows, not their size."""
     rows = entry / "rows.arrow"
     written = bytearray(rows.read_bytes())
     written[-60] ^= 1
@@ -212,15 +214,18 @@ def flip_a_bit(entry: Path) -> None:
 
 
 def cut_about(entry: Path) -> None:
+    """Lose the end of what became of the others."""
     about = entry / "about.json"
     about.write_text(about.read_text()[:-20])
 
 
 def other_about(entry: Path) -> None:
+    """Leave something else there that is JSON."""
     (entry / "about.json").write_text("[]")
 
 
 def without_rows(entry: Path) -> None:
+    """Lose the rows."""
     (entry / "rows.arrow").unlink()
 
 
@@ -250,8 +255,8 @@ def test_stopped_tokenization_leaves_nothing(
         yield tokenize(EXAMPLES[:2], frame)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(row_cache, "tokenize_batches", stopped)
+    monkeypatch.setattr(row_cache, "tokenize_batches", stopped)
+    with pytest.raises(KeyboardInterrupt):
         tokenized_rows(EXAMPLES, frame, 60, trim=False)
     assert list(folder.iterdir()) == []
 
