@@ -305,6 +305,16 @@ def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> No
     assert (frame.bridge == "\n\n") == (name == "bridge")
 
 
+def test_a_row_that_stopped_never_switches() -> None:
+    """A turn that ends right behind the tag, where a line's end was awaited, has no key."""
+    frame = probe_frame(
+        made("byte_level", CHATML), ResponseSection(thinking=("", "\n</Thinking>\n"))
+    )
+    ids = frame.encode(["1\n</Thinking>"])[0].ids
+    assert ends_of(frame, [*ids, frame.end_id, frame.end_id]) == {}
+    assert ends_of(frame, [*ids, *frame.encode(["5"])[0].ids]) == {0: len(ids)}
+
+
 @pytest.mark.parametrize(
     ("close", "text", "end"),
     [
