@@ -13,8 +13,6 @@ import yaml
 
 from sftkey.files import cache_folder
 
-from sftkey.files import cache_folder
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -96,18 +94,6 @@ def made_rows(count: int) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
-    """Keep the tests' rows out of the user's cache; models that were fetched are taken from it."""
-    users, own = cache_folder(), tmp_path_factory.mktemp("cache")
-    for fetched in ("models", "wheels"):
-        (users / fetched).mkdir(parents=True, exist_ok=True)
-        (own / fetched).symlink_to(users / fetched, target_is_directory=True)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SFTKEY_CACHE", str(own))
-        yield own
 
 
 @pytest.fixture(scope="session", autouse=True)

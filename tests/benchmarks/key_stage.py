@@ -21,6 +21,7 @@ from typing import Any
 
 import frozen
 import packing
+import tokenizing
 import torch
 from measuring import Bar, Spread, alternate, peak_bytes
 from models import SHAPES, Shape
@@ -193,6 +194,8 @@ def main() -> None:
         found += frozen.bars(sides, batch, arguments.repeats, say)
         found.append(packing.bar(sides, arguments.repeats, say))
         del sides
+        num_tokenized = 100 if arguments.quick else tokenizing.NUM_ROWS
+        found.append(tokenizing.bar(arguments.repeats, num_tokenized))
         if arguments.device == "cuda" and not arguments.quick:
             say(long_thinking(Path(folder), 16384, 16))
     if arguments.json:
