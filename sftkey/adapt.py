@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def adapt(
-    model: str, like: Path | None = None, data: str | None = None, output: Path | None = None
+    model: str,
+    like: Path | None = None,
+    data: str | None = None,
+    output: Path | None = None,
+    gpu: str | None = None,
 ) -> None:
     """Write a recipe, and print what proves it.
 
@@ -38,7 +42,7 @@ def adapt(
     from sftkey.process import quiet_libraries
 
     quiet_libraries()
-    adapted = make_recipe(model, output or Path("recipe.yaml"), like, data)
+    adapted = make_recipe(model, output or Path("recipe.yaml"), like, data, gpu)
     if output is None:
         sys.stdout.write(adapted.text)
         _report(adapted, Console(stderr=True, markup=False, highlight=False))

@@ -118,11 +118,12 @@ def adapt(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
     ] = None,
+    gpu: GPU = None,
 ) -> None:
     """Write a recipe for a model and prove its masks."""
     from sftkey.adapt import adapt
 
-    adapt(model, like=like, data=data, output=output)
+    adapt(model, like=like, data=data, output=output, gpu=gpu)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from sftkey.planning.check_recipe import undecided
 from sftkey.planning.data_choice import choose_data, measure
 from sftkey.planning.frame_choice import choose_frame
 from sftkey.planning.model_facts import read_facts
+from sftkey.planning.plan import make_plan, size_bytes
 from sftkey.planning.proof import Proof, prove
 from sftkey.planning.recipe_text import write_recipe
+from sftkey.planning.shape_reading import read_shape
 from sftkey.recipe import Recipe, load_recipe
 from sftkey.yaml_source import dotted
 
@@ -58,7 +60,9 @@ class Adapted:
         return [dotted(keys) for keys, _ in undecided(self.recipe)]
 
 
-def adapt(name_or_path: str, path: Path, like: Path | None, source: str | None) -> Adapted:
+def adapt(
+    name_or_path: str, path: Path, like: Path | None, source: str | None, gpu: str | None = None
+) -> Adapted:
     """Make a recipe for a model.
 
     Args:
@@ -66,10 +70,12 @@ def adapt(name_or_path: str, path: Path, like: Path | None, source: str | None) 
         path: Where the recipe will lie: its head names it.
         like: A recipe whose data, stages and settings are taken over.
         source: The data: a built-in name, a hub id, a file or a folder.
+        gpu: The size of the GPU that it is for.
 
     Raises:
         SFTKeyError: The model, the data or the other recipe can't be read.
     """
+    gpu_bytes = size_bytes(gpu) if gpu else 0
     other = load_recipe(like) if like else None
     facts = read_facts(name_or_path, other.model if other else None)
     choice = choose_frame(facts.tokenizer, facts.published_stops)
@@ -81,6 +87,12 @@ def adapt(name_or_path: str, path: Path, like: Path | None, source: str | None) 
     choices = Choices(facts, choice, data, lengths, other, str(like or ""), source, seed, path)
     text = write_recipe(head(choices), sections(choices))
     recipe = _read(text)
+    if gpu:
+        stages = make_plan(recipe, read_shape(facts.section), gpu_bytes).stages
+        most = min(stage.most_rows for stage in stages)
+        choices = replace(choices, gpu=gpu, most_rows=most)
+        text = write_recipe(head(choices), sections(choices))
+        recipe = _read(text)
     if frame is None:
         return Adapted(text, recipe, facts.model_type, None, None, [])
     proof = prove(frame, NUM_PROOF_ROWS, seed)

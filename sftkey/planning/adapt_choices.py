@@ -26,6 +26,8 @@ class Choices:
         source: How the user named the data.
         seed: Of the run.
         path: Where the recipe will lie.
+        gpu: The size of the GPU's memory, as the user wrote it; None: unknown.
+        most_rows: How many rows fit it at once, by the plan.
     """
 
     facts: ModelFacts
@@ -37,6 +39,8 @@ class Choices:
     source: str | None
     seed: int
     path: Path
+    gpu: str | None = None
+    most_rows: int = 1
 
     @property
     def as_other(self) -> str:

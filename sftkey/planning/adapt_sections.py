@@ -9,6 +9,7 @@ from sftkey.data.sources import with_defaults
 from sftkey.planning.adapt_choices import Choices
 from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import choose_grader, plain_prompt
+from sftkey.planning.plan_changes import largest_part
 from sftkey.planning.recipe_text import Line, Section
 from sftkey.recipe import DataSection, Recipe, ResponseSection
 
@@ -167,12 +168,13 @@ def _trainer(choices: Choices) -> Iterator[Line]:
     given = dict(choices.other.trainer) if choices.other else {}
     batch = given.pop("per_device_train_batch_size", None)
     accumulated = given.pop("gradient_accumulation_steps", 1)
-    yield Line("per_device_train_batch_size", 1, ONE_ROW)
     rows, why = ROWS_A_STEP, "rows a step, on one GPU"
     if choices.other:
         rows = (8 if batch is None else batch) * accumulated  # 8 is upstream's
         why = f"{why}, {choices.as_other}"
-    yield Line("gradient_accumulation_steps", rows, why)
+    at_once = largest_part(rows, max(choices.most_rows, 1))
+    yield Line("per_device_train_batch_size", at_once, _why_at_once(choices))
+    yield Line("gradient_accumulation_steps", rows // at_once, why)
     if choices.other:
         yield from _taken_over(given, choices)
         return
@@ -181,6 +183,14 @@ def _trainer(choices: Choices) -> Iterator[Line]:
     yield Line("num_train_epochs", 2)
     yield Line("warmup_steps", 0.05, "below 1: a share of all steps")
     yield Line("logging_steps", 10)
+
+
+def _why_at_once(choices: Choices) -> str:
+    if choices.gpu is None:
+        return ONE_ROW
+    most = choices.most_rows
+    fits = "not even one fits" if not most else "one fits" if most == 1 else f"{most} fit"
+    return f"rows at once; {fits} {choices.gpu} by `sftkey check --gpu`"
 
 
 def _stages(choices: Choices) -> Iterator[Line]:

@@ -59,19 +59,21 @@ def passing(shape: ModelShape, setting: Setting, batch: Batch) -> Passing:
     """Give what a batch needs at the moment when it needs most."""
     if setting.context != "exact":
         return _detached(shape, setting, batch)
-    layers = [_kept(shape, setting, batch, window) for window in shape.windows]
-    if setting.checkpointing:
-        inputs = shape.layers * batch.tokens * shape.hidden * _stream_bytes(setting)
-        kept = inputs + max(layers)
-    else:
-        kept = sum(layers)
-    kept += _once(shape, setting, batch)
     logits = _logits(shape, setting, batch)
-    first = batch.tokens * _backward(shape, setting)
-    if setting.checkpointing:  # the head is done before a layer is computed anew
-        least = inputs + _once(shape, setting, batch) + logits
-        return Passing(max(kept + first, least) - logits, logits, 0)
-    return Passing(kept + max(first - logits, 0), logits, 0)
+    backward = batch.tokens * _backward(shape, setting)
+    if not setting.checkpointing:
+        return Passing(kept_bytes(shape, setting, batch) + max(backward - logits, 0), logits, 0)
+    # The head is done before a layer is computed anew.
+    inputs = shape.layers * batch.tokens * shape.hidden * _stream_bytes(setting)
+    layer = max(_kept(shape, setting, batch, window) for window in shape.windows)
+    kept = inputs + _once(shape, setting, batch)
+    return Passing(kept + max(layer + backward - logits, 0), logits, 0)
+
+
+def kept_bytes(shape: ModelShape, setting: Setting, batch: Batch) -> float:
+    """Give what autograd keeps of all layers, beside what is held."""
+    layers = sum(_kept(shape, setting, batch, window) for window in shape.windows)
+    return layers + _once(shape, setting, batch)
 
 
 def _kept(shape: ModelShape, setting: Setting, batch: Batch, window: int | None) -> float:
@@ -89,7 +91,8 @@ def _outside_attention(shape: ModelShape, setting: Setting) -> float:
     if setting.full:  # a norm's weight needs what it multiplies
         norms += sum(shape.norms) * FLOAT
         if shape.traits.head_norms != "none":
-            norms += (shape.queries + shape.keys) * setting.compute_bytes
+            size = FLOAT if shape.traits.norms == "around" else setting.compute_bytes  # Gemma's
+            norms += (shape.queries + shape.keys) * size
     return norms + 3 * shape.wide * setting.compute_bytes + _inputs(shape, setting)
 
 
@@ -129,7 +132,10 @@ def _attention(shape: ModelShape, setting: Setting, length: int, masked: bool) -
     if setting.attention == "eager":
         caps = size if shape.config.get("attn_logit_softcapping") else 0
         weights = FLOAT + (size if setting.mixed else 0)
-        return 4 * queries * size + shape.heads * length * (weights + caps)
+        copied = setting.dropout or setting.mixed  # then the output is kept as the next input
+        output = setting.full or any(each.name == "self_attn.o_proj" for each in setting.adapted)
+        widths = 3 + (output and (setting.full or not copied))
+        return widths * queries * size + shape.heads * length * (weights + caps)
     kept = 2 * queries * size + shape.heads * FLOAT
     if masked and setting.attention == "sdpa":  # copies for all heads; the mask in numbers
         return kept + (2 * queries + length) * size
