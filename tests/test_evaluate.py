@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import made_rows
 
-import sftkey.training.stages
+import sftkey.training.loading
 from sftkey.errors import RunError
 from sftkey.evaluate import evaluate, note_thinking
 from sftkey.recipe import load_recipe
@@ -66,7 +66,7 @@ def test_grading_again_needs_no_weights(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is answered already is graded from its files, in the order of the stages."""
-    monkeypatch.setattr(sftkey.training.stages, "load_model", refuse)
+    monkeypatch.setattr(sftkey.training.loading, "load_model", refuse)
     for file in (run / "evaluation").glob("*.json"):
         file.unlink()
     evaluate(run)
