@@ -15,10 +15,13 @@ from test_stages import Killed
 
 from sftkey.errors import RecipeError, RunError
 from sftkey.evaluation.study import arm_recipe, load_study
+from sftkey.evaluation.study_cells import prefix_key, take_over
 from sftkey.evaluation.study_run import matched_steps
 from sftkey.ls import RECIPES
+from sftkey.recipe import load_recipe
 from sftkey.strategies import STRATEGIES, strategy_recipe
 from sftkey.study import study, study_run
+from sftkey.training.ledger import open_run
 from sftkey.training.trainer import KeyTrainer
 
 STEPS = 2
@@ -27,7 +30,7 @@ STUDY: dict[str, Any] = {
     "recipes": ["task.yaml"],
     "seeds": [1, 2],
     "control": "sft_twice",
-    "arms": ["sft_twice", "sft_tag", "sftkey"],
+    "arms": ["sft_twice", "sftkey"],
 }
 
 
@@ -55,7 +58,7 @@ def write_study(folder: Path, model: Path, **sections: Any) -> Path:
 
 @dataclass
 class Finished:
-    """A study that was killed in its third cell, and run again to its end."""
+    """A study that was killed in its second cell, and run again to its end."""
 
     folder: Path
     file: Path
@@ -85,7 +88,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         patch.chdir(folder)
         watch(patch, done)
         with pytest.MonkeyPatch.context() as kill:
-            kill_in(kill, "again")
+            kill_in(kill, "key")
             with pytest.raises(Killed):
                 study(file)
         done.before = done.written()
@@ -127,9 +130,9 @@ def kill_in(patch: pytest.MonkeyPatch, stage: str) -> None:
 def test_a_killed_study_goes_on_and_runs_no_cell_twice(finished: Finished) -> None:
     """What was whole at the kill stays untouched; in the end every cell is there once."""
     after = finished.written()
-    assert len(finished.before) == 1  # sft_tag, which the others start from
+    assert len(finished.before) == 1
     assert finished.before.items() <= after.items()
-    assert len(after) == 6
+    assert len(after) == 4
     assert set(finished.trained.values()) == {1}
 
 
@@ -139,21 +142,22 @@ def test_a_shared_stage_is_trained_once(finished: Finished) -> None:
         f"{run}-seed{seed}/{stage}": 1
         for seed in (1, 2)
         for run, stage in [
-            ("sft_tag", "1-completion"),
+            ("sft_twice", "1-completion"),
             ("sft_twice", "2-again"),
             ("sftkey", "2-key"),
         ]
     }
     adapters = {}
-    for arm in ("sft_tag", "sftkey", "sft_twice"):
+    for arm in ("sftkey", "sft_twice"):
         run = finished.folder / "task" / f"{arm}-seed1"
         (first, *_) = json.loads((run / "ledger.json").read_text())["stages"]
         assert first["status"] == "trained"
-        assert first["shared_from"] == (None if arm == "sft_tag" else "sft_tag-seed1")
+        assert first["shared_from"] == (None if arm == "sft_twice" else "sft_twice-seed1")
         weights = run / "stages" / "1-completion" / "adapter" / "adapter_model.safetensors"
         adapters[arm] = weights.read_bytes()
-    assert adapters["sft_tag"] == adapters["sftkey"] == adapters["sft_twice"]
-    assert finished.cell("sftkey", 2)["shared_from"] == {"completion": "sft_tag-seed2", "key": None}
+    assert adapters["sftkey"] == adapters["sft_twice"]
+    shared = finished.cell("sftkey", 2)["shared_from"]
+    assert shared == {"completion": "sft_twice-seed2", "key": None}
 
 
 def test_the_test_rows_are_read_once_an_arm(finished: Finished) -> None:
@@ -161,15 +165,10 @@ def test_the_test_rows_are_read_once_an_arm(finished: Finished) -> None:
     assert finished.asked == {
         f"{run}-seed{seed}/{stage}": 1
         for seed in (1, 2)
-        for run, stage in [
-            ("sft_tag", "base"),
-            ("sft_tag", "completion"),
-            ("sft_twice", "again"),
-            ("sftkey", "key"),
-        ]
+        for run, stage in [("sft_twice", "base"), ("sft_twice", "again"), ("sftkey", "key")]
     }
     bases = [finished.cell(arm, 1)["base"] for arm in STUDY["arms"]]
-    assert bases[0] == bases[1] == bases[2]
+    assert bases[0] == bases[1]
 
 
 def test_the_control_takes_exactly_the_steps_of_the_key_stage(finished: Finished) -> None:
@@ -237,15 +236,15 @@ def test_a_finished_cell_of_another_recipe_is_refused(
     with pytest.raises(RunError) as caught:
         study(other)
     assert str(caught.value) == (
-        "runs/small/task/sft_tag-seed1: 1 problem\n"
+        "runs/small/task/sft_twice-seed1: 1 problem\n"
         "  trainer.learning_rate: was None when this run began; got 0.5" + hint
     )
-    run = finished.folder / "task" / "sft_tag-seed1"
+    run = finished.folder / "task" / "sft_twice-seed1"
     run.rename(run.with_name("away"))
     with pytest.raises(RunError) as caught:
         study(other)
     run.with_name("away").rename(run)
-    cell = "runs/small/cells/task/sft_tag/seed-1.json"
+    cell = "runs/small/cells/task/sft_twice/seed-1.json"
     assert str(caught.value) == f"{cell}: this cell is of another recipe" + hint
 
 
@@ -262,12 +261,12 @@ def test_the_plan_counts_what_is_left(
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines[2:-2]]
     assert [row[:3] for row in rows] == [
-        ["task", arm, seed] for seed in "12" for arm in ("sft_tag", "sft_twice", "sftkey")
+        ["task", arm, seed] for seed in "12" for arm in ("sft_twice", "sftkey")
     ]
-    assert [row[-1] for row in rows[:5]] == ["finished"] * 5
-    assert rows[5][3:7] == ["completion", "shared,", "key", str(STEPS)]
+    assert [row[-1] for row in rows[:3]] == ["finished"] * 3
+    assert rows[3][3:7] == ["completion", "shared,", "key", str(STEPS)]
     assert lines[-2].startswith(
-        f"6 cells, 5 of them finished; {STEPS} steps and {rows[5][-2]} tokens to train; time: 0:0"
+        f"4 cells, 3 of them finished; {STEPS} steps and {rows[3][-2]} tokens to train; time: 0:0"
     )
 
 
@@ -281,8 +280,8 @@ def test_without_a_finished_cell_the_time_is_unknown(
     monkeypatch.chdir(tmp_path)
     study(write_study(tmp_path, tiny_folder, seeds=[1]), plan_only=True)
     *_, last, promise = capsys.readouterr().out.splitlines()
-    assert promise.startswith("task: 3 questions, seeds: 1, comparisons: 2; a difference of ")
-    assert last.startswith(f"3 cells, 0 of them finished; {3 * STEPS} steps and ")
+    assert promise.startswith("task: 3 questions, seeds: 1, comparisons: 1; a difference of ")
+    assert last.startswith(f"2 cells, 0 of them finished; {3 * STEPS} steps and ")
     assert last.endswith(" tokens to train; time: unknown")
     assert not (tmp_path / "runs").exists()
 
@@ -293,7 +292,8 @@ def test_choices_are_made_on_validation_rows_alone(
     """The lowest loss of the key is taken, from the same grid for all; no question is asked."""
     monkeypatch.chdir(tmp_path)
     choose = {"learning_rate": [1e-9, 1e-1], "num_rows": 6}
-    file = write_study(tmp_path, tiny_folder, choose=choose, seeds=[1])
+    arms = ["sft_tag", "sft_twice", "sftkey"]
+    file = write_study(tmp_path, tiny_folder, choose=choose, seeds=[1], arms=arms)
     run = study_run(load_study(file), file)
     monkeypatch.setattr("sftkey.training.answers.generate_to_file", None)
     choices = run.choices(run.files[0])
@@ -310,7 +310,7 @@ def test_choices_are_made_on_validation_rows_alone(
     cell = run.cell(run.files[0], "sftkey", 1, [*picked, {}])
     assert cell.recipe.stages[0].trainer["learning_rate"] == picked[0]["learning_rate"]
     assert cell.chosen == {"completion": picked[0]}
-    other = write_study(tmp_path, tiny_folder, choose={**choose, "num_rows": 7}, seeds=[1])
+    other = write_study(tmp_path, tiny_folder, choose={**choose, "num_rows": 7}, arms=arms)
     changed = study_run(load_study(other), other)
     with pytest.raises(RunError) as caught:
         changed.choices(changed.files[0]).of("sft_tag")
@@ -369,6 +369,49 @@ def test_a_strategy_is_a_list_of_stages(name: str, task: Path) -> None:
     assert last.loss == ("dft" if name == "dft" else "nll")
     tags = (*recipe.response.thinking, *recipe.response.answer)
     assert ("".join(tags).strip() == "") == (name == "sft")
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("name=other", True),
+        ("eval.num_questions=1", True),
+        ("stages.key.loss_on=answer", True),
+        ("trainer.learning_rate=0.5", False),
+        ("stages.completion.trainer.max_steps=9", False),
+        ("stages.completion.loss=dft", False),
+        ("seed=3", False),
+        ("data.max_length=99", False),
+        ("lora.r=3", False),
+    ],
+)
+def test_a_first_stage_is_shared_where_all_that_makes_it_is_the_same(
+    override: str, same: bool, task: Path
+) -> None:
+    """Neither the name nor the evaluation nor a later stage changes what a stage trains."""
+    key = prefix_key(load_recipe(task), 1)
+    assert (prefix_key(load_recipe(task, [override]), 1) == key) == same
+
+
+@pytest.mark.parametrize(("override", "num_answers"), [("name=b", 1), ("eval.alpha=0.5", 0)])
+def test_a_shared_stage_brings_its_answers_along(
+    override: str, num_answers: int, task: Path, tmp_path: Path
+) -> None:
+    """They are linked where the evaluation is the same, and the stage either way, not twice."""
+    first, second = load_recipe(task), load_recipe(task, [override])
+    giver, taker = open_run(first, tmp_path / "a"), open_run(second, tmp_path / "b")
+    for place in ("adapter", "checkpoints"):
+        (giver.stage_folder(0) / place).mkdir(parents=True)
+        (giver.stage_folder(0) / place / "weights").write_text("trained")
+    giver.generations("completion").write_text("answers")
+    giver.stages[0].status = "trained"
+    giver.save()
+    take_over(taker)
+    assert [record.shared_from for record in taker.stages] == ["a", None]
+    assert [record.status for record in taker.stages] == ["trained", "open"]
+    assert [file.name for file in taker.stage_folder(0).iterdir()] == ["adapter"]
+    assert (taker.adapter(0) / "weights").samefile(giver.adapter(0) / "weights")
+    assert len(list((tmp_path / "b" / "evaluation").iterdir())) == num_answers
 
 
 def test_every_strategy_of_the_issue_is_there() -> None:
