@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
@@ -363,3 +364,23 @@ def test_processes_at_once_share_an_entry(frame: Frame, folder: Path) -> None:
         process.stdin.flush()
     assert [process.communicate()[0] for process in processes] == ["800\n"] * 3
     assert len(list(folder.iterdir())) == 1
+
+
+def test_few_rows_are_in_memory_at_once(
+    frame: Frame, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are let go when they are written, so that memory doesn't grow with their number."""
+    original, made, most = row_cache.tokenize_batches, [], 0
+
+    def watched(examples: Sequence[Example], frame: Frame) -> Any:
+        nonlocal most
+        for batch in original(examples, frame):
+            made.extend(weakref.ref(row) for row in batch)
+            most = max(most, sum(reference() is not None for reference in made))
+            yield batch
+
+    monkeypatch.setattr("sftkey.data.tokenization.BATCH_SIZE", 10)
+    monkeypatch.setattr(row_cache, "tokenize_batches", watched)
+    rows, _ = tokenized_rows(EXAMPLES[:1] * 300, frame, 60, trim=False)
+    assert len(rows) == len(made) == 300
+    assert most <= 30
