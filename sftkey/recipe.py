@@ -217,7 +217,6 @@ _EXPECTED = {
     "tuple_type": "a list",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "{ge} or more",
-    "greater_than": "a number above {gt}",
     "less_than_equal": "{le} or less",
     "less_than": "a number below {lt}",
     "too_short": "at least one item",

@@ -212,11 +212,11 @@ def _check_stages(stages: Any) -> Iterator[Finding]:
 def _check_frozen(data: dict[str, Any]) -> Iterator[Finding]:
     """Refuse full fine-tuning behind a frozen context."""
     stages, lora = data.get("stages"), data.get("lora", {})
-    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
-        if isinstance(stage, dict) and stage.get("context") == "frozen":
-            if stage.get("lora") is None and lora is None:
-                what = "missing; full fine-tuning would change what writes the thinking"
-                yield ("stages", number, "lora"), f"{what}: a frozen stage trains an adapter"
+    for number, stage in enumerate(stages if isinstance(stages, list) and lora is None else ()):
+        frozen = isinstance(stage, dict) and stage.get("context") == "frozen"
+        if frozen and stage.get("lora") is None:
+            what = "missing; full fine-tuning would change what writes the thinking"
+            yield ("stages", number, "lora"), f"{what}: a frozen stage trains an adapter"
 
 
 def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Finding]:

@@ -71,8 +71,8 @@ def test_complaint_2_the_cutoff_removes_the_end_of_turn(
     whole = gate("data.max_length=50")
     assert found(whole) == {}
     assert whole.statistics["rows"]["train"] == 1  # the others are dropped whole, and counted
-    monkeypatch.setattr("sftkey.data.prepare.fit", cut)
-    report = gate("data.max_length=50")
+    monkeypatch.setattr("sftkey.data.row_cache.fit", cut)
+    report = gate("data.max_length=49")  # other rows than those in the cache
     assert found(report) == {
         "end-untrained": [
             f"train: stages.{stage}: doesn't train '<|im_end|>' as the last token: 2 rows, 1, 2"

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from sftkey.planning import plan_activations
 from sftkey.planning.model_shape import FAMILIES, ModelShape
-from sftkey.planning.plan_activations import Batch, kept_bytes, passing
+from sftkey.planning.plan_activations import CONTEXT_TOKENS, kept_bytes, passing
+from sftkey.planning.plan_forward import TILE_LOGITS, TILE_ROWS, WIDEST_TILE, Batch
 from sftkey.planning.plan_setting import Setting
 from sftkey.planning.shape_reading import shape_of
 from sftkey.training import detached, losses
@@ -110,7 +110,9 @@ def test_weights_are_counted_as_the_model_has_them(family: str) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         assert shape.numel == sum(each.numel() for each in model.parameters())
-        windows = [getattr(each, "sliding_window", None) for each in DynamicCache(config=config).layers]
+        windows = [
+            getattr(each, "sliding_window", None) for each in DynamicCache(config=config).layers
+        ]
         assert list(shape.windows) == windows
 
 
@@ -188,7 +190,7 @@ def _total(shape: ModelShape, setting: Setting, rows: int, length: int) -> float
 
 def test_tiles_are_those_of_the_losses() -> None:
     """The plan repeats sizes of the training room, whose import would cost it seconds."""
-    assert plan_activations.TILE_LOGITS == losses.TILE_LOGITS
-    assert plan_activations.TILE_ROWS == losses.TILE_ROWS
-    assert plan_activations.WIDEST_TILE == losses.WIDEST_TILE
-    assert plan_activations.CONTEXT_TOKENS == detached.CHUNK_TOKENS
+    assert TILE_LOGITS == losses.TILE_LOGITS
+    assert TILE_ROWS == losses.TILE_ROWS
+    assert WIDEST_TILE == losses.WIDEST_TILE
+    assert CONTEXT_TOKENS == detached.CHUNK_TOKENS

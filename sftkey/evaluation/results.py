@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sftkey.data.response import Example, Response
+from sftkey.data.response import Example, Parsed, Response
 from sftkey.errors import DataError, Problem, RunError
 from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.statistics import wilson
@@ -121,17 +121,10 @@ def score(
     texts = [generations[example.index].text for example in in_order]
     parsed = [response.parse(text.removeprefix(bridge).removesuffix(end)) for text in texts]
     judged = judge_thinkings([found.thinking for found in parsed], in_order, grader, made)
+    hashes = [thinking_hash(text.removeprefix(bridge), response) for text in texts]
     questions = tuple(
-        Question(
-            index=example.index,
-            correct=grade(found.answer, example.answer, grader),
-            strict=found.strict,
-            parsed=found.answer is not None,
-            stopped=generations[example.index].stopped,
-            thinking_right=right,
-            thinking_hash=thinking_hash(text.removeprefix(bridge), response),
-        )
-        for example, found, text, right in zip(in_order, parsed, texts, judged, strict=True)
+        _question(example, found, generations[example.index], grader, right, thinking)
+        for example, found, right, thinking in zip(in_order, parsed, judged, hashes, strict=True)
     )
     num_right = sum(question.correct for question in questions)
     num_strict = sum(question.strict for question in questions)
@@ -157,6 +150,25 @@ def score(
         settings={"grader": grader, "response": asdict(response), **(settings or {})},
         questions_sha256=_fingerprint(examples),
         questions=questions,
+    )
+
+
+def _question(
+    example: Example,
+    found: Parsed,
+    generation: Generation,
+    grader: str,
+    right: bool | None,
+    thinking: str | None,
+) -> Question:
+    return Question(
+        index=example.index,
+        correct=grade(found.answer, example.answer, grader),
+        strict=found.strict,
+        parsed=found.answer is not None,
+        stopped=generation.stopped,
+        thinking_right=right,
+        thinking_hash=thinking,
     )
 
 

@@ -59,7 +59,7 @@ def _looks(results: StudyResults, arm: str) -> tuple[str, str]:
     """Give an arm's colour and marker, the same in every picture; the control is black."""
     if arm == results.control:
         return BLACK, "s"
-    names = [name for name in dict.fromkeys(each.name for each in results.arms)]
+    names = list(dict.fromkeys(each.name for each in results.arms))
     place = [name for name in names if name not in ("base", results.control)].index(arm)
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
 
@@ -133,8 +133,8 @@ def _bars(arms: Sequence[ArmFigures]) -> list[Bar]:
                     bars.append((f"{arm.name}: {bar[0]}", bar[1]))
     # Arms that share a stage have its very figures: one bar is enough.
     unique: dict[str, Bar] = {}
-    for name, found in bars:
-        unique.setdefault(f"{name.partition(': ')[2]} {sorted(found.items())}", (name, found))
+    for name, shares in bars:
+        unique.setdefault(f"{name.partition(': ')[2]} {sorted(shares.items())}", (name, shares))
     return list(unique.values())
 
 

@@ -18,6 +18,7 @@ from sftkey.model import load_model
 from sftkey.recipe import Recipe
 from sftkey.saving import BASE_FILE, Base
 from sftkey.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
+from sftkey.training.detached import refuse_other_caches
 from sftkey.training.ledger import Ledger
 
 
@@ -34,7 +35,8 @@ def load_stage(
         number: From 0; the number of stages for the model that the last one leaves.
 
     Raises:
-        ModelError: What was saved can't be read, or doesn't belong together.
+        ModelError: What was saved can't be read, or doesn't belong together; or a stage would need
+            of the model what it can't do.
     """
     stages = recipe.stages
     frozen = number < len(stages) and stages[number].context == "frozen"
@@ -46,6 +48,8 @@ def load_stage(
     weights = Path(before) if full and before else None
     model: PreTrainedModel | PeftModel
     model = load_model(recipe.model, device, full=full, folder=weights)
+    if any(stage.context != "exact" for stage in stages):
+        refuse_other_caches(model)  # before hours of training, not after
     # What is trained to stop must stop wherever the model goes: it is saved with the weights.
     published = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = stop_ids(frame, published)

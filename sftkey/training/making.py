@@ -14,7 +14,6 @@ from sftkey.grid import members
 from sftkey.recipe import Recipe, StageSection
 from sftkey.saving import DEFAULT, Base, save_adapter, save_model
 from sftkey.training.answers import sharded
-from sftkey.training.detached import refuse_other_caches
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.packs import refuse_mixed_rows
 from sftkey.training.trainer import KeyTrainer
@@ -24,13 +23,10 @@ def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
     """Refuse what a later stage couldn't do with this model: before hours of training, not after.
 
     Raises:
-        ModelError: The model keeps more of a context than keys and values, or mixes packed rows.
+        ModelError: The model mixes packed rows.
         DeviceError: A frozen stage where the model is sharded.
     """
-    contexts = {stage.context for stage in recipe.stages}
-    if contexts & {"detached", "frozen"}:
-        refuse_other_caches(model)
-    if "frozen" in contexts and sharded():
+    if any(stage.context == "frozen" for stage in recipe.stages) and sharded():
         raise DeviceError(
             "context: frozen",
             "expected processes that hold the whole model each; FSDP and DeepSpeed cut it up",
