@@ -41,9 +41,9 @@ class Fit:
     @property
     def message(self) -> str:
         """Say of a recipe that doesn't fit what it needs."""
-        worst = max(self.plan.all, key=lambda stage: stage.peak_bytes)
+        worst = max(self.plan.stages, key=lambda stage: stage.peak_bytes)
         return (
-            f"{worst.name} needs {gib(worst.peak_bytes)} GiB at its peak, and "
+            f"stage {worst.name} needs {gib(worst.peak_bytes)} GiB at its peak, and "
             f"{gib(RESERVED_BYTES)} GiB are set aside; the GPU has {gib(self.plan.gpu_bytes)} GiB"
         )
 
@@ -113,16 +113,16 @@ def rendered_plan(plan: Plan) -> RenderableType:
 
     table = Table(box=box.SIMPLE, title="peak memory on CUDA, GiB (planned)", title_justify="left")
     table.add_column("")
-    for stage in plan.all:
+    for stage in plan.stages:
         table.add_column(f"{stage.name}, {stage.rows} x {stage.length}", justify="right")
     for part in plan.stages[0].parts:
-        table.add_row(part, *(gib(stage.parts[part]) for stage in plan.all))
+        table.add_row(part, *(gib(stage.parts[part]) for stage in plan.stages))
     table.add_section()
-    table.add_row("peak", *(gib(stage.peak_bytes) for stage in plan.all))
-    table.add_row("set aside", *(gib(RESERVED_BYTES) for _ in plan.all))
+    table.add_row("peak", *(gib(stage.peak_bytes) for stage in plan.stages))
+    table.add_row("set aside", *(gib(RESERVED_BYTES) for _ in plan.stages))
     table.add_section()
-    table.add_row("longest rows that fit", *(_count(stage.longest) for stage in plan.all))
-    table.add_row("most rows that fit", *(_count(stage.most_rows) for stage in plan.all))
+    table.add_row("longest rows that fit", *(_count(stage.longest) for stage in plan.stages))
+    table.add_row("most rows that fit", *(_count(stage.most_rows) for stage in plan.stages))
     return table
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import sftkey.training.stages
+import sftkey.training.loading
 from sftkey.check import check as command
 from sftkey.check import gate as gate_of
 from sftkey.check import passed
@@ -665,7 +665,7 @@ def test_training_is_refused_before_any_weight(
 ) -> None:
     """The error holds every finding, and no run folder is left in which a mended recipe differs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sftkey.training.stages, "load_model", None)
+    monkeypatch.setattr(sftkey.training.loading, "load_model", None)
     odd = {"prompt": "S", "thinking": "a", "answer": "<|im_end|>"}
     overrides = ["data.validation=null", "data.test=null", "trainer.learning_rate=1"]
     with pytest.raises(CheckError) as caught:

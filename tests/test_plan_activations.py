@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from sftkey.planning import plan_activations
 from sftkey.planning.model_shape import FAMILIES, ModelShape
-from sftkey.planning.plan_activations import CONTEXT_TOKENS, kept_bytes, passing
-from sftkey.planning.plan_forward import TILE_LOGITS, TILE_ROWS, WIDEST_TILE, Batch
+from sftkey.planning.plan_activations import Batch, kept_bytes, passing
 from sftkey.planning.plan_setting import Setting
 from sftkey.planning.shape_reading import shape_of
 from sftkey.training import detached, losses
@@ -190,7 +190,7 @@ def _total(shape: ModelShape, setting: Setting, rows: int, length: int) -> float
 
 def test_tiles_are_those_of_the_losses() -> None:
     """The plan repeats sizes of the training room, whose import would cost it seconds."""
-    assert TILE_LOGITS == losses.TILE_LOGITS
-    assert TILE_ROWS == losses.TILE_ROWS
-    assert WIDEST_TILE == losses.WIDEST_TILE
-    assert CONTEXT_TOKENS == detached.CHUNK_TOKENS
+    assert plan_activations.TILE_LOGITS == losses.TILE_LOGITS
+    assert plan_activations.TILE_ROWS == losses.TILE_ROWS
+    assert plan_activations.WIDEST_TILE == losses.WIDEST_TILE
+    assert plan_activations.CONTEXT_TOKENS == detached.CHUNK_TOKENS

@@ -118,30 +118,18 @@ def score(
     if not examples:
         raise DataError("test rows", "expected at least one question; got none")
     in_order = sorted(examples, key=lambda example: example.index)
-    texts = [generations[example.index].text for example in in_order]
-    parsed = [response.parse(text.removeprefix(bridge).removesuffix(end)) for text in texts]
+    answered = [generations[example.index] for example in in_order]
+    texts = [each.text.removeprefix(bridge).removesuffix(end) for each in answered]
+    parsed = [response.parse(text) for text in texts]
     judged = judge_thinkings([found.thinking for found in parsed], in_order, grader, made)
-    hashes = [thinking_hash(text.removeprefix(bridge), response) for text in texts]
-    questions = tuple(
-        _question(example, found, generations[example.index], grader, right, thinking)
-        for example, found, right, thinking in zip(in_order, parsed, judged, hashes, strict=True)
-    )
-    num_right = sum(question.correct for question in questions)
-    num_strict = sum(question.strict for question in questions)
-    acc, fmt = num_right / len(questions), num_strict / len(questions)
-    unstopped = [not question.stopped for question in questions if question.stopped is not None]
+    hashes = [thinking_hash(text, response) for text in texts]
+    rows = zip(in_order, parsed, answered, judged, hashes, strict=True)
+    questions = tuple(_question(grader, *row) for row in rows)
     return StageResult(
         stage=stage,
         position=position,
         num_questions=len(questions),
-        acc=acc,
-        acc_interval=wilson(num_right, len(questions)),
-        fmt=fmt,
-        fmt_interval=wilson(num_strict, len(questions)),
-        alpha=alpha,
-        score=alpha * acc + (1 - alpha) * fmt,
-        num_unparsed=sum(not question.parsed for question in questions),
-        num_never_stopped=sum(unstopped) if len(unstopped) == len(questions) else None,
+        **_shares(questions, alpha),
         mean_thinking_length=_mean_length([found.thinking for found in parsed], tokenizer),
         thinking_unit="characters" if tokenizer is None else "tokens",
         num_thinking_judged=len(judged) - judged.count(None),
@@ -153,11 +141,29 @@ def score(
     )
 
 
+def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
+    """Give what the questions' flags add up to."""
+    num_right = sum(question.correct for question in questions)
+    num_strict = sum(question.strict for question in questions)
+    acc, fmt = num_right / len(questions), num_strict / len(questions)
+    unstopped = [not question.stopped for question in questions if question.stopped is not None]
+    return {
+        "acc": acc,
+        "acc_interval": wilson(num_right, len(questions)),
+        "fmt": fmt,
+        "fmt_interval": wilson(num_strict, len(questions)),
+        "alpha": alpha,
+        "score": alpha * acc + (1 - alpha) * fmt,
+        "num_unparsed": sum(not question.parsed for question in questions),
+        "num_never_stopped": sum(unstopped) if len(unstopped) == len(questions) else None,
+    }
+
+
 def _question(
+    grader: str,
     example: Example,
     found: Parsed,
     generation: Generation,
-    grader: str,
     right: bool | None,
     thinking: str | None,
 ) -> Question:

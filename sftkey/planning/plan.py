@@ -14,8 +14,7 @@ from typing import Any
 from sftkey.errors import RecipeError, shown
 from sftkey.planning import plan_held
 from sftkey.planning.model_shape import ModelShape
-from sftkey.planning.plan_activations import passing
-from sftkey.planning.plan_forward import Batch, Passing, answers, validation
+from sftkey.planning.plan_activations import Batch, passing
 from sftkey.planning.plan_setting import Setting, setting_of
 from sftkey.recipe import Recipe, StageSection
 
@@ -23,9 +22,6 @@ GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.
 RESERVED_BYTES = GIB
 KEY_TOKENS = 128  # of a row's key, where no data were read
-PROMPT_SHARE = 0.5  # of a row's longest, at most, where no data were read
-VALIDATION, ANSWERS = "validation", "answers"
-DEFAULT_ROWS = 8  # upstream's, for training and validation alike
 MOST_ROWS = 1024
 LENGTH_STEP = 64
 
@@ -35,8 +31,8 @@ class StagePlan:
     """What a stage needs, in bytes, with the largest batch that the recipe allows.
 
     Args:
-        name: The stage's; or `validation` or `answers`.
-        context: The stage's; `none` where no gradient flows.
+        name: The stage's.
+        context: The stage's.
         rows: Of a batch.
         length: Tokens of each row.
         parts: What each part needs at the peak.
@@ -57,18 +53,6 @@ class StagePlan:
         """Add up the parts."""
         return sum(self.parts.values())
 
-    def as_json(self) -> dict[str, Any]:
-        """Give it for `--json`."""
-        return {
-            "context": self.context,
-            "batch_rows": self.rows,
-            "max_length": self.length,
-            "parts": self.parts,
-            "peak_bytes": self.peak_bytes,
-            "longest_tokens": self.longest,
-            "most_rows": self.most_rows,
-        }
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,22 +61,15 @@ class Plan:
     Args:
         gpu_bytes: What the GPU has.
         stages: In their order.
-        others: What the validation rows need, and the writing of answers.
     """
 
     gpu_bytes: int
     stages: tuple[StagePlan, ...]
-    others: tuple[StagePlan, ...]
-
-    @property
-    def all(self) -> tuple[StagePlan, ...]:
-        """All of a run."""
-        return (*self.stages, *self.others)
 
     @property
     def fits(self) -> bool:
         """Tell whether every stage fits, beside what is set aside."""
-        return all(each.peak_bytes + RESERVED_BYTES <= self.gpu_bytes for each in self.all)
+        return all(each.peak_bytes + RESERVED_BYTES <= self.gpu_bytes for each in self.stages)
 
     def as_json(self) -> dict[str, Any]:
         """Give the plan for `--json`."""
@@ -100,8 +77,18 @@ class Plan:
             "gpu_bytes": self.gpu_bytes,
             "reserved_bytes": RESERVED_BYTES,
             "fits": self.fits,
-            "stages": {each.name: each.as_json() for each in self.stages},
-            "others": {each.name: each.as_json() for each in self.others},
+            "stages": {
+                each.name: {
+                    "context": each.context,
+                    "batch_rows": each.rows,
+                    "max_length": each.length,
+                    "parts": each.parts,
+                    "peak_bytes": each.peak_bytes,
+                    "longest_tokens": each.longest,
+                    "most_rows": each.most_rows,
+                }
+                for each in self.stages
+            },
         }
 
 
@@ -131,10 +118,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, gpu_bytes: int) -> Plan:
     Raises:
         CheckError: The recipe asks for something that isn't planned.
     """
-    stages = tuple(_stage_plan(recipe, stage, shape, gpu_bytes) for stage in recipe.stages)
-    validations = [_validation_plan(recipe, stage, shape, gpu_bytes) for stage in recipe.stages]
-    largest = max(validations, key=lambda each: each.peak_bytes)
-    return Plan(gpu_bytes, stages, (largest, _answers_plan(recipe, shape, gpu_bytes)))
+    stages = (_stage_plan(recipe, stage, shape, gpu_bytes) for stage in recipe.stages)
+    return Plan(gpu_bytes, tuple(stages))
 
 
 def _stage_plan(
@@ -143,54 +128,12 @@ def _stage_plan(
     setting = setting_of(recipe, stage, shape, "cuda")
     long = trains_context(stage)
     packed = recipe.data.packing and stage.context == "exact"
+    rows, length = batch_rows(recipe, stage), recipe.data.max_length
 
     def parts(rows: int, length: int) -> dict[str, int]:
         labelled = length if long else min(KEY_TOKENS, max(length - 2, 1))
-        batch = Batch(rows, length, labelled, rows > 1 or packed)
-        return parts_of(shape, setting, passing(shape, setting, batch))
-
-    rows, length = batch_rows(recipe, stage), recipe.data.max_length
-    return _searched(stage.name, stage.context, parts, (rows, length), shape, gpu_bytes)
-
-
-def _validation_plan(
-    recipe: Recipe, stage: StageSection, shape: ModelShape, gpu_bytes: int
-) -> StagePlan:
-    setting = setting_of(recipe, stage, shape, "cuda")
-
-    def parts(rows: int, length: int) -> dict[str, int]:
-        needs = validation(shape, setting, Batch(rows, length, length, rows > 1))
-        return parts_of(shape, setting, needs) | {"gradients": 0}
-
-    rows = int(recipe.stage_trainer(stage).get("per_device_eval_batch_size", DEFAULT_ROWS))
-    of = (rows, recipe.data.max_length)
-    return _searched(VALIDATION, "none", parts, of, shape, gpu_bytes)
-
-
-def _answers_plan(recipe: Recipe, shape: ModelShape, gpu_bytes: int) -> StagePlan:
-    setting = setting_of(recipe, recipe.stages[-1], shape, "cuda")
-    written = recipe.eval.max_new_tokens
-
-    def parts(rows: int, length: int) -> dict[str, int]:
-        prompt = max(length - written, 1)
-        needs = answers(shape, setting, rows, prompt, min(written, length))
-        return parts_of(shape, setting, needs) | {"gradients": 0, "optimizer": 0}
-
-    length = written + round(recipe.data.max_length * PROMPT_SHARE)
-    of = (recipe.eval.batch_size, length)
-    return _searched(ANSWERS, "none", parts, of, shape, gpu_bytes)
-
-
-def _searched(
-    name: str,
-    context: str,
-    parts: Callable[[int, int], dict[str, int]],
-    batch: tuple[int, int],
-    shape: ModelShape,
-    gpu_bytes: int,
-) -> StagePlan:
-    """Plan a batch, and find how far its rows and their length may grow."""
-    rows, length = batch
+        padded = rows > 1 or packed
+        return parts_of(shape, setting, Batch(rows, length, labelled, padded))
 
     def fits(rows: int, length: int) -> bool:
         return sum(parts(rows, length).values()) + RESERVED_BYTES <= gpu_bytes
@@ -198,11 +141,14 @@ def _searched(
     steps = shape.most_tokens // LENGTH_STEP
     longest = LENGTH_STEP * _most(lambda count: fits(rows, count * LENGTH_STEP), steps)
     most_rows = _most(lambda count: fits(count, length), MOST_ROWS)
-    return StagePlan(name, context, rows, length, parts(rows, length), longest, most_rows)
+    return StagePlan(
+        stage.name, stage.context, rows, length, parts(rows, length), longest, most_rows
+    )
 
 
-def parts_of(shape: ModelShape, setting: Setting, needs: Passing) -> dict[str, int]:
+def parts_of(shape: ModelShape, setting: Setting, batch: Batch) -> dict[str, int]:
     """Give the bytes of each part at the peak."""
+    needs = passing(shape, setting, batch)
     return {
         "weights": plan_held.weight_bytes(shape, setting),
         "quantization constants": plan_held.constant_bytes(shape, setting),
@@ -216,8 +162,8 @@ def parts_of(shape: ModelShape, setting: Setting, needs: Passing) -> dict[str, i
 
 
 def batch_rows(recipe: Recipe, stage: StageSection) -> int:
-    """Give the rows of a stage's batch."""
-    return int(recipe.stage_trainer(stage).get("per_device_train_batch_size", DEFAULT_ROWS))
+    """Give the rows of a stage's batch; 8 is upstream's default."""
+    return int(recipe.stage_trainer(stage).get("per_device_train_batch_size", 8))
 
 
 def trains_context(stage: StageSection) -> bool:

@@ -8,20 +8,58 @@ adapter keeps its input: float32 modules share it, autocast makes each its own c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sftkey.planning.model_shape import ModelShape
-from sftkey.planning.plan_forward import FLOAT, Batch, Passing, head_bytes, reading_bytes
 from sftkey.planning.plan_setting import Setting
 
-CONTEXT_TOKENS = 4096  # as sftkey.training has it (a test compares)
+# As sftkey.training has them (a test compares): importing them would import torch.
+TILE_LOGITS, TILE_ROWS, WIDEST_TILE = 2**20, 4096, 32768
+CONTEXT_TOKENS = 4096
+
+FLOAT = 4
 BACKWARD_WIDE = 2.0  # fitted: gradients of the MLP's width that are there at once
+FORWARD_WIDE = 4  # act(gate), up's product, the adapter's, and their sum
+CPU_TILES = 8  # copies of a tile of logits in the backward pass of TRL's head, without Triton
 TOKEN_INTEGERS = 6  # ids, mask, labels, segments, positions, targets
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a stage.
+
+    Args:
+        rows: How many.
+        length: Tokens of each.
+        labelled: Tokens of each that the loss is on.
+        padded: Rows are of unequal lengths, so that attention needs a mask.
+    """
+
+    rows: int
+    length: int
+    labelled: int
+    padded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The number of places in the batch."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What a batch needs while it is computed, in bytes."""
+
+    activations: float
+    logits: float
+    cache: float
 
 
 def passing(shape: ModelShape, setting: Setting, batch: Batch) -> Passing:
     """Give what a batch needs at the moment when it needs most."""
     if setting.context != "exact":
         return _detached(shape, setting, batch)
-    logits = head_bytes(shape, setting, batch.rows * batch.labelled)
+    logits = _logits(shape, setting, batch)
     backward = batch.tokens * _backward(shape, setting)
     if not setting.checkpointing:
         return Passing(kept_bytes(shape, setting, batch) + max(backward - logits, 0), logits, 0)
@@ -133,6 +171,20 @@ def _backward(shape: ModelShape, setting: Setting) -> float:
     return (BACKWARD_WIDE * shape.wide + 2 * shape.hidden) * setting.compute_bytes
 
 
+def _logits(shape: ModelShape, setting: Setting, batch: Batch) -> float:
+    """Give what the head needs for the labelled tokens: a tile of logits, states, gradients."""
+    tokens = batch.rows * batch.labelled
+    states = tokens * shape.hidden * (2 * setting.compute_bytes + FLOAT)
+    if setting.kind == "cpu":
+        tile = min(TILE_LOGITS, tokens * WIDEST_TILE)
+        tiles = (tile + CPU_TILES * min(tile, tokens * shape.vocabulary)) * FLOAT
+    else:
+        tiles = min(tokens, TILE_ROWS) * WIDEST_TILE * setting.compute_bytes
+    if setting.full:  # the head's own gradient, before it is added to what there is
+        states += shape.vocabulary * shape.hidden * FLOAT
+    return states + tiles
+
+
 def _detached(shape: ModelShape, setting: Setting, batch: Batch) -> Passing:
     """Give it for a context without gradient: read in pieces, then the key on its cache."""
     size, keys = setting.compute_bytes, batch.labelled + 1
@@ -144,13 +196,15 @@ def _detached(shape: ModelShape, setting: Setting, batch: Batch) -> Passing:
     pieces = -(-batch.tokens // CONTEXT_TOKENS)
     piece = min(batch.rows * context, CONTEXT_TOKENS)
     masked = batch.padded or pieces > 1 or any(each < context for each in seen)
-    reading = reading_bytes(shape, setting, piece, context, batch.rows, masked)
+    reading = piece * (FORWARD_WIDE * shape.wide + 3 * shape.hidden) * size
+    if masked:
+        reading += 2 * batch.rows * context * shape.queries * size + piece * context * (1 + size)
     key = rows * keys
     layer = _outside_attention(shape, setting) + 3 * shape.queries * size + shape.heads * FLOAT
     mask = key * batch.length * (size * shape.heads // shape.groups + 1)
     kept = key * layer * shape.layers + mask + rows * per_token * batch.length
     of_key = Batch(rows, keys, batch.labelled)
     kept += _once(shape, setting, of_key)
-    logits = head_bytes(shape, setting, rows * batch.labelled)
+    logits = _logits(shape, setting, of_key)
     computing = kept + max(key * _backward(shape, setting) - logits, 0)
     return Passing(max(computing, reading - logits), logits, cache)

@@ -6,14 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sftkey.planning.model_shape import ModelShape
-from sftkey.planning.plan import (
-    ANSWERS,
-    VALIDATION,
-    Plan,
-    batch_rows,
-    make_plan,
-    trains_context,
-)
+from sftkey.planning.plan import Plan, batch_rows, make_plan, trains_context
 from sftkey.planning.plan_setting import DEFAULT_OPTIMIZER
 from sftkey.recipe import Recipe
 
@@ -150,29 +143,7 @@ def _length(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
         yield [f"data.max_length={max(longest, SHORTEST)}"]
 
 
-def _without_gradient(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
-    """Take fewer rows at a time where nothing is trained."""
-    plan = planned(recipe)
-    keys = {VALIDATION: "trainer.per_device_eval_batch_size", ANSWERS: "eval.batch_size"}
-    fewer = [
-        f"{keys[each.name]}={max(each.most_rows, 1)}"
-        for each in plan.others
-        if each.most_rows < each.rows
-    ]
-    if fewer:
-        yield fewer
-
-
-# The last one changes nothing that is trained, but has to know what the others leave.
-KINDS = (
-    _checkpointing,
-    _batches,
-    _optimizer,
-    _quantization,
-    _context,
-    _length,
-    _without_gradient,
-)
+KINDS = (_checkpointing, _batches, _optimizer, _quantization, _context, _length)
 
 
 def _written(recipe: Recipe, key: str, values: dict[str, Any]) -> Overrides:

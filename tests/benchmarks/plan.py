@@ -28,9 +28,7 @@ from sides import Batch, Sides
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftkey.data.collator import KeyCollator
-from sftkey.planning import plan_held
-from sftkey.planning.plan_activations import passing
-from sftkey.planning.plan_forward import Batch as PlannedBatch
+from sftkey.planning import plan_activations, plan_held
 from sftkey.planning.plan_setting import DEFAULT_OPTIMIZER, Setting
 from sftkey.planning.shape_reading import shape_of
 
@@ -126,7 +124,8 @@ def planned(shape: Shape, method: str, rows: Batch, labelled: int) -> tuple[int,
         + plan_held.gradient_bytes(model, setting)
         + plan_held.optimizer_bytes(model, setting)
     )
-    parts = passing(model, setting, PlannedBatch(rows.num_rows, rows.length, labelled))
+    batch = plan_activations.Batch(rows.num_rows, rows.length, labelled)
+    parts = plan_activations.passing(model, setting, batch)
     return held, round(parts.activations + parts.logits + parts.cache)
 
 
