@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import doctest
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models_made import FAMILIES, STARTS, differences, made_batch, made_family, plain_losses
+from models_made import (
+    FAMILIES,
+    STARTS,
+    differences,
+    made_batch,
+    made_family,
+    nf4,
+    plain_losses,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from sftkey.errors import ModelError
@@ -123,3 +133,82 @@ def test_a_grid_refuses_modules_that_see_no_rows() -> None:
         "stages[].grid: Linear gets other than (rows, tokens, features)\n"
         "hint: leave such modules out of the stage's lora.target_modules, or train without a grid"
     )
+
+
+def test_an_adapter_that_acts_one_token_early_is_found() -> None:
+    """The last but one token of the thinking belongs to the context: there it must not act."""
+    model = adapted(made_family("llama"), key=lora(r=2))
+    add_token_losses(model.get_base_model(), "frozen")
+    found = token_losses(model, made_batch() | {"key_starts": STARTS}, "frozen")
+    early = token_losses(model, made_batch() | {"key_starts": STARTS - 1}, "frozen")
+    assert (found - early).abs().max() > 1e-2
+
+
+def test_a_key_adapter_left_on_in_the_context_is_found() -> None:
+    """The context is read with the previous adapters alone."""
+    model = adapted(made_family("llama"), key=lora(r=2))
+    found = frozen_losses(model)
+    act(model, ["default", "key"])
+    assert (frozen_losses(model) - found).abs().max() > 1e-2
+
+
+def test_quantized_weights_carry_a_frozen_stage(tmp_path: Path) -> None:
+    """On NF4, cached and in one pass: to 1e-5, as on plain weights."""
+
+    def made(folder: Path, **fields: Any) -> Any:
+        model = nf4("llama", folder)  # with a previous adapter, random
+        torch.manual_seed(5)
+        model.add_adapter("key", lora(r=2, **fields))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".key." in name
+        act(model, ["default"])
+        return model
+
+    torch.manual_seed(3)
+    model = made(tmp_path / "one")
+    found = frozen_losses(model)
+    found_gradients = gradients(model, found)
+    torch.manual_seed(3)
+    oracle = made(tmp_path / "two", alora_invocation_tokens=[1])
+    batch = made_batch()
+    offsets = (batch["input_ids"].shape[1] - STARTS).tolist()
+    with acting(oracle, ["default", "key"]):
+        expected = plain_losses(oracle, {**batch, "alora_offsets": offsets})
+        expected_gradients = gradients(oracle, expected)
+    assert (found - expected).abs().max() < 1e-4
+    assert differences(found_gradients, expected_gradients) < 1e-4
+
+
+def two_key_adapters() -> Any:
+    """Make a model whose grid has two adapters."""
+    return adapted(made_family("qwen3"), key_0=lora(r=2), key_1=lora(r=2))
+
+
+def ranks_gradients(rank: int, folder: str) -> None:
+    """Take a grid's backward pass as one of two processes."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    rows = [0] if rank == 0 else [1, 2]
+    batch = {name: each[rows] for name, each in made_batch().items()}
+    model = two_key_adapters()
+    add_token_losses(model.get_base_model(), "frozen")
+    wrapped = DistributedDataParallel(model)
+    batch["key_starts"] = STARTS[rows]
+    (2 * token_losses(wrapped, batch, "frozen").sum()).backward()  # DDP takes the mean
+    found = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # as in tests/test_detached.py
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """DDP over gloo: both ranks have the whole batch's gradients for each adapter of a grid."""
+    torch.multiprocessing.spawn(ranks_gradients, (str(tmp_path),), nprocs=2)
+    model = two_key_adapters()
+    expected = gradients(model, frozen_losses(model))
+    for rank in (0, 1):
+        assert differences(torch.load(tmp_path / f"{rank}.pt"), expected) < 1e-5
