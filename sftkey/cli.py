@@ -56,11 +56,14 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an old run of this name aside and start anew.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Go on to own thinking that shows no use.")
+    ] = False,
 ) -> None:
     """Train and evaluate a recipe's stages, or go on with them."""
     from sftkey.train import train
 
-    train(recipe, overrides or (), fresh=fresh)
+    train(recipe, overrides or (), fresh=fresh, yes=yes)
 
 
 @app.command()

@@ -7,17 +7,16 @@ every default filled in.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from sftkey import yaml_source
-from sftkey.errors import RecipeError, did_you_mean, shown
+from sftkey.errors import RecipeError
 from sftkey.recipe_checks import check_together, check_upstream
+from sftkey.recipe_errors import found_by_models
 from sftkey.recipe_fields import (
     GROUPS,
     SEGMENTS,
@@ -107,12 +106,21 @@ class ResponseSection(Section):
     end: Text | None = None
 
 
+class OwnThinking(Section):
+    """How a stage's model writes the thinkings that the stage then reads."""
+
+    samples: Count = 1
+    temperature: Annotated[Number, Field(ge=0)] = 0.7
+    keep: Literal["all", "wrong", "mixed"] = "all"
+
+
 class StageSection(Section):
     """One training stage: which tokens its loss is on, and what its trainer does otherwise.
 
     `context: detached` lets no gradient through prompt and thinking. `frozen` trains an adapter of
     its own that acts on the key alone: `lora` is its shape (default the recipe's), and `grid` has
-    lists of values, of which every combination is trained beside the others. `loss: dft` weighs
+    lists of values, of which every combination is trained beside the others. `thinking: own` puts
+    what the model writes itself before the reference's answer (`own` says how). `loss: dft` weighs
     every token's loss with its probability (arXiv 2508.05629).
     """
 
@@ -121,6 +129,8 @@ class StageSection(Section):
     context: Literal["exact", "detached", "frozen"] = "exact"
     lora: dict[str, Any] | None = None
     grid: Grid | None = None
+    thinking: Literal["reference", "own"] = "reference"
+    own: OwnThinking | None = None
     loss: Literal["nll", "dft"] = "nll"
     trainer: dict[str, Any] = {}
 
@@ -204,63 +214,9 @@ _SECTIONS: dict[str | int, type[Section]] = {
     "stages": StageSection,
     "eval": EvalSection,
 }
-_EXPECTED = {
-    "string_type": "text",
-    "string_too_short": "text that isn't empty",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "tuple_type": "a list",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "{le} or less",
-    "less_than": "a number below {lt}",
-    "too_short": "at least one item",
-    "too_long": "two items",
-}
 
 
 def _known_keys(keys: Keys) -> Iterable[str]:
+    if keys[0] == "stages" and "own" in keys[:-1]:
+        return OwnThinking.model_fields
     return (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields
-
-
-def found_by_models(
-    error: ValidationError, known_keys: Callable[[Keys], Iterable[str]]
-) -> list[tuple[Keys, str]]:
-    """Turn pydantic's errors into our words.
-
-    Args:
-        error: Of a recipe or a study.
-        known_keys: Gives the keys that there are where one is unknown.
-    """
-    # Of a list whose only item is wrong pydantic says, besides, that it is too short.
-    wrong = [each for each in error.errors() if not (each["type"] == "too_short" and each["input"])]
-    return [_finding(details, known_keys) for details in wrong]
-
-
-def _finding(
-    details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]]
-) -> tuple[Keys, str]:
-    kind, keys, got = details["type"], details["loc"], details["input"]
-    context = details.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = known_keys(keys)
-        near = did_you_mean(keys[-1], known) or f"; the keys here are {', '.join(known)}"
-        return keys, f"unknown key{near}"
-    if kind == "value_error":
-        return keys, str(context["error"])
-    if kind == "literal_error":
-        allowed = re.findall(r"'(\w+)'", context["expected"])
-        expected = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
-        return keys, f"expected {expected}; got {shown(got)}{did_you_mean(got, allowed)}"
-    if kind == "missing" and isinstance(keys[-1], str):
-        return keys, "missing"
-    if kind == "missing":  # the second of a pair of tags
-        return keys[:-1], f"expected two items; got {shown(got)}"
-    quotes = " (text is written in quotes)" if isinstance(got, int | float) else ""
-    expected = _EXPECTED[kind].format(**context)
-    return keys, f"expected {expected}; got {shown(got)}{quotes if expected == 'text' else ''}"

@@ -227,6 +227,16 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
     if context == "frozen" and not last:
         what = "frozen, whose adapter acts on the key alone, leaves nothing for a stage after it"
         yield (*keys, "context"), f"{what}; make it the last one"
+    own = stage.get("thinking") == "own"
+    if own and (trained := _trained_context(stage.get("loss_on"))):
+        what = "own thinking is no reference, and loss_on trains it here"
+        yield (*keys, "thinking"), f"{what} ({trained}); write loss_on: key"
+    if not own and stage.get("own") is not None:
+        yield (*keys, "own"), "only with `thinking: own`"
+    how = stage["own"] if isinstance(stage.get("own"), dict) else {}
+    if how.get("keep") == "mixed" and how.get("samples", 1) == 1:
+        what = "mixed keeps questions that were answered right once and wrong once"
+        yield (*keys, "own", "keep"), f"{what}: it needs own.samples of 2 or more"
     for key in ("lora", "grid"):
         if context != "frozen" and stage.get(key) is not None:
             yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"

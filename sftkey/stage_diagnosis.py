@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftkey.errors import RunError
 from sftkey.files import write_json
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class StageDiagnosis:
 
     def _write(self, name: str, model: Any) -> None:
         from sftkey.diagnose import look, validation_subject
+        from sftkey.evaluation.diagnosis import own_thinking_is_empty
         from sftkey.evaluation.diagnosis_table import as_json
 
         run, start = self.run, time.monotonic()
@@ -53,7 +55,9 @@ class StageDiagnosis:
         seconds = round(time.monotonic() - start, 1)
         file = _file(run.ledger.folder, name)
         file.parent.mkdir(exist_ok=True)
-        found = {"stage": name, "seconds": seconds, **as_json(figures, recommendation)}
+        empty = own_thinking_is_empty(figures)
+        found = {"stage": name, "seconds": seconds, "own_thinking_is_empty": empty}
+        found |= as_json(figures, recommendation)
         write_json(file, found)
         run.progress.note(_line(found))
 
@@ -62,6 +66,32 @@ def diagnosed(run: Run) -> list[str]:
     """Give the sentences of the stages that are diagnosed, in their order."""
     files = [_file(run.ledger.folder, stage.name) for stage in run.recipe.stages]
     return [_line(json.loads(file.read_text())) for file in files if file.exists()]
+
+
+def refuse_empty_thinking(run: Run, stage: str) -> None:
+    """Refuse to go on to a stage over own thinking that shows no use, before it has begun.
+
+    Args:
+        run: What has been trained so far is kept.
+        stage: The one that has just been diagnosed.
+
+    Raises:
+        RunError: The next stage would teach the key not to read the thinking.
+    """
+    names = [each.name for each in run.recipe.stages]
+    following = run.recipe.stages[names.index(stage) + 1 :][:1] if stage in names else ()
+    file = _file(run.ledger.folder, stage)
+    begun = any(run.ledger.stages[names.index(each.name)].status != "open" for each in following)
+    if begun or not file.exists() or not any(each.thinking == "own" for each in following):
+        return
+    found = json.loads(file.read_text())
+    if found["own_thinking_is_empty"]:
+        raise RunError(
+            f"stages.{following[0].name}",
+            f"thinking: own asks for thinkings that carry something; by {found['num_rows']} "
+            f"validation rows after {stage}, the answers are no better for them",
+            f"`sftkey train` with --yes goes on; {file} has the figures",
+        )
 
 
 def _line(found: dict[str, Any]) -> str:

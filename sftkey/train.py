@@ -9,7 +9,9 @@ from pathlib import Path
 from sftkey.recipe import load_recipe
 
 
-def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> None:
+def train(
+    recipe: Path, overrides: Sequence[str] = (), fresh: bool = False, yes: bool = False
+) -> None:
     """Check the recipe's form, set the process up, pass the gate, and run the stages.
 
     The form comes first: a wrong recipe must be told before torch is imported, which takes seconds.
@@ -24,15 +26,19 @@ def train(recipe: Path, overrides: Sequence[str] = (), fresh: bool = False) -> N
     quiet_libraries()
     from sftkey.check import passed
     from sftkey.evaluate import grade_stage, note_thinking, print_table
-    from sftkey.stage_diagnosis import StageDiagnosis
+    from sftkey.evaluation.grading import grade
+    from sftkey.stage_diagnosis import StageDiagnosis, refuse_empty_thinking
     from sftkey.training.stages import start
 
     run = start(checked, Path("runs") / checked.name, fresh, read=passed)
     run.reports = (StageDiagnosis(run),)
+    run.grade = grade
     with run.progress:
         for stage in run.stages():
             grade_stage(run, stage)
             note_thinking(run, stage)
+            if not yes:
+                refuse_empty_thinking(run, stage)
     print_table(run)
 
 

@@ -108,6 +108,8 @@ def test_defaults_are_filled_in(file: Path) -> None:
                 "context": "exact",
                 "lora": None,
                 "grid": None,
+                "thinking": "reference",
+                "own": None,
                 "loss": "nll",
                 "trainer": {},
             },
@@ -117,6 +119,8 @@ def test_defaults_are_filled_in(file: Path) -> None:
                 "context": "exact",
                 "lora": None,
                 "grid": None,
+                "thinking": "reference",
+                "own": None,
                 "loss": "nll",
                 "trainer": {"max_steps": 3},
             },
@@ -400,7 +404,8 @@ RULE = (
         ("stages.key.loss=dtf", "expected nll or dft; got 'dtf'; did you mean `dft`?"),
         (
             "stages.key.zzz=1",
-            "unknown key; the keys here are name, loss_on, context, lora, grid, loss, trainer",
+            "unknown key; the keys here are name, loss_on, context, lora, grid, thinking, own, "
+            "loss, trainer",
         ),
         (
             "trainr.max_steps=1",

@@ -43,6 +43,7 @@ PART_OF = {
     "switching": "generation",
     "writing": "generation",
     "recipe_checks": "recipe",
+    "recipe_errors": "recipe",
     "recipe_fields": "recipe",
     "schedule": "recipe",
     "strategies": "recipe",

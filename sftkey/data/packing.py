@@ -17,9 +17,9 @@ def reads_packs(recipe: Recipe, stage: StageSection) -> bool:
     """Tell whether a stage trains on packs.
 
     A context that is read without gradient needs each row on its own: its key has to begin where
-    the others' begin.
+    the others' begin. Rows of the model's own thinking are made when the stage begins.
     """
-    return recipe.data.packing and stage.context == "exact"
+    return recipe.data.packing and stage.context == "exact" and stage.thinking == "reference"
 
 
 def packed_rows(recipe: Recipe, train: Dataset) -> Dataset | None:

@@ -37,6 +37,7 @@ class Prepared:
             the first 20 `rows`; `tokens` by split and segment.
         refusals: The rows of train and validation that were dropped here.
         validation_examples: Those that the rows of `validation` were made from, in their order.
+        train_examples: The same of `train`.
     """
 
     train: Dataset
@@ -46,6 +47,7 @@ class Prepared:
     counts: dict[str, Any]
     refusals: list[Refusal]
     validation_examples: list[Example] = field(default_factory=list)
+    train_examples: list[Example] = field(default_factory=list)
 
     def questions(self, recipe: Recipe) -> list[Example]:
         """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
@@ -91,7 +93,8 @@ def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
     _check_stages(recipe, counts["tokens"]["train"])
     train, validation = datasets["train"], datasets["validation"]
     assert train is not None  # else _fitted_rows has raised
-    return Prepared(train, validation, splits.test, frame, counts, refusals, kept["validation"])
+    made_from = (kept["validation"], kept["train"])
+    return Prepared(train, validation, splits.test, frame, counts, refusals, *made_from)
 
 
 def _fitted_rows(

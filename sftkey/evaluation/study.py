@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey import yaml_source
 from sftkey.errors import Problem, RecipeError, did_you_mean
-from sftkey.recipe import Recipe, found_by_models
+from sftkey.recipe import Recipe
+from sftkey.recipe_errors import found_by_models
 from sftkey.recipe_fields import Count, Number, RunName, Text
 from sftkey.strategies import STRATEGIES, WEIGHTED, Strategy, strategy_recipe
 from sftkey.yaml_source import Keys

@@ -15,6 +15,7 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, RunError
+from sftkey.evaluation.grading import grade
 from sftkey.evaluation.study import Choice, Study, arm_recipe
 from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoints, take_over
 from sftkey.files import write_json
@@ -143,6 +144,7 @@ class Choices:
         open_run(recipe, folder)
         take_over(Ledger(folder, recipe))
         run = start(recipe, folder, read=lambda recipe: self._few_rows(choice, recipe))
+        run.grade = grade
         run.answers.asked = ()
         try:
             with run.progress:

@@ -12,6 +12,7 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, RunError
+from sftkey.evaluation.grading import grade
 from sftkey.evaluation.study import Study, arm_recipe
 from sftkey.evaluation.study_cells import (
     Cell,
@@ -165,6 +166,7 @@ class StudyRun:
         open_run(cell.recipe, folder)
         take_over(Ledger(folder, cell.recipe))
         run = start(cell.recipe, folder, read=self.rows)
+        run.grade = grade
         run.answers.asked = {BASE, cell.last}
         base, own = self._base(run, cell), run.ledger.generations(BASE)
         if base.exists() and not own.exists():

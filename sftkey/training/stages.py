@@ -30,6 +30,7 @@ from sftkey.training.ledger import Ledger, open_run
 from sftkey.training.loading import load_stage, stands_on
 from sftkey.training.making import make_trainer, refuse_unfit, save_stage
 from sftkey.training.memory import explained_out_of_memory, release_memory
+from sftkey.training.own_thinking import Grade, make_own_rows
 from sftkey.training.progress import RunProgress
 from sftkey.training.stage_log import StageLog, read_log
 from sftkey.training.trainer import KeyTrainer
@@ -62,6 +63,7 @@ class Run:
         progress: What the person sees.
         packs: The training rows, packed, for the stages that read packs.
         reports: What the hall wants of each stage's model beside its answers.
+        grade: Tells whether an answer is right, for stages over the model's own thinking.
     """
 
     recipe: Recipe
@@ -72,6 +74,7 @@ class Run:
     progress: RunProgress
     packs: Dataset | None = None
     reports: Sequence[Report] = ()
+    grade: Grade | None = None
 
     @cached_property
     def validation(self) -> Dataset:
@@ -134,6 +137,13 @@ class Run:
         processes.wait_for_everyone()
         checkpoint = newest_whole(checkpoints, set_aside=processes.is_main_process)
         processes.wait_for_everyone()
+        rows = stage_rows(self.recipe, stage, self.prepared.train, self.packs)
+        if stage.thinking == "own":
+            folder = self.ledger.stage_folder(number)
+            assert self.grade is not None, "the hall hands it in"
+            rows = make_own_rows(
+                self.recipe, stage, self.prepared, model, folder, self.progress, self.grade
+            )
         arguments = stage_arguments(self.recipe, stage, self.device, checkpoints, not checkpoint)
         log = StageLog(
             self.ledger, number, self.progress, handoff_tolerance(self.recipe, self.device)
@@ -144,7 +154,7 @@ class Run:
             model=model,
             args=arguments,
             tokenizer=self.tokenizer,
-            train_dataset=stage_rows(self.recipe, stage, self.prepared.train, self.packs),
+            train_dataset=rows,
             eval_dataset=self.validation,
             callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
         )
