@@ -45,7 +45,6 @@ class StageDiagnosis:
 
     def _write(self, name: str, model: Any) -> None:
         from sftkey.diagnose import look, validation_subject
-        from sftkey.evaluation.diagnosis import own_thinking_is_empty
         from sftkey.evaluation.diagnosis_table import as_json
 
         run, start = self.run, time.monotonic()
@@ -55,9 +54,7 @@ class StageDiagnosis:
         seconds = round(time.monotonic() - start, 1)
         file = _file(run.ledger.folder, name)
         file.parent.mkdir(exist_ok=True)
-        empty = own_thinking_is_empty(figures)
-        found = {"stage": name, "seconds": seconds, "own_thinking_is_empty": empty}
-        found |= as_json(figures, recommendation)
+        found = {"stage": name, "seconds": seconds} | as_json(figures, recommendation)
         write_json(file, found)
         run.progress.note(_line(found))
 
