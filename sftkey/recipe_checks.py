@@ -171,7 +171,7 @@ def _check_data(data: dict[str, Any]) -> Iterator[Finding]:
     for key in ("task", "num_rows"):
         if source in MADE_SOURCES and data.get(key) is None:
             yield ("data", key), f"missing; `source: {source}` needs `task` and `num_rows`"
-    for key in ("task", "task_options", "num_rows"):
+    for key in ("task", "task_options"):
         if isinstance(source, str) and source not in MADE_SOURCES and data.get(key):
             wanted = " or ".join(MADE_SOURCES)
             yield ("data", key), f"only with `source: {wanted}`; got {shown(source)}"

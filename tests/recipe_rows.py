@@ -67,9 +67,21 @@ def cot_collection(number: int) -> dict[str, Any]:
     }
 
 
+def creak(number: int) -> dict[str, Any]:
+    """Make a row with the columns of amydeng2000/CREAK."""
+    return {
+        "ex_id": f"train_{number}",
+        "sentence": f"A bird with {number} feathers can't fly.",
+        "explanation": f"Most birds with {number} feathers do.",
+        "label": "false",
+        "entity": "Bird",
+    }
+
+
 HUB = {
     "openai/gsm8k": ("main", {"train", "test"}, gsm8k),
     "open-r1/OpenR1-Math-220k": ("default", {"train"}, openr1),
+    "amydeng2000/CREAK": (None, {"train", "validation"}, creak),
     "allenai/openbookqa": ("additional", {"train", "validation", "test"}, openbookqa),
 }
 

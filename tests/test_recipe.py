@@ -587,7 +587,7 @@ RULE = (
             "data={source: a, split_rule: boxed, thinking: c}",
             "data.thinking: not beside `split_rule`: the rule finds thinking and answer",
         ),
-        ("data.num_rows=5", "only with `source: reasoning_gym or made`; got 'gsm8k'"),
+        ("data.task=sums", "only with `source: reasoning_gym or made`; got 'gsm8k'"),
         (
             "data={source: reasoning_gym, num_rows: 5}",
             "data.task: missing; `source: reasoning_gym` needs `task` and `num_rows`",
@@ -662,7 +662,7 @@ def test_all_problems_of_a_file_come_at_once_with_their_lines(file: Path) -> Non
         "lora: {r: 4}\n"
         "data:\n"
         "  source: gsm8k\n"
-        "  num_rows: 3\n"
+        "  task: sums\n"
         "  source: other\n"
         "  1: 2\n"
         "2: 3\n"
@@ -678,7 +678,7 @@ def test_all_problems_of_a_file_come_at_once_with_their_lines(file: Path) -> Non
         "  line 2, sed: unknown key; did you mean `seed`?\n"
         "  line 3, model.name_or_path: missing\n"
         "  line 4, model.quantization: expected nf4 or none; got 'nf8'; did you mean `nf4`?\n"
-        "  line 8, data.num_rows: only with `source: reasoning_gym or made`; got 'other'\n"
+        "  line 8, data.task: only with `source: reasoning_gym or made`; got 'other'\n"
         "  line 9, data.source: this key stands twice\n"
         "  line 10, data: expected a name as key; got 1\n"
         "  line 11: expected a name as key; got 2\n"

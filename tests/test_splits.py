@@ -266,3 +266,20 @@ def test_messages_and_text_of_one_question_are_the_same_prompt() -> None:
     question = {"role": "user", "content": "Two  plus \uff12?"}
     assert _same((question,)) == _same("two plus 2?")
     assert _same(({"role": "system", "content": "x"}, question)) != _same("two plus 2?")
+
+
+def test_so_many_rows_are_kept_by_the_seed(tmp_path: Path) -> None:
+    """Another seed keeps others, other rows that come change nothing; a split of a file is whole."""
+    file, other = jsonl(tmp_path / "a.jsonl", rows(40)), jsonl(tmp_path / "b.jsonl", rows(9, "b"))
+    fields = {"validation": 4, "test": str(other)}
+    kept, again, shifted = (load(file, seed, num_rows=12, **fields) for seed in (7, 7, 8))
+    sizes = {name: len(of) for name, of in indices(kept).items()}
+    assert sizes == {"train": 8, "validation": 4, "test": 9}
+    assert indices(kept) == indices(again) != indices(shifted)
+    assert kept.train == sorted(kept.train, key=lambda example: example.index)
+    more = indices(load(file, num_rows=20, **fields))
+    assert more["validation"] == indices(kept)["validation"]
+    assert set(more["train"]) > set(indices(kept)["train"])
+    assert message_of(file, num_rows=41, **fields) == (
+        f"{file}: data.num_rows: expected at most the 40 of train; got 41"
+    )

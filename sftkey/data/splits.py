@@ -10,7 +10,7 @@ from typing import Any
 
 from sftkey.data.examples import Loaded, Turns, Unsplit
 from sftkey.data.response import Example
-from sftkey.data.sources import has_splits, load_examples, with_defaults
+from sftkey.data.sources import MADE, has_splits, load_examples, with_defaults
 from sftkey.errors import DataError, Problem
 from sftkey.recipe import DataSection
 
@@ -69,7 +69,7 @@ def load_splits(
         dropped.extend(_check_unsplit(loaded, data, name))
         return loaded.examples
 
-    train = load("train", data.train)
+    train = _sampled(load("train", data.train), data, seed)
     named = {
         name: load(name, amount) for name, amount in amounts.items() if isinstance(amount, str)
     }
@@ -124,15 +124,23 @@ def _dropped(split: str, reason: str, rows: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def _sampled(train: list[Example], data: DataSection, seed: int) -> list[Example]:
+    """Keep `data.num_rows` rows of what isn't made, chosen by the seed; in source order."""
+    if data.num_rows is None or data.source in MADE:
+        return train
+    rows = _in_order(train, seed)
+    if data.num_rows > len(rows):
+        what = f"data.num_rows: expected at most the {len(rows)} of train; got {data.num_rows}"
+        raise DataError(data.source, what)
+    kept = set(rows[: data.num_rows])
+    return [example for example in train if example.index in kept]
+
+
 def _take(
     train: list[Example], amounts: dict[str, Amount], seed: int, source: str
 ) -> dict[str, list[Example]]:
-    """Take counted splits out of train, one after another, by rows: turns of one row stay together.
-
-    A row's place in the order depends on the seed and its number alone, so other rows that come or
-    go don't change which of two rows comes first.
-    """
-    rows = sorted({example.index for example in train}, key=lambda index: _place(seed, index))
+    """Take counted splits out of train, one after another, by rows: turns of one row stay together."""
+    rows = _in_order(train, seed)
     chosen = dict.fromkeys(rows, "train")
     start, rest = 0, f"{len(rows)} rows of train"
     for name, amount in amounts.items():
@@ -149,8 +157,17 @@ def _take(
     return taken
 
 
-def _place(seed: int, index: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{index}".encode()).digest()
+def _in_order(examples: list[Example], seed: int) -> list[int]:
+    """Give the numbers of the rows in the order in which they are chosen.
+
+    A row's place depends on the seed and its number alone, so other rows that come or go don't
+    change which of two rows comes first.
+    """
+
+    def place(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{index}".encode()).digest()
+
+    return sorted({example.index for example in examples}, key=place)
 
 
 def _normalized(text: str) -> str:
