@@ -269,7 +269,7 @@ def test_messages_and_text_of_one_question_are_the_same_prompt() -> None:
 
 
 def test_so_many_rows_are_kept_by_the_seed(tmp_path: Path) -> None:
-    """Another seed keeps others, other rows that come change nothing; a split of a file is whole."""
+    """Another seed keeps others, and more rows keep these; what a split's own file has stays."""
     file, other = jsonl(tmp_path / "a.jsonl", rows(40)), jsonl(tmp_path / "b.jsonl", rows(9, "b"))
     fields = {"validation": 4, "test": str(other)}
     kept, again, shifted = (load(file, seed, num_rows=12, **fields) for seed in (7, 7, 8))

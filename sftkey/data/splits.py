@@ -139,7 +139,7 @@ def _sampled(train: list[Example], data: DataSection, seed: int) -> list[Example
 def _take(
     train: list[Example], amounts: dict[str, Amount], seed: int, source: str
 ) -> dict[str, list[Example]]:
-    """Take counted splits out of train, one after another, by rows: turns of one row stay together."""
+    """Take counted splits out of train, one after another; turns of one row stay together."""
     rows = _in_order(train, seed)
     chosen = dict.fromkeys(rows, "train")
     start, rest = 0, f"{len(rows)} rows of train"
