@@ -98,14 +98,19 @@ def with_plan(
 
 
 def gate(recipe: Recipe) -> Report:
-    """Find what the planning wing finds, and the questions whose answers the grader can't read."""
+    """Find what the planning wing finds, and what keeps graders from reading and judging."""
+    from sftkey.evaluate import refuse_unready_judge
     from sftkey.planning.check import check
     from sftkey.planning.findings import Finding, of_error, of_rows
 
     report = check(recipe)
-    if report.prepared is None:
-        return report
     findings: list[Finding] = []
+    try:
+        refuse_unready_judge(recipe)
+    except SFTKeyError as error:
+        findings += of_error(error)
+    if report.prepared is None:
+        return dataclasses.replace(report, findings=(*report.findings, *findings))
     try:
         rows = unreadable_answers(recipe, report.prepared)
     except SFTKeyError as error:

@@ -73,6 +73,10 @@ class CheckError(SFTKeyError, ValueError):
     """The gate refuses to train a recipe as it stands."""
 
 
+class JudgeError(SFTKeyError, RuntimeError):
+    """The second grader's endpoint can't be asked, or answers with an error."""
+
+
 class RunError(SFTKeyError, RuntimeError):
     """A run folder can't be used as the command asks."""
 

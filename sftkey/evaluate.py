@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftkey.console import stdout_console
-from sftkey.errors import RunError
-from sftkey.recipe import load_recipe
+from sftkey.errors import JudgeError, RunError
+from sftkey.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from sftkey.evaluation.judge import Judge
     from sftkey.training.stages import Run
 
 
@@ -29,6 +30,7 @@ def evaluate(
 
     Raises:
         SFTKeyError: The folder is no run, or the file doesn't hold one answer a question.
+        JudgeError: The judge can't be asked; raised after all is graded by the rule and printed.
     """
     if not (folder / "recipe.yaml").is_file():
         raise RunError(
@@ -44,6 +46,7 @@ def evaluate(
             "expected --generations and --stage together; got one without the other",
             f"the stages are {', '.join(names)}",
         )
+    refuse_unready_judge(recipe)
     from sftkey.process import quiet_libraries, use_all_cores
 
     use_all_cores()
@@ -51,13 +54,16 @@ def evaluate(
     from sftkey.training.stages import start
 
     run = start(recipe, folder)
-    if generations is not None:
-        grade_stage(run, str(stage), generations)
-    else:
-        with run.progress:
-            for name in run.stages(train=False):
-                grade_stage(run, name)
+    failures = []
+    with run.progress:
+        for name in run.stages(train=False) if stage is None else [stage]:
+            try:
+                grade_stage(run, name, generations)
+            except JudgeError as error:
+                failures.append(error)
     print_table(run, alpha)
+    if failures:
+        raise failures[0]
 
 
 def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
@@ -67,6 +73,10 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         run: A started run.
         stage: A stage's name, or `base`.
         generations: The answers; default what the run itself wrote, if it did.
+
+    Raises:
+        JudgeError: The judge can't be asked. The file lies there nevertheless, with the rule's
+            grades and what was judged; graded again, only what is left is asked.
     """
     from sftkey.data.sources import MADE
     from sftkey.evaluation.generations import read_generations
@@ -77,6 +87,8 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         return
     questions, frame, settings = run.answers.questions, run.prepared.frame, run.recipe.eval
     names = ["base", *(each.name for each in run.recipe.stages)]
+    judge = stage_judge(run, stage)
+    about = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
     result = score(
         read_generations(file, [example.index for example in questions]),
         questions,
@@ -88,11 +100,36 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         bridge=frame.bridge,
         end=frame.end,
         tokenizer=run.tokenizer,
-        settings={"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature},
+        settings=about | ({"judge": judge.section.model} if judge else {}),
         made=run.recipe.data.source in MADE,
         thinking_loss=thinking_losses(run, stage),
+        judge=judge.flags if judge else None,
     )
     write_result(run.ledger.folder / "evaluation", result)
+    if judge and judge.failure:
+        raise judge.failure
+
+
+def stage_judge(run: Run, stage: str) -> Judge | None:
+    """Give what asks the recipe's judge about a stage; without one nothing is imported."""
+    section = run.recipe.eval.judge
+    if section is None:
+        return None
+    from sftkey.evaluation.judge import Judge
+
+    return Judge(section, lambda text: run.progress.note(f"{stage}: {text}"))
+
+
+def refuse_unready_judge(recipe: Recipe) -> None:
+    """Refuse a judge whose package or key is missing, before anything else is done.
+
+    Raises:
+        RecipeError: Says what to install or to set.
+    """
+    if recipe.eval.judge is not None:
+        from sftkey.evaluation.judge import open_client
+
+        open_client(recipe.eval.judge).close()
 
 
 def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:

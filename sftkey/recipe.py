@@ -20,6 +20,7 @@ from sftkey.recipe_errors import found_by_models
 from sftkey.recipe_fields import (
     GROUPS,
     SEGMENTS,
+    BaseUrl,
     Count,
     Grid,
     LossOn,
@@ -33,6 +34,7 @@ from sftkey.recipe_fields import (
     Tags,
     Template,
     Text,
+    VariableName,
 )
 from sftkey.yaml_source import Keys
 
@@ -41,6 +43,7 @@ __all__ = [
     "SEGMENTS",
     "DataSection",
     "EvalSection",
+    "JudgeSection",
     "LossOn",
     "ModelSection",
     "Recipe",
@@ -135,8 +138,25 @@ class StageSection(Section):
     trainer: dict[str, Any] = {}
 
 
+class JudgeSection(Section):
+    """A second grader: a model behind an OpenAI-compatible endpoint.
+
+    `api_key_env` names the environment variable that holds the key; null: the server needs none.
+    `timeout_seconds` is of one request.
+    """
+
+    base_url: BaseUrl
+    model: Text
+    api_key_env: VariableName | None = "OPENAI_API_KEY"
+    max_concurrent: Count = 4
+    timeout_seconds: Annotated[Number, Field(gt=0)] = 60.0
+
+
 class EvalSection(Section):
-    """How the model is judged before the stages and after each."""
+    """How the model is judged before the stages and after each.
+
+    Without a judge the key isn't written, so that a resolved recipe is as it was before judges.
+    """
 
     num_questions: Count = 200
     max_new_tokens: Count = 512
@@ -144,6 +164,7 @@ class EvalSection(Section):
     batch_size: Count = 16
     temperature: Annotated[Number, Field(ge=0)] = 0.0
     alpha: Annotated[Number, Field(ge=0, le=1)] = 0.7
+    judge: Annotated[JudgeSection | None, Field(exclude_if=lambda judge: judge is None)] = None
 
 
 class Recipe(Section):
@@ -219,4 +240,6 @@ _SECTIONS: dict[str | int, type[Section]] = {
 def _known_keys(keys: Keys) -> Iterable[str]:
     if keys[0] == "stages" and "own" in keys[:-1]:
         return OwnThinking.model_fields
+    if keys[:2] == ("eval", "judge") and len(keys) > 2:
+        return JudgeSection.model_fields
     return (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields

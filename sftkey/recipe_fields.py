@@ -127,6 +127,23 @@ def _model_name(value: str) -> str:
     return value
 
 
+def _base_url(value: str) -> str:
+    """Take an address; one with a user, a password or a query isn't written into an error."""
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value):
+        expected = "http://… or https://…, without a user, a password or a query"
+        got = "one with them" if re.search("[@?]", value) else shown(value)
+        raise ValueError(f"expected {expected}; got {got}")
+    return value
+
+
+def _variable_name(value: str) -> str:
+    """Take the name of an environment variable; a key that stands here is not shown."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        expected = "the name of an environment variable in capitals, OPENAI_API_KEY say"
+        raise ValueError(f"expected {expected}: the key itself never stands in a recipe")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(as_number)]
 Count = Annotated[int, Field(ge=1)]
@@ -138,6 +155,8 @@ ModelName = Annotated[Text, AfterValidator(_model_name)]
 Sha256 = Annotated[str, AfterValidator(_sha256)]
 Template = Annotated[str, AfterValidator(_template)]
 SplitRule = Annotated[Text, AfterValidator(_split_rule)]
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+VariableName = Annotated[str, AfterValidator(_variable_name)]
 Rows = Annotated[int | float | str | None, PlainValidator(_rows)]
 Grid = Annotated[dict[str, list[Any]], PlainValidator(_grid)]
 LossOn = Annotated[

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftkey.errors import JudgeError
 from sftkey.recipe import load_recipe
 
 
@@ -15,6 +16,9 @@ def train(
     """Check the recipe's form, set the process up, pass the gate, and run the stages.
 
     The form comes first: a wrong recipe must be told before torch is imported, which takes seconds.
+
+    A judge that can't be asked stops no training: the rule grades, a line in the log says so, and
+    `sftkey evaluate`, or the same command again, asks for the judge's flags that are missing.
 
     Raises:
         SFTKeyError: What the user can mend; the command line prints it.
@@ -35,7 +39,10 @@ def train(
     run.grade = grade
     with run.progress:
         for stage in run.stages():
-            grade_stage(run, stage)
+            try:
+                grade_stage(run, stage)
+            except JudgeError as error:
+                run.progress.note(f"{stage}: graded by the rule; {error}")
             note_thinking(run, stage)
             if not yes:
                 refuse_empty_thinking(run, stage)

@@ -75,7 +75,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 RECIPES_LIBRARIES = {"pydantic", "pydantic_core", "yaml", *sys.stdlib_module_names}
-HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"}
+HEAVY = {
+    *("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"),
+    "openai",
+}
 LIGHT = [
     "sftkey.cli",
     "sftkey.ls",
@@ -86,6 +89,7 @@ LIGHT = [
     "sftkey.recipe",
     "sftkey.data.response",
     "sftkey.evaluation.grading",
+    "sftkey.evaluation.judge",
     "sftkey.evaluation.statistics",
     "sftkey.evaluation.results",
     "sftkey.evaluation.comparison",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sftkey.evaluation.agreement import judge_sentence
 from sftkey.evaluation.results import StageResult, read_results
 from sftkey.evaluation.statistics import mcnemar, paired_difference
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, thinking_table
@@ -156,7 +157,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """Say of each difference whether its interval is clear of 0, then what stands in the way."""
+    """Say whether each difference is clear of 0, what a judge finds, and what is in the way."""
     within = [row.difference for row in comparison.rows if row.difference]
     said = [_sentence(difference, "this run doesn't") for difference in within]
     said += [_sentence(difference, "these runs don't") for difference in comparison.between_runs]
@@ -165,10 +166,19 @@ def sentences(comparison: Comparison) -> list[str]:
             "An interval counts the chance in the questions; another seed, or other data, may give "
             "another difference."
         )
+    said += _judged(comparison.rows)
     if len(comparison.rows) == 1:
         (row,) = comparison.rows
         said.append(f"{row.name} is the only one evaluated: there is nothing to compare it with.")
     return [*said, *comparison.warnings]
+
+
+def _judged(rows: Iterable[Row]) -> Iterator[str]:
+    for row in rows:
+        result, model = row.result, str(row.result.settings.get("judge"))
+        if result.num_unclear is not None:
+            num, unclear = result.num_questions, result.num_unclear
+            yield judge_sentence(row.name, model, result.judge, num, unclear)
 
 
 def _sentence(difference: Difference, unshown: str) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey.data.response import Example, Parsed, Response
 from sftkey.errors import DataError, Problem, RunError
+from sftkey.evaluation.agreement import JudgeFigures, judge_figures
 from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.statistics import wilson
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
@@ -22,12 +23,19 @@ from sftkey.generation import Generation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+# Gives flags by index, of questions and their answers; None stands for an answer that wasn't found.
+Flags = Callable[[Sequence[Example], Sequence[str | None]], Mapping[int, bool | None]]
+# What no judge said isn't written, so that results without a judge are as they were.
+OfJudge = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+
 
 class Question(BaseModel):
     """How one question was answered; it holds nothing of the question itself.
 
     `thinking_right` is None where no rule can say, and both of the thinking are in results that
-    were written before there were such.
+    were written before there were such. `judged` is what the second grader says; None where it
+    wasn't asked or said neither yes nor no.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,6 +47,7 @@ class Question(BaseModel):
     stopped: bool | None
     thinking_right: bool | None = None
     thinking_hash: str | None = None  # equal where two stages wrote the same thinking
+    judged: OfJudge[bool] = None
 
 
 class StageResult(BaseModel):
@@ -49,7 +58,8 @@ class StageResult(BaseModel):
     `mean_thinking_length` is over the generations with thinking, None if there was none.
     `num_thinking_right` is of the `num_thinking_judged` that a rule can judge. `thinking_loss` is
     the thinking's validation loss before and after the stage in nats a token, None of the base
-    model and where nobody measured it.
+    model and where nobody measured it. `judge` compares the second grader with the rule on the
+    questions that it judged; to `num_unclear` others it said neither yes nor no.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -70,6 +80,8 @@ class StageResult(BaseModel):
     num_thinking_judged: int | None = None
     num_thinking_right: int | None = None
     thinking_loss: tuple[float, float] | None = None
+    judge: OfJudge[JudgeFigures] = None
+    num_unclear: OfJudge[int] = None
     settings: dict[str, Any]
     questions_sha256: str  # of prompts and reference answers: equal where questions are the same
     questions: tuple[Question, ...]
@@ -94,6 +106,7 @@ def score(
     settings: Mapping[str, Any] | None = None,
     made: bool = False,
     thinking_loss: tuple[float, float] | None = None,
+    judge: Flags | None = None,
 ) -> StageResult:
     """Grade the generations of one stage.
 
@@ -111,6 +124,7 @@ def score(
         settings: Of the generation; kept with the result, so that a comparison can tell.
         made: Whether the questions come from a generator of tasks.
         thinking_loss: The thinking's validation loss before and after the stage.
+        judge: The second grader, if there is one.
 
     Raises:
         DataError: There is no question.
@@ -123,7 +137,9 @@ def score(
     parsed = [response.parse(text) for text in texts]
     judged = judge_thinkings([found.thinking for found in parsed], in_order, grader, made)
     hashes = [thinking_hash(text, response) for text in texts]
-    rows = zip(in_order, parsed, answered, judged, hashes, strict=True)
+    flags = judge(in_order, [found.answer for found in parsed]) if judge else None
+    second = [(flags or {}).get(example.index) for example in in_order]
+    rows = zip(in_order, parsed, answered, judged, hashes, second, strict=True)
     questions = tuple(_question(grader, *row) for row in rows)
     return StageResult(
         stage=stage,
@@ -135,6 +151,8 @@ def score(
         num_thinking_judged=len(judged) - judged.count(None),
         num_thinking_right=judged.count(True),
         thinking_loss=thinking_loss,
+        judge=judge_figures(questions),
+        num_unclear=None if flags is None else list(flags.values()).count(None),
         settings={"grader": grader, "response": asdict(response), **(settings or {})},
         questions_sha256=_fingerprint(examples),
         questions=questions,
@@ -166,6 +184,7 @@ def _question(
     generation: Generation,
     right: bool | None,
     thinking: str | None,
+    second: bool | None,
 ) -> Question:
     return Question(
         index=example.index,
@@ -175,6 +194,7 @@ def _question(
         stopped=generation.stopped,
         thinking_right=right,
         thinking_hash=thinking,
+        judged=second,
     )
 
 

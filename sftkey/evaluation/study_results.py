@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sftkey.errors import Problem, RunError
+from sftkey.evaluation.agreement import JudgeFigures
 from sftkey.evaluation.grading import shortened
 from sftkey.files import write_text
 
@@ -94,16 +95,6 @@ class Bucket(Figures):
     acc_interval: Interval
     gain: float | None = None
     gain_interval: Interval | None = None
-
-
-class JudgeFigures(Figures):
-    """How often the second grader says the same as the rule."""
-
-    num_judged: int
-    num_questions: int
-    num_agreeing: int
-    kappa: float | None
-    acc: float
 
 
 class ArmFigures(Figures):

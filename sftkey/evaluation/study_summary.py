@@ -166,7 +166,7 @@ def _arm(
         loss_share=loss_share,
         gradient_share=gradient_share,
         chosen=cells[0].chosen,
-        judge=judge_figures(cells),
+        judge=judge_figures(question for cell in cells for question in cell.questions),
         seeds=tuple(_seed(cell, cell) for cell in cells),
     )
 
@@ -202,6 +202,7 @@ def _base(cells: Cells) -> ArmFigures | None:
         acc_interval=acc.interval,
         fmt=fmt.value,
         fmt_interval=fmt.interval,
+        judge=judge_figures(question for each in answered for question in each.questions),
         seeds=tuple(_seed(each) for each in answered),
     )
 
