@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import made_rows
 from safetensors.torch import load_file, save_file
 from test_stages import Killed, adapter_of, done, kill_at_step
+from torch.nn.functional import cross_entropy
 
+from sftkey.data.response import Segment
 from sftkey.errors import ModelError
+from sftkey.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe import load_recipe
-from sftkey.training.stages import start
+from sftkey.training.loading import load_stage
+from sftkey.training.stages import Run, start
+from sftkey.training.trainer import segment_means, segment_sums
 
 MakeRecipe = Callable[..., Path]
 
@@ -62,6 +68,32 @@ def test_the_stage_says_what_it_stands_on(tiny_recipe: MakeRecipe, tmp_path: Pat
         "adapter": "stages/2-key/adapter",
         "context": "stages/1-completion/adapter",
     }
+
+
+def generated_losses(run: Run) -> dict[str, float]:
+    """Give the validation rows' losses of the key as it is generated: on a cache, switching."""
+    model: Any = load_stage(run.recipe, run.ledger, run.device, run.prepared.frame, 2).eval()
+    sums = torch.zeros(2, len(Segment))
+    for row in run.validation:
+        ids, segments = torch.tensor([row["input_ids"]]), torch.tensor([row["segment_ids"]])
+        key = int((segments <= Segment.THINKING).sum())
+        with torch.no_grad(), acting(model, context := context_adapters(model)):
+            cache = model(input_ids=ids[:, : key - 1], use_cache=True).cache
+            with acting(model, [*context, KEY]):
+                logits = model(input_ids=ids[:, key - 1 : -1], cache=cache).logits
+        losses = cross_entropy(logits.mT, ids[:, key:], reduction="none")
+        sums += segment_sums(losses, segments[:, key:])
+    return segment_means(sums)
+
+
+def test_a_stage_trains_the_key_as_it_is_generated(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Its validation losses are those of a model that switches at the thinking's last token."""
+    recipe = tiny_recipe(stages=stages(trainer={"learning_rate": 1e-2}))
+    run = done(recipe, tmp_path / "runs")
+    reported = run.ledger.stages[1].validation["end"]
+    found = generated_losses(run)
+    assert list(found) == ["answer_tag", "answer", "end"]
+    assert found == pytest.approx({name: reported[name] for name in found}, abs=1e-5)
 
 
 def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -122,6 +154,22 @@ def test_a_grid_keeps_the_best_of_what_each_would_be_alone(
             for name, each in adapter_of(run, 1).items():
                 assert torch.allclose(each, expected[name], atol=1e-5), name
             assert run.ledger.stages[1].validation["end"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_grid_is_judged_by_its_validation_rows(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Where training rows mislead, the adapter that learns least from them is kept."""
+    for name, answer in (("train", "7"), ("other", "#")):
+        rows = [{**row, "prompt": f"{name} {row['prompt']}"} for row in made_rows(24)]
+        lines = [json.dumps({**row, "answer": answer}) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = {"source": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "other.jsonl")}
+    grid = {"learning_rate": [5e-2, 1e-5]}
+    key = {"loss_on": "answer", "grid": grid, "trainer": {"max_steps": 12}}
+    sections = {"data": {**data, "test": 4}, "stages": stages(**key)}
+    choice = done(tiny_recipe(**sections), tmp_path / "runs").ledger.stages[1].grid
+    assert choice is not None
+    assert choice["kept"] == {"learning_rate": 1e-5}
+    assert choice["tried"][0]["loss"] > choice["tried"][1]["loss"] + 1e-2
 
 
 def test_a_frozen_stage_stands_on_a_whole_model(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
