@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,18 +96,20 @@ class Judge:
         client = open_client(self.section)
 
         def ask(prompt: str) -> None:
-            right = parse_verdict(reply(client, self.section, prompt))
-            verdicts[prompt] = right
-            if right is not None:
-                kept.keep(prompt, right)
+            if self.failure:
+                return
+            try:
+                right = parse_verdict(reply(client, self.section, prompt))
+                verdicts[prompt] = right
+                if right is not None:
+                    kept.keep(prompt, right)
+            except JudgeError as error:
+                self.failure = self.failure or error
 
         pool = ThreadPoolExecutor(self.section.max_concurrent)
         try:
-            for future in as_completed([pool.submit(ask, prompt) for prompt in asked]):
-                future.result()
-        except JudgeError as error:
-            self.failure = error
-        finally:  # at a failure: what is on its way comes in, no more is asked
+            list(pool.map(ask, asked))
+        finally:  # at Ctrl-C: what is on its way comes in, no more is asked
             pool.shutdown(cancel_futures=True)
             client.close()
         return verdicts
@@ -176,6 +178,6 @@ def reply(client: OpenAI, section: JudgeSection, prompt: str) -> str | None:
         got = first_line(error)
         if section.api_key_env:
             got = got.replace(client.api_key, "…")
-    except (AttributeError, IndexError, TypeError):  # the library takes any 200 for one
+    except (AttributeError, IndexError, TypeError, ValueError):  # it takes any 200 for one
         got = "a reply that is no chat completion"
     raise JudgeError(section.base_url, f"the judge {section.model} can't be asked: {got}", HINT)
