@@ -135,7 +135,8 @@ def _giver(ledger: Ledger, number: int) -> Ledger | None:
 def _others(folder: Path) -> Iterator[Ledger]:
     for file in sorted(folder.parent.glob("*/ledger.json")):
         if file.parent != folder:
-            yield Ledger(file.parent, _recipe(file.parent / "recipe.yaml"), main=False)
+            recipe = _recipe((file.parent / "recipe.yaml").resolve())
+            yield Ledger(file.parent, recipe, main=False)
 
 
 @lru_cache(maxsize=256)
