@@ -144,6 +144,7 @@ def test_as_many_are_asked_at_once_as_the_recipe_says(server: JudgeServer) -> No
 
     def together(prompt: str) -> str:
         three.wait()
+        time.sleep(0.3)  # for a fourth to come, if there were one
         return "yes"
 
     server.say = together
