@@ -96,6 +96,31 @@ def made_rows(count: int) -> list[dict[str, str]]:
     return rows
 
 
+def train_tiny(folder: Path, model: Path, test: int = 8, **settings: Any) -> None:
+    """Train one step of the key on a tiny model: the run `folder/runs/tiny` of `tiny.yaml`.
+
+    Four questions are asked; `settings` are others of the evaluation.
+    """
+    from sftkey.train import train
+
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))
+    recipe = {
+        "name": "tiny",
+        "model": {"name_or_path": str(model), "quantization": "none"},
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "data": {"source": str(rows), "validation": 4, "test": test, "max_length": 512},
+        "trainer": {"per_device_train_batch_size": 2, "max_steps": 1},
+        "stages": [{"name": "key", "loss_on": "key"}],
+        "eval": {"num_questions": 4, "max_new_tokens": 8, **settings},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "2")  # a number of the user's: this process keeps its own
+        train(Path("tiny.yaml"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
     """Keep the tests' rows out of the user's cache; models that were fetched are taken from it."""

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import made_rows
+from conftest import made_rows, train_tiny
 
 import sftkey.evaluation.asking
 from sftkey.cli import main
@@ -39,22 +38,7 @@ SENTENCE = (
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """Train one step of the first of two stages on the tiny model, as `train` does it."""
     folder = tmp_path_factory.mktemp("diagnosed")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))
-    recipe = {
-        "name": "tiny",
-        "model": {"name_or_path": str(tiny_folder), "quantization": "none"},
-        "lora": {"r": 4, "target_modules": "all-linear"},
-        "data": {"source": str(rows), "validation": 4, "test": 4, "max_length": 512},
-        "trainer": {"per_device_train_batch_size": 2, "max_steps": 1},
-        "stages": [{"name": "key", "loss_on": "key"}],
-        "eval": {"num_questions": 4, "max_new_tokens": 8},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("OMP_NUM_THREADS", "2")
-        train(Path("tiny.yaml"))
+    train_tiny(folder, tiny_folder, test=4)
     return folder
 
 
