@@ -189,11 +189,15 @@ def study(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print cells, steps, tokens and time; train nothing.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write its report anew from its cells; train nothing."),
+    ] = None,
 ) -> None:
     """Run arms and seeds over recipes, or go on with them."""
     from sftkey.study import study
 
-    study(file, plan_only=plan)
+    study(file, plan_only=plan, report_folder=report)
 
 
 @app.command()

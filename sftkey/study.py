@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     from sftkey.evaluation.study_run import StudyRun
 
 
-def study(file: Path, plan_only: bool = False) -> None:
+def study(file: Path, plan_only: bool = False, report_folder: Path | None = None) -> None:
     """Run what isn't finished of a study, or print what that would be.
 
     Args:
         file: The study's YAML file; its recipes lie relative to it.
         plan_only: Print cells, steps, tokens and time, and train nothing.
+        report_folder: Write the report anew from the cells in this folder, and train nothing.
 
     Raises:
         SFTKeyError: What the user can mend; the command line prints it.
     """
     checked = load_study(file)
+    if report_folder is not None:
+        write_report(checked, report_folder)
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         what = f"expected one process; got {os.environ['WORLD_SIZE']}"
         raise RunError(str(file), what, "start it as `sftkey study`, without a launcher")

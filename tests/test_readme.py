@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 
 from sftkey.errors import ModelError
+from sftkey.evaluation.finished_cells import read_cells
+from sftkey.evaluation.study import load_study
+from sftkey.evaluation.study_report import table
+from sftkey.evaluation.study_results import read_results_file
+from sftkey.evaluation.study_summary import summarize
 from sftkey.show import show
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDER = '"out"'
+RESULTS = sorted(file.parent for file in ROOT.glob("recipes/*/results/*/results.json"))
 
 
 def test_the_readmes_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
@@ -42,3 +48,12 @@ def test_the_readmes_row_is_the_demos(capsys: pytest.CaptureFixture[str]) -> Non
     except ModelError as error:
         pytest.skip(f"the demo's model can't be fetched: {error}")
     assert example in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_the_readmes_results_are_those_of_the_files(folder: Path) -> None:
+    """Its tables are what `sftkey study STUDY.yaml --report FOLDER` makes of the cells."""
+    results = read_results_file(folder / "results.json")
+    study = load_study(folder.parent.parent / f"study-{folder.name}.yaml")
+    assert results == summarize(read_cells(folder), study.control, study.arms)
+    assert table(results, folder.name) in README

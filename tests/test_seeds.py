@@ -109,6 +109,16 @@ def test_the_detectable_difference_is_found(same: bool, spread: float) -> None:
     assert shown(*control_like, same) <= 0.05
 
 
+def test_the_detectable_difference_of_one_seed_is_found() -> None:
+    """One seed says nothing of others; its questions alone show what they can."""
+    control_like = studies(500, 1, 200, same=True, spread=0.0)
+    differing = float((control_like[0] != control_like[1]).mean())
+    gain = detectable_difference(200, 1, Supposed(differing, 0.3, 0.0))
+    assert 0.05 < gain < 0.2
+    assert shown(*studies(500, 1, 200, same=True, spread=0.0, gain=gain), True) >= 0.8
+    assert shown(*control_like, True) <= 0.05
+
+
 def test_the_detectable_difference_shrinks_with_questions_and_seeds() -> None:
     """More of either find less; more arms, or seeds that differ more, need more."""
     plain = detectable_difference(500, 3)
@@ -116,7 +126,7 @@ def test_the_detectable_difference_shrinks_with_questions_and_seeds() -> None:
     assert detectable_difference(500, 5) < plain
     assert detectable_difference(500, 3, num_arms=6) > plain
     assert detectable_difference(500, 3, Supposed(between_seeds=0.03)) > plain
-    assert detectable_difference(500, 1, same_questions=False) < 1
+    assert detectable_difference(2000, 1) < detectable_difference(500, 1) < 0.1
 
 
 def test_the_permutation_test_is_exact_where_seeds_make_no_difference() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,6 +221,18 @@ def test_the_same_command_again_trains_and_reads_nothing(
     assert finished.written() == before
     assert (finished.folder / "report.md").read_text() == report
     assert (finished.folder / "results.json").read_text() == results
+
+
+def test_a_report_comes_from_cells_alone(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--report` on a folder that holds nothing but cells writes what the study wrote."""
+    shutil.copytree(finished.folder / "cells", tmp_path / "cells")
+    study(finished.file, report_folder=tmp_path)
+    report = (finished.folder / "report.md").read_text()
+    assert capsys.readouterr().out == report
+    for name in ("report.md", "results.json"):
+        assert (tmp_path / name).read_text() == (finished.folder / name).read_text()
 
 
 def test_a_finished_cell_of_another_recipe_is_refused(

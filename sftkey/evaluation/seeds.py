@@ -174,14 +174,14 @@ def _drawn(
     variance = (num_seeds * question + rest + seed) / num_flags
 
     def mean_square(expected: float, degrees: int) -> Floats:
-        degrees = max(degrees, 1)
         return expected * dice.chisquare(degrees, num_draws) / degrees
 
     by_seed = mean_square(rest + seed, num_seeds - 1) if num_seeds > 1 else np.zeros(num_draws)
-    noise = mean_square(rest, (num_seeds - 1) * (num_questions - 1))
-    by_question = mean_square(rest + num_seeds * question, num_questions - 1)
     if num_seeds == 1 or not same_questions:
-        by_question, noise = noise, noise
+        by_question = noise = mean_square(rest + question, num_seeds * (num_questions - 1))
+    else:
+        noise = mean_square(rest, (num_seeds - 1) * (num_questions - 1))
+        by_question = mean_square(rest + num_seeds * question, num_questions - 1)
     squared = _squared_half(by_seed, by_question, noise, num_seeds, num_flags)
     return dice.normal(0.0, sqrt(variance), num_draws), np.sqrt(squared)
 
