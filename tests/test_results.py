@@ -175,6 +175,8 @@ def test_thinkings_are_judged_and_hashed(tmp_path: Path) -> None:
     result = score(right, examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
     assert [q.thinking_right for q in result.questions] == [True, False, False, False]
     assert (result.num_thinking_judged, result.num_thinking_right) == (4, 1)
+    assert [q.follows for q in result.questions] == [False, None, True, None]
+    assert (result.num_judged_following, result.num_following) == (2, 1)
     assert result.thinking_loss == (0.5, 0.25)
     assert len({q.thinking_hash for q in result.questions}) == 4
     assert "That" not in write_result(tmp_path, result).read_text()

@@ -202,6 +202,10 @@ def test_a_cell_holds_figures_and_flags_and_no_row_or_path(finished: Finished) -
     assert [len(lengths) for lengths in cell["reference_tokens"].values()] == [3, 3]
     assert cell["validation"]["key"]["start"] == cell["validation"]["completion"]["end"]
     assert cell["segment_tokens"].keys() == cell["validation"]["key"]["end"].keys()
+    assert cell["gradient_norm"].keys() == {"completion", "key"}  # that of stage 1 was taken over
+    for norms in cell["gradient_norm"].values():
+        assert norms.keys() == {"thinking", "answer_tag", "answer", "end"}
+        assert min(norms.values()) > 0
     assert cell["command"] == "sftkey study study-small.yaml"
     text = json.dumps(cell)
     assert str(finished.folder.parent.parent) not in text

@@ -7,47 +7,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sftkey.data.response import Example, Parsed, Response
+from sftkey.data.response import Example, Response
 from sftkey.errors import DataError, Problem, RunError
 from sftkey.evaluation.agreement import JudgeFigures, judge_figures
-from sftkey.evaluation.grading import grade, shortened
+from sftkey.evaluation.grading import shortened
+from sftkey.evaluation.questions import Answers, Judged, Question, graded
 from sftkey.evaluation.statistics import wilson
-from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
 from sftkey.files import write_text
 from sftkey.generation import Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
 # Gives flags by index, of questions and their answers; None stands for an answer that wasn't found.
 Flags = Callable[[Sequence[Example], Sequence[str | None]], Mapping[int, bool | None]]
-# What no judge said isn't written, so that results without a judge are as they were.
-OfJudge = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
-
-
-class Question(BaseModel):
-    """How one question was answered; it holds nothing of the question itself.
-
-    `thinking_right` is None where no rule can say, and both of the thinking are in results that
-    were written before there were such. `judged` is what the second grader says; None where it
-    wasn't asked or said neither yes nor no.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    index: int
-    correct: bool
-    strict: bool  # thinking, answer and nothing else
-    parsed: bool  # there was an answer
-    stopped: bool | None
-    thinking_right: bool | None = None
-    thinking_hash: str | None = None  # equal where two stages wrote the same thinking
-    judged: OfJudge[bool] = None
 
 
 class StageResult(BaseModel):
@@ -56,10 +33,12 @@ class StageResult(BaseModel):
     `acc` and `fmt` are shares of all questions: an answer that wasn't found is wrong. Intervals
     are Wilson's at 95%. `num_never_stopped` is None where another engine didn't say;
     `mean_thinking_length` is over the generations with thinking, None if there was none.
-    `num_thinking_right` is of the `num_thinking_judged` that a rule can judge. `thinking_loss` is
-    the thinking's validation loss before and after the stage in nats a token, None of the base
-    model and where nobody measured it. `judge` compares the second grader with the rule on the
-    questions that it judged; to `num_unclear` others it said neither yes nor no.
+    `num_thinking_right` is of the `num_thinking_judged` that a rule can judge, `num_following` of
+    the `num_judged_following` answers of which a rule tells whether they are what their thinking
+    arrives at; these two are None where there is no rule. `thinking_loss` is the thinking's
+    validation loss before and after the stage in nats a token, None of the base model and where
+    nobody measured it. `judge` compares the second grader with the rule on the questions that it
+    judged; to `num_unclear` others it said neither yes nor no.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -79,9 +58,11 @@ class StageResult(BaseModel):
     thinking_unit: Literal["tokens", "characters"]
     num_thinking_judged: int | None = None
     num_thinking_right: int | None = None
+    num_judged_following: Judged[int] = None
+    num_following: Judged[int] = None
     thinking_loss: tuple[float, float] | None = None
-    judge: OfJudge[JudgeFigures] = None
-    num_unclear: OfJudge[int] = None
+    judge: Judged[JudgeFigures] = None
+    num_unclear: Judged[int] = None
     settings: dict[str, Any]
     questions_sha256: str  # of prompts and reference answers: equal where questions are the same
     questions: tuple[Question, ...]
@@ -135,12 +116,10 @@ def score(
     answered = [generations[example.index] for example in in_order]
     texts = [each.text.removeprefix(bridge).removesuffix(end) for each in answered]
     parsed = [response.parse(text) for text in texts]
-    judged = judge_thinkings([found.thinking for found in parsed], in_order, grader, made)
-    hashes = [thinking_hash(text, response) for text in texts]
     flags = judge(in_order, [found.answer for found in parsed]) if judge else None
     second = [(flags or {}).get(example.index) for example in in_order]
-    rows = zip(in_order, parsed, answered, judged, hashes, second, strict=True)
-    questions = tuple(_question(grader, *row) for row in rows)
+    rows = Answers(in_order, answered, texts, parsed, second)
+    questions = graded(rows, response, grader, made)
     return StageResult(
         stage=stage,
         position=position,
@@ -148,8 +127,7 @@ def score(
         **_shares(questions, alpha),
         mean_thinking_length=_mean_length([found.thinking for found in parsed], tokenizer),
         thinking_unit="characters" if tokenizer is None else "tokens",
-        num_thinking_judged=len(judged) - judged.count(None),
-        num_thinking_right=judged.count(True),
+        **_of_thinkings(questions),
         thinking_loss=thinking_loss,
         judge=judge_figures(questions),
         num_unclear=None if flags is None else list(flags.values()).count(None),
@@ -177,25 +155,14 @@ def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
     }
 
 
-def _question(
-    grader: str,
-    example: Example,
-    found: Parsed,
-    generation: Generation,
-    right: bool | None,
-    thinking: str | None,
-    second: bool | None,
-) -> Question:
-    return Question(
-        index=example.index,
-        correct=grade(found.answer, example.answer, grader),
-        strict=found.strict,
-        parsed=found.answer is not None,
-        stopped=generation.stopped,
-        thinking_right=right,
-        thinking_hash=thinking,
-        judged=second,
-    )
+def _of_thinkings(questions: Sequence[Question]) -> dict[str, Any]:
+    """Give what the flags of the thinkings add up to, as far as a rule could tell them."""
+    right = [each.thinking_right for each in questions if each.thinking_right is not None]
+    follows = [each.follows for each in questions if each.follows is not None]
+    counts = {"num_thinking_judged": len(right), "num_thinking_right": sum(right)}
+    if follows:
+        counts |= {"num_judged_following": len(follows), "num_following": sum(follows)}
+    return counts
 
 
 def _mean_length(

@@ -174,6 +174,7 @@ def _drawn(
     variance = (num_seeds * question + rest + seed) / num_flags
 
     def mean_square(expected: float, degrees: int) -> Floats:
+        degrees = max(degrees, 1)  # of one question alone
         return expected * dice.chisquare(degrees, num_draws) / degrees
 
     by_seed = mean_square(rest + seed, num_seeds - 1) if num_seeds > 1 else np.zeros(num_draws)

@@ -55,6 +55,9 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
         "reference_tokens": lengths,
         "segment_tokens": segment_tokens(run),
         "validation": {record.name: record.validation for record in records},
+        "gradient_norm": {
+            record.name: record.gradient_norm for record in records if record.gradient_norm
+        },
         "steps": {record.name: record.num_steps for record in records},
         "trained_tokens": {
             name: sum(line["trained_tokens"] for line in log) for name, log in logs.items()

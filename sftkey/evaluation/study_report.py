@@ -73,9 +73,10 @@ def table(results: StudyResults, task: str) -> str:
 
 def _row(arm: ArmFigures) -> list[str]:
     difference = arm.difference_to_control
+    times = f" x {arm.num_seeds}" if arm.stages or arm.num_seeds > 1 else ""
     return [
         arm.name,
-        f"{arm.num_questions} x {arm.num_seeds}" if arm.stages else str(arm.num_questions),
+        f"{arm.num_questions}{times}",
         f"{arm.acc:.3f} [{arm.acc_interval[0]:.3f}, {arm.acc_interval[1]:.3f}]",
         f"{arm.fmt:.3f}",
         f"{_points(difference.difference)} {_ends(difference.interval)}" if difference else "",
@@ -113,9 +114,10 @@ def said(results: StudyResults, task: str) -> list[str]:
 
 def _stated(stated: Detectable) -> str:
     seeds = f"{stated.num_seeds} seed{'s' * (stated.num_seeds != 1)}"
+    comparisons = f"{stated.num_arms} comparison{'s' * (stated.num_arms != 1)}"
     return (
-        f"Before any result: {stated.num_questions} questions, {seeds} and {stated.num_arms} "
-        f"comparisons show a difference of {100 * stated.difference:.1f} points in four of five "
+        f"Before any result: {stated.num_questions} questions, {seeds} and "
+        f"{comparisons} show a difference of {100 * stated.difference:.1f} points in four of five "
         f"studies (supposing that two runs differ on {stated.differing:.0%} of the questions, "
         f"{stated.by_question:.0%} of it alike in all seeds, and that seeds differ by "
         f"{100 * stated.between_seeds:.1f} points); smaller ones are likely missed."

@@ -153,7 +153,7 @@ class StudyResults(Figures):
 def write_results(folder: Path, results: StudyResults) -> Path:
     """Write `results.json`; under that name it is always whole."""
     file = folder / RESULTS
-    data = results.model_dump(mode="json", exclude_none=True)
+    data = results.model_dump(mode="json")
     write_text(file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     return file
 

@@ -166,7 +166,7 @@ class StudyRun:
         open_run(cell.recipe, folder)
         take_over(Ledger(folder, cell.recipe))
         run = start(cell.recipe, folder, read=self.rows)
-        run.grade = grade
+        run.grade, run.measures_gradients = grade, True
         run.answers.asked = {BASE, cell.last}
         base, own = self._base(run, cell), run.ledger.generations(BASE)
         if base.exists() and not own.exists():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import PurePath
+from pathlib import PureWindowsPath
 from statistics import fmean
 
 from sftkey.evaluation.agreement import judge_figures
@@ -172,15 +172,28 @@ def _arm(
 
 
 def _stage_earlier(cells: Cells, by_arm: Mapping[str, Cells]) -> Cells:
-    """Find the arm that ends where this one's last stage begins."""
+    """Find the arm that ends where this one's last stage begins.
+
+    Stages of two arms can have one name and other settings; one that both share has one loss.
+    """
     wanted = cells[0].stages[:-1]
-    return next((group for group in by_arm.values() if group[0].stages == wanted), ())
+    found = (group for group in by_arm.values() if group[0].stages == wanted)
+    return next((group for group in found if _same_stages(cells, group, wanted)), ())
+
+
+def _same_stages(cells: Cells, earlier: Cells, stages: Sequence[str]) -> bool:
+    return all(
+        cell.validation.get(stage) == other.validation.get(stage)
+        for cell, other in paired(cells, earlier)
+        for stage in stages
+    )
 
 
 def _base(cells: Cells) -> ArmFigures | None:
     """Give the row of the model before all stages: no seed trained it.
 
-    Greedy answers to the same questions are the same for all seeds, and count once.
+    Greedy answers to the same questions are the same for all seeds, and count once; other
+    questions of other seeds are so many more of one model.
     """
     seeds = {cell.seed: cell for cell in reversed(cells) if cell.base}
     asked = {}
@@ -190,14 +203,17 @@ def _base(cells: Cells) -> ArmFigures | None:
     if not asked:
         return None
     answered = list(asked.values())
-    acc, fmt = (mean_estimate(table_of(answered, name), False) for name in ("correct", "strict"))
+    same = len({sha for sha, _ in asked}) == 1
+    tables = [table_of(answered, name) for name in ("correct", "strict")]
+    acc, fmt = (mean_estimate(flags if same else flags.reshape(1, -1), same) for flags in tables)
+    num_seeds, num_questions = tables[0].shape
     return ArmFigures(
         name=BASE,
         task=cells[0].task,
         stages=(),
-        num_seeds=acc.num_seeds,
-        num_questions=acc.num_questions,
-        same_questions=False,
+        num_seeds=num_seeds,
+        num_questions=num_questions,
+        same_questions=same,
         acc=acc.value,
         acc_interval=acc.interval,
         fmt=fmt.value,
@@ -238,4 +254,5 @@ def _joined(values: Iterable[str]) -> str:
 
 def _without_paths(command: str) -> str:
     """Shorten absolute paths to their last name: where a machine keeps things is its own affair."""
-    return re.sub(r"(?<![\w.])(?:[A-Za-z]:\\|/|~)[^\s'\"]*", lambda m: PurePath(m[0]).name, command)
+    paths = r"(?<![\w.])(?:[A-Za-z]:\\|/|~)[^\s'\"]*"
+    return re.sub(paths, lambda m: PureWindowsPath(m[0]).name, command)  # it knows both separators

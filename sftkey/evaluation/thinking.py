@@ -59,17 +59,24 @@ def judge_thinkings(
     [True, False]
     """
     told = [example for example in examples if example.thinking.strip()]
-    arriving = sum(_arrives(example.thinking, example.answer) for example in told)
+    arriving = sum(arrives(example.thinking, example.answer) for example in told)
     by_answer = grader == "number" and arriving >= ARRIVING * len(told)
     judged: list[bool | None] = []
     for text, example in zip(written, examples, strict=True):
         if not example.thinking.strip() or not (made or grader == "number"):
             judged.append(None)
         elif by_answer:
-            judged.append(text is not None and _arrives(text, example.answer))
+            judged.append(text is not None and arrives(text, example.answer))
         else:
             judged.append(_has_steps(text, example.thinking, words=grader != "number"))
     return judged
+
+
+def arrives(thinking: str, answer: str) -> bool:
+    """Tell whether a thinking ends in the answer: its last number, or its last result."""
+    wanted, _, result = last_number(answer), *thinking.rpartition("=")[1:]
+    found = [last_number(thinking), first_number(result) if "=" in thinking else None]
+    return wanted is not None and any(number and same_number(number, wanted) for number in found)
 
 
 def thinking_hash(text: str, response: Response) -> str:
@@ -82,13 +89,6 @@ def thinking_hash(text: str, response: Response) -> str:
     end = next((tag for tag in tags if tag), None)
     thinking = text.partition(end)[0] if end else text
     return sha256(thinking.strip().encode()).hexdigest()[:16]
-
-
-def _arrives(thinking: str, answer: str) -> bool:
-    """Tell whether a thinking ends in the answer: its last number, or its last result."""
-    wanted, _, result = last_number(answer), *thinking.rpartition("=")[1:]
-    found = [last_number(thinking), first_number(result) if "=" in thinking else None]
-    return wanted is not None and any(number and same_number(number, wanted) for number in found)
 
 
 def _has_steps(written: str | None, reference: str, words: bool) -> bool | None:

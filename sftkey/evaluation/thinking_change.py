@@ -126,7 +126,12 @@ def thinking_change(
 
 
 def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> Table:
-    """Give the table of what the stages did to the thinking, a row for each named result."""
+    """Give the table of what the stages did to the thinking, a row for each named result.
+
+    Whether answers follow from their thinking is a column where a rule can tell it of any.
+    """
+    rows = list(rows)
+    told = any(result.num_judged_following for _, result, _ in rows)
     grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     grid.add_column("thinking\nafter", overflow="fold")
     for header in [
@@ -135,10 +140,15 @@ def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> T
         "turned\nwrong",
         "turned\nright",
         "validation loss,\nnats a token",
+        *(["answer\nfollows"] if told else []),
     ]:
         grid.add_column(header, justify="right", no_wrap=True)
     for name, result, change in rows:
-        grid.add_row(*map(Text, (name, *_cells(result, change))))
+        cells = [name, *_cells(result, change)]
+        if told:
+            judged = result.num_judged_following
+            cells.append(f"{result.num_following}/{judged}" if judged else "?")
+        grid.add_row(*map(Text, cells))
     return grid
 
 

@@ -18,6 +18,7 @@ class StageRecord:
     """What the ledger knows of one stage.
 
     `validation` holds, under `start` and `end`, the loss of every segment in nats a token.
+    `gradient_norm`, in studies, is by segment that of its loss's gradient when the stage began.
     `grid` says what a grid tried and kept.
     `shared_from` names the run beside this one that trained the stage, where it was another.
     """
@@ -27,6 +28,7 @@ class StageRecord:
     num_steps: int = 0
     seconds: float = 0.0
     validation: dict[str, dict[str, float]] = field(default_factory=dict)
+    gradient_norm: dict[str, float] | None = None
     shared_from: str | None = None
     grid: dict[str, Any] | None = None
 

@@ -26,6 +26,7 @@ from sftkey.training.answers import Answers
 from sftkey.training.arguments import stage_arguments
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.frozen import FrozenTrainer
+from sftkey.training.gradients import gradient_norms
 from sftkey.training.ledger import Ledger, open_run
 from sftkey.training.loading import load_stage, stands_on
 from sftkey.training.making import make_trainer, refuse_unfit, save_stage
@@ -64,6 +65,7 @@ class Run:
         packs: The training rows, packed, for the stages that read packs.
         reports: What the hall wants of each stage's model beside its answers.
         grade: Tells whether an answer is right, for stages over the model's own thinking.
+        measures_gradients: Whether the ledger is to say how strongly each segment pulls.
     """
 
     recipe: Recipe
@@ -75,6 +77,7 @@ class Run:
     packs: Dataset | None = None
     reports: Sequence[Report] = ()
     grade: Grade | None = None
+    measures_gradients: bool = False
 
     @cached_property
     def validation(self) -> Dataset:
@@ -160,6 +163,9 @@ class Run:
         )
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
+        elif self.measures_gradients and stage.context != "frozen":
+            record.gradient_norm = gradient_norms(trainer)
+            self.ledger.save()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.evaluate()
         self._save(trainer, number)
