@@ -150,11 +150,11 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or studies.")],
     as_json: AsJSON = False,
     alpha: Alpha = None,
 ) -> None:
-    """Compare runs, stage by stage, with intervals."""
+    """Compare runs, stage by stage, with intervals; show studies."""
     from sftkey.compare import compare
 
     compare(runs, as_json=as_json, alpha=alpha)

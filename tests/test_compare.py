@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from cells_made import made_cells, write_cells
 from test_comparison import BASE, COMPLETION, KEY
 
 from sftkey.compare import compare
 from sftkey.errors import RunError
+from sftkey.evaluation.finished_cells import read_cells
 from sftkey.evaluation.results import StageResult, write_result
+from sftkey.evaluation.study_report import report
+from sftkey.evaluation.study_results import read_results_file, write_results
+from sftkey.evaluation.study_summary import summarize
 
 
 @pytest.fixture
@@ -55,6 +60,50 @@ def test_json_is_one_object(runs: list[Path], capsys: pytest.CaptureFixture[str]
         ("completion", 0.6, 0.8),
         ("key", 0.62, 0.81),
     ]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Make a study's results from cells that nobody ran."""
+    folder = tmp_path / "study"
+    write_cells(folder, made_cells())
+    cells = read_cells(folder)
+    write_results(folder, summarize(cells, "sft_twice", ["sft_tag", "sftkey", "sft_twice"]))
+    return folder
+
+
+def test_a_study_is_read_as_its_report_has_it(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folder or its file; Score, if it is asked for, is a column more."""
+    results = read_results_file(study / "results.json")
+    for path in (study, study / "results.json"):
+        compare([path])
+        assert capsys.readouterr().out == report(results, pictures=None, title=str(path))
+    compare([study], alpha=0.5)
+    (row,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| sftkey |")
+    ]
+    arm = next(arm for arm in results.arms if arm.name == "sftkey")
+    assert row.endswith(f"| {(arm.acc + arm.fmt) / 2:.3f} |")
+
+
+def test_runs_and_studies_stand_in_one_object(
+    runs: list[Path], study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs come first, with their table; a study adds its results as they are."""
+    compare([study, *runs], as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["run"] for stage in found["stages"]] == ["both"] * 3 + ["one"] * 2
+    (added,) = found["studies"]
+    assert added.pop("study") == str(study)
+    assert added == json.loads((study / "results.json").read_text())
+    compare([study], as_json=True, alpha=0.5)
+    arm = json.loads(capsys.readouterr().out)["studies"][0]["arms"][0]
+    assert arm["score"] == pytest.approx((arm["acc"] + arm["fmt"]) / 2)
+    compare([study, *runs])
+    out = capsys.readouterr().out
+    assert out.index("both") < out.index(f"# {study}")
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

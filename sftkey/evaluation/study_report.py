@@ -16,21 +16,35 @@ from sftkey.evaluation.thinking_change import MOST_LOSS
 HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
 
 
-def report(results: StudyResults, pictures: Sequence[str] = (), title: str = "Results") -> str:
+def report(
+    results: StudyResults,
+    pictures: Sequence[str] | None = (),
+    title: str = "Results",
+    alpha: float | None = None,
+) -> str:
     """Give `report.md`.
 
     Args:
         results: The study's.
-        pictures: Files beside the report; without them it says how to get them.
+        pictures: Files beside the report; if there are none, it says how to get them. None:
+            nothing is said of pictures.
         title: Its head.
+        alpha: Adds Score to the tables, alpha * Acc + (1 - alpha) * Fmt.
     """
     lines = [f"# {title}", ""]
     for task in results.tasks:
-        lines += [f"## {task}", "", table(results, task), "", " ".join(said(results, task)), ""]
+        lines += [
+            f"## {task}",
+            "",
+            table(results, task, alpha),
+            "",
+            " ".join(said(results, task)),
+            "",
+        ]
         lines += _list("Warnings", warnings(results, task))
         lines += _list("Chosen on the validation rows", chosen(results, task))
         lines += _list("The thinking", thinking(results, task))
-    lines += _pictures(pictures)
+    lines += [] if pictures is None else _pictures(pictures)
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     lines += ["## Where it was measured", "", f"`{results.command}`, commit {results.commit}, "]
     lines[-1] += f"{results.hardware}; {versions}." if versions else f"{results.hardware}."
@@ -56,11 +70,15 @@ def _pictures(files: Sequence[str]) -> list[str]:
     return [line for file in files for line in (f"![{file.removesuffix('.png')}]({file})", "")]
 
 
-def table(results: StudyResults, task: str) -> str:
-    """Give a task's table in Markdown."""
-    rows = [[cell.format(control=results.control) for cell in HEAD]]
-    rows += [_row(arm) for arm in results.arms if arm.task == task]
-    judged = [arm.judge for arm in results.arms if arm.task == task]
+def table(results: StudyResults, task: str, alpha: float | None = None) -> str:
+    """Give a task's table in Markdown; `alpha` adds Score."""
+    arms = [arm for arm in results.arms if arm.task == task]
+    rows = [[cell.format(control=results.control) for cell in HEAD], *map(_row, arms)]
+    if alpha is not None:
+        rows[0].append(f"Score, alpha {alpha:g}")
+        for row, arm in zip(rows[1:], arms, strict=True):
+            row.append(f"{alpha * arm.acc + (1 - alpha) * arm.fmt:.3f}")
+    judged = [arm.judge for arm in arms]
     if any(judged):
         rows[0].append("judge: Acc, agreement, kappa")
         for row, judge in zip(rows[1:], judged, strict=True):
