@@ -129,7 +129,7 @@ class Choices:
         chosen = {name: value for name, value in best.items() if name != "loss"}
         edge = [name for name in grid if chosen[name] in (min(grid[name]), max(grid[name]))]
         shown = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if value)
-        note = f"{self.file.stem}, {' > '.join(names)}: {shown or 'nothing'} chosen"
+        note = f"{self.file.stem}, {arm}, {' > '.join(names)}: {shown or 'nothing'} chosen"
         self.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
         return {"stages": names, "tried": tried, "chosen": chosen, "at_edge": edge}
 

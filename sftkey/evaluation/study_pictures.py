@@ -14,7 +14,7 @@ from sftkey.evaluation.study_results import ArmFigures, StudyResults
 
 BLACK = "#000000"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
-MARKERS = "osD^vPX*<>"
+MARKERS = "D^vPX*<>p"  # "s" is the control's and "o" the base model's
 SEGMENTS = ("thinking", "answer_tag", "answer", "end")
 Draw = Callable[[Any, StudyResults, str], bool]
 
