@@ -127,6 +127,7 @@ def test_the_detectable_difference_shrinks_with_questions_and_seeds() -> None:
     assert detectable_difference(500, 3, num_arms=6) > plain
     assert detectable_difference(500, 3, Supposed(between_seeds=0.03)) > plain
     assert detectable_difference(2000, 1) < detectable_difference(500, 1) < 0.1
+    assert detectable_difference(1, 1) == 1.0
 
 
 def test_the_permutation_test_is_exact_where_seeds_make_no_difference() -> None:

@@ -70,8 +70,10 @@ def told(**more: Any) -> ThinkingFigures:
 def made_results(*arms: ArmFigures, **more: Any) -> StudyResults:
     """Make the results of two tasks; the second's one arm shows up in nothing said of the first."""
     other = made_arm("sums_only", task="sums", num_seeds=9, chosen={"key": {"weight": 3.0}})
-    stated = {"num_questions": 200, "differing": 0.25, "by_question": 0.3, "between_seeds": 0.01}
-    figures: dict[str, Any] = {
+    other = other.model_copy(update={"thinking": told(num_judged=9, num_right=7)})
+    figures: dict[str, Any] = {"differing": 0.25, "by_question": 0.3, "between_seeds": 0.01}
+    stated = {"num_questions": 200, **figures}
+    figures = {
         "tasks": ("orders", "sums"),
         "control": "sft_tag",
         "detectable_difference": (
@@ -97,13 +99,14 @@ def test_the_table_has_every_figure_with_its_n() -> None:
     """A row for each arm of the task; what isn't known of an arm stays empty."""
     base = made_arm("base", stages=(), num_seeds=1, acc=0.145, acc_interval=(0.1, 0.2005))
     better = BETTER.model_copy(update={"trained_tokens": 1_080_000, "seconds": 100.0})
-    assert table(made_results(base, CONTROL, better), "orders").splitlines() == [
+    assert table(made_results(base, CONTROL, better, WORSE), "orders").splitlines() == [
         HEAD,
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| base | 200 | 0.145 [0.100, 0.201] | 0.950 |  |  |  |  |",
         "| sft_tag | 200 x 3 | 0.500 [0.456, 0.544] | 0.950 |  |  | 40,000 | 1.5 min |",
         "| sftkey | 200 x 3 | 0.500 [0.456, 0.544] | 0.950 | +15.0 [+10.0, +20.0] | <0.001 "
         "| 1,080,000 | 1.7 min |",
+        "| dft | 200 x 3 | 0.500 [0.456, 0.544] | 0.950 | -8.0 [-12.0, -4.0] | 0.012 |  |  |",
     ]
 
 
@@ -241,11 +244,10 @@ def test_the_report_has_its_parts_in_order() -> None:
     text = report(results, ["accuracy.png", "gain.png"], title="Made")
     lines = text.splitlines()
     assert lines[:4] == ["# Made", "", "## orders", ""]
-    assert [line for line in lines if line.startswith("#")] == [
-        *("# Made", "## orders", "## sums", "### Chosen on the validation rows"),
-        "## Where it was measured",
-    ]
-    assert "- sums_only, key: weight 3" in lines
+    heads = "Made", "orders", "sums", "Chosen on the validation rows", "The thinking"
+    found = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    assert found == [*heads, "Where it was measured"]
+    assert {"- sums_only, key: weight 3", "- sums_only: right 7 of 9"} < set(lines)
     assert " ".join(said(results, "orders")) in lines
     assert lines[lines.index("![accuracy](accuracy.png)") :][:4] == [
         *("![accuracy](accuracy.png)", "", "![gain](gain.png)", "")

@@ -131,7 +131,7 @@ def test_quarters_have_gains_that_add_up(by: str) -> None:
     """Quarters of ten: gains of -1, 0.5, 1 and 1, whose mean is the difference of the arms."""
     results = summed(measured(by))
     found = quarters(named(results), by)
-    ends = {
+    ends: dict[str, list[tuple[float, float]]] = {
         "length": [(1, 10), (11, 20), (21, 30), (31, 40)],
         "ratio": [(40 / 39, 40 / 30), (40 / 29, 2), (40 / 19, 4), (40 / 9, 40)],  # 40 by 0 is 40
     }

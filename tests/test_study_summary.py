@@ -111,15 +111,15 @@ def test_the_base_row_comes_first_and_counts_once() -> None:
 
 @pytest.mark.parametrize(("sha", "same"), [("same", True), ("other", False)])
 def test_base_answers_that_differ_count_once_each(sha: str, same: bool) -> None:
-    """Twice 100 of 200: other questions tell more, the same ones asked twice hardly do."""
-    flags = [right(range(100), num=200), right(range(1, 101), num=200)]
+    """100 and 96 of 200: other questions tell more, the same ones asked twice hardly do."""
+    flags = [right(range(100), num=200), right(range(96), num=200)]
     cells = [
         cell(flags[0], arm, seed, base=answered(flags[seed - 1]), questions_sha256=asked)
         for arm in ("sft_tag", "sftkey")
         for seed, asked in [(1, "same"), (2, sha)]
     ]
     base, alone = summed(cells).arms[0], summed(cells[:1]).arms[0]
-    assert (base.num_seeds, base.acc, len(base.seeds)) == (2, 0.5, 2)
+    assert (base.num_seeds, base.acc, len(base.seeds)) == (2, 0.49, 2)
     assert base.same_questions == same
     assert (width(base.acc_interval) > 0.95 * width(alone.acc_interval)) == same
 
