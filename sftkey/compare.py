@@ -10,6 +10,7 @@ from typing import Any
 from sftkey.console import stdout_console
 from sftkey.evaluation.comparison import as_json as comparison_json
 from sftkey.evaluation.comparison import compare_runs, render
+from sftkey.evaluation.statistics import score_of
 from sftkey.evaluation.study_report import report
 from sftkey.evaluation.study_results import StudyResults, find_results, read_results_file
 
@@ -45,5 +46,5 @@ def _as_json(folder: Path, results: StudyResults, alpha: float | None) -> dict[s
     data = results.model_dump(mode="json")
     if alpha is not None:
         for arm in data["arms"]:
-            arm |= {"alpha": alpha, "score": alpha * arm["acc"] + (1 - alpha) * arm["fmt"]}
+            arm |= {"alpha": alpha, "score": score_of(arm["acc"], arm["fmt"], alpha)}
     return {"study": str(folder), **data}

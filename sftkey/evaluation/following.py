@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from sftkey.data.response import Example, Parsed
 from sftkey.evaluation.grading import grade, normalize
-from sftkey.evaluation.thinking import ARRIVING, arrives
+from sftkey.evaluation.thinking import arrives, references_keep
 
 MOST_CHOICES = 26
 
@@ -43,8 +43,7 @@ def follow_thinkings(
             return named is not None and grade(answer, named, grader)
     else:
         return nothing
-    kept = sum(follows(example.thinking, example.answer) for example in told)
-    if not told or kept < ARRIVING * len(told):
+    if not references_keep(follows, examples):
         return nothing
     return [
         None

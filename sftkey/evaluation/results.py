@@ -16,7 +16,7 @@ from sftkey.errors import DataError, Problem, RunError
 from sftkey.evaluation.agreement import JudgeFigures, judge_figures
 from sftkey.evaluation.grading import shortened
 from sftkey.evaluation.questions import Answers, Judged, Question, graded
-from sftkey.evaluation.statistics import wilson
+from sftkey.evaluation.statistics import score_of, wilson
 from sftkey.files import write_text
 from sftkey.generation import Generation
 
@@ -69,7 +69,7 @@ class StageResult(BaseModel):
 
     def score_at(self, alpha: float) -> float:
         """Give alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
-        return alpha * self.acc + (1 - alpha) * self.fmt
+        return score_of(self.acc, self.fmt, alpha)
 
 
 def score(
@@ -149,7 +149,7 @@ def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
         "fmt": fmt,
         "fmt_interval": wilson(num_strict, len(questions)),
         "alpha": alpha,
-        "score": alpha * acc + (1 - alpha) * fmt,
+        "score": score_of(acc, fmt, alpha),
         "num_unparsed": sum(not question.parsed for question in questions),
         "num_never_stopped": sum(unstopped) if len(unstopped) == len(questions) else None,
     }

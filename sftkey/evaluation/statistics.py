@@ -96,3 +96,8 @@ def _tango_score(difference: float, gains: int, losses: int, num_questions: int)
     if variance <= 0:  # a supposed 0 where no question changed sides
         return 0.0
     return numerator / sqrt(variance)
+
+
+def score_of(acc: float, fmt: float, alpha: float) -> float:
+    """Give alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
+    return alpha * acc + (1 - alpha) * fmt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sftkey.evaluation.statistics import score_of
 from sftkey.evaluation.study_results import (
     ArmFigures,
     Detectable,
@@ -77,7 +78,7 @@ def table(results: StudyResults, task: str, alpha: float | None = None) -> str:
     if alpha is not None:
         rows[0].append(f"Score, alpha {alpha:g}")
         for row, arm in zip(rows[1:], arms, strict=True):
-            row.append(f"{alpha * arm.acc + (1 - alpha) * arm.fmt:.3f}")
+            row.append(f"{score_of(arm.acc, arm.fmt, alpha):.3f}")
     judged = [arm.judge for arm in arms]
     if any(judged):
         rows[0].append("judge: Acc, agreement, kappa")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from hashlib import sha256
 
@@ -58,9 +58,7 @@ def judge_thinkings(
     >>> judge_thinkings(texts, [example] * 2, "number")
     [True, False]
     """
-    told = [example for example in examples if example.thinking.strip()]
-    arriving = sum(arrives(example.thinking, example.answer) for example in told)
-    by_answer = grader == "number" and arriving >= ARRIVING * len(told)
+    by_answer = grader == "number" and references_keep(arrives, examples)
     judged: list[bool | None] = []
     for text, example in zip(written, examples, strict=True):
         if not example.thinking.strip() or not (made or grader == "number"):
@@ -70,6 +68,13 @@ def judge_thinkings(
         else:
             judged.append(_has_steps(text, example.thinking, words=grader != "number"))
     return judged
+
+
+def references_keep(rule: Callable[[str, str], bool], examples: Sequence[Example]) -> bool:
+    """Tell whether nine of ten references with a thinking keep a rule of it and the answer."""
+    told = [example for example in examples if example.thinking.strip()]
+    kept = sum(rule(example.thinking, example.answer) for example in told)
+    return bool(told) and kept >= ARRIVING * len(told)
 
 
 def arrives(thinking: str, answer: str) -> bool:
