@@ -41,9 +41,9 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
     run = study_run(checked, file)
     if plan_only:
         from sftkey.console import stdout_console
-        from sftkey.evaluation.study_plan import plan, rendered
+        from sftkey.evaluation.study_plan import plan, rendered, to_choose
 
-        stdout_console().print(rendered(plan(run)))
+        stdout_console().print(rendered(plan(run), to_choose(run)))
         return
     for _ in run.run():
         write_figures(checked, run.folder.root)

@@ -17,6 +17,7 @@ from test_stages import Killed
 from sftkey.errors import RecipeError, RunError
 from sftkey.evaluation.study import arm_recipe, load_study
 from sftkey.evaluation.study_cells import prefix_key, take_over
+from sftkey.evaluation.study_plan import to_choose
 from sftkey.evaluation.study_run import matched_steps
 from sftkey.ls import RECIPES
 from sftkey.recipe import load_recipe
@@ -308,14 +309,18 @@ def test_choices_are_made_on_validation_rows_alone(
 ) -> None:
     """The lowest loss of the key is taken, from the same grid for all; no question is asked."""
     monkeypatch.chdir(tmp_path)
-    choose = {"learning_rate": [1e-9, 1e-1], "num_rows": 6}
+    choose = {"learning_rate": [1e-9, 1e-1], "num_rows": 6, "by": "key"}
     arms = ["sft_tag", "sft_twice", "sftkey"]
     file = write_study(tmp_path, tiny_folder, choose=choose, seeds=[1], arms=arms)
     run = study_run(load_study(file), file)
     monkeypatch.setattr("sftkey.training.answers.generate_to_file", None)
     choices = run.choices(run.files[0])
     assert choices.of("sft_tag", choose=False) == [{}]
+    assert to_choose(run) == [
+        "task: 6 more runs, on up to 6 rows each, choose on the validation rows first"
+    ]
     picked = choices.of("sft_tag")
+    assert choices.num_left() == 4  # `again` and `key`, with two values each
     record = json.loads((tmp_path / "runs/small/choices/task.json").read_text())
     (stage,) = record["stages"].values()
     losses = {each["learning_rate"]: each["loss"] for each in stage["tried"]}
@@ -337,6 +342,58 @@ def test_choices_are_made_on_validation_rows_alone(
         f"{asked}; got { {**asked, 'num_rows': 7} }\n"
         "hint: another `name` begins another study; without this file it is chosen again"
     )
+
+
+@pytest.mark.parametrize(
+    ("num_right", "chosen", "by_the_loss"),
+    [([3, 1], 1e-9, False), ([1, 3], 1e-1, False), ([2, 2], None, True), ([0, 0], None, True)],
+)
+def test_values_are_chosen_by_the_answers_to_validation_rows(
+    num_right: list[int],
+    chosen: float | None,
+    by_the_loss: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The most right answers win, of equal ones the lower loss; no test row is asked."""
+    monkeypatch.chdir(tmp_path)
+    rates = [1e-9, 1e-1]
+    choose = {"learning_rate": rates, "num_rows": 6}
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=["sftkey", "sft_twice"])
+    run = study_run(load_study(file), file)
+    prepared = run.rows(arm_recipe(run.study, run.files[0], "sftkey", 1))
+    examples = {each.index: each for each in prepared.validation_examples}
+    asked: list[tuple[str, float, list[int]]] = []
+
+    def answer(_model: Any, _tokenizer: Any, prompts: Any, part: Path, **_settings: Any) -> None:
+        stage = load_recipe(part.parents[1] / "recipe.yaml").stages[-1]
+        rate = float(stage.trainer["learning_rate"])
+        asked.append((stage.name, rate, list(prompts)))
+        right = list(prompts)[: num_right[rates.index(rate)]]
+        rows = [
+            {"index": n, "text": tagged(examples[n].answer if n in right else "no number")}
+            for n in prompts
+        ]
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def tagged(answer: str) -> str:
+        return f"<Thinking>\n1\n</Thinking>\n<Answer>\n{answer}\n</Answer>"
+
+    monkeypatch.setattr("sftkey.training.answers.generate_to_file", answer)
+    picked = run.choices(run.files[0]).of("sftkey")
+    stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
+    for values, stage in zip(picked, stages, strict=True):
+        losses = {each["learning_rate"]: each["loss"] for each in stage["tried"]}
+        lowest = min(losses, key=lambda rate: losses[rate])
+        assert values == {"learning_rate": lowest if by_the_loss else chosen}
+        assert [each["acc"] for each in stage["tried"]] == [right / 3 for right in num_right]
+    assert [(name, rate) for name, rate, _ in asked] == [
+        (name, rate) for name in ("completion", "key") for rate in rates
+    ]
+    for *_, indexes in asked:
+        assert len(indexes) == 3
+        assert set(indexes) <= examples.keys()
 
 
 def test_matched_steps_train_as_many_tokens_as_the_key_stage() -> None:

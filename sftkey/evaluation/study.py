@@ -38,15 +38,17 @@ class OwnStrategy(Section):
 class Choice(Section):
     """What is chosen on the validation rows: for every stage of every arm from the same grid.
 
-    One run a value, on one seed and a part of the training rows; the lowest validation loss by the
-    end of the stage is taken.
+    One run a value, on one seed and a part of the training rows. The value is taken whose stage
+    ends with the best `by`: Acc of the answers after the model's own thinking (of equal ones that
+    with the lower loss of the key), or the validation loss of the key or of the whole completion.
+    A loss reads the reference's thinking, so that it doesn't see what a stage does to the model's.
     """
 
     learning_rate: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     weight: Annotated[tuple[Positive, ...], Field(strict=False)] = ()  # of the key in `weighted`
     seed: Seed = 1
     num_rows: Count = 500
-    by: Literal["key", "completion"] = "key"
+    by: Literal["accuracy", "key", "completion"] = "accuracy"
 
 
 class Study(Section):

@@ -15,16 +15,19 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, RunError
+from sftkey.evaluation.generations import read_generations
 from sftkey.evaluation.grading import grade
+from sftkey.evaluation.results import score
 from sftkey.evaluation.study import Choice, Study, arm_recipe
 from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoints, take_over
 from sftkey.files import write_json
 from sftkey.recipe import Recipe
 from sftkey.strategies import WEIGHTED
 from sftkey.training.ledger import Ledger, open_run
-from sftkey.training.stages import start
+from sftkey.training.stages import Run, start
 
 Picked = list[dict[str, float]]  # by stage
+Figures = dict[str, float | None]  # of a value that was tried
 
 
 @dataclass
@@ -78,6 +81,20 @@ class Choices:
             picked.append(record["stages"][key]["chosen"])
         return picked
 
+    def num_left(self) -> int:
+        """Count the runs that are still to be trained before everything is chosen."""
+        choice = self.study.choose
+        if choice is None:
+            return 0
+        stages = self._record(choice)["stages"]
+        sizes = {
+            self._key(arm, number): math.prod(map(len, _grid(choice, arm).values()))
+            for arm in self.arms
+            if _grid(choice, arm)
+            for number in range(len(self.study.strategy(arm).stages))
+        }
+        return sum(size for key, size in sizes.items() if key not in stages)
+
     @property
     def _runs(self) -> Path:
         return self.folder.choices(self.file.stem).with_suffix("")
@@ -110,31 +127,27 @@ class Choices:
 
     def _choose(self, choice: Choice, arm: str, number: int, before: Picked) -> dict[str, Any]:
         """Try all values of one stage."""
-        grid: dict[str, tuple[float, ...]] = {"learning_rate": choice.learning_rate}
-        if arm == WEIGHTED:
-            grid["weight"] = choice.weight
-        grid = {name: values for name, values in grid.items() if values}
-        tried = []
+        grid, tried = _grid(choice, arm), []
         for values in product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
-            loss = self._loss(choice, arm, [*before, point]) if point else None
-            tried.append({**point, "loss": loss})
+            figures = self._try(choice, arm, [*before, point]) if point else {"loss": None}
+            tried.append({**point, **figures})
         names = [str(stage["name"]) for stage in self.study.strategy(arm).stages[: number + 1]]
         finite = [each for each in tried if each["loss"] is not None]
         if not finite and grid:
             raise RunError(
                 f"{self.file}, arm {arm}, {names[-1]}", "the loss diverged with every value"
             )
-        best = min(finite, key=lambda each: each["loss"] or 0.0) if finite else tried[0]
-        chosen = {name: value for name, value in best.items() if name != "loss"}
+        best = min(finite, key=_rank) if finite else tried[0]
+        chosen = {name: best[name] for name in grid}
         edge = [name for name in grid if chosen[name] in (min(grid[name]), max(grid[name]))]
         shown = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if value)
         note = f"{self.file.stem}, {arm}, {' > '.join(names)}: {shown or 'nothing'} chosen"
         self.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
         return {"stages": names, "tried": tried, "chosen": chosen, "at_edge": edge}
 
-    def _loss(self, choice: Choice, arm: str, picked: Picked) -> float | None:
-        """Train up to the stage that is chosen for; None where its loss diverges."""
+    def _try(self, choice: Choice, arm: str, picked: Picked) -> Figures:
+        """Train up to the stage that is chosen for; its loss is None where it diverges."""
         num_stages = len(picked)
         matched = self.matched(self.file, arm, choice.seed, choice.num_rows)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=False)]
@@ -145,26 +158,62 @@ class Choices:
         take_over(Ledger(folder, recipe))
         run = start(recipe, folder, read=lambda recipe: self._few_rows(choice, recipe))
         run.grade = grade
-        run.answers.asked = ()
+        run.answers.asked = {recipe.stages[-1].name} if choice.by == "accuracy" else ()
         try:
             with run.progress:
                 list(run.stages())
         except RunError as error:
             if "expected a finite loss" not in str(error):
                 raise
-            return None
+            return {"loss": None}
         remove_checkpoints(folder)
+        by_answers = choice.by == "accuracy"
         losses = run.ledger.stages[-1].validation["end"]
-        loss = validation_loss(losses, run.prepared, choice.by)
-        return loss if math.isfinite(loss) else None
+        loss = validation_loss(losses, run.prepared, "key" if by_answers else choice.by)
+        acc: Figures = {"acc": accuracy(run)} if by_answers else {}
+        return {**acc, "loss": loss if math.isfinite(loss) else None}
 
     def _few_rows(self, choice: Choice, recipe: Recipe) -> Prepared:
+        """Give the first training rows, and the validation rows where test rows are asked."""
         prepared = self.rows(recipe)
         if prepared.validation is None:
             what = "choose: expected validation rows to choose on; got none"
             raise DataError(str(self.file), what, "write data.validation into the recipe")
         few = range(min(choice.num_rows, len(prepared.train)))
-        return replace(prepared, train=prepared.train.select(few))
+        train, asked = prepared.train.select(few), prepared.validation_examples
+        return replace(prepared, train=train, test=asked)
+
+
+def _grid(choice: Choice, arm: str) -> dict[str, tuple[float, ...]]:
+    """Give the values of what is chosen for an arm's stages."""
+    weight = choice.weight if arm == WEIGHTED else ()
+    grid = {"learning_rate": choice.learning_rate, "weight": weight}
+    return {name: values for name, values in grid.items() if values}
+
+
+def _rank(tried: Figures) -> tuple[float, float]:
+    """Sort the best first; what was chosen by a loss has no Acc."""
+    loss = tried["loss"]
+    assert loss is not None
+    return -(tried.get("acc") or 0.0), loss
+
+
+def accuracy(run: Run) -> float:
+    """Give Acc, by the rule, of what the last stage answered."""
+    questions, frame, settings = run.answers.questions, run.prepared.frame, run.recipe.eval
+    stage = run.recipe.stages[-1].name
+    file = run.ledger.generations(stage)
+    return score(
+        read_generations(file, [example.index for example in questions]),
+        questions,
+        frame.response,
+        stage=stage,
+        position=len(run.recipe.stages),
+        grader=settings.grader,
+        alpha=settings.alpha,
+        bridge=frame.bridge,
+        end=frame.end,
+    ).acc
 
 
 def validation_loss(losses: dict[str, float], prepared: Prepared, by: str) -> float:

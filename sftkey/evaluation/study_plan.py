@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +118,25 @@ def _own_seconds(record: dict[str, Any]) -> float:
     return float(sum(s for name, s in record["seconds"].items() if not shared[name]))
 
 
-def rendered(planned: list[PlannedCell]) -> RenderableType:
-    """Give the plan as a table and a sentence."""
+def to_choose(run: StudyRun) -> list[str]:
+    """Say by task how many runs choose before the cells are trained."""
+    num_rows = run.study.choose.num_rows if run.study.choose else 0
+    left = {file.stem: run.choices(file).num_left() for file in run.files}
+    return [
+        f"{task}: {count} more runs, on up to {num_rows} rows each, choose on the validation rows "
+        "first"
+        for task, count in left.items()
+        if count
+    ]
+
+
+def rendered(planned: list[PlannedCell], choosing: Sequence[str] = ()) -> RenderableType:
+    """Give the plan as a table and sentences.
+
+    Args:
+        planned: The cells.
+        choosing: What has to be chosen first.
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in ("task", "arm", "seed", "stages and their steps"):
         table.add_column(header, overflow="fold")
@@ -137,7 +154,7 @@ def rendered(planned: list[PlannedCell]) -> RenderableType:
         f"{sum(each.num_steps for each in left)} steps and "
         f"{sum(each.num_tokens for each in left)} tokens to train; time: {_time(known)}"
     )
-    return Group(table, Text(sentence), *map(Text, promised(planned)))
+    return Group(table, *map(Text, (sentence, *choosing, *promised(planned))))
 
 
 def promised(planned: list[PlannedCell]) -> list[str]:
