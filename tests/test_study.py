@@ -305,7 +305,10 @@ def test_without_a_finished_cell_the_time_is_unknown(
 
 
 def test_choices_are_made_on_validation_rows_alone(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The lowest loss of the key is taken, from the same grid for all; no question is asked."""
     monkeypatch.chdir(tmp_path)
@@ -319,6 +322,8 @@ def test_choices_are_made_on_validation_rows_alone(
     assert to_choose(run) == [
         "task: 6 more runs, on up to 6 rows each, choose on the validation rows first"
     ]
+    study(file, plan_only=True)
+    assert to_choose(run)[0] in capsys.readouterr().out.splitlines()
     picked = choices.of("sft_tag")
     assert choices.num_left() == 4  # `again` and `key`, with two values each
     record = json.loads((tmp_path / "runs/small/choices/task.json").read_text())

@@ -148,7 +148,7 @@ class Choices:
 
     def _try(self, choice: Choice, arm: str, picked: Picked) -> Figures:
         """Train up to the stage that is chosen for; its loss is None where it diverges."""
-        num_stages = len(picked)
+        num_stages, by_answers = len(picked), choice.by == "accuracy"
         matched = self.matched(self.file, arm, choice.seed, choice.num_rows)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=False)]
         recipe = arm_recipe(self.study, self.file, arm, choice.seed, laid, num_stages)
@@ -158,7 +158,7 @@ class Choices:
         take_over(Ledger(folder, recipe))
         run = start(recipe, folder, read=lambda recipe: self._few_rows(choice, recipe))
         run.grade = grade
-        run.answers.asked = {recipe.stages[-1].name} if choice.by == "accuracy" else ()
+        run.answers.asked = {recipe.stages[-1].name} if by_answers else ()
         try:
             with run.progress:
                 list(run.stages())
@@ -167,7 +167,6 @@ class Choices:
                 raise
             return {"loss": None}
         remove_checkpoints(folder)
-        by_answers = choice.by == "accuracy"
         losses = run.ledger.stages[-1].validation["end"]
         loss = validation_loss(losses, run.prepared, "key" if by_answers else choice.by)
         acc: Figures = {"acc": accuracy(run)} if by_answers else {}
