@@ -141,6 +141,7 @@ def made_model(shape: Shape, device: str) -> PreTrainedModel:
         if each.dim() > 1
         else torch.ones(each.shape, dtype=torch.bfloat16)
         for name, each in empty.state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
     return type(empty).from_pretrained(
         None,

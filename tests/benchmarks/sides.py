@@ -134,6 +134,7 @@ class Sides:
             if parameter.requires_grad:  # TRL rounds adapters on 4-bit weights to bfloat16
                 parameter.data = parameter.data.float()
         trainer.create_optimizer()
+        trainer.model = trainer.accelerator.prepare(trainer.model)  # autocast, on CUDA
         if self.shape.checkpointing:  # as `train` would
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()
