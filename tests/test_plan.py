@@ -234,7 +234,7 @@ CHANGES: dict[str, tuple[str, list[str], list[str] | None]] = {
     ),
     "rows": ("8GB", [], ROWS),
     "nf4": ("16GB", ["model.quantization=none"], ["model.quantization=nf4"]),
-    "length": ("10GB", ["data.max_length=30000"], ["data.max_length=2112"]),
+    "length": ("10GB", ["data.max_length=30000"], ["data.max_length=2176"]),
     "nothing": ("6GB", [], None),
 }
 

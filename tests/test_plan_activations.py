@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -65,10 +66,12 @@ def setting_for(shape: ModelShape, **changed: Any) -> Setting:
     return replace(plain, **changed)
 
 
-def kept_by_autograd(config: Any, setting: Setting, batch: Batch) -> int:
+def kept_by_autograd(config: Any, setting: Setting, batch: Batch, quantized: Any = None) -> int:
     """Run a model's layers and add up what autograd keeps beside the weights."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=setting.attention)
-    if setting.mixed and not setting.full:
+    model = quantized or AutoModelForCausalLM.from_config(
+        config, attn_implementation=setting.attention
+    )
+    if setting.mixed and not setting.full and not quantized:
         model = model.bfloat16()
     if not setting.full:
         dropout = 0.1 if setting.dropout else 0.0
@@ -166,6 +169,49 @@ def test_peak_is_what_is_measured(method: str, monkeypatch: pytest.MonkeyPatch) 
     (row,) = plan.measured("cpu", "toy", method, (256,), 0.0, nullcontext())
     assert abs(row.error) < plan.LIMITS["cpu"]
     assert row.planned_held == row.measured_held
+
+
+@pytest.mark.parametrize("on_cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_nf4_modules_share_their_inputs_on_cuda(
+    family: str, on_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There peft finds autocast on, and hands inputs on as they come."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    from models import Shape, made_model
+
+    model = made_model(Shape(family, {**SIZES, "model_type": family}, quantized=True), "cpu")
+    config, shape = made(family)
+    kind = "cuda" if on_cuda else "cpu"
+    setting = setting_for(shape, **SETTINGS["bfloat16"], quantized=True, kind=kind)
+    batch = Batch(2, LENGTH, LENGTH)
+    asked = torch.is_autocast_enabled
+
+    def enabled(*device: str) -> bool:
+        return asked(*device) if device else on_cuda  # without a device, CUDA is meant
+
+    monkeypatch.setattr(torch, "is_autocast_enabled", enabled)
+    measured = kept_by_autograd(config, setting, batch, model)
+    assert kept_bytes(shape, setting, batch) == pytest.approx(measured, rel=0.03)
+
+
+MEASURED = Path(__file__).parent / "benchmarks" / "plan_h100.jsonl"
+
+
+@pytest.mark.parametrize("line", MEASURED.read_text().splitlines())
+def test_the_plan_is_what_a_gpu_measured(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's peak and all memory lie within 6% of what `plan.py --device cuda` measured."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import plan
+    from models import SHAPES
+
+    row = json.loads(line)
+    method, length = row["method"], row["length"]
+    shape = replace(SHAPES[row["shape"]], quantized=True, checkpointing=method == "checkpointed")
+    rows = plan.Batch(1, length, plan.NUM_KEY)
+    held, peak = plan.planned("cuda", shape, method, rows, plan.labelled(rows, method))
+    assert peak == pytest.approx(row["measured_peak"], rel=0.06)
+    assert held + peak == pytest.approx(row["measured_held"] + row["measured_peak"], rel=0.06)
 
 
 @pytest.mark.parametrize("context", ["exact", "detached", "frozen"])

@@ -3,7 +3,8 @@
 Every term is what autograd keeps of one module, for one token: it was read off with
 `torch.autograd.graph.saved_tensors_hooks`, in float32 and under autocast. Norms keep their input in
 float32. The MLP keeps gate, act(gate) and up. Attention keeps queries, keys, values and outputs. An
-adapter keeps its input: float32 modules share it, autocast makes each its own copy, dropout too.
+adapter keeps its input, which modules share; dropout makes each its own copy, and so does autocast,
+since peft widens the input first, but for NF4 modules on CUDA.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ TILE_LOGITS, TILE_ROWS, WIDEST_TILE = 2**20, 4096, 32768
 CONTEXT_TOKENS = 4096
 
 FLOAT = 4
-BACKWARD_WIDE = 2.0  # fitted: gradients of the MLP's width that are there at once
+# Fitted: gradients of the MLP's width that are there at once.
+BACKWARD_WIDE = {"cpu": 2.0, "cuda": 1.0}
 FORWARD_WIDE = 4  # act(gate), up's product, the adapter's, and their sum
 CPU_TILES = 8  # copies of a tile of logits in the backward pass of TRL's head, without Triton
 TOKEN_INTEGERS = 6  # ids, mask, labels, segments, positions, targets
@@ -108,7 +110,8 @@ def _inputs(shape: ModelShape, setting: Setting) -> float:
     dropped = 0
     if setting.dropout:  # CUDA keeps what is dropped as truth values, a CPU as numbers
         dropped = sum(inputs.values()) * (1 if setting.kind == "cuda" else FLOAT)
-    if setting.dropout or setting.mixed:
+    as_it_comes = setting.quantized and setting.kind == "cuda" and setting.weight_bytes == size
+    if setting.dropout or (setting.mixed and not as_it_comes):
         return ranks + dropped + sum(inputs.values()) * size
     attended = any(name in inputs for name in _READS_HIDDEN[:4])
     shared = shape.hidden * (attended + any(name in inputs for name in _READS_HIDDEN[4:]))
@@ -168,7 +171,15 @@ def _stream_bytes(setting: Setting) -> int:
 
 def _backward(shape: ModelShape, setting: Setting) -> float:
     """Give what a layer's backward pass holds of a token beside what autograd keeps."""
-    return (BACKWARD_WIDE * shape.wide + 2 * shape.hidden) * setting.compute_bytes
+    wide = BACKWARD_WIDE[setting.kind] * shape.wide
+    return (wide + 2 * shape.hidden) * setting.compute_bytes
+
+
+def _widened(shape: ModelShape, setting: Setting) -> int:
+    """Give the size of the largest NF4 weight in the type that it is widened to, to be used."""
+    if not setting.quantized:
+        return 0
+    return max(each.numel for each in shape.linears) * setting.compute_bytes
 
 
 def _logits(shape: ModelShape, setting: Setting, batch: Batch) -> float:
@@ -197,8 +208,10 @@ def _detached(shape: ModelShape, setting: Setting, batch: Batch) -> Passing:
     piece = min(batch.rows * context, CONTEXT_TOKENS)
     masked = batch.padded or pieces > 1 or any(each < context for each in seen)
     reading = piece * (FORWARD_WIDE * shape.wide + 3 * shape.hidden) * size
-    if masked:
-        reading += 2 * batch.rows * context * shape.queries * size + piece * context * (1 + size)
+    if masked:  # keys and values are copied for all heads, the mask is written in numbers
+        copies = 2 * batch.rows * context * shape.queries * size + piece * context * size
+        attending = piece * (3 * shape.hidden + 2 * shape.queries + 2 * shape.keys) * size
+        reading = max(reading, attending + copies) + piece * context
     key = rows * keys
     layer = _outside_attention(shape, setting) + 3 * shape.queries * size + shape.heads * FLOAT
     mask = key * batch.length * (size * shape.heads // shape.groups + 1)
@@ -207,4 +220,4 @@ def _detached(shape: ModelShape, setting: Setting, batch: Batch) -> Passing:
     kept += _once(shape, setting, of_key)
     logits = _logits(shape, setting, of_key)
     computing = kept + max(key * _backward(shape, setting) - logits, 0)
-    return Passing(max(computing, reading - logits), logits, cache)
+    return Passing(max(computing, reading - logits) + _widened(shape, setting), logits, cache)

@@ -3,8 +3,8 @@
 Models of published shapes with random weights, float32 on the CPU, NF4 and bfloat16 on CUDA; a LoRA
 adapter on all linear modules. Each row takes a short step first, so that gradients and the
 optimizer's state are there, and then the measured one. `held` is what its tensors weigh; `peak` is
-by how much torch's allocator rises above it. Constants of the plan were fitted to the rows of the
-CPU that are not marked as held out, and to none of CUDA's.
+by how much torch's allocator rises above it. Constants of the plan were fitted to the rows that are
+not marked as held out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from measuring import Bar, peak_bytes
 from models import SHAPES, Shape
 from rich.console import Console
 from rich.table import Table
-from sides import Batch, Sides
+from sides import PROMPT_SHARE, Batch, Sides
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftkey.data.collator import KeyCollator
@@ -62,8 +62,9 @@ class Row:
     @property
     def held_out(self) -> bool:
         """No constant has seen it."""
-        on_cpu = self.device == "cpu"
-        return not on_cpu or self.shape == HELD_OUT_SHAPE or self.length == HELD_OUT_LENGTH
+        if self.device == "cuda":
+            return self.shape == "7b"
+        return self.shape == HELD_OUT_SHAPE or self.length == HELD_OUT_LENGTH
 
     @property
     def error(self) -> float:
@@ -102,7 +103,9 @@ class WithoutProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def planned(device: Kind, shape: Shape, method: str, rows: Batch, labelled: int) -> tuple[int, int]:
+def planned(
+    device: Kind, shape: Shape, method: str, rows: Batch, num_labelled: int
+) -> tuple[int, int]:
     """Give what the plan says is held, and what a batch needs beside."""
     model = shape_of(shape.config, shape.name)
     number_bytes = 2 if shape.quantized else 4
@@ -132,9 +135,14 @@ def planned(device: Kind, shape: Shape, method: str, rows: Batch, labelled: int)
         + plan_held.gradient_bytes(model, setting)
         + plan_held.optimizer_bytes(model, setting)
     )
-    batch = plan_activations.Batch(rows.num_rows, rows.length, labelled)
+    batch = plan_activations.Batch(rows.num_rows, rows.length, num_labelled)
     parts = plan_activations.passing(model, setting, batch)
     return held, round(parts.activations + parts.logits + parts.cache)
+
+
+def labelled(rows: Batch, method: str) -> int:
+    """Give the number of a row's tokens that the loss is on."""
+    return rows.num_key if method == "detached" else rows.length - round(rows.length * PROMPT_SHARE)
 
 
 def measured(
@@ -165,8 +173,7 @@ def measured(
                 step = partial(_step, trainer, rows, loss_on, shape)
                 peak = peak_bytes(step, device)
             seconds = time.perf_counter() - start
-            labelled = rows.num_key if method == "detached" else length - round(length * 0.2)
-            expected = planned(device, shape, method, rows, labelled)
+            expected = planned(device, shape, method, rows, labelled(rows, method))
             taken = round(seconds, 1)
             yield Row(device, name, length, method, expected[0], held, expected[1], peak, taken)
 
