@@ -19,8 +19,8 @@ TILE_LOGITS, TILE_ROWS, WIDEST_TILE = 2**20, 4096, 32768
 CONTEXT_TOKENS = 4096
 
 FLOAT = 4
-# Fitted: gradients of the MLP's width that are there at once.
-BACKWARD_WIDE = {"cpu": 2.0, "cuda": 1.0}
+# Fitted: gradients of the MLP's width that are there at once, in float32 on a CPU, and NF4 on CUDA.
+BACKWARD_WIDE, BACKWARD_WIDE_NF4 = 2.0, 1.0
 FORWARD_WIDE = 4  # act(gate), up's product, the adapter's, and their sum
 CPU_TILES = 8  # copies of a tile of logits in the backward pass of TRL's head, without Triton
 TOKEN_INTEGERS = 6  # ids, mask, labels, segments, positions, targets
@@ -171,8 +171,8 @@ def _stream_bytes(setting: Setting) -> int:
 
 def _backward(shape: ModelShape, setting: Setting) -> float:
     """Give what a layer's backward pass holds of a token beside what autograd keeps."""
-    wide = BACKWARD_WIDE[setting.kind] * shape.wide
-    return (wide + 2 * shape.hidden) * setting.compute_bytes
+    wide = BACKWARD_WIDE_NF4 if setting.quantized else BACKWARD_WIDE
+    return (wide * shape.wide + 2 * shape.hidden) * setting.compute_bytes
 
 
 def _widened(shape: ModelShape, setting: Setting) -> int:
