@@ -88,6 +88,14 @@ def test_steps_tokens_and_seconds_are_of_all_stages_and_the_mean_over_seeds() ->
     assert arm.seeds[1].model_dump(include=set(more)) == more
 
 
+def test_seconds_of_two_machines_are_not_mixed() -> None:
+    """Two seeds of 180 s each on the first seed's machine, and one of 10 s on another."""
+    faster: Cell = {"hardware": "H100", "seconds": {"completion": 9.0, "key": 1.0}}
+    seeds = [cell([True] * 9), cell([True] * 9, seed=2), cell([True] * 9, seed=3, **faster)]
+    arm = named(summed(seeds), "sftkey")
+    assert (arm.num_seeds, arm.seconds) == (3, 180)
+
+
 def test_answers_that_never_stopped_are_counted_where_all_are_known() -> None:
     """Two of nine ran on; if it isn't known of one, no number is given."""
     made = cell([True] * 9)

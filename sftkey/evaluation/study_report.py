@@ -56,7 +56,8 @@ NOTES = (
     "Intervals are 95% ones over seeds and questions; n is questions x seeds. p is that of a "
     "permutation of arm and control within questions, Holm-corrected over the arms. A difference "
     "counts as shown if its interval is clear of 0 and p is below 0.05. Tokens are the trained "
-    "ones and time that of training, of all stages, the mean over seeds.",
+    "ones and time that of training, of all stages, the mean over seeds; the time of those on the "
+    "first one's hardware.",
 )
 
 

@@ -112,7 +112,7 @@ class ArmFigures(Figures):
     fmt_interval: Interval
     steps: int | None = None
     trained_tokens: int | None = None
-    seconds: float | None = None  # mean over seeds, as the two before
+    seconds: float | None = None  # mean over the seeds on the first one's hardware
     difference_to_control: DifferenceToControl | None = None
     thinking: ThinkingFigures | None = None
     by_thinking_length: tuple[Bucket, ...] = ()

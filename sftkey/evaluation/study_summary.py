@@ -142,6 +142,7 @@ def _arm(
     difference: DifferenceToControl | None,
 ) -> ArmFigures:
     same = same_questions(cells)
+    timed = [cell for cell in cells if cell.hardware == cells[0].hardware]
     acc, fmt = (mean_estimate(table_of(cells, name), same) for name in ("correct", "strict"))
     against = control if cells[0].arm != (control[0].arm if control else None) else ()
     loss_share, gradient_share = shares(cells)
@@ -158,7 +159,7 @@ def _arm(
         fmt_interval=fmt.interval,
         steps=round(fmean(sum(cell.steps.values()) for cell in cells)),
         trained_tokens=round(fmean(sum(cell.trained_tokens.values()) for cell in cells)),
-        seconds=fmean(sum(cell.seconds.values()) for cell in cells),
+        seconds=fmean(sum(cell.seconds.values()) for cell in timed),
         difference_to_control=difference,
         thinking=thinking_figures(cells, _stage_earlier(cells, by_arm)),
         by_thinking_length=buckets(cells, against, "length"),
