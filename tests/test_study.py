@@ -401,6 +401,29 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
         assert set(indexes) <= examples.keys()
 
 
+def test_a_choice_over_own_thinking_reads_no_more_rows_than_it_may(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of the sixteen training rows are asked, and they are the first six."""
+    monkeypatch.chdir(tmp_path)
+    choose = {"learning_rate": [1e-4], "num_rows": 6}
+    arms = ["sft_twice", "sftkey_own"]
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
+    asked: list[Any] = []
+
+    def own_rows(recipe: Any, stage: Any, prepared: Any, *_others: Any) -> Any:
+        asked.append([each.index for each in prepared.train_examples])
+        assert asked[-1] == prepared.train["index"][:]
+        return prepared.train
+
+    monkeypatch.setattr("sftkey.training.stages.make_own_rows", own_rows)
+    run = study_run(load_study(file), file)
+    run.choices(run.files[0]).of("sftkey_own")
+    recipe = arm_recipe(run.study, run.files[0], "sftkey_own", 1)
+    first = [each.index for each in run.rows(recipe).train_examples]
+    assert (asked, len(first)) == ([first[:6]], 16)
+
+
 def test_matched_steps_train_as_many_tokens_as_the_key_stage() -> None:
     """Full SFT reads fewer rows, so that it trains the key stage's tokens, to half a step."""
     tokens = {"PROMPT": 900, "THINKING": 800, "ANSWER_TAG": 100, "ANSWER": 80, "END": 20}

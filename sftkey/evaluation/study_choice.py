@@ -179,8 +179,10 @@ class Choices:
             what = "choose: expected validation rows to choose on; got none"
             raise DataError(str(self.file), what, "write data.validation into the recipe")
         few = range(min(choice.num_rows, len(prepared.train)))
-        train, asked = prepared.train.select(few), prepared.validation_examples
-        return replace(prepared, train=train, test=asked)
+        train, examples = prepared.train.select(few), prepared.train_examples[: len(few)]
+        return replace(
+            prepared, train=train, train_examples=examples, test=prepared.validation_examples
+        )
 
 
 def _grid(choice: Choice, arm: str) -> dict[str, tuple[float, ...]]:
