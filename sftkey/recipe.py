@@ -137,6 +137,11 @@ class StageSection(Section):
     loss: Literal["nll", "dft"] = "nll"
     trainer: dict[str, Any] = {}
 
+    @property
+    def rows_each(self) -> int:
+        """How many rows one training row becomes; fewer where own thinkings aren't kept."""
+        return (self.own or OwnThinking()).samples if self.thinking == "own" else 1
+
 
 class JudgeSection(Section):
     """A second grader: a model behind an OpenAI-compatible endpoint.

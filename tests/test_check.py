@@ -105,6 +105,17 @@ def test_a_right_recipe_has_no_findings_and_its_counts(gate: Gate) -> None:
     }
 
 
+def test_every_sample_of_own_thinking_is_a_row(gate: Gate) -> None:
+    """Three samples a row: three times the steps and tokens of a stage over the reference's."""
+    stages = [
+        {"name": "key", "loss_on": "key"},
+        {"name": "own", "loss_on": "key", "thinking": "own", "own": {"samples": 3}},
+    ]
+    trainer = {"per_device_train_batch_size": 1, "num_train_epochs": 1}
+    found = gate(stages=stages, trainer=trainer).statistics["stages"]
+    assert {name: 3 * count for name, count in found["key"].items()} == found["own"]
+
+
 def test_the_launchers_processes_share_the_steps(gate: Gate) -> None:
     """Steps are counted for as many processes as the launcher starts."""
     trainer = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 2e-4}

@@ -124,13 +124,13 @@ def _numbers(
     stages = {}
     for stage in recipe.stages:
         trainer, weights = recipe.stage_trainer(stage), weights_by_segment(stage.loss_on)
-        num_rows = len(stage_rows(recipe, stage, prepared.train, packs))
-        epochs = num_stage_epochs(trainer, num_rows, num_processes)
+        num_rows = len(stage_rows(recipe, stage, prepared.train, packs)) * stage.rows_each
+        reads = num_stage_epochs(trainer, num_rows, num_processes) * stage.rows_each
         trained = sum(tokens[segment.name] for segment in Segment if weights[segment])
         stages[stage.name] = {
             "steps": num_stage_steps(trainer, num_rows, num_processes),
-            "tokens": round(epochs * sum(tokens.values())),
-            "trained_tokens": round(epochs * trained),
+            "tokens": round(reads * sum(tokens.values())),
+            "trained_tokens": round(reads * trained),
         }
     key_share = {"median": median(shares), "min": min(shares), "max": max(shares)}
     return {

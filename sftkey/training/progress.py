@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -13,15 +14,17 @@ class RunProgress:
     """Follows all stages of a run on stderr.
 
     Args:
-        num_steps: Steps of all stages that are still to be trained.
+        num_steps: The stages that are still to be trained, and how many steps of each.
         console: Where to write; tests hand in their own.
         quiet: Write nothing (every process but the main one).
     """
 
-    def __init__(self, num_steps: int, console: Console | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, num_steps: Mapping[str, int], console: Console | None = None, quiet: bool = False
+    ) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
-        self.num_steps, self.steps_done = num_steps, 0
+        self._num_steps, self.steps_done = dict(num_steps), 0
         self.training_seconds = 0.0
         self._last = time.monotonic()
         self._bar = Progress(
@@ -32,7 +35,7 @@ class RunProgress:
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("run", total=num_steps, figures="")
+        self._task = self._bar.add_task("run", total=self.num_steps, figures="")
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -51,15 +54,20 @@ class RunProgress:
         if not self.quiet:
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def begin(self, stage: str) -> None:
-        """Start the clock of a stage's steps."""
-        self._bar.update(self._task, description=stage)
-        self._last = time.monotonic()
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages that are trained from here on, those that are done included."""
+        return sum(self._num_steps.values())
 
-    def skip(self, num_steps: int) -> None:
-        """Count steps that a checkpoint had already done."""
-        self.num_steps -= num_steps
-        self._bar.update(self._task, total=self.num_steps)
+    def begin(self, stage: str, num_steps: int) -> None:
+        """Start the clock of a stage's steps.
+
+        How many they are is known only now: a checkpoint has some done already, and the model's own
+        thinkings aren't all kept.
+        """
+        self._num_steps[stage] = num_steps
+        self._bar.update(self._task, description=stage, total=self.num_steps)
+        self._last = time.monotonic()
 
     def step(self) -> None:
         """Count one finished step."""

@@ -84,8 +84,7 @@ class StageLog(TrainerCallback):
         self.record.num_steps = state.max_steps
         if state.is_world_process_zero:
             cut_log(self.path, state.global_step)
-        self.progress.skip(state.global_step)
-        self.progress.begin(self.record.name)
+        self.progress.begin(self.record.name, state.max_steps - state.global_step)
         self._since = time.monotonic()
 
     def on_step_end(

@@ -249,9 +249,9 @@ def make_progress(
         folder = ledger.stage_folder(number) / "checkpoints"
         stage_arguments(ledger.recipe, stage, device, folder, on_start=True)  # upstream's checks
         trainer = ledger.recipe.stage_trainer(stage)
-        rows = stage_rows(ledger.recipe, stage, prepared.train, packs)
-        steps[stage.name] = num_stage_steps(trainer, len(rows), world)
-    left = sum(steps[record.name] for record in ledger.stages if record.status == "open")
+        num_rows = len(stage_rows(ledger.recipe, stage, prepared.train, packs)) * stage.rows_each
+        steps[stage.name] = num_stage_steps(trainer, num_rows, world)
+    left = {each.name: steps[each.name] for each in ledger.stages if each.status == "open"}
     progress = RunProgress(left, quiet=not ledger.main)
     counts = ", ".join(f"{name} {count} steps" for name, count in steps.items())
     progress.note(
