@@ -138,9 +138,14 @@ class StageSection(Section):
     trainer: dict[str, Any] = {}
 
     @property
+    def own_thinking(self) -> OwnThinking:
+        """How own thinkings are written: what the recipe says, or the defaults."""
+        return self.own or OwnThinking()
+
+    @property
     def rows_each(self) -> int:
         """How many rows one training row becomes; fewer where own thinkings aren't kept."""
-        return (self.own or OwnThinking()).samples if self.thinking == "own" else 1
+        return self.own_thinking.samples if self.thinking == "own" else 1
 
 
 class JudgeSection(Section):

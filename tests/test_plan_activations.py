@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -200,16 +201,21 @@ MEASURED = BENCHMARKS / "plan_h100.jsonl"
 UNSEEN = BENCHMARKS / "key_stage_h100.jsonl"  # whole steps, which fitted nothing
 
 
-@pytest.mark.parametrize("line", MEASURED.read_text().splitlines())
-def test_the_plan_is_what_a_gpu_measured(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step's peak and all memory lie within 6% of what `plan.py --device cuda` measured."""
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give the module of the benchmark."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import plan
-    from models import SHAPES
+    return import_module("plan")
 
+
+@pytest.mark.parametrize("line", MEASURED.read_text().splitlines())
+def test_the_plan_is_what_a_gpu_measured(line: str, plan: Any) -> None:
+    """The step's peak and all memory lie within 6% of what `plan.py --device cuda` measured."""
     row = json.loads(line)
     method, length = row["method"], row["length"]
-    shape = replace(SHAPES[row["shape"]], quantized=True, checkpointing=method == "checkpointed")
+    shape = replace(
+        plan.SHAPES[row["shape"]], quantized=True, checkpointing=method == "checkpointed"
+    )
     rows = plan.Batch(1, length, plan.NUM_KEY)
     held, peak = plan.planned("cuda", shape, method, rows, plan.labelled(rows, method))
     assert peak == pytest.approx(row["measured_peak"], rel=0.06)
@@ -217,16 +223,12 @@ def test_the_plan_is_what_a_gpu_measured(line: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("line", [x for x in UNSEEN.read_text().splitlines() if '"trl"' not in x])
-def test_the_plan_is_what_a_gpu_measured_later(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_what_a_gpu_measured_later(line: str, plan: Any) -> None:
     """All memory of a 7B step, keys and rows four times as long, lies within 3%.
 
     The peak of `key_stage.py --device cuda` is above weights and optimizer: gradients count.
     """
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import plan
-    from models import SHAPES
-
-    row, shape = json.loads(line), SHAPES["7b"]
+    row, shape = json.loads(line), plan.SHAPES["7b"]
     rows = plan.Batch(row["rows"], row["tokens"], row["key_tokens"])
     whole = row["loss_on"] == "completion"
     num_labelled = plan.labelled(rows, "exact" if whole else "detached")

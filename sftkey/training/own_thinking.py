@@ -26,7 +26,7 @@ from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError
 from sftkey.files import write_json
 from sftkey.generation import Generation, generate_to_file
-from sftkey.recipe import OwnThinking, Recipe, StageSection
+from sftkey.recipe import Recipe, StageSection
 from sftkey.training.progress import RunProgress
 
 Grade = Callable[[str | None, str, str], bool]  # answer, reference, grader
@@ -56,7 +56,7 @@ def write_thinkings(
     processes = PartialState()
     rank, world = processes.process_index, processes.num_processes
     frame, examples = prepared.frame, prepared.train_examples
-    own = stage.own or OwnThinking()
+    own = stage.own_thinking
     asked = {
         sample * len(examples) + place: frame.prompt_ids(example.prompt)
         for sample in range(own.samples)
@@ -103,7 +103,7 @@ def own_examples(
         The examples, and how many thinkings were written, not closed, not kept, and used.
     """
     examples, response = prepared.train_examples, prepared.frame.response
-    keep = (stage.own or OwnThinking()).keep
+    keep = stage.own_thinking.keep
     closed: dict[int, list[tuple[str, bool]]] = {}
     for key in sorted(written):
         example = examples[key % len(examples)]
