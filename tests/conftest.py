@@ -133,6 +133,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None,
         yield own
 
 
+@pytest.fixture
+def in_float64() -> Generator[None, None, None]:
+    """Run a test in float64, where an equality can be proven to ten digits on every machine."""
+    from models_made import float64
+
+    with float64():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Give the byte-level tokenizer of the tests."""

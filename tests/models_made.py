@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 VOCABULARY = 97
@@ -52,6 +54,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 LENGTHS, KEYS = (40, 23, 31), (10, 11, 2)  # tokens of each row, and how many of them are its key
 STARTS = torch.tensor(LENGTHS) - torch.tensor(KEYS) - 1  # the token before the key
+
+
+# Two orders of the same sums differ by some hundred roundings in these models: 4e-5 was seen in
+# float32 (and another CPU orders its sums in another way), which is 1e-13 in float64.
+EQUAL = 1e-10
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Make and run models in float64: two ways to one number then agree to `EQUAL`, or are two.
+
+    Upstream takes norms and losses in float32 whatever the weights are. It asks for `torch.float32`
+    by that name when it runs, forward and backward; so here the name means float64.
+    """
+    before = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("float32", "float"):
+            patch.setattr(torch, name, torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def made_family(name: str, **fields: Any) -> Any:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models_made import (
+    EQUAL,
     FAMILIES,
     STARTS,
     differences,
+    float64,
     made_batch,
     made_family,
     nf4,
@@ -72,12 +74,13 @@ def test_doctests_hold() -> None:
     assert doctest.testmod(frozen).failed == 0
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("context", [True, False], ids=["on-adapter", "on-base"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_losses_and_gradients_equal_one_pass_with_a_masked_adapter(
     name: str, context: bool
 ) -> None:
-    """The activated LoRA of peft, told where the key begins in each row, is the oracle: to 1e-5."""
+    """The activated LoRA of peft, told where the key begins in each row, is the oracle."""
     model = adapted(made_family(name), context=context, key=lora(r=2))
     found = frozen_losses(model)
     found_gradients = gradients(model, found)
@@ -89,10 +92,11 @@ def test_losses_and_gradients_equal_one_pass_with_a_masked_adapter(
     with acting(oracle, [*context_adapters(oracle), "key"]):
         expected = plain_losses(oracle, {**batch, "alora_offsets": offsets})
         expected_gradients = gradients(oracle, expected)
-    assert (found - expected).abs().max() < 1e-5
-    assert differences(found_gradients, expected_gradients) < 1e-5
+    assert (found - expected).abs().max() < EQUAL
+    assert differences(found_gradients, expected_gradients) < EQUAL
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("qwen3-moe",)])
 def test_a_grid_gives_each_adapter_what_it_gets_alone(family: str) -> None:
     """Losses and gradients of three adapters in one pass, of unequal ranks, equal their own."""
@@ -104,9 +108,9 @@ def test_a_grid_gives_each_adapter_what_it_gets_alone(family: str) -> None:
     for number, name in enumerate(RANKS):
         alone = adapted(made_family(family), **{name.replace("-", "_"): lora(r=RANKS[name])})
         losses = frozen_losses(alone)
-        assert (rows[number] - losses).abs().max() < 1e-5
+        assert (rows[number] - losses).abs().max() < EQUAL
         expected = gradients(alone, losses)
-        assert differences({key: found[key] for key in expected}, expected) < 1e-5
+        assert differences({key: found[key] for key in expected}, expected) < EQUAL
 
 
 def test_the_context_is_what_it_was_without_key_adapters() -> None:
@@ -194,11 +198,12 @@ def ranks_gradients(rank: int, folder: str) -> None:
     )
     rows = [0] if rank == 0 else [1, 2]
     batch = {name: each[rows] for name, each in made_batch().items()}
-    model = two_key_adapters()
-    add_token_losses(model.get_base_model(), "frozen")
-    wrapped = DistributedDataParallel(model)
-    batch["key_starts"] = STARTS[rows]
-    (2 * token_losses(wrapped, batch, "frozen").sum()).backward()  # DDP takes the mean
+    with float64():
+        model = two_key_adapters()
+        add_token_losses(model.get_base_model(), "frozen")
+        wrapped = DistributedDataParallel(model)
+        batch["key_starts"] = STARTS[rows]
+        (2 * token_losses(wrapped, batch, "frozen").sum()).backward()  # DDP takes the mean
     found = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -208,7 +213,8 @@ def ranks_gradients(rank: int, folder: str) -> None:
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     """DDP over gloo: both ranks have the whole batch's gradients for each adapter of a grid."""
     torch.multiprocessing.spawn(ranks_gradients, (str(tmp_path),), nprocs=2)
-    model = two_key_adapters()
-    expected = gradients(model, frozen_losses(model))
+    with float64():
+        model = two_key_adapters()
+        expected = gradients(model, frozen_losses(model))
     for rank in (0, 1):
-        assert differences(torch.load(tmp_path / f"{rank}.pt"), expected) < 1e-5
+        assert differences(torch.load(tmp_path / f"{rank}.pt"), expected) < EQUAL
