@@ -13,6 +13,10 @@ import yaml
 
 from sftkey.files import cache_folder
 
+# Tiny models on one thread: with more, OpenMP's threads spin against whatever else runs, and
+# pytest-xdist uses the other cores. Set before torch is imported, and inherited by processes that
+# tests start. A launcher's own "1" would be undone by `use_all_cores`; "01" is the user's.
+os.environ["OMP_NUM_THREADS"] = "01"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -117,7 +121,6 @@ def train_tiny(folder: Path, model: Path, test: int = 8, **settings: Any) -> Non
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("OMP_NUM_THREADS", "2")  # a number of the user's: this process keeps its own
         train(Path("tiny.yaml"))
 
 

@@ -46,7 +46,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
 def home(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy the run, and stand where its folder is `runs/tiny`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -99,7 +98,6 @@ def test_a_run_without_validation_rows_has_no_diagnosis(
 ) -> None:
     """Training rows would flatter the model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     data = {"source": str(tmp_path / "rows.jsonl"), "test": 4, "max_length": 512}
     recipe = tiny_recipe(data=data, trainer={"max_steps": 1}, eval={"max_new_tokens": 4})
     train(recipe, ["stages=[{name: key, loss_on: key}]"])

@@ -30,7 +30,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy the run, and stand where its folder is `runs/tiny`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     shutil.copytree(trained, tmp_path / "runs" / "tiny")
     return Path("runs", "tiny")
 

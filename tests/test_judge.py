@@ -48,7 +48,6 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a cache of its own, and a key."""
     monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # a number of the user's: the process keeps its own
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_two_ranks_train_as_one_process_does(
         ["sftkey.train", recipe, "name=one", "trainer.per_device_train_batch_size=4"], tmp_path
     )
     assert one.returncode == 0, one.stderr
-    ranks = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = launch([*ranks, "-m", "sftkey.train", recipe, "name=two"], tmp_path)
     assert two.returncode == 0, two.stderr
     assert "world size 1," in one.stderr
