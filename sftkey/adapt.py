@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftkey.errors import RecipeError
-from sftkey.ls import RECIPES, recipe_files, shortest
+from sftkey.recipe.collection import RECIPES, recipe_files, shortest
 
 if TYPE_CHECKING:
     from rich.console import Console

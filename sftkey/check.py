@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftkey.errors import CheckError, Problem, RecipeError, SFTKeyError
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from sftkey.errors import DeviceError, first_line
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNQUANTIZED = "write model.quantization=none"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sftkey.console import stdout_console
 from sftkey.errors import DataError, RecipeError, RunError
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from sftkey.data.frame import Frame
@@ -211,7 +212,7 @@ def _foreign(target: str, data: str, num_rows: int) -> Subject:
     from sftkey.evaluation.asking import Settings, asked_rows
     from sftkey.model import load_model
     from sftkey.planning.foreign import read_foreign
-    from sftkey.recipe import EvalSection
+    from sftkey.recipe.schema import EvalSection
 
     foreign = read_foreign(target, data, SEED)
     for line in foreign.chosen:

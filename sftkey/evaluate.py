@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from sftkey.console import stdout_console
 from sftkey.errors import JudgeError, RunError
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from sftkey.evaluation.judge import Judge

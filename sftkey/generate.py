@@ -13,7 +13,7 @@ from sftkey.trained import run_recipe, trained_stage
 if TYPE_CHECKING:
     from sftkey.data.frame import Frame
     from sftkey.generation import Generation
-    from sftkey.recipe import Recipe
+    from sftkey.recipe.schema import Recipe
 
 
 def generate(

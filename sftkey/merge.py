@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sftkey.errors import RunError
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.trained import run_recipe, trained_stage
 
 

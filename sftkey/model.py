@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sftkey.device import DTYPES, Device, launched_with
 from sftkey.errors import ModelError, first_line
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.source import Source, find_source, hub_error, model_source, weight_files
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too

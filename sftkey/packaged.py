@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sftkey.errors import ModelError
 from sftkey.files import cache_folder
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 
 PREFIX = "pypi:"
 CHUNK_BYTES = 1 << 20

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sftkey.planning.plan import GIB, RESERVED_BYTES, Plan, make_plan, size_bytes
 from sftkey.planning.plan_changes import changes_that_fit
 from sftkey.planning.shape_reading import read_shape
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 
 
 def show(

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 
 from sftkey.errors import ModelError, first_line
 from sftkey.packaged import is_packaged, packaged_folder
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sftkey.errors import RecipeError
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 Stage = Mapping[str, Any]
 

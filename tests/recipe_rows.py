@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from sftkey.data import sources
-from sftkey.ls import RECIPES
-from sftkey.recipe import DataSection, Recipe, load_recipe
+from sftkey.recipe.collection import RECIPES
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import DataSection, Recipe
 
 NUM_ROWS = {"train": 760, "validation": 30, "test": 30}
 

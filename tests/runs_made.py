@@ -12,7 +12,8 @@ from sftkey.data.frame import probe_frame
 from sftkey.device import Device
 from sftkey.key_adapter import KEY
 from sftkey.model import load_model, load_tokenizer
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.saving import DEFAULT, save_adapter, save_model
 from sftkey.source import base_identity
 from sftkey.training.ledger import Ledger, open_run

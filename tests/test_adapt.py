@@ -20,7 +20,8 @@ from sftkey.errors import DataError, FrameError, ModelError, RecipeError
 from sftkey.planning import adapt as planning_adapt
 from sftkey.planning import proof
 from sftkey.planning.check import check
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from sftkey.adapter import add_lora, load_adapter
 from sftkey.device import Device
 from sftkey.errors import ModelError
 from sftkey.model import load_model
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.saving import save_adapter, save_model
 from sftkey.source import base_identity
 

@@ -24,7 +24,7 @@ from sftkey.planning.check_masks import judged_findings
 from sftkey.planning.check_rows import REASONS, UNSPLIT_HINT, dropped_findings
 from sftkey.planning.findings import Finding, Report
 from sftkey.planning.proof import Proof
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 from sftkey.train import train
 from sftkey.training.stages import read_rows, start
 

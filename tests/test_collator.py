@@ -16,7 +16,7 @@ from sftkey.data.labels import PADDING
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import RecipeError
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 WEIGHTS = {"thinking": 0.25, "key": 1.0}
 

@@ -27,7 +27,7 @@ from sftkey.errors import RecipeError
 from sftkey.planning.check import check
 from sftkey.planning.check_masks import BUG
 from sftkey.planning.findings import Finding, Report
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 
 Gate = Callable[..., Report]
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -14,7 +14,7 @@ from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.errors import DataError
 from sftkey.planning.data_choice import choose_data, choose_grader, measure
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 HELD_OUT = {"validation": 4, "test": 4, "overlap": "drop"}
 THOUGHT = "<think>\nSo.\n</think>\n\n7"

@@ -7,7 +7,7 @@ import torch
 
 from sftkey.device import Device, choose_device
 from sftkey.errors import DeviceError
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 
 
 def section(**settings: str) -> ModelSection:

@@ -13,7 +13,7 @@ from conftest import made_rows, train_tiny
 import sftkey.training.loading
 from sftkey.errors import RunError
 from sftkey.evaluate import evaluate, note_thinking
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 from sftkey.train import train
 from sftkey.training.stages import start
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.ls import RECIPES, recipe_files
 from sftkey.planning.families import Nearest, find_nearest
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.collection import RECIPES, recipe_files
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 
 
 def recipe(tmp_path: Path, model: str, response: str = "{}") -> Recipe:

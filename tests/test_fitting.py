@@ -10,7 +10,7 @@ from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 LONG = Example("Q", "3 cats: 12\n2 birds: 4\n" * 5, "16", 4)
 SHORT = Example("Q", "4", "16", 5)

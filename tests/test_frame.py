@@ -12,7 +12,7 @@ from sftkey.data.frame import Frame, probe_frame, stop_ids
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # What the templates write as one token of their families' vocabularies.

@@ -11,7 +11,7 @@ from sftkey.evaluate import grade_stage
 from sftkey.evaluation.results import read_results
 from sftkey.evaluation.study_cells import take_over
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 from sftkey.training.stages import Run, start
 
 pytestmark = pytest.mark.slow

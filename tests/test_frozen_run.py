@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from sftkey.data.response import Segment
 from sftkey.errors import ModelError
 from sftkey.key_adapter import KEY, acting, context_adapters
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 from sftkey.training.loading import load_stage
 from sftkey.training.stages import Run, start
 from sftkey.training.trainer import segment_means, segment_sums

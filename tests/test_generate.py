@@ -20,7 +20,7 @@ from sftkey.errors import RunError
 from sftkey.generate import generate
 from sftkey.generation import generate as write
 from sftkey.key_adapter import acting, context_adapters
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 from sftkey.switching import find_switch
 from sftkey.training.loading import load_stage
 

@@ -28,7 +28,8 @@ from sftkey.evaluate import evaluate
 from sftkey.evaluation import judge as judge_module
 from sftkey.evaluation.agreement import cohens_kappa
 from sftkey.evaluation.judge import Judge, judge_prompt, parse_verdict
-from sftkey.recipe import JudgeSection, changed_keys, load_recipe
+from sftkey.recipe.load import changed_keys, load_recipe
+from sftkey.recipe.schema import JudgeSection
 from sftkey.study import study
 from sftkey.train import train
 from sftkey.training.ledger import open_run

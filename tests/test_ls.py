@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sftkey.errors import RecipeError
-from sftkey.ls import RECIPES, describe, ls, recipe_files
+from sftkey.ls import ls
+from sftkey.recipe.collection import RECIPES, describe, recipe_files
 
 QLORA = """# A recipe.
 # Fits: H100, 7.4 GiB, 2413 tokens/s, 0123abc

@@ -28,7 +28,7 @@ from sftkey.data.tokenization import tokenize
 from sftkey.errors import FrameError
 from sftkey.planning.hard_rows import SYSTEM
 from sftkey.planning.proof import Proof, judge, prove
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 NUM_ROWS = 2000
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -15,7 +15,7 @@ from sftkey import model as model_module
 from sftkey.device import Device
 from sftkey.errors import ModelError
 from sftkey.model import load_model, load_tokenizer
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.source import Source
 
 CPU = Device("cpu", 0, torch.float32)

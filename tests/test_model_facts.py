@@ -14,7 +14,7 @@ from sftkey import source
 from sftkey.errors import ModelError
 from sftkey.planning import model_facts
 from sftkey.planning.model_facts import ModelFacts, read_facts
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 
 LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 

@@ -8,7 +8,7 @@ import pytest
 
 from sftkey.data.orders import order_rows
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 
 def section(**fields: object) -> DataSection:

@@ -16,7 +16,8 @@ from sftkey.data.response import Example, Segment
 from sftkey.errors import DataError, RecipeError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.generation import Generation
-from sftkey.recipe import OwnThinking, StageSection, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import OwnThinking, StageSection
 from sftkey.stage_diagnosis import refuse_empty_thinking
 from sftkey.training import own_thinking
 from sftkey.training.own_thinking import own_examples

@@ -22,7 +22,7 @@ from sftkey.errors import ModelError
 from sftkey.files import cache_folder
 from sftkey.model import load_model, load_tokenizer
 from sftkey.packaged import find_weights, packaged_folder
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.source import base_identity
 
 NAMES = {

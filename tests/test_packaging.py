@@ -61,7 +61,7 @@ def test_every_file_that_the_readme_names_is_there() -> None:
 
 def test_the_readmes_recipe_is_one_that_loads(tmp_path: Path) -> None:
     """The YAML of the reference goes through the check of form."""
-    from sftkey.recipe import load_recipe
+    from sftkey.recipe.load import load_recipe
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     file = tmp_path / "reference.yaml"

@@ -297,7 +297,7 @@ def test_rows_of_a_batch_are_alike_in_length(
 ) -> None:
     """Unpacked stages are grouped by length; packs, and whoever asks for it, in random order."""
     from sftkey.device import Device
-    from sftkey.recipe import load_recipe
+    from sftkey.recipe.load import load_recipe
     from sftkey.training.arguments import stage_arguments
 
     file = tiny_recipe(trainer={**TRAINER, "per_device_train_batch_size": 4}, stages=STAGES)

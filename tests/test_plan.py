@@ -17,7 +17,6 @@ from model_folders import model_folder, sums, write_rows
 from sftkey.check import check
 from sftkey.device import Device
 from sftkey.errors import CheckError, ModelError, RecipeError, SFTKeyError
-from sftkey.ls import RECIPES, recipe_files
 from sftkey.model import load_model
 from sftkey.plan import fit
 from sftkey.planning.adapt import adapt
@@ -26,7 +25,9 @@ from sftkey.planning.plan_changes import changes_that_fit
 from sftkey.planning.plan_held import adapter_bytes, constant_bytes, optimizer_bytes, weight_bytes
 from sftkey.planning.plan_setting import setting_of
 from sftkey.planning.shape_reading import read_shape
-from sftkey.recipe import ModelSection, Recipe, load_recipe
+from sftkey.recipe.collection import RECIPES, recipe_files
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import ModelSection, Recipe
 
 QWEN3_8B: dict[str, Any] = {
     "model_type": "qwen3",

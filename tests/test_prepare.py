@@ -10,7 +10,7 @@ import pytest
 from sftkey.data.prepare import Prepared, prepare
 from sftkey.data.response import Segment
 from sftkey.errors import DataError
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 
 Write = Callable[..., Prepared]
 ROWS = [

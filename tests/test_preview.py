@@ -21,7 +21,8 @@ from sftkey.data.preview import (
 )
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
-from sftkey.recipe import Recipe, ResponseSection, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe, ResponseSection
 
 ROWS = [{"prompt": f"Q{n}", "thinking": "1 + 1 = 2", "answer": str(n)} for n in range(6)]
 ROWS[1]["answer"] = "<|im_end|>"

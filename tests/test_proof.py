@@ -18,7 +18,7 @@ from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.planning import proof
 from sftkey.planning.hard_rows import hard_examples
 from sftkey.planning.proof import Oracle, judge, prove
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
 OPENED_NATIVE = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))

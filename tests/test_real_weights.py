@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftkey.packaged import packaged_folder
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 from sftkey.training.stages import Run, start
 
 pytestmark = pytest.mark.slow

@@ -13,10 +13,10 @@ from sftkey.data.prepare import Prepared, prepare
 from sftkey.data.rules import make_rule
 from sftkey.data.splits import load_splits
 from sftkey.data.tokenization import tokenize
-from sftkey.ls import RECIPES, describe, recipe_files
 from sftkey.planning.check import check
 from sftkey.planning.proof import judge, prove
-from sftkey.recipe import load_recipe
+from sftkey.recipe.collection import RECIPES, describe, recipe_files
+from sftkey.recipe.load import load_recipe
 
 FILES = [str(file.relative_to(RECIPES)) for file in recipe_files(RECIPES)]
 REAL = [file for file in FILES if FAMILIES[Path(file).parts[0]].real]

@@ -10,7 +10,7 @@ from tokenizers_made import TEXT
 
 from sftkey.data import response as module
 from sftkey.data.response import Parsed, Response, Segment
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 DEFAULT = Response.from_section(ResponseSection())
 NATIVE = Response("<think>\n", "\n</think>", "\n\n", "")

@@ -26,7 +26,7 @@ from sftkey.data.response import Example
 from sftkey.data.row_cache import Outcome, tokenized_rows
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 SETTINGS = {"max_length": 60, "too_long": "drop"}
 EXAMPLES = [

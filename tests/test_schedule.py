@@ -10,8 +10,8 @@ import pytest
 from transformers import Trainer
 from trl import SFTConfig
 
-import sftkey.schedule
-from sftkey.schedule import STEP_SETTINGS, num_stage_epochs, num_stage_steps, trainer_setting
+import sftkey.recipe.stages
+from sftkey.recipe.stages import STEP_SETTINGS, num_stage_epochs, num_stage_steps, trainer_setting
 
 
 def test_doctests_hold() -> None:

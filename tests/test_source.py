@@ -11,7 +11,7 @@ from huggingface_hub import errors as hub
 
 from sftkey import source
 from sftkey.errors import ModelError
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.source import base_identity, find_source, model_source
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)

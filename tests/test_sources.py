@@ -21,8 +21,7 @@ from sftkey.data.response import Example
 from sftkey.data.sources import BUILT_IN, load_examples, with_defaults
 from sftkey.data.templates import Template
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
-from sftkey.recipe_fields import SPLIT_RULES
+from sftkey.recipe.schema import SPLIT_RULES, DataSection
 
 GSM8K = {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4.\n#### 4"}
 HASHED = {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sftkey.data.response import Example
 from sftkey.data.splits import Splits, _normalized, _same, _take, load_splits
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 HELD_OUT = ("validation", "test")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sftkey.adapter import add_lora
 from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
-from sftkey.recipe import load_recipe
+from sftkey.recipe.load import load_recipe
 from sftkey.training.checkpoints import newest_whole
 from sftkey.training.memory import explained_out_of_memory
 from sftkey.training.stage_log import check_handoff, read_log

@@ -43,7 +43,7 @@ LIGHT = [
     "sftkey.adapt",
     "sftkey.train",
     "sftkey.compare",
-    "sftkey.recipe",
+    "sftkey.recipe.load",
     "sftkey.data.response",
     "sftkey.evaluation.grading",
     "sftkey.evaluation.judge",
@@ -87,7 +87,7 @@ def test_imports_follow_the_design() -> None:
 def test_recipes_need_the_standard_library_pydantic_and_yaml() -> None:
     """The check of a recipe's form can't come to import torch, not even inside a function."""
     edges = graph(PACKAGE)
-    for module in ("sftkey.errors", "sftkey.recipe"):
+    for module in ("sftkey.errors", "sftkey.recipe.load"):
         outside = {name for name in reachable(edges, module) if not name.startswith("sftkey")}
         assert outside <= RECIPES_LIBRARIES
 
@@ -175,8 +175,8 @@ def test_the_checkers_fail_on_a_crooked_package(crooked: Path) -> None:
         "sftkey.recipe imports models",
     ]
     assert cycles(graph(crooked)) == [
-        ["sftkey.models", "sftkey.recipe", "sftkey.models"],
-        ["sftkey.recipe", "sftkey.models", "sftkey.recipe"],
+        ["sftkey.models", "sftkey.recipe.load", "sftkey.models"],
+        ["sftkey.recipe.load", "sftkey.models", "sftkey.recipe.load"],
     ]
     assert heavy_at_import(crooked, "sftkey.train") == {"torch"}
     assert heavy_at_import(crooked, "sftkey.cli") == set()

@@ -19,8 +19,8 @@ from sftkey.evaluation.study import arm_recipe, load_study
 from sftkey.evaluation.study_cells import prefix_key, take_over
 from sftkey.evaluation.study_plan import to_choose
 from sftkey.evaluation.study_run import matched_steps
-from sftkey.ls import RECIPES
-from sftkey.recipe import load_recipe
+from sftkey.recipe.collection import RECIPES
+from sftkey.recipe.load import load_recipe
 from sftkey.strategies import STRATEGIES, strategy_recipe
 from sftkey.study import study, study_run
 from sftkey.training.ledger import open_run

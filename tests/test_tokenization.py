@@ -13,7 +13,7 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.planning.proof import Oracle
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
 OPENED_NATIVE = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sftkey import upstream
-from sftkey.recipe_checks import LIMITS, REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
-from sftkey.upstream import Field, as_number, lora_config_fields, sft_config_fields
+from sftkey.recipe import upstream
+from sftkey.recipe.rules import LIMITS, REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
+from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 
 
 def names(config: Any) -> set[str]:

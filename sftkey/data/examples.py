@@ -10,7 +10,7 @@ from sftkey.data.response import Example
 from sftkey.data.rules import Rule, make_rule
 from sftkey.data.templates import Row, RowError, Template, parse_field
 from sftkey.errors import DataError, Problem
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 Turns = Literal["last", "all"]
 # Text, or the messages of a chat, with the thinking and the answer that follow them.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from sftkey.recipe import ResponseSection
+    from sftkey.recipe.schema import ResponseSection
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 
 def hub_rows(data: DataSection, split: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 SOURCE = "made"
 TASK = "orders"

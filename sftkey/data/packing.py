@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from sftkey.errors import DataError
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
 
 TOKEN_COLUMNS = ["input_ids", "segment_ids"]  # what a pack holds of its rows
 

@@ -18,7 +18,7 @@ from sftkey.data.row_cache import Outcome, tokenized_rows
 from sftkey.data.splits import NUM_SHOWN, Splits, load_splits
 from sftkey.data.tokenization import Refusal
 from sftkey.errors import DataError, Problem, RecipeError
-from sftkey.recipe import DataSection, Recipe
+from sftkey.recipe.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import with_defaults
 from sftkey.data.tokenization import Refusal, Row, tokenize
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

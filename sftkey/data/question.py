@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sftkey.data.sources import with_defaults
 from sftkey.data.templates import Template
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 Prompt = str | tuple[dict[str, str], ...]
 

@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sftkey.recipe import ResponseSection
+    from sftkey.recipe.schema import ResponseSection
 
 
 class Segment(IntEnum):

@@ -14,7 +14,7 @@ from sftkey.data.examples import Loaded, Turns, make_examples
 from sftkey.data.hub import hub_rows
 from sftkey.data.worked import made_rows
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 # A built-in source is nothing but values for the recipe's fields, where the recipe gives none.
 BUILT_IN: dict[str, dict[str, str]] = {

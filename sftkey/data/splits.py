@@ -12,7 +12,7 @@ from sftkey.data.examples import Loaded, Turns, Unsplit
 from sftkey.data.response import Example
 from sftkey.data.sources import MADE, has_splits, load_examples, with_defaults
 from sftkey.errors import DataError, Problem
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 NUM_SHOWN, NUM_LISTED = 20, 5  # row numbers in counts; lines in an error
 Amount = int | float | str | None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sftkey.errors import DataError
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 
 def gsm_symbolic(entry: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sftkey.data.response import Example
 from sftkey.errors import JudgeError, RecipeError, first_line
 from sftkey.evaluation.verdicts import Verdicts
-from sftkey.recipe import JudgeSection
+from sftkey.recipe.schema import JudgeSection
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -10,13 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sftkey import yaml_source
 from sftkey.errors import Problem, RecipeError, did_you_mean
-from sftkey.recipe import Recipe
-from sftkey.recipe_errors import found_by_models
-from sftkey.recipe_fields import Count, Number, RunName, Text
+from sftkey.recipe import yaml_io as yaml_source
+from sftkey.recipe.messages import found_by_models
+from sftkey.recipe.schema import Count, Number, Recipe, RunName, Text
+from sftkey.recipe.yaml_io import Keys
 from sftkey.strategies import STRATEGIES, WEIGHTED, Strategy, strategy_recipe
-from sftkey.yaml_source import Keys
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[Number, Field(gt=0)]

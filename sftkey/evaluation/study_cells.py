@@ -12,7 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sftkey.recipe import Recipe, load_recipe
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.training.ledger import Ledger
 
 CHECKPOINTS = "checkpoints"

@@ -21,7 +21,7 @@ from sftkey.evaluation.results import score
 from sftkey.evaluation.study import Choice, Study, arm_recipe
 from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoints, take_over
 from sftkey.files import write_json
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.strategies import WEIGHTED
 from sftkey.training.ledger import Ledger, open_run
 from sftkey.training.stages import Run, start

@@ -15,7 +15,7 @@ from rich.text import Text
 from sftkey.evaluation.study_cells import Cell, prefix_key
 from sftkey.evaluation.study_run import StudyRun
 from sftkey.evaluation.study_summary import stated
-from sftkey.schedule import num_stage_epochs, num_stage_steps
+from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 
 
 @dataclass(frozen=True)

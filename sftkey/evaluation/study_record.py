@@ -16,7 +16,7 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.evaluation.results import StageResult, read_result
 from sftkey.evaluation.study_cells import Cell
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.training.stage_log import read_log
 from sftkey.training.stages import BASE, Run
 

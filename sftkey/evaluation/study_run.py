@@ -26,8 +26,8 @@ from sftkey.evaluation.study_cells import (
 from sftkey.evaluation.study_choice import Choices, Picked
 from sftkey.evaluation.study_record import cell_record, recipe_hash
 from sftkey.files import write_text
-from sftkey.recipe import Recipe
-from sftkey.schedule import num_stage_epochs, num_stage_steps, trainer_setting
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
 from sftkey.training.ledger import Ledger, open_run, refuse_changed
 from sftkey.training.stages import BASE, Run, start
 

@@ -24,10 +24,10 @@ from sftkey.planning.frame_choice import choose_frame
 from sftkey.planning.model_facts import read_facts
 from sftkey.planning.plan import make_plan, size_bytes
 from sftkey.planning.proof import Proof, prove
-from sftkey.planning.recipe_text import write_recipe
 from sftkey.planning.shape_reading import read_shape
-from sftkey.recipe import Recipe, load_recipe
-from sftkey.yaml_source import dotted
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.yaml_io import dotted, write_recipe
 
 NUM_PROOF_ROWS = 2000
 MADE = Example("What is 3 times 4?", "3 times 4 is 12.", "12", 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sftkey.planning.data_choice import DataChoice, Lengths
 from sftkey.planning.frame_choice import FrameChoice
 from sftkey.planning.model_facts import ModelFacts
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from sftkey.planning.adapt_choices import Choices
 from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import choose_grader, plain_prompt
 from sftkey.planning.plan_changes import largest_part
-from sftkey.planning.recipe_text import Line, Section
-from sftkey.recipe import DataSection, Recipe, ResponseSection
+from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
+from sftkey.recipe.yaml_io import Line, Section
 
 ROWS_A_STEP = 16
 ONE_ROW = "one row at a time, until you know what fits your GPU; more in place of accumulation"

@@ -29,8 +29,8 @@ from sftkey.planning.check_rows import (
 )
 from sftkey.planning.check_stop import stop_findings
 from sftkey.planning.findings import Finding, Report, of_error
-from sftkey.recipe import Recipe
-from sftkey.schedule import num_stage_epochs, num_stage_steps
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 
 P = ParamSpec("P")
 T = TypeVar("T")

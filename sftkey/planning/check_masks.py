@@ -21,7 +21,7 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import tokenize
 from sftkey.planning.findings import Finding, of_rows
 from sftkey.planning.proof import judge
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
 
 NUM_JUDGED = 200  # rows of train that the oracle judges
 BATCH_SIZE = 64

@@ -9,9 +9,9 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.device import launched_with
 from sftkey.planning.findings import Finding
-from sftkey.recipe import Recipe
-from sftkey.schedule import trainer_setting
-from sftkey.yaml_source import Keys, dotted
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.yaml_io import Keys, dotted
 
 UNDECIDED = "DECIDE:"  # what `sftkey adapt` writes in the place of a value that it can't choose
 # For all weights between the 5e-6 of arXiv 2512.21017 and the 2e-5 of TRL's example, for LoRA the

@@ -13,7 +13,7 @@ from sftkey.data.response import Example
 from sftkey.data.splits import Splits
 from sftkey.errors import FrameError
 from sftkey.planning.findings import Finding, numbered, of_rows
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
 SPLITS = ("train", "validation", "test")

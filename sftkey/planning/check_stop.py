@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 from sftkey.data.frame import Frame
 from sftkey.errors import ModelError, first_line
 from sftkey.planning.findings import Finding
-from sftkey.recipe import ModelSection, Recipe
+from sftkey.recipe.schema import ModelSection, Recipe
 from sftkey.source import ADAPTER_CONFIG, Source, find_source, model_source
 
 # What families call the module that reads tokens, and the one that writes them.

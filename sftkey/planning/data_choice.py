@@ -16,7 +16,7 @@ from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError
 from sftkey.planning.check_recipe import UNDECIDED
-from sftkey.recipe import DataSection
+from sftkey.recipe.schema import DataSection
 
 NAMES = {
     "prompt": ("prompt", "question", "problem", "instruction", "query", "input"),

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftkey.planning.recipe_text import inline
-from sftkey.recipe import Recipe, changed_keys, load_recipe
+from sftkey.recipe.load import changed_keys, load_recipe
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.yaml_io import inline
 
 COMPARED = ("model.", "lora", "response.")
 OWN = ("model.name_or_path", "model.file", "model.sha256", "model.revision")

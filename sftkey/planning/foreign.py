@@ -14,7 +14,7 @@ from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import DataChoice, choose_data, choose_grader, measure
 from sftkey.planning.frame_choice import TAGS, THINK, FrameChoice, choose_frame
 from sftkey.planning.model_facts import ModelFacts, read_facts
-from sftkey.recipe import DataSection, ModelSection
+from sftkey.recipe.schema import DataSection, ModelSection
 
 
 @dataclass(frozen=True)

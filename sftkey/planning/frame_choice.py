@@ -20,7 +20,7 @@ from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.proof import Oracle, trained
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

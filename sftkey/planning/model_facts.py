@@ -21,7 +21,7 @@ from transformers import (
 from sftkey.errors import ModelError, first_line
 from sftkey.model import linear_modules, load_tokenizer, short_names
 from sftkey.packaged import find_weights, is_packaged
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.source import Source, model_source
 
 

@@ -16,7 +16,7 @@ from sftkey.planning import plan_held
 from sftkey.planning.model_shape import ModelShape
 from sftkey.planning.plan_activations import Batch, passing
 from sftkey.planning.plan_setting import Setting, setting_of
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
 
 GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.

@@ -8,7 +8,7 @@ from typing import Any
 from sftkey.planning.model_shape import ModelShape
 from sftkey.planning.plan import Plan, batch_rows, make_plan, trains_context
 from sftkey.planning.plan_setting import DEFAULT_OPTIMIZER
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 
 SHORTEST = 256  # tokens; shorter rows hold hardly any reasoning
 EIGHT_BITS = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sftkey.errors import CheckError, Problem
-from sftkey.grid import members
 from sftkey.planning.model_shape import Linear, ModelShape
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.recipe.stages import members
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of state for each trained number; and in how many states of 8 bits a large tensor has it.

@@ -16,7 +16,7 @@ from typing import Any
 
 from sftkey.errors import ModelError
 from sftkey.planning.model_shape import FAMILIES, Linear, ModelShape
-from sftkey.recipe import ModelSection
+from sftkey.recipe.schema import ModelSection
 from sftkey.source import model_source
 
 

@@ -15,7 +15,7 @@ from sftkey.data.frame import probe_frame, stop_ids
 from sftkey.device import Device
 from sftkey.errors import RunError
 from sftkey.model import load_model, load_tokenizer
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.source import base_identity
 
 # How far the merged model's logits may lie from base and adapter, as a share of what the adapter

@@ -16,7 +16,7 @@ from sftkey.data.response import Example
 from sftkey.device import launched_with
 from sftkey.files import write_text
 from sftkey.generation import generate_to_file
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.switching import find_switch
 from sftkey.training.ledger import Ledger
 from sftkey.training.progress import RunProgress

@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from sftkey.data.packing import reads_packs
 from sftkey.model import Device
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
 
 # What sftkey takes where the recipe says nothing; all else is TRL's own default.
 DEFAULTS: dict[str, Any] = {

@@ -10,7 +10,8 @@ from typing import Any
 
 from sftkey.errors import Problem, RunError
 from sftkey.files import free_name, write_json, write_text
-from sftkey.recipe import Recipe, changed_keys, load_recipe
+from sftkey.recipe.load import changed_keys, load_recipe
+from sftkey.recipe.schema import Recipe
 
 
 @dataclass

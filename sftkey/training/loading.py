@@ -12,10 +12,10 @@ from sftkey.adapter import add_lora, load_adapter
 from sftkey.data.frame import Frame, stop_ids
 from sftkey.device import Device
 from sftkey.errors import ModelError
-from sftkey.grid import members
 from sftkey.key_adapter import KEY, act, context_adapters
 from sftkey.model import load_model
-from sftkey.recipe import Recipe
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import members
 from sftkey.saving import BASE_FILE, Base
 from sftkey.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
 from sftkey.training.detached import refuse_other_caches

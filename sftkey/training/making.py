@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sftkey.errors import DeviceError
-from sftkey.grid import members
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.recipe.stages import members
 from sftkey.saving import DEFAULT, Base, save_adapter, save_model
 from sftkey.training.answers import sharded
 from sftkey.training.frozen import FrozenTrainer

@@ -26,7 +26,7 @@ from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError
 from sftkey.files import write_json
 from sftkey.generation import Generation, generate_to_file
-from sftkey.recipe import Recipe, StageSection
+from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.progress import RunProgress
 
 Grade = Callable[[str | None, str, str], bool]  # answer, reference, grader

@@ -20,8 +20,8 @@ from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_row
 from sftkey.device import Device, choose_device
 from sftkey.files import write_json
 from sftkey.model import load_tokenizer
-from sftkey.recipe import Recipe
-from sftkey.schedule import num_stage_steps
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers
 from sftkey.training.arguments import stage_arguments
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole

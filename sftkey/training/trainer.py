@@ -19,7 +19,7 @@ from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.packing import row_lengths
 from sftkey.data.response import Segment
-from sftkey.recipe import LossOn
+from sftkey.recipe.schema import LossOn
 from sftkey.training.losses import Context, add_token_losses, token_losses
 from sftkey.training.sampling import GroupedByLength
 

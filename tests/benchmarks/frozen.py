@@ -12,7 +12,7 @@ from models import adapted_model
 from sides import Batch, Sides, tokenizer
 
 from sftkey.adapter import add_lora
-from sftkey.grid import Member
+from sftkey.recipe.stages import Member
 from sftkey.training.frozen import FrozenTrainer
 
 GRID = 8  # learning rates

@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.data.row_cache import tokenized_rows
-from sftkey.recipe import ResponseSection
+from sftkey.recipe.schema import ResponseSection
 
 NUM_ROWS = 2000
 MAX_LENGTH = 1024

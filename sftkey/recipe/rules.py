@@ -1,8 +1,4 @@
-"""Upstream's settings in a recipe, and fields that hang on each other.
-
-The checks read plain values, not the models, so that one problem of form doesn't hide the others.
-They leave alone what has the wrong type: the models report that.
-"""
+"""Rules that concern several settings of a recipe, or upstream's fields."""
 
 from __future__ import annotations
 
@@ -10,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.upstream import Field, as_number, lora_config_fields, sft_config_fields
-from sftkey.yaml_source import Keys
+from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
+from sftkey.recipe.yaml_io import Keys
 
 Finding = tuple[Keys, str]
 

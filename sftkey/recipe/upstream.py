@@ -1,8 +1,4 @@
-"""Field names and types of upstream's configs, read from their sources.
-
-Importing trl takes seconds, and a wrong recipe shall be refused at once; so the class bodies of
-`trl.SFTConfig` and `peft.LoraConfig` are read with `ast`, and nothing of them is imported.
-"""
+"""The fields of `SFTConfig` and `LoraConfig`, read from the installed sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pydantic's errors in our words."""
+"""Pydantic's errors as problems of a recipe, in our words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.yaml_source import Keys
+from sftkey.recipe.yaml_io import Keys
 
 _EXPECTED = {
     "string_type": "text",

@@ -1,0 +1,83 @@
+"""Read a recipe's file and overrides, and tell two recipes apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sftkey.errors import RecipeError
+from sftkey.recipe import yaml_io
+from sftkey.recipe.messages import found_by_models
+from sftkey.recipe.rules import check_together, check_upstream
+from sftkey.recipe.schema import (
+    DataSection,
+    EvalSection,
+    JudgeSection,
+    ModelSection,
+    OwnThinking,
+    Recipe,
+    ResponseSection,
+    Section,
+    StageSection,
+)
+from sftkey.recipe.yaml_io import Keys
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, lay the overrides (`stages.key.trainer.max_steps=9`) over it, check it.
+
+    Raises:
+        RecipeError: With every problem of the file and the overrides.
+    """
+    source = yaml_io.read(Path(path))
+    for text in overrides:
+        yaml_io.override(source, text)
+    findings = [*check_upstream(source.data), *check_together(source.data)]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(source.data)
+    except ValidationError as error:
+        findings += found_by_models(error, _known_keys)
+    problems = source.problems + [source.problem(*finding) for finding in findings]
+    if recipe is None or problems:
+        raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
+    return recipe
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Give the keys, as overrides write them, whose values differ between two recipes."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    if [stage.name for stage in old.stages] == [stage.name for stage in new.stages]:
+        for plain in (before, after):
+            plain["stages"] = {stage["name"]: stage for stage in plain["stages"]}
+    return list(_changed(before, after))
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changed(before, after, f"{path}{key}.")
+        elif before != after or (key in old) != (key in new):
+            yield path + key
+
+
+_SECTIONS: dict[str | int, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "response": ResponseSection,
+    "stages": StageSection,
+    "eval": EvalSection,
+}
+
+
+def _known_keys(keys: Keys) -> Iterable[str]:
+    if keys[0] == "stages" and "own" in keys[:-1]:
+        return OwnThinking.model_fields
+    if keys[:2] == ("eval", "judge") and len(keys) > 2:
+        return JudgeSection.model_fields
+    return (_SECTIONS[keys[0]] if len(keys) > 1 else Recipe).model_fields

@@ -1,0 +1,94 @@
+"""What follows from a recipe for its stages: steps, epochs, and a frozen stage's key adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from sftkey.recipe.upstream import sft_config_fields
+
+if TYPE_CHECKING:
+    from sftkey.recipe.schema import Recipe, StageSection
+
+
+STEP_SETTINGS = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
+def trainer_setting(trainer: Mapping[str, Any], name: str) -> Any:
+    """Give a setting of a stage's trainer, or upstream's default where the recipe has none."""
+    return trainer[name] if name in trainer else sft_config_fields()[name].default
+
+
+def num_stage_steps(trainer: Mapping[str, Any], num_rows: int, num_processes: int) -> int:
+    """Count the optimizer steps of a stage, as the trainer will count them.
+
+    >>> num_stage_steps({"per_device_train_batch_size": 4, "num_train_epochs": 2}, 10, 1)
+    6
+    """
+    max_steps, epochs, batch_size, accumulation = _step_settings(trainer)
+    if max_steps > 0:
+        return int(max_steps)
+    num_batches = math.ceil(num_rows / batch_size / num_processes)
+    steps_an_epoch = math.ceil(num_batches / accumulation)
+    return math.ceil(epochs * max(steps_an_epoch, 1))
+
+
+def num_stage_epochs(trainer: Mapping[str, Any], num_rows: int, num_processes: int) -> float:
+    """Count how often a stage reads the training rows; `max_steps` may end inside an epoch."""
+    max_steps, epochs, batch_size, accumulation = _step_settings(trainer)
+    if max_steps > 0:
+        return float(max_steps * accumulation * batch_size * num_processes / num_rows)
+    return float(epochs)
+
+
+def _step_settings(trainer: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(trainer_setting(trainer, name) for name in STEP_SETTINGS)
+
+
+# What peft does to rows of the vocabulary or to whole modules acts on all tokens.
+ON_ALL_TOKENS = ("trainable_token_indices", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of a frozen stage.
+
+    Args:
+        name: peft's name of it.
+        chosen: What the grid says of it: learning_rate, r, seed.
+        lora: `peft.LoraConfig`'s fields.
+        learning_rate: Its own; None: that of the trainer's settings.
+        seed: Of its first weights.
+    """
+
+    name: str
+    chosen: dict[str, Any]
+    lora: dict[str, Any]
+    learning_rate: float | None
+    seed: int
+
+
+def members(recipe: Recipe, stage: StageSection) -> list[Member]:
+    """Give the adapters of a frozen stage; those of a grid are all combinations of its values."""
+    own = stage.lora if stage.lora is not None else recipe.lora
+    lora = {key: value for key, value in (own or {}).items() if key not in ON_ALL_TOKENS}
+    grid = stage.grid or {}
+    combined = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    return [
+        Member(
+            "key" if len(combined) == 1 else f"key-{number}",
+            chosen,
+            lora | ({"r": chosen["r"]} if "r" in chosen else {}),
+            chosen.get("learning_rate"),
+            chosen.get("seed", recipe.seed),
+        )
+        for number, chosen in enumerate(combined)
+    ]
