@@ -17,8 +17,8 @@ from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from sftkey.data.frame import Frame
     from sftkey.data.prepare import Prepared
+    from sftkey.data.renderer import Frame
     from sftkey.evaluation.asking import Asked, Report, Settings
     from sftkey.evaluation.conditions import Figures
     from sftkey.evaluation.diagnosis import Recommendation
@@ -175,7 +175,7 @@ def validation_subject(
     target: str, stage: str, model: Any, recipe: Recipe, prepared: Prepared, num_rows: int
 ) -> Subject:
     """Ask a model some of a recipe's validation rows, always the same ones."""
-    from sftkey.data.frame import stop_ids
+    from sftkey.data.renderer import stop_ids
     from sftkey.evaluation.asking import Settings, asked_rows
 
     assert prepared.validation is not None
@@ -207,7 +207,7 @@ def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
 
 def _foreign(target: str, data: str, num_rows: int) -> Subject:
     """Load a model that no recipe describes; what is chosen for it is said."""
-    from sftkey.data.frame import stop_ids
+    from sftkey.data.renderer import stop_ids
     from sftkey.device import choose_device
     from sftkey.evaluation.asking import Settings, asked_rows
     from sftkey.model import load_model

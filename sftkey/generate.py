@@ -11,7 +11,7 @@ from sftkey.errors import RunError
 from sftkey.trained import run_recipe, trained_stage
 
 if TYPE_CHECKING:
-    from sftkey.data.frame import Frame
+    from sftkey.data.renderer import Frame
     from sftkey.generation import Generation
     from sftkey.recipe.schema import Recipe
 
@@ -74,8 +74,8 @@ def _write(
     folder: Path, recipe: Recipe, number: int, question: str, max_new_tokens: int
 ) -> tuple[Generation, Frame]:
     """Load the stage's model and let it answer."""
-    from sftkey.data.frame import probe_frame, stop_ids
-    from sftkey.data.question import num_columns, question_prompt
+    from sftkey.data.renderer import probe_frame, stop_ids
+    from sftkey.data.sources import num_columns, question_prompt
     from sftkey.device import choose_device
     from sftkey.generation import generate
     from sftkey.model import load_tokenizer

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sftkey.data.frame import Frame
+    from sftkey.data.renderer import Frame
 
 SPARE_TOKENS = 8  # beside those that a tag can have: a token may stand for no text at all
 

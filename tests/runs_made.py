@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from sftkey.adapter import add_lora
-from sftkey.data.frame import probe_frame
+from sftkey.data.renderer import probe_frame
 from sftkey.device import Device
 from sftkey.key_adapter import KEY
 from sftkey.model import load_model, load_tokenizer

@@ -13,7 +13,7 @@ from tokenizers_made import CHATML, made
 
 from sftkey.adapt import adapt
 from sftkey.cli import main
-from sftkey.data.frame import Frame
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, FrameError, ModelError, RecipeError

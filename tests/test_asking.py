@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError

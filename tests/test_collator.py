@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer
 
 from sftkey.data import collator as module
 from sftkey.data.collator import KeyCollator
-from sftkey.data.frame import probe_frame
 from sftkey.data.labels import PADDING
+from sftkey.data.renderer import probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import RecipeError

@@ -20,8 +20,7 @@ import pytest
 import torch
 import trl
 
-from sftkey.data.collator import KeyCollator
-from sftkey.data.packing import pack_rows
+from sftkey.data.collator import KeyCollator, pack_rows
 from sftkey.data.tokenization import Row
 from sftkey.errors import RecipeError
 from sftkey.planning.check import check
@@ -71,7 +70,7 @@ def test_complaint_2_the_cutoff_removes_the_end_of_turn(
     whole = gate("data.max_length=50")
     assert found(whole) == {}
     assert whole.statistics["rows"]["train"] == 1  # the others are dropped whole, and counted
-    monkeypatch.setattr("sftkey.data.row_cache.fit", cut)
+    monkeypatch.setattr("sftkey.data.prepare.fit", cut)
     report = gate("data.max_length=49")  # other rows than those in the cache
     assert found(report) == {
         "end-untrained": [

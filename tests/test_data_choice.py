@@ -10,7 +10,7 @@ from model_folders import sums, write_rows
 from tokenizers_made import CHATML, made
 
 from sftkey.data import sources
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.errors import DataError
 from sftkey.planning.data_choice import choose_data, choose_grader, measure

@@ -5,10 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_made import CHATML, KINDS, SPECIAL, TEXT, made
 
-from sftkey.data.fitting import fit
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example, Segment
-from sftkey.data.tokenization import Refusal, Row, tokenize
+from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
 

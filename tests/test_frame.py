@@ -8,7 +8,7 @@ import pytest
 import trl
 from tokenizers_made import CHATML, KINDS, LLAMA2, OPENED, made
 
-from sftkey.data.frame import Frame, probe_frame, stop_ids
+from sftkey.data.renderer import Frame, probe_frame, stop_ids
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from runs_made import STAGES, frame_of, ledger_of, made_run
 
-import sftkey.data.question
+import sftkey.data.sources
 from sftkey.cli import main
-from sftkey.data.question import question_prompt
+from sftkey.data.sources import question_prompt
 from sftkey.device import Device
 from sftkey.errors import RunError
 from sftkey.generate import generate
@@ -142,7 +142,7 @@ def test_the_prompts_doctest_holds() -> None:
     """The examples of the prompt are what the code gives."""
     import doctest
 
-    found = doctest.testmod(sftkey.data.question)
+    found = doctest.testmod(sftkey.data.sources)
     assert (found.failed, found.attempted) == (0, 2)
 
 

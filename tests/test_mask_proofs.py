@@ -22,7 +22,7 @@ from rich.table import Table
 from tokenizers import AddedToken
 from tokenizers_made import LLAMA2, TEXT
 
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import FrameError

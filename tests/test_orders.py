@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sftkey.data.orders import order_rows
+from sftkey.data.synthetic import order_rows
 from sftkey.errors import DataError
 from sftkey.recipe.schema import DataSection
 

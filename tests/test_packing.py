@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from test_stages import Killed, done, kill_at_step
 from test_trainer import config, made_rows, training_lines
 
-from sftkey.data import packing as module
-from sftkey.data.collator import KeyCollator
-from sftkey.data.packing import pack_counts, pack_rows
+from sftkey.data import collator as module
+from sftkey.data.collator import KeyCollator, pack_counts, pack_rows
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, ModelError
 from sftkey.training import packs as packs_module

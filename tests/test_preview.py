@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from rich.console import Console
 from tokenizers_made import CHATML, KINDS, TEXT, made
 
-from sftkey.data.frame import probe_frame
 from sftkey.data.prepare import Prepared, prepare
 from sftkey.data.preview import (
     preview_rows,
@@ -19,6 +18,7 @@ from sftkey.data.preview import (
     statistics,
     token_texts,
 )
+from sftkey.data.renderer import probe_frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.recipe.load import load_recipe

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers_made import CHATML, KINDS, LLAMA2, OPENED, made
 from transformers import PreTrainedTokenizerFast
 
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.planning import proof

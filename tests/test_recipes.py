@@ -9,8 +9,8 @@ import pytest
 from families import FAMILIES, Family
 from recipe_rows import loaded
 
+from sftkey.data.examples import make_rule
 from sftkey.data.prepare import Prepared, prepare
-from sftkey.data.rules import make_rule
 from sftkey.data.splits import load_splits
 from sftkey.data.tokenization import tokenize
 from sftkey.planning.check import check

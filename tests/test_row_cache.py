@@ -18,13 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers_made import CHATML, KINDS, SPECIAL, TEXT, made
 
-from sftkey.data import content, row_cache
-from sftkey.data.content import content_key
-from sftkey.data.fitting import fit
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data import prepare as content
+from sftkey.data import prepare as row_cache
+from sftkey.data.prepare import Outcome, content_key, tokenized_rows
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
-from sftkey.data.row_cache import Outcome, tokenized_rows
-from sftkey.data.tokenization import Refusal, Row, tokenize
+from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
 

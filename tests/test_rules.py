@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftkey.data.rules import boxed, hash_marks, make_rule, think_tags
+from sftkey.data.examples import boxed, hash_marks, make_rule, think_tags
 
 LINES = st.text(st.characters(codec="utf-8", exclude_characters="#<>{}\\$"), min_size=1).map(
     str.strip

@@ -16,10 +16,10 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftkey.data import rules
+from sftkey.data import examples as rules
+from sftkey.data.examples import Template
 from sftkey.data.response import Example
 from sftkey.data.sources import BUILT_IN, load_examples, with_defaults
-from sftkey.data.templates import Template
 from sftkey.errors import DataError
 from sftkey.recipe.schema import SPLIT_RULES, DataSection
 

@@ -13,7 +13,7 @@ from conftest import made_tokenizer
 from models_made import made_family, nf4, with_lora
 from tokenizers_made import CHATML, KINDS, OPENED, made
 
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError

@@ -1,16 +1,160 @@
-"""What becomes of a row: through templates over its columns, a rule, or as a conversation."""
+"""Examples (prompt, thinking, answer) from rows: column templates, rules that split a response."""
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sftkey.data.response import Example
-from sftkey.data.rules import Rule, make_rule
-from sftkey.data.templates import Row, RowError, Template, parse_field
 from sftkey.errors import DataError, Problem
 from sftkey.recipe.schema import DataSection
+
+Row = Mapping[str, Any]
+FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
+
+
+class RowError(ValueError):
+    """One row can't be used; `make_examples` counts it."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A part of a template, `{metadata[answer_cot]}`: column, keys into it, format."""
+
+    column: str
+    keys: tuple[str, ...]
+    conversion: str | None
+    spec: str
+
+    def text(self, row: Row) -> str:
+        """Give the value as text; null, lists and mappings are no text."""
+        value, name = row.get(self.column), self.column
+        for key in self.keys:
+            name = f"{name}[{key}]"
+            try:
+                value = value[int(key) if isinstance(value, list) else key]  # type: ignore[index]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise RowError(f"`{name}` does not exist") from error
+        if value is None:
+            raise RowError(f"`{name}` is null")
+        if isinstance(value, list | tuple | dict):
+            raise RowError(f"`{name}` holds a {type(value).__name__}, not text")
+        try:
+            return format(string.Formatter().convert_field(value, self.conversion), self.spec)
+        except ValueError as error:
+            raise RowError(f"`{name}`: {error}") from error
+
+
+def parse_field(
+    name: str, columns: Sequence[str], conversion: str | None = None, spec: str = ""
+) -> Field:
+    """Read a column's name, with keys into it: `messages[1][content]`."""
+    match = None if name in columns else FIELD.match(name)
+    column, keys = (match[1], match[2]) if match else (name, "")
+    return Field(column, tuple(re.findall(r"\[(.+?)\]", keys)), conversion, spec)
+
+
+class Template:
+    """Text with columns in braces, in `str.format`'s writing; `{{` and `}}` are braces themselves.
+
+    Names of columns may hold dots, so a dot is no attribute here.
+
+    Raises:
+        ValueError: The braces don't pair.
+    """
+
+    def __init__(self, text: str, columns: Sequence[str]) -> None:
+        self.parts: list[tuple[str, Field | None]] = []
+        for literal, name, spec, conversion in string.Formatter().parse(text):
+            field = None
+            if name is not None:
+                field = parse_field(name, columns, conversion, spec or "")
+            self.parts.append((literal, field))
+        self.columns = [field.column for _, field in self.parts if field]
+        # The column that is the whole template: only there a list of messages is a prompt.
+        whole = len(self.parts) == 1 and not self.parts[0][0] and self.parts[0][1]
+        self.column = whole.column if whole and not whole.keys else None
+
+    def fill(self, row: Row) -> str:
+        """Give the text of one row."""
+        return "".join(
+            literal + (field.text(row) if field else "") for literal, field in self.parts
+        )
+
+
+Rule = Callable[[str], "tuple[str, str] | str"]
+
+# GSM8K's calculator marks: `48/2 = <<48/2=24>>24`. Without `=` it is none: `a << b >> c`.
+CALCULATOR_MARK = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
+HASH_MARK = re.compile(r"^[ \t]*####[ \t]*(?!#)", re.MULTILINE)
+# What a box leaves open before it: `the answer is $\boxed{5}$`.
+OPEN_MATHS = re.compile(r"\s*(?:\$\$?|\\\(|\\\[)?\s*\Z")
+
+
+def think_tags(text: str) -> tuple[str, str] | str:
+    """Split `<think>thinking</think>answer`; the opening tag may stand in the prompt already."""
+    if text.count("</think>") != 1:
+        return "more than one `</think>`" if "</think>" in text else "no `</think>`"
+    thinking, answer = text.split("</think>")
+    before, tag, inside = thinking.partition("<think>")
+    if tag and before.strip():
+        return "text before `<think>`"
+    if "<think>" in inside:
+        return "more than one `<think>`"
+    return (inside if tag else thinking).strip(), answer.strip()
+
+
+def boxed(text: str) -> tuple[str, str] | str:
+    r"""Take the last `\boxed{answer}`, braces balanced; the thinking is what stands before it."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return r"no `\boxed{`"
+    content = start + len(r"\boxed{")
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[content:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            thinking = OPEN_MATHS.sub("", text[:start])
+            return thinking.strip(), text[content : content + brace.start()].strip()
+    return r"a `\boxed{` that is not closed"
+
+
+def hash_marks(text: str) -> tuple[str, str] | str:
+    """Split at the last line that begins with `####`, as in GSM8K; remove its calculator marks."""
+    marks = list(HASH_MARK.finditer(text))
+    if not marks:
+        return "no line that begins with `####`"
+    thinking = CALCULATOR_MARK.sub("", text[: marks[-1].start()])
+    return thinking.strip(), text[marks[-1].end() :].strip()
+
+
+RULES: dict[str, Rule] = {"think_tags": think_tags, "boxed": boxed, "hash_marks": hash_marks}
+
+
+def make_rule(name: str) -> Rule:
+    """Give the rule of that name, or one made of a regular expression.
+
+    The expression has the groups `thinking` and `answer` (the recipe has checked it); it is
+    searched for, `.` matches line ends too, and what the groups hold is taken as it is.
+    """
+    if name in RULES:
+        return RULES[name]
+    pattern = re.compile(name, re.DOTALL)
+
+    def by_expression(text: str) -> tuple[str, str] | str:
+        match = pattern.search(text)
+        if match is None:
+            return "the regular expression doesn't match"
+        thinking, answer = match["thinking"], match["answer"]
+        if thinking is None or answer is None:
+            return f"the group {'thinking' if thinking is None else 'answer'} matched nothing"
+        return thinking, answer
+
+    return by_expression
+
 
 Turns = Literal["last", "all"]
 # Text, or the messages of a chat, with the thinking and the answer that follow them.

@@ -21,6 +21,7 @@ from sftkey.recipe.schema import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 COLOURS = {
     "PROMPT": "blue",
     "THINKING": "yellow",

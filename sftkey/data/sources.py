@@ -1,20 +1,94 @@
-"""Where rows come from: the hub, local files, made ones; and from a split to its examples."""
+"""Rows from files, folders, the hub and built-in makers, and the examples made of them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sftkey.data import orders
-from sftkey.data.examples import Loaded, Turns, make_examples
-from sftkey.data.hub import hub_rows
-from sftkey.data.worked import made_rows
+from sftkey.data import synthetic
+from sftkey.data.examples import Loaded, Template, Turns, make_examples
+from sftkey.data.synthetic import made_rows
 from sftkey.errors import DataError
 from sftkey.recipe.schema import DataSection
+
+
+def hub_rows(data: DataSection, split: str) -> list[dict[str, Any]]:
+    """Load a split from the hub, or from its cache where there is no network.
+
+    Raises:
+        DataError: It can't be reached or opened, or has no such config or split.
+    """
+    import datasets
+
+    try:
+        with _quiet():
+            dataset = datasets.load_dataset(data.source, data.config, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise _explained(data, error) from error
+    # By batches: row by row takes seconds for 100,000 rows.
+    return [
+        dict(zip(batch, values, strict=True))
+        for batch in dataset.iter(batch_size=1000)
+        for values in zip(*batch.values(), strict=True)
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars of `datasets` off the terminal, where the run has its own."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _explained(data: DataSection, error: Exception) -> DataError:
+    """Say what a failed load means and what to do about it."""
+    import datasets
+    from huggingface_hub.constants import ENDPOINT
+
+    source = data.source
+    text = str(error).partition("\n")[0]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) or "gated dataset" in text:
+        return DataError(
+            source,
+            "the hub refuses access: the data set is gated, and this account hasn't been let in",
+            hint=f"accept its conditions on {ENDPOINT}/datasets/{source}, then `hf auth login`",
+        )
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return DataError(
+            source,
+            "expected a file, a folder or a data set of the hub; there is none, or it is private",
+            hint="check the spelling; for a private one: `hf auth login`",
+        )
+    if isinstance(error, ConnectionError):
+        return DataError(
+            source,
+            "the hub can't be reached, and the data set isn't in the cache",
+            hint="where there is a network, "
+            f"`hf download {source} --repo-type dataset --local-dir FOLDER`; "
+            f"then write under `data`: {_as_local(data)}",
+        )
+    return DataError(source, f"can't be loaded: {text}")
+
+
+def _as_local(data: DataSection) -> str:
+    """Write the section for a folder of the same files, where no built-in gives its values."""
+    names = ("config", "prompt", "thinking", "answer", "response", "split_rule")
+    values = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+    return json.dumps({"source": "FOLDER", **values})
+
 
 # A built-in source is nothing but values for the recipe's fields, where the recipe gives none.
 BUILT_IN: dict[str, dict[str, str]] = {
@@ -28,7 +102,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 MADE: dict[str, Callable[[DataSection, int], Any]] = {
     "reasoning_gym": made_rows,
-    orders.SOURCE: orders.order_rows,
+    synthetic.SOURCE: synthetic.order_rows,
 }
 SHARD = re.compile(r"-\d+-of-\d+\Z")
 
@@ -200,3 +274,35 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+Prompt = str | tuple[dict[str, str], ...]
+
+
+def num_columns(data: DataSection) -> int:
+    """Count the columns that the recipe puts together for a prompt."""
+    return len(set(_template(data).columns))
+
+
+def question_prompt(data: DataSection, question: str) -> Prompt:
+    r"""Give the prompt that a row with this question would have.
+
+    A recipe that puts several columns together can't know which part is which: there the question
+    is taken as the whole text.
+
+    >>> question_prompt(DataSection(source="gsm8k", system="You calculate."), "2 + 2?")
+    ({'role': 'system', 'content': 'You calculate.'}, {'role': 'user', 'content': '2 + 2?'})
+    >>> question_prompt(DataSection(source="my.jsonl", prompt="Q: {question}\n"), "2 + 2?")
+    'Q: 2 + 2?\n'
+    """
+    text = question
+    if num_columns(data) == 1:
+        parts = _template(data).parts
+        text = "".join(literal + (question if field else "") for literal, field in parts)
+    if data.system is None:
+        return text
+    return ({"role": "system", "content": data.system}, {"role": "user", "content": text})
+
+
+def _template(data: DataSection) -> Template:
+    return Template(with_defaults(data).prompt or "{prompt}", ())

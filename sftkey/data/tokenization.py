@@ -1,27 +1,94 @@
-"""Examples into rows of tokens, each token with its segment.
-
-A row is one string, `prompt + bridge + completion + end`, tokenized once. Where its segments begin
-is known from how the string was put together, never searched for: the texts may hold the tags, and
-on byte-level tokenizers the last `>` of a tag merges with the line's end behind it.
-"""
+"""Examples as token ids, each token with its segment."""
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
-from sftkey.data.frame import Frame
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example, Segment
-from sftkey.data.spans import Tokens, segments_of
-from sftkey.errors import FrameError
+from sftkey.errors import DataError, FrameError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
+
+# A token that touches several segments belongs to the first of them here, so that nothing of the
+# thinking gets into the key, and everything of the answer into the answer.
+PRECEDENCE = (
+    Segment.THINKING,
+    Segment.ANSWER,
+    Segment.ANSWER_TAG,
+    Segment.END,
+    Segment.PROMPT,
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens behind a prompt, and the characters that they stand for.
+
+    The encoding is asked for the few tokens that count: lists of all offsets cost more than all
+    else that Python does for a row.
+
+    Args:
+        ids: (T,) token ids.
+        encoding: Holds these tokens at its end.
+        first: The number of its tokens before them.
+        shift: The number of characters before the text that offsets count in.
+    """
+
+    ids: list[int]
+    encoding: Encoding
+    first: int
+    shift: int = 0
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Give where a token's characters begin and end; -1 is the last token before these."""
+        span: Any = self.encoding.token_to_chars(self.first + place)
+        return max(span[0] - self.shift, 0), span[1] - self.shift
+
+    def place_of(self, character: int) -> int:
+        """Give the first token that begins at a character or behind it."""
+        if character == 0:
+            return 0
+        key: Any = self.encoding.token_to_chars  # (start, stop), which compares by its start
+        places = range(self.first, self.first + len(self.ids))
+        return bisect_left(places, (character + self.shift,), key=key)
+
+
+def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[int]:
+    """Give each token's segment from the characters it stands for.
+
+    Tokens that are bytes of one character all stand for it; a token of no character (the blank that
+    SentencePiece sets before a text) goes with the character it stands before.
+
+    Args:
+        tokens: What the pieces became.
+        pieces: The texts that follow one another, each with its segment.
+    """
+    cuts = [0, *accumulate(len(text) for _, text in pieces)]
+    behind = [tokens.place_of(cut) for cut in cuts]  # the first tokens wholly behind the cuts
+    owned: dict[Segment, list[slice]] = {segment: [] for segment in PRECEDENCE}
+    for (segment, text), cut, (first, last) in zip(pieces, cuts, pairwise(behind), strict=False):
+        if text:
+            while first and tokens.span(first - 1)[1] > cut:
+                first -= 1
+            owned[segment].append(slice(first, last))
+    found = [int(Segment.PROMPT)] * len(tokens.ids)
+    for segment in reversed(PRECEDENCE):
+        for part in owned[segment]:
+            found[part] = [int(segment)] * (part.stop - part.start)
+    return found
+
+
+if TYPE_CHECKING:
     _Encoded = tuple[list[Encoding], list[Encoding]]
 
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
@@ -223,3 +290,73 @@ def _fault(tokens: Tokens, pieces: Sequence[tuple[Segment, str]], frame: Frame) 
 def _decode(ids: Sequence[int], frame: Frame) -> str:
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     return str(frame.tokenizer.decode(list(ids), **options))
+
+
+NUM_LISTED = 20  # row numbers in a message
+
+
+def fit(
+    rows: Sequence[Row | Refusal],
+    examples: Sequence[Example],
+    frame: Frame,
+    max_length: int,
+    too_long: str,
+) -> list[Row | Refusal]:
+    """Deal with the rows that are longer than `max_length` tokens; the key is never cut.
+
+    Args:
+        rows: What `tokenize` gave for the examples.
+        examples: The rows' examples, in the same order.
+        frame: The run's frame.
+        max_length: Tokens that a row may have, prompt and end of turn included.
+        too_long: `drop` refuses such a row; `trim_thinking` takes text off the end of its thinking,
+            before the closing tag, and tokenizes it anew; `error` raises.
+
+    Raises:
+        DataError: A row is too long, and `too_long` is `error`.
+    """
+    if too_long == "error":
+        lengths = [(row.index, len(row.input_ids)) for row in rows if isinstance(row, Row)]
+        refuse_long([each for each in lengths if each[1] > max_length], max_length)
+    fitted = list(rows)
+    for place, row in enumerate(rows):
+        if isinstance(row, Row) and len(row.input_ids) > max_length:
+            if too_long == "drop":
+                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens")
+            else:
+                fitted[place] = _trim(row, examples[place], frame, max_length)
+    return fitted
+
+
+def refuse_long(long: Sequence[tuple[int, int]], max_length: int) -> None:
+    """Refuse rows that are too long, given their numbers and lengths, if there are any.
+
+    Raises:
+        DataError: Names the first of them.
+    """
+    if long:
+        numbers = [str(index) for index, _ in long[:NUM_LISTED]] + ["…"] * (len(long) > NUM_LISTED)
+        raise DataError(
+            "data.max_length",
+            f"expected rows of at most {max_length} tokens; got {len(long)} "
+            f"of up to {max(length for _, length in long)}: {', '.join(numbers)}",
+            hint="rows count from 0; raise data.max_length, "
+            "or choose data.too_long: drop or trim_thinking",
+        )
+
+
+def _trim(row: Row, example: Example, frame: Frame, max_length: int) -> Row | Refusal:
+    """Shorten the thinking until the row fits; tokenized anew, since cut text has other tokens."""
+    thinking = example.thinking
+    while len(row.input_ids) > max_length:
+        if not thinking:
+            return Refusal(row.index, f"longer than {max_length} tokens even without thinking")
+        spans = frame.encode([thinking])[0].offsets
+        kept = max(len(spans) - (len(row.input_ids) - max_length), 0)
+        cut = spans[kept][0] if spans else 0
+        thinking = thinking[: min(cut, len(thinking) - 1)]
+        (shorter,) = tokenize([replace(example, thinking=thinking)], frame)
+        if isinstance(shorter, Refusal):
+            return shorter
+        row = shorter
+    return row

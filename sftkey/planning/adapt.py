@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sftkey.data.frame import Frame
 from sftkey.data.preview import row_tokens
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any, ParamSpec, TypeVar
 
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.labels import weights_by_segment
-from sftkey.data.packing import packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
 from sftkey.data.preview import statistics
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Segment
 from sftkey.data.splits import Splits, load_splits
 from sftkey.errors import SFTKeyError

@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 
 from sftkey.data.collator import KeyCollator
-from sftkey.data.frame import Frame
 from sftkey.data.labels import COMPLETION, IGNORED, KEY, PADDING, weights_by_segment
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import tokenize
 from sftkey.planning.findings import Finding, of_rows

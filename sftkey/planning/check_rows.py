@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sftkey.data.frame import Frame
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.splits import Splits
 from sftkey.errors import FrameError

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
-from sftkey.data.frame import Frame
+from sftkey.data.renderer import Frame
 from sftkey.errors import ModelError, first_line
 from sftkey.planning.findings import Finding
 from sftkey.recipe.schema import ModelSection, Recipe

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftkey.data.examples import make_examples
-from sftkey.data.frame import Frame
+from sftkey.data.examples import RULES, make_examples
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example, Segment
-from sftkey.data.rules import RULES
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError

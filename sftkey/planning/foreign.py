@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sftkey.data.fitting import fit
-from sftkey.data.frame import Frame, probe_frame
+from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.data.sources import load_examples
-from sftkey.data.tokenization import Row, tokenize
+from sftkey.data.tokenization import Row, fit, tokenize
 from sftkey.errors import Problem, RecipeError
 from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import DataChoice, choose_data, choose_grader, measure

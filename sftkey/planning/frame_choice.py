@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sftkey.data.chat_template import (
+from sftkey.data.renderer import (
     TEMPLATE_ERRORS,
+    Frame,
+    probe_frame,
     probe_template,
     render,
     special_ids,
     special_pattern,
 )
-from sftkey.data.frame import Frame, probe_frame
 from sftkey.data.response import Example, Response, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sftkey.data.frame import Frame
+from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.errors import FrameError
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sftkey.data.chat_template import TEMPLATE_ERRORS
-from sftkey.data.frame import Frame
 from sftkey.data.labels import IGNORED, labels_for
+from sftkey.data.renderer import TEMPLATE_ERRORS, Frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.planning.hard_rows import hard_examples

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sftkey.adapter import load_adapter
-from sftkey.data.frame import probe_frame, stop_ids
+from sftkey.data.renderer import probe_frame, stop_ids
 from sftkey.device import Device
 from sftkey.errors import RunError
 from sftkey.model import load_model, load_tokenizer

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftkey.data.frame import stop_ids
 from sftkey.data.prepare import Prepared
+from sftkey.data.renderer import stop_ids
 from sftkey.data.response import Example
 from sftkey.device import launched_with
 from sftkey.files import write_text

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from sftkey.data.packing import reads_packs
+from sftkey.data.collator import reads_packs
 from sftkey.model import Device
 from sftkey.recipe.schema import Recipe, StageSection
 

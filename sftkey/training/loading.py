@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sftkey.adapter import add_lora, load_adapter
-from sftkey.data.frame import Frame, stop_ids
+from sftkey.data.renderer import Frame, stop_ids
 from sftkey.device import Device
 from sftkey.errors import ModelError
 from sftkey.key_adapter import KEY, act, context_adapters

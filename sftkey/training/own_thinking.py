@@ -19,10 +19,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftkey.data.frame import stop_ids
-from sftkey.data.prepare import Prepared
+from sftkey.data.prepare import Prepared, tokenized_rows
+from sftkey.data.renderer import stop_ids
 from sftkey.data.response import Example
-from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError
 from sftkey.files import write_json
 from sftkey.generation import Generation, generate_to_file

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftkey.data.packing import pack_counts, pack_line, packed_rows, stage_rows
+from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.device import Device, choose_device
 from sftkey.files import write_json

@@ -15,9 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
-from sftkey.data.collator import KeyCollator
+from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_by_segment
-from sftkey.data.packing import row_lengths
 from sftkey.data.response import Segment
 from sftkey.recipe.schema import LossOn
 from sftkey.training.losses import Context, add_token_losses, token_losses

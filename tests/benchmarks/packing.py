@@ -26,8 +26,7 @@ from models import SHAPES
 from sides import Sides
 from torch.profiler import ProfilerActivity, profile
 
-from sftkey.data.collator import KeyCollator
-from sftkey.data.packing import pack_rows
+from sftkey.data.collator import KeyCollator, pack_rows
 from sftkey.data.response import Segment
 from sftkey.process import quiet_libraries, use_all_cores
 
