@@ -152,8 +152,8 @@ def _stage_number(folder: Path, recipe: Recipe, stage: str | None) -> int:
 def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows: int) -> Subject:
     """Load the model of a recipe before its stages, or as one of a run's left it."""
     from sftkey.data.prepare import prepare
-    from sftkey.device import choose_device
-    from sftkey.model import load_tokenizer
+    from sftkey.models.device import choose_device
+    from sftkey.models.loading import load_tokenizer
     from sftkey.training.ledger import Ledger
     from sftkey.training.loading import load_stage
 
@@ -208,9 +208,9 @@ def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
 def _foreign(target: str, data: str, num_rows: int) -> Subject:
     """Load a model that no recipe describes; what is chosen for it is said."""
     from sftkey.data.renderer import stop_ids
-    from sftkey.device import choose_device
     from sftkey.evaluation.asking import Settings, asked_rows
-    from sftkey.model import load_model
+    from sftkey.models.device import choose_device
+    from sftkey.models.loading import load_model
     from sftkey.planning.foreign import read_foreign
     from sftkey.recipe.schema import EvalSection
 

@@ -76,9 +76,9 @@ def _write(
     """Load the stage's model and let it answer."""
     from sftkey.data.renderer import probe_frame, stop_ids
     from sftkey.data.sources import num_columns, question_prompt
-    from sftkey.device import choose_device
     from sftkey.generation import generate
-    from sftkey.model import load_tokenizer
+    from sftkey.models.device import choose_device
+    from sftkey.models.loading import load_tokenizer
     from sftkey.switching import find_switch
     from sftkey.training.ledger import Ledger
     from sftkey.training.loading import load_stage

@@ -34,7 +34,7 @@ def merge(folder: Path, output: Path, stage: str | None = None) -> None:
 
     use_all_cores()
     quiet_libraries()
-    from sftkey.sharing.merge import merge as write_merged
+    from sftkey.models.merging import merge as write_merged
 
     found = write_merged(recipe, adapter, output)
     print(

@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria
 
 from sftkey.errors import FrameError
-from sftkey.key_adapter import context_adapters, has_key_adapter
+from sftkey.models.key_adapter import context_adapters, has_key_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -22,7 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sftkey.key_adapter import KEY, acting
+from sftkey.models.key_adapter import KEY, acting
 from sftkey.switching import Switch, ThinkingEnds
 
 

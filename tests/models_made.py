@@ -153,8 +153,8 @@ def with_lora(name: str, folder: Path, model: Any = None) -> Any:
 
 def nf4(name: str, folder: Path, **fields: Any) -> Any:
     """Put an adapter on a model whose weights are NF4, loaded as a run loads it."""
-    from sftkey.device import Device
-    from sftkey.model import load_model
+    from sftkey.models.device import Device
+    from sftkey.models.loading import load_model
     from sftkey.recipe.schema import ModelSection
 
     made_family(name, hidden_size=64, intermediate_size=64, **fields).save_pretrained(folder)

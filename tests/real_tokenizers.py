@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 from sftkey.errors import ModelError
-from sftkey.packaged import packaged_folder
+from sftkey.models.packaged import packaged_folder
 from sftkey.recipe.schema import ModelSection
 
 NPM_VERSION = "3.7.2"

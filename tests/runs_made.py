@@ -7,15 +7,14 @@ from typing import Any
 
 import yaml
 
-from sftkey.adapter import add_lora
 from sftkey.data.renderer import probe_frame
-from sftkey.device import Device
-from sftkey.key_adapter import KEY
-from sftkey.model import load_model, load_tokenizer
+from sftkey.models.adapters import DEFAULT, add_lora, save_adapter, save_model
+from sftkey.models.device import Device
+from sftkey.models.key_adapter import KEY
+from sftkey.models.loading import load_model, load_tokenizer
+from sftkey.models.source import base_identity
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.saving import DEFAULT, save_adapter, save_model
-from sftkey.source import base_identity
 from sftkey.training.ledger import Ledger, open_run
 from sftkey.training.loading import stands_on
 

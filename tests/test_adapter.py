@@ -12,14 +12,13 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
-from sftkey import saving as saving_module
-from sftkey.adapter import add_lora, load_adapter
-from sftkey.device import Device
 from sftkey.errors import ModelError
-from sftkey.model import load_model
+from sftkey.models import adapters as saving_module
+from sftkey.models.adapters import add_lora, load_adapter, save_adapter, save_model
+from sftkey.models.device import Device
+from sftkey.models.loading import load_model
+from sftkey.models.source import base_identity
 from sftkey.recipe.schema import ModelSection
-from sftkey.saving import save_adapter, save_model
-from sftkey.source import base_identity
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from sftkey.device import Device, choose_device
 from sftkey.errors import DeviceError
+from sftkey.models.device import Device, choose_device
 from sftkey.recipe.schema import ModelSection
 
 

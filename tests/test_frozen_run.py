@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from sftkey.data.response import Segment
 from sftkey.errors import ModelError
-from sftkey.key_adapter import KEY, acting, context_adapters
+from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.load import load_recipe
 from sftkey.training.loading import load_stage
 from sftkey.training.stages import Run, start

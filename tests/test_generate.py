@@ -15,11 +15,11 @@ from runs_made import STAGES, frame_of, ledger_of, made_run
 import sftkey.data.sources
 from sftkey.cli import main
 from sftkey.data.sources import question_prompt
-from sftkey.device import Device
 from sftkey.errors import RunError
 from sftkey.generate import generate
 from sftkey.generation import generate as write
-from sftkey.key_adapter import acting, context_adapters
+from sftkey.models.device import Device
+from sftkey.models.key_adapter import acting, context_adapters
 from sftkey.recipe.schema import DataSection
 from sftkey.switching import find_switch
 from sftkey.training.loading import load_stage

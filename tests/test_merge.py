@@ -10,11 +10,11 @@ import pytest
 import torch
 from runs_made import STAGES, ledger_of, made_run
 
-import sftkey.sharing.merge
-from sftkey.device import Device
+import sftkey.models.merging
 from sftkey.errors import RunError
 from sftkey.merge import merge
-from sftkey.sharing.merge import Merged
+from sftkey.models.device import Device
+from sftkey.models.merging import Merged
 from sftkey.training.loading import load_stage
 
 PLAIN = STAGES[:1]
@@ -51,7 +51,9 @@ def test_the_merged_model_is_base_and_adapter(
     output = tmp_path / "merged"
     merge(folder, output, stage="completion")
     merged = AutoModelForCausalLM.from_pretrained(output)
-    frame = sftkey.sharing.merge.probe_frame(AutoTokenizer.from_pretrained(output), recipe.response)
+    frame = sftkey.models.merging.probe_frame(
+        AutoTokenizer.from_pretrained(output), recipe.response
+    )
     cpu = Device("cpu", 0, torch.float32)
     trained = load_stage(recipe, ledger_of(folder, recipe), cpu, frame, 1)
     base = trained.get_base_model().from_pretrained(recipe.model.name_or_path)
@@ -162,7 +164,7 @@ def test_a_merge_that_did_nothing_is_refused(
 
 def test_how_far_a_merge_may_be_off() -> None:
     """A twentieth of what the adapter changes, half of it in 16 bits; else the figures are said."""
-    check = sftkey.sharing.merge._check
+    check = sftkey.models.merging._check
     good = Merged(effect=1.0, distance=0.04, dtype="float32")
     for found in (good, replace(good, distance=0.4, dtype="bfloat16")):
         check(found, Path("a"))

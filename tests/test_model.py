@@ -11,12 +11,12 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sftkey import model as model_module
-from sftkey.device import Device
 from sftkey.errors import ModelError
-from sftkey.model import load_model, load_tokenizer
+from sftkey.models import loading as model_module
+from sftkey.models.device import Device
+from sftkey.models.loading import load_model, load_tokenizer
+from sftkey.models.source import Source
 from sftkey.recipe.schema import ModelSection
-from sftkey.source import Source
 
 CPU = Device("cpu", 0, torch.float32)
 

@@ -10,10 +10,10 @@ import pytest
 from model_folders import model_folder
 from tokenizers_made import CHATML, made
 
-from sftkey import source
 from sftkey.errors import ModelError
-from sftkey.planning import model_facts
-from sftkey.planning.model_facts import ModelFacts, read_facts
+from sftkey.models import facts as model_facts
+from sftkey.models import source
+from sftkey.models.facts import ModelFacts, read_facts
 from sftkey.recipe.schema import ModelSection
 
 LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"

@@ -16,14 +16,14 @@ import torch
 from conftest import made_model
 from gguf import GGUFWriter, TokenType
 
-from sftkey import packaged
-from sftkey.device import Device
 from sftkey.errors import ModelError
 from sftkey.files import cache_folder
-from sftkey.model import load_model, load_tokenizer
-from sftkey.packaged import find_weights, packaged_folder
+from sftkey.models import packaged
+from sftkey.models.device import Device
+from sftkey.models.loading import load_model, load_tokenizer
+from sftkey.models.packaged import find_weights, packaged_folder
+from sftkey.models.source import base_identity
 from sftkey.recipe.schema import ModelSection
-from sftkey.source import base_identity
 
 NAMES = {
     "model.embed_tokens": "token_embd",

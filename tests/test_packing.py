@@ -295,7 +295,7 @@ def test_rows_of_a_batch_are_alike_in_length(
     tiny_recipe: MakeRecipe, tiny_model: Any, tmp_path: Path
 ) -> None:
     """Unpacked stages are grouped by length; packs, and whoever asks for it, in random order."""
-    from sftkey.device import Device
+    from sftkey.models.device import Device
     from sftkey.recipe.load import load_recipe
     from sftkey.training.arguments import stage_arguments
 

@@ -15,9 +15,9 @@ import torch
 from model_folders import model_folder, sums, write_rows
 
 from sftkey.check import check
-from sftkey.device import Device
 from sftkey.errors import CheckError, ModelError, RecipeError, SFTKeyError
-from sftkey.model import load_model
+from sftkey.models.device import Device
+from sftkey.models.loading import load_model
 from sftkey.plan import fit
 from sftkey.planning.adapt import adapt
 from sftkey.planning.plan import GIB, make_plan, size_bytes

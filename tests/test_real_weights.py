@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sftkey.packaged import packaged_folder
+from sftkey.models.packaged import packaged_folder
 from sftkey.recipe.load import load_recipe
 from sftkey.training.stages import Run, start
 

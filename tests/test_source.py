@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from huggingface_hub import errors as hub
 
-from sftkey import source
 from sftkey.errors import ModelError
+from sftkey.models import source
+from sftkey.models.source import base_identity, find_source, model_source
 from sftkey.recipe.schema import ModelSection
-from sftkey.source import base_identity, find_source, model_source
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 

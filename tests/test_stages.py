@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sftkey.adapter import add_lora
 from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
+from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
 from sftkey.training.checkpoints import newest_whole
 from sftkey.training.memory import explained_out_of_memory

@@ -18,7 +18,7 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.generation import Generation, generate, generate_to_file
-from sftkey.key_adapter import KEY, acting, context_adapters
+from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.schema import ResponseSection
 from sftkey.switching import Switch, ThinkingEnds, find_switch
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import DynamicCache
 
 from sftkey.generation import inferring
-from sftkey.key_adapter import KEY, acting
+from sftkey.models.key_adapter import KEY, acting
 from sftkey.writing import cache_name
 
 if TYPE_CHECKING:

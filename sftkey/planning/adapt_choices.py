@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftkey.models.facts import ModelFacts
 from sftkey.planning.data_choice import DataChoice, Lengths
 from sftkey.planning.frame_choice import FrameChoice
-from sftkey.planning.model_facts import ModelFacts
 from sftkey.recipe.schema import Recipe
 
 

@@ -18,7 +18,7 @@ from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Segment
 from sftkey.data.splits import Splits, load_splits
 from sftkey.errors import SFTKeyError
-from sftkey.model import load_tokenizer
+from sftkey.models.loading import load_tokenizer
 from sftkey.planning.check_masks import Masks, judged_findings, read_masks
 from sftkey.planning.check_recipe import recipe_findings, undecided
 from sftkey.planning.check_rows import (

@@ -7,7 +7,7 @@ from typing import Any
 
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Segment
-from sftkey.device import launched_with
+from sftkey.models.device import launched_with
 from sftkey.planning.findings import Finding
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import trainer_setting

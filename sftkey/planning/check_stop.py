@@ -4,67 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig
-from transformers.utils.hub import cached_file
 
 from sftkey.data.renderer import Frame
-from sftkey.errors import ModelError, first_line
+from sftkey.models.facts import EMBEDDINGS, HEADS, _json, head_is_tied, stop_ids_of
+from sftkey.models.source import ADAPTER_CONFIG, find_source
 from sftkey.planning.findings import Finding
-from sftkey.recipe.schema import ModelSection, Recipe
-from sftkey.source import ADAPTER_CONFIG, Source, find_source, model_source
-
-# What families call the module that reads tokens, and the one that writes them.
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-HEADS = ("lm_head", "embed_out", "output")
-
-
-def stop_ids_of(section: ModelSection) -> tuple[int, ...] | None:
-    """Read which ids stop generation, as the model's makers say; None where they don't.
-
-    Raises:
-        ModelError: The model can't be found, or the file read.
-    """
-    generation = _json(model_source(section), "generation_config.json")
-    if generation is None:
-        return None
-    eos = generation.get("eos_token_id")
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-
-
-def head_is_tied(section: ModelSection) -> bool:
-    """Read whether the output head shares its weights with the input embedding.
-
-    Raises:
-        ModelError: The model's config can't be read.
-    """
-    source = model_source(section)
-    try:
-        config = AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ModelError(section.name_or_path, f"its config can't be read: {reason}") from error
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _json(source: Source, name: str) -> dict[str, Any] | None:
-    """Read a file beside the weights; None where there is none, or none to be had."""
-    file = cached_file(
-        source.path,
-        name,
-        revision=source.commit,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if file is None:
-        return None
-    try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ModelError(file, f"expected JSON; got {error}") from error
+from sftkey.recipe.schema import Recipe
 
 
 def stop_findings(recipe: Recipe, frame: Frame) -> list[Finding]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sftkey.errors import ModelError
+from sftkey.models.source import model_source
 from sftkey.planning.model_shape import FAMILIES, Linear, ModelShape
 from sftkey.recipe.schema import ModelSection
-from sftkey.source import model_source
 
 
 def read_shape(section: ModelSection) -> ModelShape:

@@ -8,7 +8,7 @@ from typing import Any
 from trl import SFTConfig
 
 from sftkey.data.collator import reads_packs
-from sftkey.model import Device
+from sftkey.models.device import Device
 from sftkey.recipe.schema import Recipe, StageSection
 
 # What sftkey takes where the recipe says nothing; all else is TRL's own default.

@@ -22,9 +22,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
-from sftkey.key_adapter import key_adapters
+from sftkey.models.key_adapter import joining, key_adapters
 from sftkey.training.attention import shared_keys
-from sftkey.training.joining import joining
 
 CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
-from sftkey.key_adapter import act, context_adapters
+from sftkey.models.key_adapter import act, context_adapters
 from sftkey.recipe.stages import Member
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import KeyTrainer, segment_sums

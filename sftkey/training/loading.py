@@ -8,16 +8,15 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftkey.adapter import add_lora, load_adapter
 from sftkey.data.renderer import Frame, stop_ids
-from sftkey.device import Device
 from sftkey.errors import ModelError
-from sftkey.key_adapter import KEY, act, context_adapters
-from sftkey.model import load_model
+from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter
+from sftkey.models.device import Device
+from sftkey.models.key_adapter import KEY, act, context_adapters
+from sftkey.models.loading import load_model
+from sftkey.models.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import members
-from sftkey.saving import BASE_FILE, Base
-from sftkey.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
 from sftkey.training.detached import refuse_other_caches
 from sftkey.training.ledger import Ledger
 

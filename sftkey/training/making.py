@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sftkey.errors import DeviceError
+from sftkey.models.adapters import DEFAULT, Base, save_adapter, save_model
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import members
-from sftkey.saving import DEFAULT, Base, save_adapter, save_model
 from sftkey.training.answers import sharded
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.packs import refuse_mixed_rows

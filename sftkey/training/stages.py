@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
-from sftkey.device import Device, choose_device
 from sftkey.files import write_json
-from sftkey.model import load_tokenizer
+from sftkey.models.device import Device, choose_device
+from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers

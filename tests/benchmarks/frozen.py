@@ -11,7 +11,7 @@ from measuring import Bar, Spread, alternate
 from models import adapted_model
 from sides import Batch, Sides, tokenizer
 
-from sftkey.adapter import add_lora
+from sftkey.models.adapters import add_lora
 from sftkey.recipe.stages import Member
 from sftkey.training.frozen import FrozenTrainer
 

@@ -1,11 +1,13 @@
-"""What a model's config and tokenizer say about it; its weights are never read."""
+"""What is known of a model without its weights: config, tokenizer, ends, head."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
-from sftkey.model import linear_modules, load_tokenizer, short_names
-from sftkey.packaged import find_weights, is_packaged
+from sftkey.models.loading import linear_modules, load_tokenizer, short_names
+from sftkey.models.packaged import find_weights, is_packaged
+from sftkey.models.source import Source, model_source
 from sftkey.recipe.schema import ModelSection
-from sftkey.source import Source, model_source
 
 
 @dataclass(frozen=True)
@@ -192,3 +195,54 @@ def _ids(published: Any) -> Iterator[int]:
     """Give ids as a list, however they are written."""
     ids = published if isinstance(published, list) else [published]
     yield from (number for number in ids if isinstance(number, int))
+
+
+# What families call the module that reads tokens, and the one that writes them.
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+HEADS = ("lm_head", "embed_out", "output")
+
+
+def stop_ids_of(section: ModelSection) -> tuple[int, ...] | None:
+    """Read which ids stop generation, as the model's makers say; None where they don't.
+
+    Raises:
+        ModelError: The model can't be found, or the file read.
+    """
+    generation = _json(model_source(section), "generation_config.json")
+    if generation is None:
+        return None
+    eos = generation.get("eos_token_id")
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+def head_is_tied(section: ModelSection) -> bool:
+    """Read whether the output head shares its weights with the input embedding.
+
+    Raises:
+        ModelError: The model's config can't be read.
+    """
+    source = model_source(section)
+    try:
+        config = AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
+    except (OSError, ValueError, KeyError) as error:
+        reason = first_line(error)
+        raise ModelError(section.name_or_path, f"its config can't be read: {reason}") from error
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _json(source: Source, name: str) -> dict[str, Any] | None:
+    """Read a file beside the weights; None where there is none, or none to be had."""
+    file = cached_file(
+        source.path,
+        name,
+        revision=source.commit,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if file is None:
+        return None
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(file, f"expected JSON; got {error}") from error

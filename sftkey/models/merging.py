@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sftkey.adapter import load_adapter
 from sftkey.data.renderer import probe_frame, stop_ids
-from sftkey.device import Device
 from sftkey.errors import RunError
-from sftkey.model import load_model, load_tokenizer
+from sftkey.models.adapters import load_adapter
+from sftkey.models.device import Device
+from sftkey.models.loading import load_model, load_tokenizer
+from sftkey.models.source import base_identity
 from sftkey.recipe.schema import Recipe
-from sftkey.source import base_identity
 
 # How far the merged model's logits may lie from base and adapter, as a share of what the adapter
 # changes: in 16 bits the merged weights are rounded.

@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from sftkey.device import DTYPES, Device, launched_with
 from sftkey.errors import ModelError, first_line
+from sftkey.models.device import DTYPES, Device, launched_with
+from sftkey.models.source import Source, find_source, hub_error, model_source, weight_files
 from sftkey.recipe.schema import ModelSection
-from sftkey.source import Source, find_source, hub_error, model_source, weight_files
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
 CARRIERS = (*LINEAR, torch.nn.Embedding)

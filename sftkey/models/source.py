@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 
 from sftkey.errors import ModelError, first_line
-from sftkey.packaged import is_packaged, packaged_folder
+from sftkey.models.packaged import is_packaged, packaged_folder
 from sftkey.recipe.schema import ModelSection
 
 ADAPTER_CONFIG = "adapter_config.json"

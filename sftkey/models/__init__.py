@@ -1,0 +1,1 @@
+"""Models, tokenizers and adapters: found, loaded, saved, merged."""
