@@ -12,7 +12,7 @@ from sftkey.trained import run_recipe, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Frame
-    from sftkey.generation import Generation
+    from sftkey.generation.generate import Generation
     from sftkey.recipe.schema import Recipe
 
 
@@ -76,10 +76,10 @@ def _write(
     """Load the stage's model and let it answer."""
     from sftkey.data.renderer import probe_frame, stop_ids
     from sftkey.data.sources import num_columns, question_prompt
-    from sftkey.generation import generate
+    from sftkey.generation.generate import generate
+    from sftkey.generation.key_switch import find_switch
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_tokenizer
-    from sftkey.switching import find_switch
     from sftkey.training.ledger import Ledger
     from sftkey.training.loading import load_stage
 

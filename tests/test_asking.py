@@ -15,9 +15,9 @@ from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.evaluation.asking import Asked, Settings, ask, asked_rows, num_thinking_tokens
 from sftkey.evaluation.key_losses import Context, key_losses
+from sftkey.generation.key_switch import find_switch
 from sftkey.models.key_adapter import KEY, acting
 from sftkey.recipe.schema import ResponseSection
-from sftkey.switching import find_switch
 
 EXAMPLES = [
     Example("How many legs do 3 cats have?", "3 cats: 12", "12", 0),

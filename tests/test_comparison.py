@@ -14,7 +14,7 @@ from sftkey.data.response import Example, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
 from sftkey.evaluation.results import StageResult, score, write_result
 from sftkey.evaluation.statistics import mcnemar, paired_difference
-from sftkey.generation import Generation
+from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
 SEED = (

@@ -17,11 +17,11 @@ from sftkey.cli import main
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
 from sftkey.generate import generate
-from sftkey.generation import generate as write
+from sftkey.generation.generate import generate as write
+from sftkey.generation.key_switch import find_switch
 from sftkey.models.device import Device
 from sftkey.models.key_adapter import acting, context_adapters
 from sftkey.recipe.schema import DataSection
-from sftkey.switching import find_switch
 from sftkey.training.loading import load_stage
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sftkey.errors import RunError
-from sftkey.generation import Generation, generate, generate_to_file
+from sftkey.generation.generate import Generation, generate, generate_to_file
 
 WORDS = "How many legs do 3 cats and 2 birds have together"
 

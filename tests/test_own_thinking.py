@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from test_stages import Killed
 
-from sftkey import writing
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.errors import DataError, RecipeError, RunError
 from sftkey.evaluation.grading import grade
-from sftkey.generation import Generation
+from sftkey.generation import key_switch as writing
+from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import OwnThinking, StageSection
 from sftkey.stage_diagnosis import refuse_empty_thinking

@@ -20,7 +20,7 @@ from sftkey.evaluation.results import (
     write_result,
 )
 from sftkey.evaluation.statistics import wilson
-from sftkey.generation import Generation
+from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<Thinking>\n", "\n</Thinking>", "\n<Answer>\n", "\n</Answer>")
 EXAMPLES = [Example(f"How much is {n} and {n}?", "", str(2 * n), n) for n in (4, 2, 3, 1)]

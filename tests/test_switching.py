@@ -17,10 +17,10 @@ from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
-from sftkey.generation import Generation, generate, generate_to_file
+from sftkey.generation.generate import Generation, generate, generate_to_file
+from sftkey.generation.key_switch import Switch, ThinkingEnds, find_switch
 from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.schema import ResponseSection
-from sftkey.switching import Switch, ThinkingEnds, find_switch
 
 MOST, STOP = 14, 2
 TEXT = "How many legs do 3 cats and 2 birds have together, and how many have 7 pens?"

@@ -13,7 +13,7 @@ from sftkey.evaluation.results import StageResult, score
 from sftkey.evaluation.statistics import mcnemar
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
 from sftkey.evaluation.thinking_change import ThinkingChange, Turned, thinking_change
-from sftkey.generation import Generation
+from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
 CHAIN = Example("4 + 3 - 2 =", "4 + 3 = 7\n7 - 2", "5", 0)

@@ -18,8 +18,8 @@ from sftkey.errors import FrameError
 from sftkey.evaluation.conditions import CONDITIONS, Outcome
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.key_losses import Context, key_losses
-from sftkey.generation import Generation, generate
-from sftkey.switching import Switch, find_switch
+from sftkey.generation.generate import Generation, generate
+from sftkey.generation.key_switch import Switch, find_switch
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sftkey.errors import DataError, Problem
 from sftkey.evaluation.grading import shortened
-from sftkey.generation import Generation
+from sftkey.generation.generate import Generation
 
 
 def read_generations(file: Path, expected: Collection[int]) -> dict[int, Generation]:

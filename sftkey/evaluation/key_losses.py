@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
-from sftkey.generation import inferring
+from sftkey.generation.generate import inferring
+from sftkey.generation.key_switch import cache_name
 from sftkey.models.key_adapter import KEY, acting
-from sftkey.writing import cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sftkey.switching import Switch
+    from sftkey.generation.key_switch import Switch
 
 BATCH_TOKENS = 4096  # padding counted
 IGNORED = -100

@@ -11,7 +11,7 @@ from sftkey.data.response import Example, Parsed, Response
 from sftkey.evaluation.following import follow_thinkings
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
-from sftkey.generation import Generation
+from sftkey.generation.generate import Generation
 
 T = TypeVar("T")
 # What no rule and no judge said isn't written, so that results without are as they were.

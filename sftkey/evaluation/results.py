@@ -18,7 +18,7 @@ from sftkey.evaluation.grading import shortened
 from sftkey.evaluation.questions import Answers, Judged, Question, graded
 from sftkey.evaluation.statistics import score_of, wilson
 from sftkey.files import write_text
-from sftkey.generation import Generation
+from sftkey.generation.generate import Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,10 +14,10 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.renderer import stop_ids
 from sftkey.data.response import Example
 from sftkey.files import write_text
-from sftkey.generation import generate_to_file
+from sftkey.generation.generate import generate_to_file
+from sftkey.generation.key_switch import find_switch
 from sftkey.models.device import launched_with
 from sftkey.recipe.schema import Recipe
-from sftkey.switching import find_switch
 from sftkey.training.ledger import Ledger
 from sftkey.training.progress import RunProgress
 

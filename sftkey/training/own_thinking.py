@@ -24,7 +24,7 @@ from sftkey.data.renderer import stop_ids
 from sftkey.data.response import Example
 from sftkey.errors import DataError
 from sftkey.files import write_json
-from sftkey.generation import Generation, generate_to_file
+from sftkey.generation.generate import Generation, generate_to_file
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.progress import RunProgress
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from sftkey.switching import Switch
+    from sftkey.generation.key_switch import Switch
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def generate(
     Raises:
         ValueError: There is nothing to stop at, or an empty prompt.
     """
-    from sftkey.writing import write, write_switching
+    from sftkey.generation.key_switch import write, write_switching
 
     if not stop_ids:
         raise ValueError("stop_ids: expected at least the trained end of turn; got none")
