@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sftkey.data.prepare import Prepared
-    from sftkey.plan import Fit
+    from sftkey.memory_plan.plan import Fit
     from sftkey.planning.findings import Report
 
 
@@ -45,7 +45,7 @@ def check(
     if plan_only and gpu is None:
         raise RecipeError("--plan-only", "expected --gpu SIZE beside it", "write --gpu 24GB")
     if gpu is not None:
-        from sftkey.planning.plan import size_bytes
+        from sftkey.memory_plan.plan import size_bytes
 
         size_bytes(gpu)  # before any row is read
     try:
@@ -85,7 +85,7 @@ def with_plan(
     report: Report, recipe: Path, overrides: Sequence[str], gpu: str
 ) -> tuple[Report, Fit | None]:
     """Add what the plan finds to what the gate found; the plan itself where there is one."""
-    from sftkey.plan import fit
+    from sftkey.memory_plan.plan import fit
     from sftkey.planning.findings import Finding, of_error
 
     try:

@@ -16,15 +16,18 @@ from model_folders import model_folder, sums, write_rows
 
 from sftkey.check import check
 from sftkey.errors import CheckError, ModelError, RecipeError, SFTKeyError
+from sftkey.memory_plan.held import (
+    adapter_bytes,
+    constant_bytes,
+    optimizer_bytes,
+    setting_of,
+    weight_bytes,
+)
+from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, make_plan, size_bytes
+from sftkey.memory_plan.shape import read_shape
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model
-from sftkey.plan import fit
 from sftkey.planning.adapt import adapt
-from sftkey.planning.plan import GIB, make_plan, size_bytes
-from sftkey.planning.plan_changes import changes_that_fit
-from sftkey.planning.plan_held import adapter_bytes, constant_bytes, optimizer_bytes, weight_bytes
-from sftkey.planning.plan_setting import setting_of
-from sftkey.planning.shape_reading import read_shape
 from sftkey.recipe.collection import RECIPES, recipe_files
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import ModelSection, Recipe

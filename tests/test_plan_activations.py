@@ -14,11 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from sftkey.planning import plan_activations
-from sftkey.planning.model_shape import FAMILIES, ModelShape
-from sftkey.planning.plan_activations import Batch, kept_bytes, passing
-from sftkey.planning.plan_setting import Setting
-from sftkey.planning.shape_reading import shape_of
+from sftkey.memory_plan import activations as plan_activations
+from sftkey.memory_plan.activations import Batch, kept_bytes, passing
+from sftkey.memory_plan.held import Setting
+from sftkey.memory_plan.shape import FAMILIES, ModelShape, shape_of
 from sftkey.training import detached, losses
 
 SIZES: dict[str, Any] = {

@@ -16,15 +16,15 @@ from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
+from sftkey.memory_plan.plan import make_plan, size_bytes
+from sftkey.memory_plan.shape import read_shape
 from sftkey.models.facts import read_facts
 from sftkey.planning.adapt_choices import Choices
 from sftkey.planning.adapt_sections import head, sections
 from sftkey.planning.check_recipe import undecided
 from sftkey.planning.data_choice import choose_data, measure
 from sftkey.planning.frame_choice import choose_frame
-from sftkey.planning.plan import make_plan, size_bytes
 from sftkey.planning.proof import Proof, prove
-from sftkey.planning.shape_reading import read_shape
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.yaml_io import dotted, write_recipe

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftkey.data.sources import with_defaults
+from sftkey.memory_plan.plan import largest_part
 from sftkey.planning.adapt_choices import Choices
 from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import choose_grader, plain_prompt
-from sftkey.planning.plan_changes import largest_part
 from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
 from sftkey.recipe.yaml_io import Line, Section
 

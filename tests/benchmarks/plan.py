@@ -30,9 +30,10 @@ from sides import PROMPT_SHARE, Batch, Sides
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftkey.data.collator import KeyCollator
-from sftkey.planning import plan_activations, plan_held
-from sftkey.planning.plan_setting import DEFAULT_OPTIMIZER, Kind, Setting
-from sftkey.planning.shape_reading import shape_of
+from sftkey.memory_plan import activations as plan_activations
+from sftkey.memory_plan import held as plan_held
+from sftkey.memory_plan.held import DEFAULT_OPTIMIZER, Kind, Setting
+from sftkey.memory_plan.shape import shape_of
 
 HELD_OUT_SHAPE, HELD_OUT_LENGTH = "1b", 1024
 LENGTHS = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sftkey.planning.model_shape import ModelShape
-from sftkey.planning.plan_setting import Setting
+from sftkey.memory_plan.held import Setting
+from sftkey.memory_plan.shape import ModelShape
 
 # As sftkey.training has them (a test compares): importing them would import torch.
 TILE_LOGITS, TILE_ROWS, WIDEST_TILE = 2**20, 4096, 32768

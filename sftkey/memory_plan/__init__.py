@@ -1,0 +1,1 @@
+"""How much memory a recipe's stages take on a GPU, before anything is loaded."""
