@@ -135,7 +135,7 @@ def _chosen(
 
 def _stage_number(folder: Path, recipe: Recipe, stage: str | None) -> int:
     """Give the place of a trained stage, the first being 1 and the base model 0."""
-    from sftkey.training.ledger import Ledger
+    from sftkey.training.run_folder import Ledger
 
     trained = [each.status == "trained" for each in Ledger(folder, recipe, main=False).stages]
     names = [
@@ -154,8 +154,8 @@ def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows:
     from sftkey.data.prepare import prepare
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_tokenizer
-    from sftkey.training.ledger import Ledger
-    from sftkey.training.loading import load_stage
+    from sftkey.training.run_folder import Ledger
+    from sftkey.training.stage_model import load_stage
 
     prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
     if prepared.validation is None:

@@ -12,7 +12,7 @@ from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from sftkey.evaluation.judge import Judge
-    from sftkey.training.stages import Run
+    from sftkey.training.run import Run
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def evaluate(
 
     use_all_cores()
     quiet_libraries()
-    from sftkey.training.stages import start
+    from sftkey.training.run import start
 
     run = start(recipe, folder)
     failures = []

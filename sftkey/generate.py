@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftkey.errors import RunError
-from sftkey.trained import run_recipe, trained_stage
+from sftkey.training.run_folder import run_recipe, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Frame
@@ -80,8 +80,8 @@ def _write(
     from sftkey.generation.key_switch import find_switch
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_tokenizer
-    from sftkey.training.ledger import Ledger
-    from sftkey.training.loading import load_stage
+    from sftkey.training.run_folder import Ledger
+    from sftkey.training.stage_model import load_stage
 
     tokenizer = load_tokenizer(recipe.model)
     frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sftkey.errors import RunError
 from sftkey.recipe.schema import Recipe
-from sftkey.trained import run_recipe, trained_stage
+from sftkey.training.run_folder import run_recipe, trained_stage
 
 
 def merge(folder: Path, output: Path, stage: str | None = None) -> None:
@@ -23,7 +23,7 @@ def merge(folder: Path, output: Path, stage: str | None = None) -> None:
     """
     recipe = run_recipe(folder)
     number = trained_stage(folder, recipe, stage)
-    from sftkey.training.ledger import Ledger
+    from sftkey.training.run_folder import Ledger
 
     ledger = Ledger(folder, recipe, main=False)
     if number == 0:

@@ -12,7 +12,7 @@ from sftkey.errors import RunError
 from sftkey.files import write_json
 
 if TYPE_CHECKING:
-    from sftkey.training.stages import Run
+    from sftkey.training.run import Run
 
 NUM_ROWS = 32  # validation rows: half a minute of the demo on two cores
 

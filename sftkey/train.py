@@ -32,7 +32,7 @@ def train(
     from sftkey.evaluate import grade_stage, note_thinking, print_table
     from sftkey.evaluation.grading import grade
     from sftkey.stage_diagnosis import StageDiagnosis, refuse_empty_thinking
-    from sftkey.training.stages import start
+    from sftkey.training.run import start
 
     run = start(checked, Path("runs") / checked.name, fresh, read=passed)
     run.reports = (StageDiagnosis(run),)

@@ -15,8 +15,8 @@ from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import base_identity
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.training.ledger import Ledger, open_run
-from sftkey.training.loading import stands_on
+from sftkey.training.run_folder import Ledger, open_run
+from sftkey.training.stage_model import stands_on
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
 STAGES: tuple[dict[str, Any], ...] = (

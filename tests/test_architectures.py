@@ -13,7 +13,7 @@ from families import FAMILIES
 from recipe_rows import loaded
 from transformers import AutoModelForCausalLM
 
-from sftkey.training.stages import start
+from sftkey.training.run import start
 
 TINY = {
     "hidden_size": 32,

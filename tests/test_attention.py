@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sftkey.training.attention import GroupedAttention, shared_keys
+from sftkey.training.detached import GroupedAttention, shared_keys
 
 
 def made_inputs(heads: int, groups: int) -> tuple[Any, list[torch.Tensor], torch.Tensor]:

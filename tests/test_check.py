@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import sftkey.training.loading
+import sftkey.training.stage_model
 from sftkey.check import check as command
 from sftkey.check import gate as gate_of
 from sftkey.check import passed
@@ -26,7 +26,7 @@ from sftkey.planning.findings import Finding, Report
 from sftkey.planning.proof import Proof
 from sftkey.recipe.load import load_recipe
 from sftkey.train import train
-from sftkey.training.stages import read_rows, start
+from sftkey.training.run import read_rows, start
 
 Gate = Callable[..., Report]
 ROWS = [
@@ -676,7 +676,7 @@ def test_training_is_refused_before_any_weight(
 ) -> None:
     """The error holds every finding, and no run folder is left in which a mended recipe differs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sftkey.training.loading, "load_model", None)
+    monkeypatch.setattr(sftkey.training.stage_model, "load_model", None)
     odd = {"prompt": "S", "thinking": "a", "answer": "<|im_end|>"}
     overrides = ["data.validation=null", "data.test=null", "trainer.learning_rate=1"]
     with pytest.raises(CheckError) as caught:
@@ -707,7 +707,7 @@ def test_training_reads_its_rows_once(
         return prepare_splits(*arguments)
 
     monkeypatch.setattr("sftkey.planning.check.prepare_splits", counted)
-    monkeypatch.setattr(sftkey.training.stages, "prepare", None)
+    monkeypatch.setattr(sftkey.training.run, "prepare", None)
     recipe = load_recipe(recipe_of(), ["trainer.learning_rate=1"])
     run = start(recipe, tmp_path / "runs" / "tiny", read=passed)
     assert len(times) == 1

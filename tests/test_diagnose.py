@@ -75,7 +75,7 @@ def test_a_run_diagnoses_each_stage_once_and_says_so(
     written = json.loads((folder / "diagnosis" / "key.json").read_text())
     assert list(written) == ["stage", "seconds", *KEYS]
     assert (written["stage"], written["num_rows"]) == ("key", 4)
-    monkeypatch.setattr("sftkey.training.stages.load_stage", None)
+    monkeypatch.setattr("sftkey.training.run.load_stage", None)
     train(Path("tiny.yaml"))
     assert capsys.readouterr().out.splitlines()[-1] == SENTENCE
 
@@ -277,7 +277,7 @@ def test_what_cannot_be_diagnosed_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each mistake has an error of its own, before any weight is loaded."""
-    monkeypatch.setattr("sftkey.training.loading.load_model", None)
+    monkeypatch.setattr("sftkey.training.stage_model.load_model", None)
     monkeypatch.setattr(sftkey.evaluation.asking, "generate", None)
     assert refused(*arguments, capsys=capsys) == f"error: {message}"
 

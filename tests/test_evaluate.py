@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from conftest import made_rows, train_tiny
 
-import sftkey.training.loading
+import sftkey.training.stage_model
 from sftkey.errors import RunError
 from sftkey.evaluate import evaluate, note_thinking
 from sftkey.recipe.load import load_recipe
 from sftkey.train import train
-from sftkey.training.stages import start
+from sftkey.training.run import start
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_grading_again_needs_no_weights(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is answered already is graded from its files, in the order of the stages."""
-    monkeypatch.setattr(sftkey.training.loading, "load_model", refuse)
+    monkeypatch.setattr(sftkey.training.stage_model, "load_model", refuse)
     for file in (run / "evaluation").glob("*.json"):
         file.unlink()
     evaluate(run)

@@ -12,7 +12,7 @@ from sftkey.evaluation.results import read_results
 from sftkey.evaluation.study_cells import take_over
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 from sftkey.recipe.load import load_recipe
-from sftkey.training.stages import Run, start
+from sftkey.training.run import Run, start
 
 pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parent.parent / "recipes" / "smollm2-135m" / "demo.yaml"

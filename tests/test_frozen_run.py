@@ -19,8 +19,8 @@ from sftkey.data.response import Segment
 from sftkey.errors import ModelError
 from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.load import load_recipe
-from sftkey.training.loading import load_stage
-from sftkey.training.stages import Run, start
+from sftkey.training.run import Run, start
+from sftkey.training.stage_model import load_stage
 from sftkey.training.trainer import segment_means, segment_sums
 
 MakeRecipe = Callable[..., Path]

@@ -22,7 +22,7 @@ from sftkey.generation.key_switch import find_switch
 from sftkey.models.device import Device
 from sftkey.models.key_adapter import acting, context_adapters
 from sftkey.recipe.schema import DataSection
-from sftkey.training.loading import load_stage
+from sftkey.training.stage_model import load_stage
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SPECIAL = "<|endoftext|><|im_start|><|im_end|>"

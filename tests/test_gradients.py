@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import made_rows, made_trainer, training_lines
 
 from sftkey.data.response import Segment
-from sftkey.training import gradients
-from sftkey.training.gradients import gradient_norms
+from sftkey.training import stage as gradients
+from sftkey.training.stage import gradient_norms
 
 NUM_ROWS = 7  # validation rows of `made_trainer`
 

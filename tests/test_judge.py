@@ -20,7 +20,7 @@ from conftest import made_rows, train_tiny
 from judge_server import JudgeServer, served
 from test_study import write_study
 
-import sftkey.training.loading
+import sftkey.training.stage_model
 from sftkey.check import gate
 from sftkey.data.response import Example, Response
 from sftkey.errors import JudgeError, RecipeError
@@ -32,7 +32,7 @@ from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import JudgeSection
 from sftkey.study import study
 from sftkey.train import train
-from sftkey.training.ledger import open_run
+from sftkey.training.run_folder import open_run
 from sftkey.training.trainer import KeyTrainer
 
 KEY = "sk-not-for-any-file"
@@ -444,7 +444,7 @@ def test_training_goes_on_without_its_judge(
     assert lines.count(f"key: graded by the rule; {what}") == 1
     assert captured.err.count("can't be asked") == 1  # base wrote nothing to be asked about
     run.ask(section(server))
-    monkeypatch.setattr(sftkey.training.loading, "load_model", None)
+    monkeypatch.setattr(sftkey.training.stage_model, "load_model", None)
     train(run.recipe)
     assert run.flags() == [(True, True), (True, True), (False, True), (False, False)]
 

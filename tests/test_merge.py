@@ -15,7 +15,7 @@ from sftkey.errors import RunError
 from sftkey.merge import merge
 from sftkey.models.device import Device
 from sftkey.models.merging import Merged
-from sftkey.training.loading import load_stage
+from sftkey.training.stage_model import load_stage
 
 PLAIN = STAGES[:1]
 IDS = torch.arange(3, 40)[None]

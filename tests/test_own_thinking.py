@@ -19,9 +19,9 @@ from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import OwnThinking, StageSection
 from sftkey.stage_diagnosis import refuse_empty_thinking
-from sftkey.training import own_thinking
-from sftkey.training.own_thinking import own_examples
-from sftkey.training.stages import read_rows, start
+from sftkey.training import answers as own_thinking
+from sftkey.training.answers import own_examples
+from sftkey.training.run import read_rows, start
 
 MakeRecipe = Callable[..., Path]
 FIRST = {"name": "completion", "loss_on": "completion"}
@@ -60,7 +60,7 @@ def trained_rows(
     recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, list[Any]]:
     """Give a run, and the rows that its trainers got, stage by stage."""
-    from sftkey.training import stages as module
+    from sftkey.training import run as module
 
     rows: list[Any] = []
     make = module.make_trainer

@@ -21,12 +21,11 @@ from sftkey.data import collator as module
 from sftkey.data.collator import KeyCollator, pack_counts, pack_rows
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, ModelError
-from sftkey.training import packs as packs_module
+from sftkey.training import stage_model as packs_module
+from sftkey.training.log import read_log
 from sftkey.training.losses import add_token_losses, token_losses
-from sftkey.training.packs import refuse_mixed_rows
-from sftkey.training.sampling import GroupedByLength
-from sftkey.training.stage_log import read_log
-from sftkey.training.trainer import KeyTrainer
+from sftkey.training.stage_model import refuse_mixed_rows
+from sftkey.training.trainer import GroupedByLength, KeyTrainer
 
 EVERYTHING = {"prompt": 0.5, "thinking": 0.25, "key": 1.0}  # the first token of a row has a weight
 CAPACITY = 80
@@ -297,7 +296,7 @@ def test_rows_of_a_batch_are_alike_in_length(
     """Unpacked stages are grouped by length; packs, and whoever asks for it, in random order."""
     from sftkey.models.device import Device
     from sftkey.recipe.load import load_recipe
-    from sftkey.training.arguments import stage_arguments
+    from sftkey.training.stage import stage_arguments
 
     file = tiny_recipe(trainer={**TRAINER, "per_device_train_batch_size": 4}, stages=STAGES)
     device = Device("cpu", 0, torch.float32)

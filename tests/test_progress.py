@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sftkey.training.progress import RunProgress
+from sftkey.training.log import RunProgress
 
 
 def test_the_time_left_is_that_of_the_steps_that_are_trained(
@@ -15,7 +15,7 @@ def test_the_time_left_is_that_of_the_steps_that_are_trained(
 ) -> None:
     """A stage that has other steps than planned, more or fewer, counts with those that it has."""
     now = 0.0
-    monkeypatch.setattr("sftkey.training.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("sftkey.training.log.time.monotonic", lambda: now)
     lines = io.StringIO()
     progress = RunProgress({"completion": 4, "key": 4}, Console(file=lines))
     progress.begin("completion", 1)  # a checkpoint has three

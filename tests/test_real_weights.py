@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftkey.models.packaged import packaged_folder
 from sftkey.recipe.load import load_recipe
-from sftkey.training.stages import Run, start
+from sftkey.training.run import Run, start
 
 pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parent.parent / "recipes" / "smollm2-135m" / "demo.yaml"

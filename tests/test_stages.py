@@ -15,9 +15,8 @@ from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
 from sftkey.training.checkpoints import newest_whole
-from sftkey.training.memory import explained_out_of_memory
-from sftkey.training.stage_log import check_handoff, read_log
-from sftkey.training.stages import Run, start
+from sftkey.training.log import check_handoff, read_log
+from sftkey.training.run import Run, explained_out_of_memory, start
 
 MakeRecipe = Callable[..., Path]
 
@@ -41,7 +40,7 @@ class Killed(Exception):
 
 def kill_at_step(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     """Let training die when a stage begins its step after `step`."""
-    from sftkey.training.stage_log import StageLog
+    from sftkey.training.log import StageLog
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.record.name == stage and state.global_step == step:
@@ -94,7 +93,7 @@ def test_a_second_stage_that_starts_elsewhere_is_stopped(
     def forget(model: Any, before: Any, base: Any, lora: dict[str, Any]) -> Any:
         return add_lora(model, lora, 7)
 
-    monkeypatch.setattr("sftkey.training.loading.load_adapter", forget)
+    monkeypatch.setattr("sftkey.training.stage_model.load_adapter", forget)
     recipe = tiny_recipe(
         trainer={"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4}
     )
@@ -121,7 +120,7 @@ def test_the_same_command_again_trains_nothing(
     """A finished run is read, not repeated: not even a model is loaded."""
     recipe = tiny_recipe()
     done(recipe, tmp_path / "runs")
-    monkeypatch.setattr("sftkey.training.loading.load_model", None)
+    monkeypatch.setattr("sftkey.training.stage_model.load_model", None)
     run = start(load_recipe(recipe), tmp_path / "runs" / "tiny")
     assert list(run.stages()) == ["base", "completion", "key"]
 

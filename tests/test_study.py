@@ -23,7 +23,7 @@ from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.strategies import STRATEGIES, strategy_recipe
 from sftkey.study import study, study_run
-from sftkey.training.ledger import open_run
+from sftkey.training.run_folder import open_run
 from sftkey.training.trainer import KeyTrainer
 
 STEPS = 2
@@ -120,7 +120,7 @@ def watch(patch: pytest.MonkeyPatch, done: Finished) -> None:
 
 def kill_in(patch: pytest.MonkeyPatch, stage: str) -> None:
     """Let training die after the first step of a stage."""
-    from sftkey.training.stage_log import StageLog
+    from sftkey.training.log import StageLog
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.record.name == stage and state.global_step == 1:
@@ -416,7 +416,7 @@ def test_a_choice_over_own_thinking_reads_no_more_rows_than_it_may(
         assert asked[-1] == prepared.train["index"][:]
         return prepared.train
 
-    monkeypatch.setattr("sftkey.training.stages.make_own_rows", own_rows)
+    monkeypatch.setattr("sftkey.training.run.make_own_rows", own_rows)
     run = study_run(load_study(file), file)
     run.choices(run.files[0]).of("sftkey_own")
     recipe = arm_recipe(run.study, run.files[0], "sftkey_own", 1)

@@ -12,7 +12,8 @@ from trl import SFTConfig, SFTTrainer
 
 from sftkey.data.labels import PADDING
 from sftkey.data.response import Segment
-from sftkey.training.trainer import KeyTrainer, segment_means, segment_sums, token_losses
+from sftkey.training.losses import token_losses
+from sftkey.training.trainer import KeyTrainer, segment_means, segment_sums
 
 PROMPT_TOKENS = 5
 THINKING_TOKENS = (2, 60, 4, 33, 7, 2, 48, 3)  # trained tokens differ by more than 5 x

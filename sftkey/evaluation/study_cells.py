@@ -14,7 +14,7 @@ from typing import Any
 
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.training.ledger import Ledger
+from sftkey.training.run_folder import Ledger
 
 CHECKPOINTS = "checkpoints"
 

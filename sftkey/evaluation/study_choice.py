@@ -23,8 +23,8 @@ from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoint
 from sftkey.files import write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.strategies import WEIGHTED
-from sftkey.training.ledger import Ledger, open_run
-from sftkey.training.stages import Run, start
+from sftkey.training.run import Run, start
+from sftkey.training.run_folder import Ledger, open_run
 
 Picked = list[dict[str, float]]  # by stage
 Figures = dict[str, float | None]  # of a value that was tried

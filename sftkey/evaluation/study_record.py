@@ -17,8 +17,8 @@ from sftkey.data.tokenization import Row, tokenize
 from sftkey.evaluation.results import StageResult, read_result
 from sftkey.evaluation.study_cells import Cell
 from sftkey.recipe.schema import Recipe
-from sftkey.training.stage_log import read_log
-from sftkey.training.stages import BASE, Run
+from sftkey.training.log import read_log
+from sftkey.training.run import BASE, Run
 
 KEY_SEGMENTS = (Segment.ANSWER_TAG, Segment.ANSWER, Segment.END)
 

@@ -28,8 +28,8 @@ from sftkey.evaluation.study_record import cell_record, recipe_hash
 from sftkey.files import write_text
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
-from sftkey.training.ledger import Ledger, open_run, refuse_changed
-from sftkey.training.stages import BASE, Run, start
+from sftkey.training.run import BASE, Run, start
+from sftkey.training.run_folder import Ledger, open_run, refuse_changed
 
 Read = Callable[[Recipe], Prepared]
 Grade = Callable[[Run, str], None]

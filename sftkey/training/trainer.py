@@ -1,8 +1,8 @@
-"""The trainer of one stage: TRL's SFTTrainer with the loss on the segments that the stage names."""
+"""TRL's SFTTrainer with weights a token, and batches grouped by length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
@@ -20,7 +21,31 @@ from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.recipe.schema import LossOn
 from sftkey.training.losses import Context, add_token_losses, token_losses
-from sftkey.training.sampling import GroupedByLength
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Transformers' sampler of rows that are alike in length, in an order of the epoch's own.
+
+    Upstream's draws from the generator that dropout draws from: a resumed stage would meet
+    another order, and so would a process whose rows were longer.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of an optimizer step, over all processes and micro-batches.
+        seed: Of the run.
+        epoch: Tells which epoch begins.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        super().__init__(batch_size, lengths=list(lengths))
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order: Iterator[int] = super().__iter__()
+        return order
 
 
 class KeyTrainer(SFTTrainer):

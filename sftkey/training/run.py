@@ -1,8 +1,10 @@
-"""Runs a recipe: the base model, then stage by stage, each from what the one before it wrote."""
+"""Memory: given back between stages, and explained where it doesn't suffice."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -17,24 +19,61 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
+from sftkey.errors import DeviceError
 from sftkey.files import write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.training.answers import Answers
-from sftkey.training.arguments import stage_arguments
+from sftkey.training.answers import Answers, Grade, make_own_rows
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.frozen import FrozenTrainer
-from sftkey.training.gradients import gradient_norms
-from sftkey.training.ledger import Ledger, open_run
-from sftkey.training.loading import load_stage, stands_on
-from sftkey.training.making import make_trainer, refuse_unfit, save_stage
-from sftkey.training.memory import explained_out_of_memory, release_memory
-from sftkey.training.own_thinking import Grade, make_own_rows
-from sftkey.training.progress import RunProgress
-from sftkey.training.stage_log import StageLog, read_log
+from sftkey.training.log import RunProgress, StageLog, read_log
+from sftkey.training.run_folder import Ledger, open_run
+from sftkey.training.stage import (
+    gradient_norms,
+    make_trainer,
+    refuse_unfit,
+    save_stage,
+    stage_arguments,
+)
+from sftkey.training.stage_model import load_stage, stands_on
 from sftkey.training.trainer import KeyTrainer
+
+CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
+
+
+def release_memory() -> None:
+    """Free a dropped trainer: TRL's patched forward makes a cycle that only this breaks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def explained_out_of_memory(folder: Path) -> Iterator[None]:
+    """Turn running out of memory into an error that names what to change.
+
+    Args:
+        folder: The run folder, which keeps what was reached.
+
+    Raises:
+        DeviceError: In place of torch's error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out_of_memory and CPU_MESSAGE not in str(error):
+            raise
+        raise DeviceError(
+            str(folder),
+            "out of memory; what was reached is kept",
+            "lower trainer.per_device_train_batch_size (and raise gradient_accumulation_steps), "
+            "lower data.max_length, or set trainer.gradient_checkpointing=true; "
+            "then go on with a new `name=…`",
+        ) from error
+
 
 BASE = "base"  # the model before all stages
 PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")

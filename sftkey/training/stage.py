@@ -1,0 +1,166 @@
+"""One stage's trainer: its arguments, what it saves, and the gradient norm of each segment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import SFTConfig
+
+from sftkey.data.collator import reads_packs
+from sftkey.data.response import Segment
+from sftkey.errors import DeviceError
+from sftkey.models.adapters import DEFAULT, Base, save_adapter, save_model
+from sftkey.models.device import Device
+from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.recipe.stages import members
+from sftkey.training.answers import sharded
+from sftkey.training.frozen import FrozenTrainer
+from sftkey.training.losses import token_losses
+from sftkey.training.stage_model import refuse_mixed_rows
+from sftkey.training.trainer import KeyTrainer
+
+# What sftkey takes where the recipe says nothing; all else is TRL's own default.
+DEFAULTS: dict[str, Any] = {
+    "train_sampling_strategy": "group_by_length",  # less padding; packs have next to none
+    "logging_steps": 10,
+    "save_steps": 0.1,  # a share of the stage: any stage can go on where it stopped
+    "save_total_limit": 2,  # the newest, and one before it should a kill tear the newest
+    "report_to": "none",
+}
+
+
+def stage_arguments(
+    recipe: Recipe, stage: StageSection, device: Device, folder: Path, on_start: bool
+) -> SFTConfig:
+    """Build the arguments of one stage.
+
+    Args:
+        recipe: The whole recipe.
+        stage: The stage of it that is to be trained.
+        device: Decides the precision.
+        folder: Where the stage's checkpoints go.
+        on_start: Whether the validation rows are read before the first step.
+    """
+    owned = {
+        "output_dir": str(folder),
+        "seed": recipe.seed,
+        "bf16": device.bf16,
+        "fp16": device.fp16,
+        "use_cpu": device.kind == "cpu",
+        "eval_on_start": on_start,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "max_length": None,
+        "router_aux_loss_coef": 0.0,  # the loss is the tokens' alone
+        "average_tokens_across_devices": True,
+        "logging_nan_inf_filter": False,  # a diverged loss must be seen: it ends the stage
+        "disable_tqdm": True,  # the run has one progress bar of its own
+    }
+    defaults = DEFAULTS
+    if reads_packs(recipe, stage):
+        defaults = {**DEFAULTS, "train_sampling_strategy": "random"}
+    return SFTConfig(**{**defaults, **recipe.stage_trainer(stage), **owned})
+
+
+NUM_ROWS = 16  # validation rows: half a minute of a small model on two cores
+
+
+def gradient_norms(trainer: KeyTrainer) -> dict[str, float]:
+    """Give by segment the norm of its loss's gradient, summed over rows, on what is trained.
+
+    Every segment of the completion is measured, trained by the stage or not, on the first
+    validation rows, without dropout. Nothing of the trainer changes.
+
+    Args:
+        trainer: One process, before its first step; the model isn't sharded.
+    """
+    model = trainer.model_wrapped
+    was_training = model.training
+    model.eval()
+    norms = {
+        segment.name.lower(): _norm(trainer, segment)
+        for segment in Segment
+        if segment is not Segment.PROMPT
+    }
+    model.train(was_training)
+    return norms
+
+
+def _norm(trainer: KeyTrainer, segment: Segment) -> float:
+    """Go through the rows for one segment alone: one gradient is held at a time, not four."""
+    model, rows = trainer.model_wrapped, trainer.eval_dataset
+    assert isinstance(rows, Dataset)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sums = [torch.zeros_like(parameter) for parameter in trained]
+    size, num_rows = trainer.args.eval_batch_size, min(NUM_ROWS, len(rows))
+    for start in range(0, num_rows, size):
+        chosen = [rows[place] for place in range(start, min(start + size, num_rows))]
+        batch = trainer._prepare_inputs(trainer.data_collator(chosen))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        inputs["labels"] = batch["input_ids"].masked_fill(batch["segment_ids"] != segment, -100)
+        with trainer.compute_loss_context_manager():
+            loss = token_losses(model, inputs).sum()
+        for added, gradient in zip(
+            sums, torch.autograd.grad(loss, trained, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                added += gradient
+    return sum(float(gradient.double().square().sum()) for gradient in sums) ** 0.5
+
+
+def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
+    """Refuse what a later stage couldn't do with this model: before hours of training, not after.
+
+    Raises:
+        ModelError: The model mixes packed rows.
+        DeviceError: A frozen stage where the model is sharded.
+    """
+    if any(stage.context == "frozen" for stage in recipe.stages) and sharded():
+        raise DeviceError(
+            "context: frozen",
+            "expected processes that hold the whole model each; FSDP and DeepSpeed cut it up",
+            "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
+        )
+    if packed:
+        refuse_mixed_rows(model, probe=not sharded())
+
+
+def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTrainer:
+    """Make the trainer of a stage.
+
+    Args:
+        recipe: The stage's.
+        stage: What is to be trained.
+        settings: `KeyTrainer`'s, but for what the stage says.
+    """
+    settings |= {"loss_on": stage.loss_on, "loss": stage.loss}
+    if stage.context == "frozen":
+        return FrozenTrainer(members(recipe, stage), **settings)
+    return KeyTrainer(context=stage.context, **settings)
+
+
+def save_stage(trainer: KeyTrainer, folder: Path, base: Base, write: bool) -> None:
+    """Write what a stage has trained; a sharded model is gathered by all processes.
+
+    Args:
+        trainer: Of the finished stage; of a grid the best adapter is written.
+        folder: Where to.
+        base: What the trained weights belong to.
+        write: Whether this process writes.
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else None
+    if write and isinstance(trainer.model, PeftModel):
+        name = DEFAULT
+        if isinstance(trainer, FrozenTrainer):
+            name = trainer.members[trainer.best].name
+        save_adapter(trainer.model, folder, base, state, name)
+    elif write:
+        assert isinstance(trainer.model, PreTrainedModel)
+        save_model(trainer.model, folder, base, state)
+    PartialState().wait_for_everyone()
