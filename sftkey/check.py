@@ -100,7 +100,7 @@ def with_plan(
 
 def gate(recipe: Recipe) -> Report:
     """Find what the planning wing finds, and what keeps graders from reading and judging."""
-    from sftkey.evaluate import refuse_unready_judge
+    from sftkey.evaluation.stage import refuse_unready_judge
     from sftkey.planning.check import check
     from sftkey.planning.findings import Finding, of_error, of_rows
 

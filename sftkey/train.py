@@ -29,8 +29,9 @@ def train(
     use_all_cores()
     quiet_libraries()
     from sftkey.check import passed
-    from sftkey.evaluate import grade_stage, note_thinking, print_table
+    from sftkey.evaluate import print_table
     from sftkey.evaluation.grading import grade
+    from sftkey.evaluation.stage import grade_stage, note_thinking
     from sftkey.stage_diagnosis import StageDiagnosis, refuse_empty_thinking
     from sftkey.training.run import start
 

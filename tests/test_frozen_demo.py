@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from test_frozen_run import thinkings
 
-from sftkey.evaluate import grade_stage
+from sftkey.evaluation.comparison import ThinkingChange, thinking_change
 from sftkey.evaluation.results import read_results
+from sftkey.evaluation.stage import grade_stage
 from sftkey.evaluation.study_cells import take_over
-from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
 

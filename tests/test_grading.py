@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftkey.errors import RecipeError
-from sftkey.evaluation.grading import grade, normalize, unreadable
-from sftkey.evaluation.numbers import last_number
+from sftkey.evaluation.grading import grade, last_number, normalize, unreadable
 
 GRADERS = ["number", "choice", "exact", "math"]
 

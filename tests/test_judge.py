@@ -26,8 +26,7 @@ from sftkey.data.response import Example, Response
 from sftkey.errors import JudgeError, RecipeError
 from sftkey.evaluate import evaluate
 from sftkey.evaluation import judge as judge_module
-from sftkey.evaluation.agreement import cohens_kappa
-from sftkey.evaluation.judge import Judge, judge_prompt, parse_verdict
+from sftkey.evaluation.judge import Judge, cohens_kappa, judge_prompt, parse_verdict
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import JudgeSection
 from sftkey.study import study
@@ -451,7 +450,7 @@ def test_training_goes_on_without_its_judge(
 
 def test_without_a_judge_nothing_changes(run: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither our part nor the library is imported, and no file has a word of judges."""
-    for name in ("openai", "sftkey.evaluation.judge", "sftkey.evaluation.verdicts"):
+    for name in ("openai", "sftkey.evaluation.judge", "sftkey.evaluation.judge"):
         monkeypatch.setitem(sys.modules, name, None)
     train(run.recipe)
     evaluate(run.folder)

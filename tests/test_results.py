@@ -11,9 +11,9 @@ import pytest
 
 from sftkey.data.response import Example, Response
 from sftkey.errors import DataError, RunError
-from sftkey.evaluation.generations import read_generations
 from sftkey.evaluation.results import (
     StageResult,
+    read_generations,
     read_result,
     read_results,
     score,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from cells_made import made_cells
 
-from sftkey.evaluation.agreement import JudgeFigures
 from sftkey.evaluation.finished_cells import FinishedCell
+from sftkey.evaluation.judge import JudgeFigures
 from sftkey.evaluation.study_pictures import draw_pictures
 from sftkey.evaluation.study_report import chosen, report, said, table, thinking, warnings
 from sftkey.evaluation.study_results import (

@@ -1,25 +1,159 @@
-"""The second grader: a model behind an OpenAI-compatible endpoint says whether answers are right.
-
-It is sent the question, the reference answer and the answer's text, and of the model's response
-nothing else: the thinking stays here. What it says stands beside the rule's grade, never in its
-place.
-"""
+"""How often two graders say the same, and how much of that is more than chance."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from hashlib import sha256
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 from sftkey.data.response import Example
 from sftkey.errors import JudgeError, RecipeError, first_line
-from sftkey.evaluation.verdicts import Verdicts
+from sftkey.files import cache_folder
 from sftkey.recipe.schema import JudgeSection
 
 if TYPE_CHECKING:
     from openai import OpenAI
+
+
+class Graded(Protocol):
+    """A question's flags of both graders; `judged` is None where the second said nothing."""
+
+    @property
+    def correct(self) -> bool:
+        """What the rule says."""
+
+    @property
+    def judged(self) -> bool | None:
+        """What the judge says."""
+
+
+class JudgeFigures(BaseModel):
+    """How often the second grader says the same as the rule."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_judged: int
+    num_questions: int
+    num_agreeing: int
+    kappa: float | None
+    acc: float
+
+
+def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Give Cohen's kappa of two graders; None where chance alone would have them always agree.
+
+    1 is agreement throughout, 0 what graders with these shares reach by chance (Cohen 1960).
+    """
+    num = len(first)
+    if num == 0:
+        return None
+    agreeing = sum(a == b for a, b in zip(first, second, strict=True)) / num
+    shares = [sum(flags) / num for flags in (first, second)]
+    chance = shares[0] * shares[1] + (1 - shares[0]) * (1 - shares[1])
+    return None if chance == 1 else (agreeing - chance) / (1 - chance)
+
+
+def judge_figures(questions: Iterable[Graded]) -> JudgeFigures | None:
+    """Compare the judge's flags with the rule's; None where no judge said anything."""
+    flags = [(each.correct, each.judged) for each in questions]
+    pairs = [(correct, judged) for correct, judged in flags if judged is not None]
+    if not pairs:
+        return None
+    rule, judge = [a for a, _ in pairs], [b for _, b in pairs]
+    return JudgeFigures(
+        num_judged=len(pairs),
+        num_questions=len(flags),
+        num_agreeing=sum(a == b for a, b in pairs),
+        kappa=cohens_kappa(rule, judge),
+        acc=sum(judge) / len(judge),
+    )
+
+
+def judge_sentence(
+    name: str, model: str, figures: JudgeFigures | None, num_questions: int, num_unclear: int
+) -> str:
+    """Say what the judge finds in a stage's answers, and what it didn't judge.
+
+    Args:
+        name: The stage's.
+        model: The judge's.
+        figures: None where it judged nothing.
+        num_questions: All of them.
+        num_unclear: The replies that were neither yes nor no.
+    """
+    num_judged = figures.num_judged if figures else 0
+    said = f"{name}: the judge {model} judged {num_judged} of {num_questions} answers"
+    if figures:
+        said += f", Acc {figures.acc:.3f}; the rule agrees on {figures.num_agreeing}"
+        said += "" if figures.kappa is None else f", kappa {figures.kappa:.2f}"
+    if num_unclear:
+        said += f"; neither yes nor no: {num_unclear}"
+    if left := num_questions - num_judged - num_unclear:
+        said += f"; not asked yet: {left}"
+    return f"{said}."
+
+
+class Verdicts:
+    """The verdicts of one judge, a line each, named by the hash of the prompt that was sent.
+
+    A line that a kill has torn is skipped, and its prompt is asked again.
+
+    Args:
+        base_url: The judge's endpoint.
+        model: Its model there.
+    """
+
+    def __init__(self, base_url: str, model: str) -> None:
+        name = _sha256(json.dumps([base_url, model]))
+        self.file = cache_folder() / "verdicts" / f"{name}.jsonl"
+        self._lock = Lock()
+        self._known: dict[str, bool] = {}
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                self._known |= _row(line)
+
+    def get(self, prompt: str) -> bool | None:
+        """Give the verdict on a prompt; None where there is none."""
+        return self._known.get(_sha256(prompt))
+
+    def keep(self, prompt: str, right: bool) -> None:
+        """Write a verdict; threads may do so at once.
+
+        Raises:
+            JudgeError: The cache can't be written.
+        """
+        key = _sha256(prompt)
+        try:
+            with self._lock:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"prompt_sha256": key, "right": right}) + "\n")
+                self._known[key] = right
+        except OSError as error:
+            what = f"the judge's verdicts can't be written: {error.strerror or error}"
+            hint = "set SFTKEY_CACHE to a folder of yours"
+            raise JudgeError(str(cache_folder()), what, hint) from error
+
+
+def _row(line: str) -> dict[str, bool]:
+    """Read a line; nothing where it isn't whole."""
+    try:
+        row = json.loads(line)
+        return {row["prompt_sha256"]: row["right"]} if isinstance(row["right"], bool) else {}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _sha256(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
+
 
 PROMPT = """\
 Below are a question, its reference answer and an answer that somebody gave. Take the reference \

@@ -1,27 +1,162 @@
-"""What one stage's generations are worth: its figures, and right or wrong for each question."""
+"""Generations that another engine wrote, read for `sftkey evaluate RUN --generations FILE`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sftkey.data.response import Example, Response
+from sftkey.data.response import Example, Parsed, Response
 from sftkey.errors import DataError, Problem, RunError
-from sftkey.evaluation.agreement import JudgeFigures, judge_figures
-from sftkey.evaluation.grading import shortened
-from sftkey.evaluation.questions import Answers, Judged, Question, graded
+from sftkey.evaluation.grading import grade, shortened
+from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import score_of, wilson
+from sftkey.evaluation.thinking import follow_thinkings, judge_thinkings, thinking_hash
 from sftkey.files import write_text
 from sftkey.generation.generate import Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def read_generations(file: Path, expected: Collection[int]) -> dict[int, Generation]:
+    """Read one generation for each question from JSONL, in any order.
+
+    A row is an object with `index` and `text`; `num_tokens` and `stopped` may stand in it.
+
+    Args:
+        file: As another engine wrote it, or a run's own `evaluation/<stage>.jsonl`.
+        expected: The index of each question.
+
+    Raises:
+        DataError: With all rows that are no generations, stand twice or belong to no question,
+            and with the questions that have none.
+    """
+    hint = 'a row is {"index": 7, "text": "…"}, one for each question; `stopped` is optional'
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(str(file), f"can't be read: {error.strerror}", hint) from None
+    generations: dict[int, Generation] = {}
+    first_lines: dict[int, int] = {}
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            index, generation = _row(line)
+        except ValueError as error:
+            problems.append(Problem("", str(error), number))
+            continue
+        if index in first_lines:
+            what = f"expected once; it stands in line {first_lines[index]} already"
+            problems.append(Problem(f"index {index}", what, number))
+        elif index not in expected:
+            what = f"expected the index of one of the {len(expected)} questions"
+            problems.append(Problem(f"index {index}", what, number))
+        else:
+            generations[index] = generation
+        first_lines.setdefault(index, number)
+    missing = [index for index in expected if index not in generations]
+    problems += [Problem(f"index {index}", "expected a generation; got none") for index in missing]
+    if problems:
+        raise DataError(str(file), shortened(problems), hint)
+    return generations
+
+
+_FIELDS = {
+    "index": ((int,), "an integer"),
+    "text": ((str,), "a text"),
+    "num_tokens": ((int, type(None)), "an integer"),
+    "stopped": ((bool, type(None)), "true or false"),
+}
+
+
+def _row(line: bytes) -> tuple[int, Generation]:
+    """Check one row; a ValueError's text says what was expected."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # also of bytes that are no UTF-8
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object; got {line[:60].decode(errors='replace')!r}")
+    for key, (types, name) in _FIELDS.items():
+        if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
+            raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
+    return row["index"], Generation(row["text"], row.get("num_tokens"), row.get("stopped"))
+
+
+T = TypeVar("T")
+# What no rule and no judge said isn't written, so that results without are as they were.
+Judged = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+
+
+class Question(BaseModel):
+    """How one question was answered; it holds nothing of the question itself.
+
+    `thinking_right` is None where no rule can say, and both of the thinking are in results that
+    were written before there were such. `judged` is what the second grader says; None where it
+    wasn't asked or said neither yes nor no.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    correct: bool
+    strict: bool  # thinking, answer and nothing else
+    parsed: bool  # there was an answer
+    stopped: bool | None
+    thinking_right: bool | None = None
+    thinking_hash: str | None = None  # equal where two stages wrote the same thinking
+    follows: Judged[bool] = None  # the answer is what the thinking arrives at
+    judged: Judged[bool] = None
+
+
+class Answers(NamedTuple):
+    """What was answered, question by question.
+
+    Args:
+        examples: The questions with their references.
+        generations: What the model wrote.
+        texts: The same without what the chat template and an engine add.
+        parsed: Thinking and answer of these.
+        second: What the second grader says; None where it says nothing.
+    """
+
+    examples: Sequence[Example]
+    generations: Sequence[Generation]
+    texts: Sequence[str]
+    parsed: Sequence[Parsed]
+    second: Sequence[bool | None]
+
+
+def graded(answers: Answers, response: Response, grader: str, made: bool) -> tuple[Question, ...]:
+    """Grade answers; the arguments are those of `score`."""
+    written = [found.thinking for found in answers.parsed]
+    right = judge_thinkings(written, answers.examples, grader, made)
+    follows = follow_thinkings(answers.parsed, answers.examples, grader)
+    return tuple(
+        Question(
+            index=example.index,
+            correct=grade(found.answer, example.answer, grader),
+            strict=found.strict,
+            parsed=found.answer is not None,
+            stopped=generation.stopped,
+            thinking_right=right[place],
+            thinking_hash=thinking_hash(text, response),
+            follows=follows[place],
+            judged=second,
+        )
+        for place, (example, generation, text, found, second) in enumerate(
+            zip(*answers, strict=True)
+        )
+    )
+
 
 # Gives flags by index, of questions and their answers; None stands for an answer that wasn't found.
 Flags = Callable[[Sequence[Example], Sequence[str | None]], Mapping[int, bool | None]]

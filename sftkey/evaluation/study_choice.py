@@ -15,9 +15,8 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, RunError
-from sftkey.evaluation.generations import read_generations
 from sftkey.evaluation.grading import grade
-from sftkey.evaluation.results import score
+from sftkey.evaluation.results import read_generations, score
 from sftkey.evaluation.study import Choice, Study, arm_recipe
 from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoints, take_over
 from sftkey.files import write_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sftkey.evaluation.comparison import MOST_LOSS
 from sftkey.evaluation.statistics import score_of
 from sftkey.evaluation.study_results import (
     ArmFigures,
@@ -12,7 +13,6 @@ from sftkey.evaluation.study_results import (
     Interval,
     StudyResults,
 )
-from sftkey.evaluation.thinking_change import MOST_LOSS
 
 HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
 

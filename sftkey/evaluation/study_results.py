@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sftkey.errors import Problem, RunError
-from sftkey.evaluation.agreement import JudgeFigures
 from sftkey.evaluation.grading import shortened
+from sftkey.evaluation.judge import JudgeFigures
 from sftkey.files import write_text
 
 RESULTS = "results.json"

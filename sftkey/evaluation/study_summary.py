@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import PureWindowsPath
 from statistics import fmean
 
-from sftkey.evaluation.agreement import judge_figures
 from sftkey.evaluation.finished_cells import (
     Answered,
     FinishedCell,
@@ -17,6 +16,7 @@ from sftkey.evaluation.finished_cells import (
     same_questions,
     table_of,
 )
+from sftkey.evaluation.judge import judge_figures
 from sftkey.evaluation.seeds import (
     CHANCE,
     Supposed,

@@ -1,0 +1,105 @@
+"""Grade what a stage of a run answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftkey.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from sftkey.evaluation.judge import Judge
+    from sftkey.training.run import Run
+
+
+def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
+    """Grade the answers of one stage, and write `evaluation/<stage>.json` (main process only).
+
+    Args:
+        run: A started run.
+        stage: A stage's name, or `base`.
+        generations: The answers; default what the run itself wrote, if it did.
+
+    Raises:
+        JudgeError: The judge can't be asked. The file lies there nevertheless, with the rule's
+            grades and what was judged; graded again, only what is left is asked.
+    """
+    from sftkey.data.sources import MADE
+    from sftkey.evaluation.results import read_generations, score, write_result
+
+    file = generations or run.ledger.generations(stage)
+    if not run.ledger.main or not file.exists() or not run.answers.questions:
+        return
+    questions, frame, settings = run.answers.questions, run.prepared.frame, run.recipe.eval
+    names = ["base", *(each.name for each in run.recipe.stages)]
+    judge = stage_judge(run, stage)
+    about = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
+    result = score(
+        read_generations(file, [example.index for example in questions]),
+        questions,
+        frame.response,
+        stage=stage,
+        position=names.index(stage),
+        grader=settings.grader,
+        alpha=settings.alpha,
+        bridge=frame.bridge,
+        end=frame.end,
+        tokenizer=run.tokenizer,
+        settings=about | ({"judge": judge.section.model} if judge else {}),
+        made=run.recipe.data.source in MADE,
+        thinking_loss=thinking_losses(run, stage),
+        judge=judge.flags if judge else None,
+    )
+    write_result(run.ledger.folder / "evaluation", result)
+    if judge and judge.failure:
+        raise judge.failure
+
+
+def stage_judge(run: Run, stage: str) -> Judge | None:
+    """Give what asks the recipe's judge about a stage; without one nothing is imported."""
+    section = run.recipe.eval.judge
+    if section is None:
+        return None
+    from sftkey.evaluation.judge import Judge
+
+    return Judge(section, lambda text: run.progress.note(f"{stage}: {text}"))
+
+
+def refuse_unready_judge(recipe: Recipe) -> None:
+    """Refuse a judge whose package or key is missing, before anything else is done.
+
+    Raises:
+        RecipeError: Says what to install or to set.
+    """
+    if recipe.eval.judge is not None:
+        from sftkey.evaluation.judge import open_client
+
+        open_client(recipe.eval.judge).close()
+
+
+def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
+    """Give the thinking's validation loss before and after a stage; None of the base model."""
+    for record in run.ledger.stages:
+        losses = [record.validation.get(at, {}).get("thinking") for at in ("start", "end")]
+        if record.name == stage and losses[0] is not None and losses[1] is not None:
+            return losses[0], losses[1]
+    return None
+
+
+def note_thinking(run: Run, stage: str) -> None:
+    """Say in the log what a stage did to the thinking, and how to mend what it harmed."""
+    from sftkey.evaluation.comparison import ThinkingChange, thinking_change
+    from sftkey.evaluation.results import read_result
+
+    names = ["base", *(each.name for each in run.recipe.stages)]
+    if stage == "base" or not run.ledger.main:
+        return
+    folder = run.ledger.folder / "evaluation"
+    files = [folder / f"{name}.json" for name in (names[names.index(stage) - 1], stage)]
+    before, after = (read_result(file) if file.exists() else None for file in files)
+    if after:
+        change = thinking_change(before, after)
+    else:  # nothing was asked, or will be later
+        change = ThinkingChange(stage, thinking_losses(run, stage))
+    for line in (change.line(), *change.warnings()):
+        run.progress.note(line)
