@@ -12,8 +12,8 @@ from sftkey.recipe.collection import RECIPES, recipe_files, shortest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sftkey.checks.mask_proof import Proof
     from sftkey.planning.adapt import Adapted
-    from sftkey.planning.proof import Proof
 
 
 def adapt(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftkey.errors import CheckError, Problem, RecipeError, SFTKeyError
+from sftkey.checks.gate import gate, with_plan
+from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from sftkey.data.prepare import Prepared
-    from sftkey.memory_plan.plan import Fit
-    from sftkey.planning.findings import Report
+    from sftkey.checks.findings import Report
 
 
 def check(
@@ -53,7 +51,7 @@ def check(
     except RecipeError as error:
         if not as_json:
             raise
-        from sftkey.planning.findings import Report, of_error
+        from sftkey.checks.findings import Report, of_error
 
         print(json.dumps(Report(tuple(of_error(error))).as_json(), ensure_ascii=False))
         sys.exit(2)
@@ -79,76 +77,6 @@ def check(
         console.print(rendered(checked, report))
     if report.refusals:
         sys.exit(2)
-
-
-def with_plan(
-    report: Report, recipe: Path, overrides: Sequence[str], gpu: str
-) -> tuple[Report, Fit | None]:
-    """Add what the plan finds to what the gate found; the plan itself where there is one."""
-    from sftkey.memory_plan.plan import fit
-    from sftkey.planning.findings import Finding, of_error
-
-    try:
-        found = fit(recipe, overrides, gpu)
-    except SFTKeyError as error:
-        known = {finding.message for finding in report.findings}
-        new = [each for each in of_error(error) if each.message not in known]
-        return dataclasses.replace(report, findings=(*report.findings, *new)), None
-    findings = [] if found.plan.fits else [Finding(**found.finding())]
-    return dataclasses.replace(report, findings=(*report.findings, *findings)), found
-
-
-def gate(recipe: Recipe) -> Report:
-    """Find what the planning wing finds, and what keeps graders from reading and judging."""
-    from sftkey.evaluation.stage import refuse_unready_judge
-    from sftkey.planning.check import check
-    from sftkey.planning.findings import Finding, of_error, of_rows
-
-    report = check(recipe)
-    findings: list[Finding] = []
-    try:
-        refuse_unready_judge(recipe)
-    except SFTKeyError as error:
-        findings += of_error(error)
-    if report.prepared is None:
-        return dataclasses.replace(report, findings=(*report.findings, *findings))
-    try:
-        rows = unreadable_answers(recipe, report.prepared)
-    except SFTKeyError as error:
-        findings += of_error(error)
-    else:
-        if rows:
-            what = f"test: the grader {recipe.eval.grader} can't read the answers of these rows"
-            hint = "choose the eval.grader that fits them: number, choice, exact or math"
-            findings.append(of_rows("references", what, rows, hint))
-    return dataclasses.replace(report, findings=(*report.findings, *findings))
-
-
-def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
-    """Give the rows of the questions that no answer would be right to."""
-    from sftkey.evaluation.grading import unreadable
-
-    questions = prepared.questions(recipe)
-    return unreadable({each.index: each.answer for each in questions}, recipe.eval.grader)
-
-
-def passed(recipe: Recipe) -> Prepared:
-    """Give the rows of a recipe that may be trained; what is worth knowing goes to stderr.
-
-    Raises:
-        CheckError: Something refuses the recipe; it holds every finding that does.
-    """
-    from accelerate import PartialState
-
-    report = gate(recipe)
-    if PartialState().is_main_process:
-        for finding in report.findings:
-            if not finding.refuses:
-                print(f"note: {finding}", file=sys.stderr)
-    if report.refusals or report.prepared is None:
-        problems = [Problem(finding.code, str(finding)) for finding in report.refusals]
-        raise CheckError(recipe.name, problems)
-    return report.prepared
 
 
 def rendered(recipe: Recipe, report: Report) -> RenderableType:

@@ -23,12 +23,12 @@ def show(
     checked = load_recipe(recipe, overrides)
     from rich.console import Console
 
+    from sftkey.checks.stop import not_verified
     from sftkey.console import stdout_console
     from sftkey.data.prepare import prepare
     from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
     from sftkey.models.facts import stop_ids_of
     from sftkey.models.loading import load_tokenizer
-    from sftkey.planning.check_stop import not_verified
 
     prepared = prepare(checked, load_tokenizer(checked.model), need_test=False)
     rows = preview_rows(checked, prepared, num_rows)

@@ -74,7 +74,7 @@ def write_report(checked: Study, folder: Path) -> None:
 
 def study_run(checked: Study, file: Path) -> StudyRun:
     """Put a study together: its recipes, the gate, and what grades."""
-    from sftkey.check import passed
+    from sftkey.checks.gate import passed
     from sftkey.evaluation.stage import grade_stage
     from sftkey.evaluation.study_cells import StudyFolder
     from sftkey.evaluation.study_run import StudyRun

@@ -28,7 +28,7 @@ def train(
 
     use_all_cores()
     quiet_libraries()
-    from sftkey.check import passed
+    from sftkey.checks.gate import passed
     from sftkey.evaluate import print_table
     from sftkey.evaluation.grading import grade
     from sftkey.evaluation.stage import grade_stage, note_thinking

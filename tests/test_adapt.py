@@ -12,14 +12,14 @@ from test_frame import standing_in
 from tokenizers_made import CHATML, made
 
 from sftkey.adapt import adapt
+from sftkey.checks import mask_proof as proof
+from sftkey.checks.gate import _rows_report as check
 from sftkey.cli import main
 from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, FrameError, ModelError, RecipeError
 from sftkey.planning import adapt as planning_adapt
-from sftkey.planning import proof
-from sftkey.planning.check import check
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 

@@ -13,17 +13,17 @@ import pytest
 
 import sftkey.training.stage_model
 from sftkey.check import check as command
-from sftkey.check import gate as gate_of
-from sftkey.check import passed
+from sftkey.checks.findings import Finding, Report
+from sftkey.checks.gate import _rows_report as check
+from sftkey.checks.gate import gate as gate_of
+from sftkey.checks.gate import passed
+from sftkey.checks.mask_proof import Proof
+from sftkey.checks.masks import judged_findings
+from sftkey.checks.rows import REASONS, UNSPLIT_HINT, dropped_findings
 from sftkey.data.prepare import prepare_splits
 from sftkey.data.response import Example
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import CheckError, RecipeError
-from sftkey.planning.check import check
-from sftkey.planning.check_masks import judged_findings
-from sftkey.planning.check_rows import REASONS, UNSPLIT_HINT, dropped_findings
-from sftkey.planning.findings import Finding, Report
-from sftkey.planning.proof import Proof
 from sftkey.recipe.load import load_recipe
 from sftkey.train import train
 from sftkey.training.run import read_rows, start
@@ -512,7 +512,7 @@ def test_the_oracle_judges_rows_of_train(gate: Gate, monkeypatch: pytest.MonkeyP
             row.segment_ids = [row.segment_ids[0], *row.segment_ids[:-1]]
         return rows
 
-    monkeypatch.setattr("sftkey.planning.check_masks.tokenize", shifted)
+    monkeypatch.setattr("sftkey.checks.masks.tokenize", shifted)
     report = gate(rows=ROWS[:3])
     (finding,) = report.findings
     assert finding == Finding(
@@ -535,8 +535,8 @@ def test_the_oracle_sees_rows_from_all_over_train(
         seen.extend(example.index for example in examples)
         return Proof(len(examples), len(examples))
 
-    monkeypatch.setattr("sftkey.planning.check_masks.judge", judge)
-    monkeypatch.setattr("sftkey.planning.check_masks.NUM_JUDGED", 3)
+    monkeypatch.setattr("sftkey.checks.masks.judge", judge)
+    monkeypatch.setattr("sftkey.checks.masks.NUM_JUDGED", 3)
     assert report.prepared is not None
     examples = [Example("Q", "", "7", number) for number in range(10)]
     assert list(judged_findings(report.prepared.frame, examples)) == []
@@ -706,7 +706,7 @@ def test_training_reads_its_rows_once(
         times.append(1)
         return prepare_splits(*arguments)
 
-    monkeypatch.setattr("sftkey.planning.check.prepare_splits", counted)
+    monkeypatch.setattr("sftkey.checks.gate.prepare_splits", counted)
     monkeypatch.setattr(sftkey.training.run, "prepare", None)
     recipe = load_recipe(recipe_of(), ["trainer.learning_rate=1"])
     run = start(recipe, tmp_path / "runs" / "tiny", read=passed)

@@ -20,12 +20,12 @@ import pytest
 import torch
 import trl
 
+from sftkey.checks.findings import Finding, Report
+from sftkey.checks.gate import _rows_report as check
+from sftkey.checks.masks import BUG
 from sftkey.data.collator import KeyCollator, pack_rows
 from sftkey.data.tokenization import Row
 from sftkey.errors import RecipeError
-from sftkey.planning.check import check
-from sftkey.planning.check_masks import BUG
-from sftkey.planning.findings import Finding, Report
 from sftkey.recipe.load import load_recipe
 
 Gate = Callable[..., Report]

@@ -21,7 +21,7 @@ from judge_server import JudgeServer, served
 from test_study import write_study
 
 import sftkey.training.stage_model
-from sftkey.check import gate
+from sftkey.checks.gate import gate
 from sftkey.data.response import Example, Response
 from sftkey.errors import JudgeError, RecipeError
 from sftkey.evaluate import evaluate

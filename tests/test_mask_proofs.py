@@ -22,12 +22,11 @@ from rich.table import Table
 from tokenizers import AddedToken
 from tokenizers_made import LLAMA2, TEXT
 
+from sftkey.checks.mask_proof import SYSTEM, Proof, judge, prove
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import FrameError
-from sftkey.planning.hard_rows import SYSTEM
-from sftkey.planning.proof import Proof, judge, prove
 from sftkey.recipe.schema import ResponseSection
 
 NUM_ROWS = 2000

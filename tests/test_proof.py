@@ -12,12 +12,11 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers_made import CHATML, KINDS, LLAMA2, OPENED, made
 from transformers import PreTrainedTokenizerFast
 
+from sftkey.checks import mask_proof as proof
+from sftkey.checks.mask_proof import Oracle, hard_examples, judge, prove
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
-from sftkey.planning import proof
-from sftkey.planning.hard_rows import hard_examples
-from sftkey.planning.proof import Oracle, judge, prove
 from sftkey.recipe.schema import ResponseSection
 
 NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))

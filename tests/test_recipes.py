@@ -9,12 +9,12 @@ import pytest
 from families import FAMILIES, Family
 from recipe_rows import loaded
 
+from sftkey.checks.gate import _rows_report as check
+from sftkey.checks.mask_proof import judge, prove
 from sftkey.data.examples import make_rule
 from sftkey.data.prepare import Prepared, prepare
 from sftkey.data.splits import load_splits
 from sftkey.data.tokenization import tokenize
-from sftkey.planning.check import check
-from sftkey.planning.proof import judge, prove
 from sftkey.recipe.collection import RECIPES, describe, recipe_files
 from sftkey.recipe.load import load_recipe
 

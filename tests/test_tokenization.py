@@ -8,11 +8,11 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers_made import CHATML, KINDS, LLAMA2, OPENED, TEXT, made
 from transformers import PreTrainedTokenizerFast
 
+from sftkey.checks.mask_proof import Oracle
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
-from sftkey.planning.proof import Oracle
 from sftkey.recipe.schema import ResponseSection
 
 NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))

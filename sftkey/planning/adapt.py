@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sftkey.checks.mask_proof import Proof, prove
+from sftkey.checks.recipe import undecided
 from sftkey.data.preview import row_tokens
 from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
@@ -21,10 +23,8 @@ from sftkey.memory_plan.shape import read_shape
 from sftkey.models.facts import read_facts
 from sftkey.planning.adapt_choices import Choices
 from sftkey.planning.adapt_sections import head, sections
-from sftkey.planning.check_recipe import undecided
 from sftkey.planning.data_choice import choose_data, measure
 from sftkey.planning.frame_choice import choose_frame
-from sftkey.planning.proof import Proof, prove
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.yaml_io import dotted, write_recipe

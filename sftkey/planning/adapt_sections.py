@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.sources import with_defaults
 from sftkey.memory_plan.plan import largest_part
 from sftkey.planning.adapt_choices import Choices
-from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.planning.data_choice import choose_grader, plain_prompt
 from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
 from sftkey.recipe.yaml_io import Line, Section

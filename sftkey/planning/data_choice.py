@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import RULES, make_examples
 from sftkey.data.renderer import Frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError
-from sftkey.planning.check_recipe import UNDECIDED
 from sftkey.recipe.schema import DataSection
 
 NAMES = {

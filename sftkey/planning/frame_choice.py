@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sftkey.checks.mask_proof import Oracle, trained
+from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.renderer import (
     TEMPLATE_ERRORS,
     Frame,
@@ -19,8 +21,6 @@ from sftkey.data.renderer import (
 from sftkey.data.response import Example, Response, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
-from sftkey.planning.check_recipe import UNDECIDED
-from sftkey.planning.proof import Oracle, trained
 from sftkey.recipe.schema import ResponseSection
 
 if TYPE_CHECKING:

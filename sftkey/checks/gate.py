@@ -1,15 +1,20 @@
-"""The gate: everything that is wrong with a recipe, its model's frame and its rows, at once.
-
-It loads no weights. The rows that it reads are handed on, so that training needn't read them again.
-"""
+"""The gate: every check of a recipe and its rows, before training."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from sftkey.checks.findings import Finding, Report, of_error
+from sftkey.checks.masks import Masks, judged_findings, read_masks
+from sftkey.checks.recipe import recipe_findings, undecided
+from sftkey.checks.rows import dropped_findings, frame_findings, lenient, template_findings
+from sftkey.checks.stop import stop_findings
 from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
@@ -17,26 +22,20 @@ from sftkey.data.preview import statistics
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Segment
 from sftkey.data.splits import Splits, load_splits
-from sftkey.errors import SFTKeyError
+from sftkey.errors import CheckError, Problem, SFTKeyError
 from sftkey.models.loading import load_tokenizer
-from sftkey.planning.check_masks import Masks, judged_findings, read_masks
-from sftkey.planning.check_recipe import recipe_findings, undecided
-from sftkey.planning.check_rows import (
-    dropped_findings,
-    frame_findings,
-    lenient,
-    template_findings,
-)
-from sftkey.planning.check_stop import stop_findings
-from sftkey.planning.findings import Finding, Report, of_error
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
+
+if TYPE_CHECKING:
+    from sftkey.memory_plan.plan import Fit
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def check(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
+def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
     """Find all that is wrong with a recipe; what can't be read hides only what hangs on it.
 
     Args:
@@ -139,3 +138,72 @@ def _numbers(
         "num_processes": num_processes,
         "stages": stages,
     }
+
+
+def with_plan(
+    report: Report, recipe: Path, overrides: Sequence[str], gpu: str
+) -> tuple[Report, Fit | None]:
+    """Add what the plan finds to what the gate found; the plan itself where there is one."""
+    from sftkey.checks.findings import Finding, of_error
+    from sftkey.memory_plan.plan import fit
+
+    try:
+        found = fit(recipe, overrides, gpu)
+    except SFTKeyError as error:
+        known = {finding.message for finding in report.findings}
+        new = [each for each in of_error(error) if each.message not in known]
+        return dataclasses.replace(report, findings=(*report.findings, *new)), None
+    findings = [] if found.plan.fits else [Finding(**found.finding())]
+    return dataclasses.replace(report, findings=(*report.findings, *findings)), found
+
+
+def gate(recipe: Recipe) -> Report:
+    """Find what the planning wing finds, and what keeps graders from reading and judging."""
+    from sftkey.checks.findings import of_error, of_rows
+    from sftkey.evaluation.stage import refuse_unready_judge
+
+    report = _rows_report(recipe)
+    findings: list[Finding] = []
+    try:
+        refuse_unready_judge(recipe)
+    except SFTKeyError as error:
+        findings += of_error(error)
+    if report.prepared is None:
+        return dataclasses.replace(report, findings=(*report.findings, *findings))
+    try:
+        rows = unreadable_answers(recipe, report.prepared)
+    except SFTKeyError as error:
+        findings += of_error(error)
+    else:
+        if rows:
+            what = f"test: the grader {recipe.eval.grader} can't read the answers of these rows"
+            hint = "choose the eval.grader that fits them: number, choice, exact or math"
+            findings.append(of_rows("references", what, rows, hint))
+    return dataclasses.replace(report, findings=(*report.findings, *findings))
+
+
+def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
+    """Give the rows of the questions that no answer would be right to."""
+    from sftkey.evaluation.grading import unreadable
+
+    questions = prepared.questions(recipe)
+    return unreadable({each.index: each.answer for each in questions}, recipe.eval.grader)
+
+
+def passed(recipe: Recipe) -> Prepared:
+    """Give the rows of a recipe that may be trained; what is worth knowing goes to stderr.
+
+    Raises:
+        CheckError: Something refuses the recipe; it holds every finding that does.
+    """
+    from accelerate import PartialState
+
+    report = gate(recipe)
+    if PartialState().is_main_process:
+        for finding in report.findings:
+            if not finding.refuses:
+                print(f"note: {finding}", file=sys.stderr)
+    if report.refusals or report.prepared is None:
+        problems = [Problem(finding.code, str(finding)) for finding in report.refusals]
+        raise CheckError(recipe.name, problems)
+    return report.prepared

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sftkey.checks.findings import Finding
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.models.device import launched_with
-from sftkey.planning.findings import Finding
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.yaml_io import Keys, dotted

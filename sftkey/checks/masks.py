@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from sftkey.checks.findings import Finding, of_rows
+from sftkey.checks.mask_proof import judge
 from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import COMPLETION, IGNORED, KEY, PADDING, weights_by_segment
 from sftkey.data.renderer import Frame
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import tokenize
-from sftkey.planning.findings import Finding, of_rows
-from sftkey.planning.proof import judge
 from sftkey.recipe.schema import Recipe, StageSection
 
 NUM_JUDGED = 200  # rows of train that the oracle judges

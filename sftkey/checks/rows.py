@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sftkey.checks.findings import Finding, numbered, of_rows
 from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.splits import Splits
 from sftkey.errors import FrameError
-from sftkey.planning.findings import Finding, numbered, of_rows
 from sftkey.recipe.schema import DataSection
 
 THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)

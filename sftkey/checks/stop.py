@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from sftkey.checks.findings import Finding
 from sftkey.data.renderer import Frame
 from sftkey.models.facts import EMBEDDINGS, HEADS, _json, head_is_tied, stop_ids_of
 from sftkey.models.source import ADAPTER_CONFIG, find_source
-from sftkey.planning.findings import Finding
 from sftkey.recipe.schema import Recipe
 
 
