@@ -68,8 +68,8 @@ def evaluate(
 
 def print_table(run: Run, alpha: float | None = None) -> None:
     """Print the table of all graded stages on stdout, and what it shows (main process only)."""
+    from sftkey.diagnosis.run import diagnosed
     from sftkey.evaluation.comparison import compare_runs, render
-    from sftkey.stage_diagnosis import diagnosed
 
     if not run.ledger.main:
         return

@@ -29,10 +29,10 @@ def train(
     use_all_cores()
     quiet_libraries()
     from sftkey.checks.gate import passed
+    from sftkey.diagnosis.run import StageDiagnosis, refuse_empty_thinking
     from sftkey.evaluate import print_table
     from sftkey.evaluation.grading import grade
     from sftkey.evaluation.stage import grade_stage, note_thinking
-    from sftkey.stage_diagnosis import StageDiagnosis, refuse_empty_thinking
     from sftkey.training.run import start
 
     run = start(checked, Path("runs") / checked.name, fresh, read=passed)

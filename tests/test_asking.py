@@ -12,9 +12,16 @@ from peft import LoraConfig, get_peft_model
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
+from sftkey.diagnosis.ask import (
+    Asked,
+    Context,
+    Settings,
+    ask,
+    asked_rows,
+    key_losses,
+    num_thinking_tokens,
+)
 from sftkey.errors import FrameError
-from sftkey.evaluation.asking import Asked, Settings, ask, asked_rows, num_thinking_tokens
-from sftkey.evaluation.key_losses import Context, key_losses
 from sftkey.generation.key_switch import find_switch
 from sftkey.models.key_adapter import KEY, acting
 from sftkey.recipe.schema import ResponseSection
@@ -104,7 +111,7 @@ def test_a_key_alone_is_scored(
     batch_tokens: int, tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded batches give each row's sum over its key's tokens, and over no other token."""
-    monkeypatch.setattr("sftkey.evaluation.key_losses.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("sftkey.diagnosis.ask.BATCH_TOKENS", batch_tokens)
     asked = made(frame)
     contexts = [getattr(each, name) for each in asked for name in ("reference", "none")]
     contexts += [Context(asked[0].prompt, asked[0].reference.key), Context([5], [7, 8])]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import made_rows, train_tiny
 
-import sftkey.evaluation.asking
+import sftkey.diagnosis.ask
 from sftkey.cli import main
-from sftkey.diagnose import drawn
+from sftkey.diagnosis.run import drawn
 from sftkey.train import train
 
 MakeRecipe = Callable[..., Path]
@@ -278,7 +278,7 @@ def test_what_cannot_be_diagnosed_is_refused(
 ) -> None:
     """Each mistake has an error of its own, before any weight is loaded."""
     monkeypatch.setattr("sftkey.training.stage_model.load_model", None)
-    monkeypatch.setattr(sftkey.evaluation.asking, "generate", None)
+    monkeypatch.setattr(sftkey.diagnosis.ask, "generate", None)
     assert refused(*arguments, capsys=capsys) == f"error: {message}"
 
 

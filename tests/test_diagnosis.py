@@ -8,8 +8,7 @@ from math import sqrt
 import pytest
 from scipy.stats import ttest_rel
 
-from sftkey.evaluation.conditions import Figures, Outcome, figures
-from sftkey.evaluation.diagnosis import own_thinking_is_empty, recommend
+from sftkey.diagnosis.rule import Figures, Outcome, figures, own_thinking_is_empty, recommend
 
 KEY_TOKENS = 10
 

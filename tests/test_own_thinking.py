@@ -12,13 +12,13 @@ from test_stages import Killed
 
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
+from sftkey.diagnosis.run import refuse_empty_thinking
 from sftkey.errors import DataError, RecipeError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.generation import key_switch as writing
 from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import OwnThinking, StageSection
-from sftkey.stage_diagnosis import refuse_empty_thinking
 from sftkey.training import answers as own_thinking
 from sftkey.training.answers import own_examples
 from sftkey.training.run import read_rows, start

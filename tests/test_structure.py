@@ -50,7 +50,7 @@ LIGHT = [
     "sftkey.evaluation.statistics",
     "sftkey.evaluation.results",
     "sftkey.evaluation.comparison",
-    "sftkey.evaluation.diagnosis",
+    "sftkey.diagnosis.rule",
     "sftkey.evaluation.thinking",
     "sftkey.evaluation.study",
     "sftkey.study",

@@ -10,8 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sftkey.evaluation.conditions import Condition, Figures, Gap
-from sftkey.evaluation.diagnosis import Recommendation, own_thinking_is_empty
+from sftkey.diagnosis.rule import Condition, Figures, Gap, Recommendation, own_thinking_is_empty
 
 THINKINGS = {"own": "its own", "reference": "the reference's", "none": "none"}
 

@@ -1,0 +1,1 @@
+"""What limits a model's answers: its thinking, its answer, or neither."""

@@ -1,0 +1,266 @@
+"""Diagnose a recipe's model, a run's stage, or a model without a recipe."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftkey.errors import DataError, RecipeError, RunError
+from sftkey.files import write_json
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from sftkey.data.prepare import Prepared
+    from sftkey.data.renderer import Frame
+    from sftkey.diagnosis.ask import Asked, Report, Settings
+    from sftkey.diagnosis.rule import Figures, Recommendation
+    from sftkey.training.run import Run
+
+
+SEED = 42
+NUM_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what it is asked.
+
+    Args:
+        name: Of the model, the recipe or the run.
+        stage: That the model comes from, or `base`.
+        model: On its device.
+        frame: What stands around its responses.
+        asked: The questions.
+        settings: How it answers.
+    """
+
+    name: str
+    stage: str
+    model: Any
+    frame: Frame
+    asked: Sequence[Asked]
+    settings: Settings
+
+
+def look(subject: Subject, report: Report | None = None) -> tuple[Figures, Recommendation]:
+    """Ask the model in all three conditions."""
+    from sftkey.diagnosis.ask import ask
+    from sftkey.diagnosis.rule import figures, recommend
+
+    outcomes = ask(subject.model, subject.frame, subject.asked, subject.settings, report)
+    found = figures(outcomes, [each.answer for each in subject.asked])
+    return found, recommend(found)
+
+
+def _chosen(
+    target: str, overrides: Sequence[str], data: str | None, stage: str | None, num_rows: int
+) -> Callable[[], Subject]:
+    """Tell a run, a recipe and a model apart; their form is checked before torch is imported."""
+    folder = Path(target)
+    is_run = (folder / "recipe.yaml").is_file()
+    if overrides and (is_run or data is not None):
+        what = f"expected changes to a recipe only; got {' '.join(overrides)}"
+        raise RecipeError(target, what, "give the recipe's file, not a run or a model")
+    if stage is not None and (data is not None or not is_run):
+        raise RecipeError(target, f"--stage: expected a run's folder; got the stage {stage!r}")
+    if data is not None:
+        return lambda: _foreign(target, data, num_rows)
+    if is_run:
+        recipe = load_recipe(folder / "recipe.yaml")
+        number = _stage_number(folder, recipe, stage)
+    elif folder.is_file():
+        recipe, number = load_recipe(folder, overrides), 0
+    else:
+        raise RecipeError(
+            target,
+            "expected a recipe or a run's folder; it is neither",
+            "a model is diagnosed with rows: --data my.jsonl",
+        )
+    return lambda: _of_recipe(target, recipe, folder, number, num_rows)
+
+
+def _stage_number(folder: Path, recipe: Recipe, stage: str | None) -> int:
+    """Give the place of a trained stage, the first being 1 and the base model 0."""
+    from sftkey.training.run_folder import Ledger
+
+    trained = [each.status == "trained" for each in Ledger(folder, recipe, main=False).stages]
+    names = [
+        "base",
+        *(each.name for each, done in zip(recipe.stages, trained, strict=True) if done),
+    ]
+    if stage is not None and stage not in names:
+        raise RunError(
+            str(folder), f"--stage: expected one that is trained, {', '.join(names)}; got {stage!r}"
+        )
+    return ["base", *(each.name for each in recipe.stages)].index(stage or names[-1])
+
+
+def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows: int) -> Subject:
+    """Load the model of a recipe before its stages, or as one of a run's left it."""
+    from sftkey.data.prepare import prepare
+    from sftkey.models.device import choose_device
+    from sftkey.models.loading import load_tokenizer
+    from sftkey.training.run_folder import Ledger
+    from sftkey.training.stage_model import load_stage
+
+    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    if prepared.validation is None:
+        raise DataError(
+            target,
+            "data.validation: expected rows to diagnose on; got none",
+            "data.validation=200 takes so many rows of train",
+        )
+    device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
+    ledger = Ledger(folder, recipe, main=False)
+    model = load_stage(recipe, ledger, device, prepared.frame, number)
+    name = recipe.stages[number - 1].name if number else "base"
+    return validation_subject(target, name, model, recipe, prepared, num_rows)
+
+
+def validation_subject(
+    target: str, stage: str, model: Any, recipe: Recipe, prepared: Prepared, num_rows: int
+) -> Subject:
+    """Ask a model some of a recipe's validation rows, always the same ones."""
+    from sftkey.data.renderer import stop_ids
+    from sftkey.diagnosis.ask import Settings, asked_rows
+
+    assert prepared.validation is not None
+    chosen = drawn(len(prepared.validation), num_rows, recipe.seed)
+    frame, settings = prepared.frame, recipe.eval
+    return Subject(
+        target,
+        stage,
+        model,
+        frame,
+        asked_rows(
+            [prepared.validation_examples[n] for n in chosen],
+            [prepared.validation[n] for n in chosen],
+            frame,
+        ),
+        Settings(
+            settings.grader,
+            settings.max_new_tokens,
+            settings.batch_size,
+            stop_ids(frame, model.generation_config.eos_token_id),
+        ),
+    )
+
+
+def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
+    """Draw so many rows, or take all of fewer; in their order."""
+    return sorted(random.Random(seed).sample(range(num_all), min(num_rows, num_all)))
+
+
+def _foreign(target: str, data: str, num_rows: int) -> Subject:
+    """Load a model that no recipe describes; what is chosen for it is said."""
+    from sftkey.data.renderer import stop_ids
+    from sftkey.diagnosis.ask import Settings, asked_rows
+    from sftkey.models.device import choose_device
+    from sftkey.models.loading import load_model
+    from sftkey.planning.foreign import read_foreign
+    from sftkey.recipe.schema import EvalSection
+
+    foreign = read_foreign(target, data, SEED)
+    for line in foreign.chosen:
+        print(f"{target}: {line}", file=sys.stderr)
+    model = load_model(foreign.section, choose_device(foreign.section))
+    chosen = drawn(len(foreign.rows), num_rows, SEED)
+    frame, stops = foreign.frame, model.generation_config.eos_token_id
+    asked = asked_rows(
+        [foreign.examples[n] for n in chosen], [vars(foreign.rows[n]) for n in chosen], frame
+    )
+    batch = EvalSection().batch_size
+    settings = Settings(foreign.grader, foreign.max_new_tokens, batch, stop_ids(frame, stops))
+    return Subject(target, "as it is", model, frame, asked, settings)
+
+
+NUM_STAGE_ROWS = 32  # validation rows: half a minute of the demo on two cores
+
+
+@dataclass(frozen=True)
+class StageDiagnosis:
+    """Writes `diagnosis/<stage>.json` of a run after each stage, once."""
+
+    run: Run
+
+    def missing(self, name: str) -> bool:
+        """Tell whether a stage is still to be diagnosed; no run without validation rows is."""
+        from accelerate import PartialState
+
+        from sftkey.training.answers import sharded
+
+        if self.run.prepared.validation is None or sharded():
+            return False
+        missing = not _file(self.run.ledger.folder, name).exists()
+        PartialState().wait_for_everyone()  # before the main process may write it
+        return missing
+
+    def write(self, name: str, model: Any) -> None:
+        """Ask the model and say what follows; the main process does, the others wait for it."""
+        from accelerate import PartialState
+
+        if self.run.ledger.main:
+            self._write(name, model)
+        PartialState().wait_for_everyone()
+
+    def _write(self, name: str, model: Any) -> None:
+        from sftkey.diagnosis.report import as_json
+
+        run, start = self.run, time.monotonic()
+        folder = str(run.ledger.folder)
+        subject = validation_subject(folder, name, model, run.recipe, run.prepared, NUM_STAGE_ROWS)
+        figures, recommendation = look(subject)
+        seconds = round(time.monotonic() - start, 1)
+        file = _file(run.ledger.folder, name)
+        file.parent.mkdir(exist_ok=True)
+        found = {"stage": name, "seconds": seconds} | as_json(figures, recommendation)
+        write_json(file, found)
+        run.progress.note(_line(found))
+
+
+def diagnosed(run: Run) -> list[str]:
+    """Give the sentences of the stages that are diagnosed, in their order."""
+    files = [_file(run.ledger.folder, stage.name) for stage in run.recipe.stages]
+    return [_line(json.loads(file.read_text())) for file in files if file.exists()]
+
+
+def refuse_empty_thinking(run: Run, stage: str) -> None:
+    """Refuse to go on to a stage over own thinking that shows no use, before it has begun.
+
+    Args:
+        run: What has been trained so far is kept.
+        stage: The one that has just been diagnosed.
+
+    Raises:
+        RunError: The next stage would teach the key not to read the thinking.
+    """
+    names = [each.name for each in run.recipe.stages]
+    following = run.recipe.stages[names.index(stage) + 1 :][:1] if stage in names else ()
+    file = _file(run.ledger.folder, stage)
+    begun = any(run.ledger.stages[names.index(each.name)].status != "open" for each in following)
+    if begun or not file.exists() or not any(each.thinking == "own" for each in following):
+        return
+    found = json.loads(file.read_text())
+    if found["own_thinking_is_empty"]:
+        raise RunError(
+            f"stages.{following[0].name}",
+            f"thinking: own asks for thinkings that carry something; by {found['num_rows']} "
+            f"validation rows after {stage}, the answers are no better for them",
+            f"`sftkey train` with --yes goes on; {file} has the figures",
+        )
+
+
+def _line(found: dict[str, Any]) -> str:
+    recommended = found["recommendation"]["sentence"]
+    return f"After {found['stage']}, by {found['num_rows']} validation rows: {recommended}"
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / "diagnosis" / f"{name}.json"
