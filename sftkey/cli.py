@@ -61,7 +61,7 @@ def train(
     ] = False,
 ) -> None:
     """Train and evaluate a recipe's stages, or go on with them."""
-    from sftkey.train import train
+    from sftkey.commands.train import train
 
     train(recipe, overrides or (), fresh=fresh, yes=yes)
 
@@ -77,7 +77,7 @@ def check(
     as_json: AsJSON = False,
 ) -> None:
     """Find all that is wrong with a recipe and its rows."""
-    from sftkey.check import check
+    from sftkey.commands.check import check
 
     check(recipe, overrides or (), as_json=as_json, gpu=gpu, plan_only=plan_only)
 
@@ -85,7 +85,7 @@ def check(
 @app.command()
 def ls(as_json: AsJSON = False) -> None:
     """List the recipes that come with sftkey."""
-    from sftkey.ls import ls
+    from sftkey.commands.ls import ls
 
     ls(as_json=as_json)
 
@@ -98,7 +98,7 @@ def show(
     as_json: AsJSON = False,
 ) -> None:
     """Show which tokens each stage trains."""
-    from sftkey.show import show
+    from sftkey.commands.show import show
 
     show(recipe, overrides or (), num_rows=rows, as_json=as_json)
 
@@ -124,7 +124,7 @@ def adapt(
     gpu: GPU = None,
 ) -> None:
     """Write a recipe for a model and prove its masks."""
-    from sftkey.adapt import adapt
+    from sftkey.commands.adapt import adapt
 
     adapt(model, like=like, data=data, output=output, gpu=gpu)
 
@@ -143,7 +143,7 @@ def evaluate(
     alpha: Alpha = None,
 ) -> None:
     """Let a run's stages answer the test questions."""
-    from sftkey.evaluate import evaluate
+    from sftkey.commands.evaluate import evaluate
 
     evaluate(run, generations=generations, stage=stage, alpha=alpha)
 
@@ -155,7 +155,7 @@ def compare(
     alpha: Alpha = None,
 ) -> None:
     """Compare runs, stage by stage, with intervals; show studies."""
-    from sftkey.compare import compare
+    from sftkey.commands.compare import compare
 
     compare(runs, as_json=as_json, alpha=alpha)
 
@@ -178,7 +178,7 @@ def diagnose(
     as_json: AsJSON = False,
 ) -> None:
     """Tell what limits a model's answers, and what could mend it."""
-    from sftkey.diagnose import diagnose
+    from sftkey.commands.diagnose import diagnose
 
     diagnose(target, overrides or (), data=data, stage=stage, num_rows=rows, as_json=as_json)
 
@@ -195,7 +195,7 @@ def study(
     ] = None,
 ) -> None:
     """Run arms and seeds over recipes, or go on with them."""
-    from sftkey.study import study
+    from sftkey.commands.study import study
 
     study(file, plan_only=plan, report_folder=report)
 
@@ -216,7 +216,7 @@ def generate(
     as_json: AsJSON = False,
 ) -> None:
     """Ask what a run has trained one question."""
-    from sftkey.generate import generate
+    from sftkey.commands.generate import generate
 
     generate(run, question, stage=stage, max_new_tokens=max_new_tokens, as_json=as_json)
 
@@ -231,7 +231,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge a stage's adapter into its unquantized base."""
-    from sftkey.merge import merge
+    from sftkey.commands.merge import merge
 
     merge(run, output, stage)
 

@@ -105,7 +105,7 @@ def train_tiny(folder: Path, model: Path, test: int = 8, **settings: Any) -> Non
 
     Four questions are asked; `settings` are others of the evaluation.
     """
-    from sftkey.train import train
+    from sftkey.commands.train import train
 
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))

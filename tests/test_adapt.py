@@ -11,10 +11,10 @@ from model_folders import model_folder, sums, write_rows
 from test_frame import standing_in
 from tokenizers_made import CHATML, made
 
-from sftkey.adapt import adapt
 from sftkey.checks import mask_proof as proof
 from sftkey.checks.gate import _rows_report as check
 from sftkey.cli import main
+from sftkey.commands.adapt import adapt
 from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import sftkey.training.stage_model
-from sftkey.check import check as command
 from sftkey.checks.findings import Finding, Report
 from sftkey.checks.gate import _rows_report as check
 from sftkey.checks.gate import gate as gate_of
@@ -20,12 +19,13 @@ from sftkey.checks.gate import passed
 from sftkey.checks.mask_proof import Proof
 from sftkey.checks.masks import judged_findings
 from sftkey.checks.rows import REASONS, UNSPLIT_HINT, dropped_findings
+from sftkey.commands.check import check as command
+from sftkey.commands.train import train
 from sftkey.data.prepare import prepare_splits
 from sftkey.data.response import Example
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import CheckError, RecipeError
 from sftkey.recipe.load import load_recipe
-from sftkey.train import train
 from sftkey.training.run import read_rows, start
 
 Gate = Callable[..., Report]

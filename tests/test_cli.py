@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import sftkey.ls
+import sftkey.commands.ls
 from sftkey.cli import main
 from sftkey.errors import RunError
 

@@ -9,7 +9,7 @@ import pytest
 from cells_made import made_cells, write_cells
 from test_comparison import BASE, COMPLETION, KEY
 
-from sftkey.compare import compare
+from sftkey.commands.compare import compare
 from sftkey.errors import RunError
 from sftkey.evaluation.finished_cells import read_cells
 from sftkey.evaluation.results import StageResult, write_result

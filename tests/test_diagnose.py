@@ -13,8 +13,8 @@ from conftest import made_rows, train_tiny
 
 import sftkey.diagnosis.ask
 from sftkey.cli import main
+from sftkey.commands.train import train
 from sftkey.diagnosis.run import drawn
-from sftkey.train import train
 
 MakeRecipe = Callable[..., Path]
 KEYS = [

@@ -11,11 +11,11 @@ import pytest
 from conftest import made_rows, train_tiny
 
 import sftkey.training.stage_model
+from sftkey.commands.evaluate import evaluate
+from sftkey.commands.train import train
 from sftkey.errors import RunError
-from sftkey.evaluate import evaluate
 from sftkey.evaluation.stage import note_thinking
 from sftkey.recipe.load import load_recipe
-from sftkey.train import train
 from sftkey.training.run import start
 
 

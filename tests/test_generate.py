@@ -14,9 +14,9 @@ from runs_made import STAGES, frame_of, ledger_of, made_run
 
 import sftkey.data.sources
 from sftkey.cli import main
+from sftkey.commands.generate import generate
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
-from sftkey.generate import generate
 from sftkey.generation.generate import generate as write
 from sftkey.generation.key_switch import find_switch
 from sftkey.models.device import Device

@@ -22,15 +22,15 @@ from test_study import write_study
 
 import sftkey.training.stage_model
 from sftkey.checks.gate import gate
+from sftkey.commands.evaluate import evaluate
+from sftkey.commands.study import study
+from sftkey.commands.train import train
 from sftkey.data.response import Example, Response
 from sftkey.errors import JudgeError, RecipeError
-from sftkey.evaluate import evaluate
 from sftkey.evaluation import judge as judge_module
 from sftkey.evaluation.judge import Judge, cohens_kappa, judge_prompt, parse_verdict
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import JudgeSection
-from sftkey.study import study
-from sftkey.train import train
 from sftkey.training.run_folder import open_run
 from sftkey.training.trainer import KeyTrainer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sftkey.commands.ls import ls
 from sftkey.errors import RecipeError
-from sftkey.ls import ls
 from sftkey.recipe.collection import RECIPES, describe, recipe_files
 
 QLORA = """# A recipe.

@@ -11,8 +11,8 @@ import torch
 from runs_made import STAGES, ledger_of, made_run
 
 import sftkey.models.merging
+from sftkey.commands.merge import merge
 from sftkey.errors import RunError
-from sftkey.merge import merge
 from sftkey.models.device import Device
 from sftkey.models.merging import Merged
 from sftkey.training.stage_model import load_stage

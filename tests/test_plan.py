@@ -14,7 +14,7 @@ import pytest
 import torch
 from model_folders import model_folder, sums, write_rows
 
-from sftkey.check import check
+from sftkey.commands.check import check
 from sftkey.errors import CheckError, ModelError, RecipeError, SFTKeyError
 from sftkey.memory_plan.held import (
     adapter_bytes,

@@ -9,14 +9,14 @@ import psutil
 import pytest
 import torch
 
-from sftkey.process import available_cores, use_all_cores
+from sftkey.commands.terminal import available_cores, use_all_cores
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Give a function that sets the threads on a machine of eight cores, as a launcher calls it."""
     before = torch.get_num_threads()
-    monkeypatch.setattr("sftkey.process.available_cores", lambda: 8)
+    monkeypatch.setattr("sftkey.commands.terminal.available_cores", lambda: 8)
 
     def set_under(**environment: str) -> int:
         for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from sftkey.commands.show import show
 from sftkey.errors import ModelError
 from sftkey.evaluation.finished_cells import read_cells
 from sftkey.evaluation.study import load_study
 from sftkey.evaluation.study_report import table
 from sftkey.evaluation.study_results import read_results_file
 from sftkey.evaluation.study_summary import summarize
-from sftkey.show import show
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.show import show
+from sftkey.commands.show import show
 
 
 @pytest.fixture

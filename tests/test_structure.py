@@ -38,11 +38,11 @@ HEAVY = {
 }
 LIGHT = [
     "sftkey.cli",
-    "sftkey.ls",
-    "sftkey.plan",
-    "sftkey.adapt",
-    "sftkey.train",
-    "sftkey.compare",
+    "sftkey.commands.ls",
+    "sftkey.commands.check",
+    "sftkey.commands.adapt",
+    "sftkey.commands.train",
+    "sftkey.commands.compare",
     "sftkey.recipe.load",
     "sftkey.data.response",
     "sftkey.evaluation.grading",
@@ -53,7 +53,7 @@ LIGHT = [
     "sftkey.diagnosis.rule",
     "sftkey.evaluation.thinking",
     "sftkey.evaluation.study",
-    "sftkey.study",
+    "sftkey.commands.study",
 ]
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_FUNCTION = 45
@@ -178,7 +178,7 @@ def test_the_checkers_fail_on_a_crooked_package(crooked: Path) -> None:
         ["sftkey.models", "sftkey.recipe.load", "sftkey.models"],
         ["sftkey.recipe.load", "sftkey.models", "sftkey.recipe.load"],
     ]
-    assert heavy_at_import(crooked, "sftkey.train") == {"torch"}
+    assert heavy_at_import(crooked, "sftkey.commands.train") == {"torch"}
     assert heavy_at_import(crooked, "sftkey.cli") == set()
     assert "torch" in reachable(graph(crooked), "sftkey.cli")
     assert dict(function_lengths(crooked))["sftkey.long.long"] == 301

@@ -14,6 +14,7 @@ import yaml
 from conftest import made_rows
 from test_stages import Killed
 
+from sftkey.commands.study import study, study_run
 from sftkey.errors import RecipeError, RunError
 from sftkey.evaluation.study import arm_recipe, load_study
 from sftkey.evaluation.study_cells import prefix_key, take_over
@@ -22,7 +23,6 @@ from sftkey.evaluation.study_run import matched_steps
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.strategies import STRATEGIES, strategy_recipe
-from sftkey.study import study, study_run
 from sftkey.training.run_folder import open_run
 from sftkey.training.trainer import KeyTrainer
 

@@ -27,7 +27,7 @@ from measuring import Bar, Spread, alternate, peak_bytes
 from models import SHAPES, Shape
 from sides import Batch, Sides
 
-from sftkey.process import quiet_libraries, use_all_cores
+from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
 METHODS = ("trl", "exact", "detached")
 SHARES = (0.02, 0.06, 0.25)

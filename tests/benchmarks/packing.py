@@ -26,9 +26,9 @@ from models import SHAPES
 from sides import Sides
 from torch.profiler import ProfilerActivity, profile
 
+from sftkey.commands.terminal import quiet_libraries, use_all_cores
 from sftkey.data.collator import KeyCollator, pack_rows
 from sftkey.data.response import Segment
-from sftkey.process import quiet_libraries, use_all_cores
 
 # Tokens of the rows of recipes/smollm2-135m/demo.yaml: 3 terms or 4, and how many rows in 300.
 DEMO_LENGTHS = {

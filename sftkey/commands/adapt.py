@@ -37,9 +37,8 @@ def adapt(
         )
     from rich.console import Console
 
-    from sftkey.console import stdout_console
+    from sftkey.commands.terminal import quiet_libraries, stdout_console
     from sftkey.planning.adapt import adapt as make_recipe
-    from sftkey.process import quiet_libraries
 
     quiet_libraries()
     adapted = make_recipe(model, output or Path("recipe.yaml"), like, data, gpu)

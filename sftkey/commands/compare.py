@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sftkey.console import stdout_console
+from sftkey.commands.terminal import stdout_console
 from sftkey.evaluation.comparison import as_json as comparison_json
 from sftkey.evaluation.comparison import compare_runs, render
 from sftkey.evaluation.statistics import score_of

@@ -45,7 +45,7 @@ def generate(
             "expected a text; got none",
             f'sftkey generate {folder} "How many …?", or the question on stdin',
         )
-    from sftkey.process import quiet_libraries, use_all_cores
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()

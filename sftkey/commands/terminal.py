@@ -1,8 +1,19 @@
-"""Sets a process up that trains or generates: its threads, and what the libraries say."""
+"""The process and its terminal: threads, quiet libraries, and where data goes."""
 
 from __future__ import annotations
 
 import os
+import sys
+
+from rich.console import Console
+
+PIPE_WIDTH = 10_000  # no line of ours is as long, so a pipe gets it unbroken
+
+
+def stdout_console() -> Console:
+    """Give the console of the data; markup is off, since data may hold brackets."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, markup=False, highlight=False)
 
 
 def quiet_libraries() -> None:

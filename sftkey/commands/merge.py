@@ -30,7 +30,7 @@ def merge(folder: Path, output: Path, stage: str | None = None) -> None:
         raise RunError(str(folder), "--stage: the base has no adapter to merge")
     adapter = ledger.adapter(number - 1)
     _refuse_unmergeable(folder, recipe, number, adapter)
-    from sftkey.process import quiet_libraries, use_all_cores
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()

@@ -28,7 +28,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the recipes as a table that no pipe cuts."""
     from rich.table import Table
 
-    from sftkey.console import stdout_console
+    from sftkey.commands.terminal import stdout_console
 
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for row in rows:

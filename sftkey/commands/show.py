@@ -24,7 +24,7 @@ def show(
     from rich.console import Console
 
     from sftkey.checks.stop import not_verified
-    from sftkey.console import stdout_console
+    from sftkey.commands.terminal import stdout_console
     from sftkey.data.prepare import prepare
     from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
     from sftkey.models.facts import stop_ids_of

@@ -6,13 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from sftkey.console import stdout_console
+from sftkey.commands.terminal import stdout_console
 from sftkey.diagnosis.run import NUM_ROWS, _chosen, look
-
-if TYPE_CHECKING:
-    pass
 
 
 def diagnose(
@@ -38,9 +34,9 @@ def diagnose(
         SFTKeyError: The model, its rows or the run can't be used.
     """
     load = _chosen(target, overrides, data, stage, num_rows)
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
     from sftkey.diagnosis.report import as_json as plain
     from sftkey.diagnosis.report import render
-    from sftkey.process import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftkey.checks.gate import gate, with_plan
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sftkey.checks.findings import Report
+    from sftkey.memory_plan.plan import Plan
 
 
 def check(
@@ -56,10 +56,10 @@ def check(
         print(json.dumps(Report(tuple(of_error(error))).as_json(), ensure_ascii=False))
         sys.exit(2)
     if plan_only and gpu is not None:
-        from sftkey.plan import check_plan
-
         check_plan(recipe, overrides, gpu, as_json)
         return
+    from sftkey.checks.gate import gate, with_plan
+
     report, found = gate(checked), None
     if gpu is not None:
         report, found = with_plan(report, recipe, overrides, gpu)
@@ -67,12 +67,10 @@ def check(
         plan = {"plan": found.as_json()} if found else {}
         print(json.dumps({**report.as_json(), **plan}, ensure_ascii=False))
     else:
-        from sftkey.console import stdout_console
+        from sftkey.commands.terminal import stdout_console
 
         console = stdout_console()
         if found:
-            from sftkey.plan import rendered_plan
-
             console.print(rendered_plan(found.plan))
         console.print(rendered(checked, report))
     if report.refusals:
@@ -115,3 +113,57 @@ def rendered_numbers(numbers: dict[str, Any]) -> list[RenderableType]:
         )
         lines.append(Text(f"stage {name}: {text}"))
     return lines
+
+
+def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) -> None:
+    """Print a recipe's plan alone; no data are read.
+
+    Raises:
+        SystemExit: With 2, where it doesn't fit.
+    """
+    from sftkey.memory_plan.plan import fit
+
+    found = fit(recipe, overrides, gpu)
+    if as_json:
+        findings = [] if found.plan.fits else [found.finding()]
+        report = {"findings": findings, "statistics": {}, "plan": found.as_json()}
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        from rich.text import Text
+
+        from sftkey.commands.terminal import stdout_console
+
+        console = stdout_console()
+        console.print(rendered_plan(found.plan))
+        verdict = "fits" if found.plan.fits else f"doesn't fit: {found.message}"
+        console.print(Text(f"{found.name}: {verdict}", "bold"))
+        if not found.plan.fits:
+            console.print(f"    hint: {found.hint}")
+    if not found.plan.fits:
+        sys.exit(2)
+
+
+def rendered_plan(plan: Plan) -> RenderableType:
+    """Give the table: a column a stage, a row a part, and below what would fit."""
+    from rich import box
+    from rich.table import Table
+
+    from sftkey.memory_plan.plan import RESERVED_BYTES, gib
+
+    table = Table(box=box.SIMPLE, title="peak memory on CUDA, GiB (planned)", title_justify="left")
+    table.add_column("")
+    for stage in plan.stages:
+        table.add_column(f"{stage.name}, {stage.rows} x {stage.length}", justify="right")
+    for part in plan.stages[0].parts:
+        table.add_row(part, *(gib(stage.parts[part]) for stage in plan.stages))
+    table.add_section()
+    table.add_row("peak", *(gib(stage.peak_bytes) for stage in plan.stages))
+    table.add_row("set aside", *(gib(RESERVED_BYTES) for _ in plan.stages))
+    table.add_section()
+    table.add_row("longest rows that fit", *(_count(stage.longest) for stage in plan.stages))
+    table.add_row("most rows that fit", *(_count(stage.most_rows) for stage in plan.stages))
+    return table
+
+
+def _count(number: int) -> str:
+    return str(number or "none")

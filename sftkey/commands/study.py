@@ -34,13 +34,13 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         what = f"expected one process; got {os.environ['WORLD_SIZE']}"
         raise RunError(str(file), what, "start it as `sftkey study`, without a launcher")
-    from sftkey.process import quiet_libraries, use_all_cores
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()
     run = study_run(checked, file)
     if plan_only:
-        from sftkey.console import stdout_console
+        from sftkey.commands.terminal import stdout_console
         from sftkey.evaluation.study_plan import plan, rendered, to_choose
 
         stdout_console().print(rendered(plan(run), to_choose(run)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftkey.console import stdout_console
+from sftkey.commands.terminal import stdout_console
 from sftkey.errors import JudgeError, RunError
 from sftkey.evaluation.stage import grade_stage, refuse_unready_judge
 from sftkey.recipe.load import load_recipe
@@ -47,7 +47,7 @@ def evaluate(
             f"the stages are {', '.join(names)}",
         )
     refuse_unready_judge(recipe)
-    from sftkey.process import quiet_libraries, use_all_cores
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()
