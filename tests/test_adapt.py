@@ -11,6 +11,7 @@ from model_folders import model_folder, sums, write_rows
 from test_frame import standing_in
 from tokenizers_made import CHATML, made
 
+from sftkey.adapt import adapt as planning_adapt
 from sftkey.checks import mask_proof as proof
 from sftkey.checks.gate import _rows_report as check
 from sftkey.cli import main
@@ -19,7 +20,6 @@ from sftkey.data.renderer import Frame
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, FrameError, ModelError, RecipeError
-from sftkey.planning import adapt as planning_adapt
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 

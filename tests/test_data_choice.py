@@ -9,11 +9,11 @@ import pytest
 from model_folders import sums, write_rows
 from tokenizers_made import CHATML, made
 
+from sftkey.adapt.data import choose_data, choose_grader, measure
 from sftkey.data import sources
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
 from sftkey.errors import DataError
-from sftkey.planning.data_choice import choose_data, choose_grader, measure
 from sftkey.recipe.schema import ResponseSection
 
 HELD_OUT = {"validation": 4, "test": 4, "overlap": "drop"}

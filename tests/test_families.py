@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.planning.families import Nearest, find_nearest
+from sftkey.adapt.adapt import Nearest, find_nearest
 from sftkey.recipe.collection import RECIPES, recipe_files
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe

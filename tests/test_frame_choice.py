@@ -9,8 +9,8 @@ from families import CHATML_OF_SMOLLM2, FAMILIES
 from test_frame import TEMPLATES, standing_in
 from tokenizers_made import CHATML, KINDS, made
 
+from sftkey.adapt.frame import CHANNELS, FrameChoice, choose_frame
 from sftkey.checks.mask_proof import prove
-from sftkey.planning.frame_choice import CHANNELS, FrameChoice, choose_frame
 
 OURS = (("<Thinking>\n", "\n</Thinking>"), ("\n<Answer>\n", "\n</Answer>"))
 MOVED = (("<Thinking>\n", "\n</Thinking>\n"), ("<Answer>\n", "\n</Answer>"))

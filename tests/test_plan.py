@@ -14,6 +14,7 @@ import pytest
 import torch
 from model_folders import model_folder, sums, write_rows
 
+from sftkey.adapt.adapt import adapt
 from sftkey.commands.check import check
 from sftkey.errors import CheckError, ModelError, RecipeError, SFTKeyError
 from sftkey.memory_plan.held import (
@@ -27,7 +28,6 @@ from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, make_plan, size_
 from sftkey.memory_plan.shape import read_shape
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model
-from sftkey.planning.adapt import adapt
 from sftkey.recipe.collection import RECIPES, recipe_files
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import ModelSection, Recipe

@@ -12,8 +12,8 @@ from sftkey.recipe.collection import RECIPES, recipe_files, shortest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sftkey.adapt.adapt import Adapted
     from sftkey.checks.mask_proof import Proof
-    from sftkey.planning.adapt import Adapted
 
 
 def adapt(
@@ -37,8 +37,8 @@ def adapt(
         )
     from rich.console import Console
 
+    from sftkey.adapt.adapt import adapt as make_recipe
     from sftkey.commands.terminal import quiet_libraries, stdout_console
-    from sftkey.planning.adapt import adapt as make_recipe
 
     quiet_libraries()
     adapted = make_recipe(model, output or Path("recipe.yaml"), like, data, gpu)
@@ -64,8 +64,8 @@ def _write(output: Path, text: str) -> None:
 
 def _report(adapted: Adapted, console: Console) -> None:
     """Print the proof, an example, and what differs from the nearest recipe."""
+    from sftkey.adapt.adapt import find_nearest
     from sftkey.data.preview import rendered_rows
-    from sftkey.planning.families import find_nearest
 
     for key in adapted.undecided:
         console.print(f"to be decided: {key}; `sftkey check` refuses the recipe until then")

@@ -160,11 +160,11 @@ def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
 
 def _foreign(target: str, data: str, num_rows: int) -> Subject:
     """Load a model that no recipe describes; what is chosen for it is said."""
+    from sftkey.adapt.foreign import read_foreign
     from sftkey.data.renderer import stop_ids
     from sftkey.diagnosis.ask import Settings, asked_rows
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_model
-    from sftkey.planning.foreign import read_foreign
     from sftkey.recipe.schema import EvalSection
 
     foreign = read_foreign(target, data, SEED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sftkey.adapt.data import DataChoice, choose_data, choose_grader, measure
+from sftkey.adapt.frame import TAGS, THINK, FrameChoice, choose_frame
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
@@ -11,8 +13,6 @@ from sftkey.data.sources import load_examples
 from sftkey.data.tokenization import Row, fit, tokenize
 from sftkey.errors import Problem, RecipeError
 from sftkey.models.facts import ModelFacts, read_facts
-from sftkey.planning.data_choice import DataChoice, choose_data, choose_grader, measure
-from sftkey.planning.frame_choice import TAGS, THINK, FrameChoice, choose_frame
 from sftkey.recipe.schema import DataSection, ModelSection
 
 

@@ -26,6 +26,7 @@ from sftkey.recipe.schema import ResponseSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 THINK = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
 OPENED = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))
 CHANNELS = ResponseSection(

@@ -1,0 +1,1 @@
+"""A recipe for another model or other data, with its masks proven."""
