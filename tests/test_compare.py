@@ -11,11 +11,10 @@ from test_comparison import BASE, COMPLETION, KEY
 
 from sftkey.commands.compare import compare
 from sftkey.errors import RunError
-from sftkey.evaluation.finished_cells import read_cells
 from sftkey.evaluation.results import StageResult, write_result
-from sftkey.evaluation.study_report import report
-from sftkey.evaluation.study_results import read_results_file, write_results
-from sftkey.evaluation.study_summary import summarize
+from sftkey.study.report import report
+from sftkey.study.results import read_cells, read_results_file, write_results
+from sftkey.study.summary import summarize
 
 
 @pytest.fixture

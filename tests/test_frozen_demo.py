@@ -10,8 +10,8 @@ from test_frozen_run import thinkings
 from sftkey.evaluation.comparison import ThinkingChange, thinking_change
 from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
-from sftkey.evaluation.study_cells import take_over
 from sftkey.recipe.load import load_recipe
+from sftkey.study.cells import take_over
 from sftkey.training.run import Run, start
 
 pytestmark = pytest.mark.slow

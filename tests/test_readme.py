@@ -11,11 +11,10 @@ import pytest
 
 from sftkey.commands.show import show
 from sftkey.errors import ModelError
-from sftkey.evaluation.finished_cells import read_cells
-from sftkey.evaluation.study import load_study
-from sftkey.evaluation.study_report import table
-from sftkey.evaluation.study_results import read_results_file
-from sftkey.evaluation.study_summary import summarize
+from sftkey.study.report import table
+from sftkey.study.results import read_cells, read_results_file
+from sftkey.study.schema import load_study
+from sftkey.study.summary import summarize
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sftkey.evaluation.seeds import (
+from sftkey.study.seeds import (
     Supposed,
     detectable_difference,
     difference_estimate,

@@ -16,13 +16,12 @@ from test_stages import Killed
 
 from sftkey.commands.study import study, study_run
 from sftkey.errors import RecipeError, RunError
-from sftkey.evaluation.study import arm_recipe, load_study
-from sftkey.evaluation.study_cells import prefix_key, take_over
-from sftkey.evaluation.study_plan import to_choose
-from sftkey.evaluation.study_run import matched_steps
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
-from sftkey.strategies import STRATEGIES, strategy_recipe
+from sftkey.study.cells import prefix_key, take_over
+from sftkey.study.plan import to_choose
+from sftkey.study.run import matched_steps
+from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
 from sftkey.training.run_folder import open_run
 from sftkey.training.trainer import KeyTrainer
 
@@ -218,7 +217,7 @@ def test_the_same_command_again_trains_and_reads_nothing(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finished study is told by its files."""
-    monkeypatch.setattr("sftkey.evaluation.study_run.start", None)
+    monkeypatch.setattr("sftkey.study.run.start", None)
     before = finished.written()
     report = (finished.folder / "report.md").read_text()
     results = (finished.folder / "results.json").read_text()
@@ -270,7 +269,7 @@ def test_the_plan_counts_what_is_left(
     finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cells, steps and tokens; the time comes from what finished cells took; nothing is trained."""
-    monkeypatch.setattr("sftkey.evaluation.study_run.start", None)
+    monkeypatch.setattr("sftkey.study.run.start", None)
     cell = finished.folder / "cells" / "task" / "sftkey" / "seed-2.json"
     kept = cell.read_text()
     cell.unlink()

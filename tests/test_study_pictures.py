@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from cells_made import cell, made_cells
 
-from sftkey.evaluation.finished_cells import FinishedCell
-from sftkey.evaluation.study_pictures import draw_pictures
-from sftkey.evaluation.study_results import StudyResults
-from sftkey.evaluation.study_summary import summarize
+from sftkey.study.report import draw_pictures
+from sftkey.study.results import FinishedCell, StudyResults
+from sftkey.study.summary import summarize
 
 pytest.importorskip("matplotlib")
 NAMES = ["accuracy.png", "gain.png", "shares.png"]

@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 from cells_made import made_cells
 
-from sftkey.evaluation.finished_cells import FinishedCell
 from sftkey.evaluation.judge import JudgeFigures
-from sftkey.evaluation.study_pictures import draw_pictures
-from sftkey.evaluation.study_report import chosen, report, said, table, thinking, warnings
-from sftkey.evaluation.study_results import (
+from sftkey.study.report import chosen, draw_pictures, report, said, table, thinking, warnings
+from sftkey.study.results import (
     ArmFigures,
     Detectable,
     DifferenceToControl,
+    FinishedCell,
     StudyResults,
     ThinkingFigures,
 )
-from sftkey.evaluation.study_summary import summarize
+from sftkey.study.summary import summarize
 
 STATED = (
     "Before any result: 200 questions, 3 seeds and 2 comparisons show a difference of 7.1 points "

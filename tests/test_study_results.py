@@ -11,17 +11,18 @@ import pytest
 from cells_made import TOKENS, cell, made_cells, write_cells
 
 from sftkey.errors import RunError
-from sftkey.evaluation.finished_cells import FinishedCell, read_cells
-from sftkey.evaluation.study_results import (
+from sftkey.study.results import (
     ArmFigures,
     Bucket,
+    FinishedCell,
     StudyResults,
     ThinkingFigures,
     find_results,
+    read_cells,
     read_results_file,
     write_results,
 )
-from sftkey.evaluation.study_summary import summarize
+from sftkey.study.summary import summarize
 
 Cell = dict[str, Any]
 

@@ -11,14 +11,9 @@ import pytest
 from cells_made import COMMAND, COMMIT, HARDWARE, answered, cell, made_cells
 
 from sftkey.errors import RunError
-from sftkey.evaluation.finished_cells import FinishedCell
-from sftkey.evaluation.seeds import detectable_difference
-from sftkey.evaluation.study_results import (
-    ArmFigures,
-    DifferenceToControl,
-    StudyResults,
-)
-from sftkey.evaluation.study_summary import summarize
+from sftkey.study.results import ArmFigures, DifferenceToControl, FinishedCell, StudyResults
+from sftkey.study.seeds import detectable_difference
+from sftkey.study.summary import summarize
 
 Z = 1.959964
 Cell = dict[str, Any]

@@ -11,8 +11,8 @@ from sftkey.commands.terminal import stdout_console
 from sftkey.evaluation.comparison import as_json as comparison_json
 from sftkey.evaluation.comparison import compare_runs, render
 from sftkey.evaluation.statistics import score_of
-from sftkey.evaluation.study_report import report
-from sftkey.evaluation.study_results import StudyResults, find_results, read_results_file
+from sftkey.study.report import report
+from sftkey.study.results import StudyResults, find_results, read_results_file
 
 
 def compare(folders: Sequence[Path], as_json: bool = False, alpha: float | None = None) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftkey.errors import RunError
-from sftkey.evaluation.study import Study, load_study
 from sftkey.files import write_text
+from sftkey.study.schema import Study, load_study
 
 if TYPE_CHECKING:
-    from sftkey.evaluation.study_results import StudyResults
-    from sftkey.evaluation.study_run import StudyRun
+    from sftkey.study.results import StudyResults
+    from sftkey.study.run import StudyRun
 
 
 def study(file: Path, plan_only: bool = False, report_folder: Path | None = None) -> None:
@@ -41,7 +41,7 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
     run = study_run(checked, file)
     if plan_only:
         from sftkey.commands.terminal import stdout_console
-        from sftkey.evaluation.study_plan import plan, rendered, to_choose
+        from sftkey.study.plan import plan, rendered, to_choose
 
         stdout_console().print(rendered(plan(run), to_choose(run)))
         return
@@ -52,9 +52,8 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
 
 def write_figures(checked: Study, folder: Path) -> StudyResults:
     """Write `results.json` from the cells that are finished."""
-    from sftkey.evaluation.finished_cells import read_cells
-    from sftkey.evaluation.study_results import write_results
-    from sftkey.evaluation.study_summary import summarize
+    from sftkey.study.results import read_cells, write_results
+    from sftkey.study.summary import summarize
 
     results = summarize(read_cells(folder), checked.control, checked.arms)
     write_results(folder, results)
@@ -63,8 +62,7 @@ def write_figures(checked: Study, folder: Path) -> StudyResults:
 
 def write_report(checked: Study, folder: Path) -> None:
     """Write the pictures and `report.md`, and print the report."""
-    from sftkey.evaluation.study_pictures import draw_pictures
-    from sftkey.evaluation.study_report import report
+    from sftkey.study.report import draw_pictures, report
 
     results = write_figures(checked, folder)
     text = report(results, draw_pictures(folder, results), title=checked.name)
@@ -76,8 +74,8 @@ def study_run(checked: Study, file: Path) -> StudyRun:
     """Put a study together: its recipes, the gate, and what grades."""
     from sftkey.checks.gate import passed
     from sftkey.evaluation.stage import grade_stage
-    from sftkey.evaluation.study_cells import StudyFolder
-    from sftkey.evaluation.study_run import StudyRun
+    from sftkey.study.cells import StudyFolder
+    from sftkey.study.run import StudyRun
 
     return StudyRun(
         checked,

@@ -12,10 +12,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sftkey.evaluation.study_cells import Cell, prefix_key
-from sftkey.evaluation.study_run import StudyRun
-from sftkey.evaluation.study_summary import stated
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
+from sftkey.study.cells import Cell, prefix_key
+from sftkey.study.run import StudyRun
+from sftkey.study.summary import stated
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,22 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, RunError
 from sftkey.evaluation.grading import grade
-from sftkey.evaluation.study import Study, arm_recipe
-from sftkey.evaluation.study_cells import (
+from sftkey.files import write_text
+from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
+from sftkey.study.cells import (
     Cell,
     StudyFolder,
+    cell_record,
     hashed,
     link,
+    recipe_hash,
     remove_checkpoints,
     rows_key,
     take_over,
 )
-from sftkey.evaluation.study_choice import Choices, Picked
-from sftkey.evaluation.study_record import cell_record, recipe_hash
-from sftkey.files import write_text
-from sftkey.recipe.schema import Recipe
-from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
+from sftkey.study.choose import Choices, Picked
+from sftkey.study.schema import Study, arm_recipe
 from sftkey.training.run import BASE, Run, start
 from sftkey.training.run_folder import Ledger, open_run, refuse_changed
 

@@ -17,11 +17,10 @@ from sftkey.data.response import Segment
 from sftkey.errors import DataError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_generations, score
-from sftkey.evaluation.study import Choice, Study, arm_recipe
-from sftkey.evaluation.study_cells import StudyFolder, hashed, remove_checkpoints, take_over
 from sftkey.files import write_json
 from sftkey.recipe.schema import Recipe
-from sftkey.strategies import WEIGHTED
+from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
+from sftkey.study.schema import WEIGHTED, Choice, Study, arm_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.run_folder import Ledger, open_run
 

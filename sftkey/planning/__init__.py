@@ -1,1 +1,0 @@
-"""Before training: whether a recipe is right, what it needs, and recipes for new models."""

@@ -1,0 +1,1 @@
+"""Arms times seeds over recipes, and what they show."""
