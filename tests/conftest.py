@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 from collections.abc import Callable, Generator
@@ -166,39 +168,46 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -
     return folder
 
 
+def write_recipe(folder: Path, model: Path, /, rows: int = 40, **sections: Any) -> Path:
+    """Write forty rows and a recipe over them: LoRA on a tiny model, both stages."""
+    data_file = folder / "rows.jsonl"
+    data_file.write_text("".join(json.dumps(row) + "\n" for row in made_rows(rows)))
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 7,
+        "model": {"name_or_path": str(model), "quantization": "none"},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"},
+        "data": {"source": str(data_file), "validation": 8, "test": 8, "max_length": 512},
+        "trainer": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_steps": 2,
+        },
+        "stages": [
+            {"name": "completion", "loss_on": "completion"},
+            {"name": "key", "loss_on": "key", "trainer": {"learning_rate": 5e-4}},
+        ],
+        "eval": {"num_questions": 4, "max_new_tokens": 8, "grader": "number"},
+    }
+    recipe.update(sections)
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return file
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, tiny_folder: Path) -> Callable[..., Path]:
-    """Give a factory of recipe files: LoRA on the tiny model, both stages, forty rows."""
+    """Give a factory of recipe files in a test's folder: `write_recipe` on the tiny model."""
+    return functools.partial(write_recipe, tmp_path, tiny_folder)
 
-    def make(rows: int = 40, **sections: Any) -> Path:
-        data_file = tmp_path / "rows.jsonl"
-        data_file.write_text("".join(json.dumps(row) + "\n" for row in made_rows(rows)))
-        recipe: dict[str, Any] = {
-            "name": "tiny",
-            "seed": 7,
-            "model": {"name_or_path": str(tiny_folder), "quantization": "none"},
-            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"},
-            "data": {"source": str(data_file), "validation": 8, "test": 8, "max_length": 512},
-            "trainer": {
-                "per_device_train_batch_size": 2,
-                "gradient_accumulation_steps": 2,
-                "learning_rate": 1e-3,
-                "max_steps": 4,
-                "logging_steps": 1,
-                "save_steps": 2,
-            },
-            "stages": [
-                {"name": "completion", "loss_on": "completion"},
-                {"name": "key", "loss_on": "key", "trainer": {"learning_rate": 5e-4}},
-            ],
-            "eval": {"num_questions": 4, "max_new_tokens": 8, "grader": "number"},
-        }
-        recipe.update(sections)
-        file = tmp_path / "tiny.yaml"
-        file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        return file
 
-    return make
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of later searches for garbage: every stage makes some."""
+    gc.collect()
+    gc.freeze()
 
 
 NEVER_SKIPPED = ("slow", "network", "kill")

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from models_made import EQUAL
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sftkey.data.renderer import Frame, probe_frame
 from sftkey.data.response import Example
@@ -106,6 +108,7 @@ def test_without_tags_nothing_can_be_asked(tiny_tokenizer: Any) -> None:
     )
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("batch_tokens", [4096, 120])
 def test_a_key_alone_is_scored(
     batch_tokens: int, tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
@@ -118,9 +121,26 @@ def test_a_key_alone_is_scored(
     model = tiny_model.train()
     found = key_losses(model, contexts)
     assert model.training
-    assert found == pytest.approx([summed(model.eval(), context) for context in contexts], rel=1e-4)
+    expected = [summed(model.eval(), context) for context in contexts]
+    assert found == pytest.approx(expected, rel=EQUAL)
 
 
+@pytest.mark.usefixtures("in_float64")
+def test_a_token_has_its_place_in_its_own_row(frame: Frame) -> None:
+    """What fills a batch up takes no place: learned positions would show it, rotary ones don't."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(frame.tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.wpe.weight.data.normal_()
+    contexts = [each.reference for each in made(frame)] + [Context([5], [7, 8])]
+    assert len({len(context.before) for context in contexts}) == 4
+    expected = [summed(model, context) for context in contexts]
+    assert key_losses(model, contexts) == pytest.approx(expected, rel=EQUAL)
+
+
+@pytest.mark.usefixtures("in_float64")
 def test_a_key_adapter_reads_the_key_alone(tiny_model: Any, frame: Frame) -> None:
     """The context is read by the adapters that wrote it, its last token and the key by both."""
     torch.manual_seed(1)
@@ -143,7 +163,7 @@ def test_a_key_adapter_reads_the_key_alone(tiny_model: Any, frame: Frame) -> Non
             logits = model(input_ids=tail, past_key_values=cache).logits[0, :-1]
         labels = torch.tensor(context.key)
         expected.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item())
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=EQUAL)
     for names in (["default"], ["default", KEY]):
         with acting(model, names):
             assert found != pytest.approx([summed(model, each) for each in contexts], rel=1e-3)
@@ -165,6 +185,7 @@ def scripted(frame: Frame, answers: Callable[[str], str]) -> Callable[..., torch
     return generate
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_each_condition_is_judged_by_what_it_wrote(
     tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +220,7 @@ def test_each_condition_is_judged_by_what_it_wrote(
     for name, rows in outcomes.items():
         for row, each, context in zip(rows, asked, contexts[name], strict=True):
             assert row.nats == (
-                None if context is None else pytest.approx(summed(tiny_model, context), rel=1e-4)
+                None if context is None else pytest.approx(summed(tiny_model, context), rel=EQUAL)
             )
             assert row.num_tokens == len(each.reference.key)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from models_made import EQUAL
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,6 +23,7 @@ def made_inputs(heads: int, groups: int) -> tuple[Any, list[torch.Tensor], torch
     return module, tensors, mask
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (4, 4)])
 @pytest.mark.parametrize("kind", ["mask", "float mask", "none", "mask of each head"])
 def test_it_attends_as_transformers_does(heads: int, groups: int, kind: str) -> None:
@@ -39,7 +41,7 @@ def test_it_attends_as_transformers_does(heads: int, groups: int, kind: str) -> 
         weights = torch.linspace(0, 1, output.numel()).view_as(output)
         results.append([output, *torch.autograd.grad((output * weights).sum(), tensors)])
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=EQUAL, atol=EQUAL)
 
 
 def test_transformers_attention_is_back_afterwards() -> None:

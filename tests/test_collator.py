@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from models_made import EQUAL
 from trl import SFTConfig, SFTTrainer
 
 from sftkey.data import collator as module
@@ -122,6 +123,7 @@ def test_weights_of_one_are_a_choice_of_segments() -> None:
     assert KeyCollator(0, {"answer": 1.0, "end": 1.0}).loss_on == {"answer": 1.0, "end": 1.0}
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_plain_sft_trainer_trains_on_the_key(
     rows: list[dict[str, Any]], tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -146,4 +148,4 @@ def test_plain_sft_trainer_trains_on_the_key(
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2
-    assert losses[0] == pytest.approx(expected, abs=1e-4)
+    assert losses[0] == pytest.approx(expected, rel=EQUAL)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import made_rows
+from models_made import EQUAL
 from safetensors.torch import load_file, save_file
 from test_stages import Killed, adapter_of, done, kill_at_step
 from torch.nn.functional import cross_entropy
@@ -24,6 +25,17 @@ from sftkey.training.stage_model import load_stage
 from sftkey.training.trainer import segment_means, segment_sums
 
 MakeRecipe = Callable[..., Path]
+
+
+@pytest.fixture
+def double(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, in_float64: None
+) -> dict[str, Any]:
+    """Write the tiny model in float64, and give a recipe's section of it."""
+    folder = tmp_path / "double"
+    tiny_model.double().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return {"name_or_path": str(folder), "quantization": "none"}
 
 
 def stages(**fields: Any) -> list[dict[str, Any]]:
@@ -40,16 +52,16 @@ def thinkings(folder: Path, name: str) -> list[str]:
 
 
 def test_a_frozen_stage_changes_the_key_and_nothing_else(
-    tiny_recipe: MakeRecipe, tmp_path: Path
+    tiny_recipe: MakeRecipe, tmp_path: Path, double: dict[str, Any]
 ) -> None:
     """The thinking's loss is the same to the last bit, its text, too; the key's loss falls."""
-    recipe = tiny_recipe(stages=stages(trainer={"learning_rate": 1e-2}))
+    recipe = tiny_recipe(model=double, stages=stages(trainer={"learning_rate": 1e-2}))
     run = done(recipe, tmp_path / "runs")
     first, second = (record.validation for record in run.ledger.stages)
     for name in ("prompt", "thinking"):
         assert second["start"][name] == second["end"][name]
-        assert second["end"][name] == pytest.approx(first["end"][name], abs=1e-6)
-    assert second["start"]["answer_tag"] == pytest.approx(first["end"]["answer_tag"], abs=1e-5)
+        assert second["end"][name] == pytest.approx(first["end"][name], rel=EQUAL)
+    assert second["start"]["answer_tag"] == pytest.approx(first["end"]["answer_tag"], rel=EQUAL)
     assert second["end"]["answer_tag"] < second["start"]["answer_tag"] - 1e-2
     folder = run.ledger.folder
     assert thinkings(folder, "key") == thinkings(folder, "completion")
@@ -86,14 +98,16 @@ def generated_losses(run: Run) -> dict[str, float]:
     return segment_means(sums)
 
 
-def test_a_stage_trains_the_key_as_it_is_generated(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_stage_trains_the_key_as_it_is_generated(
+    tiny_recipe: MakeRecipe, tmp_path: Path, double: dict[str, Any]
+) -> None:
     """Its validation losses are those of a model that switches at the thinking's last token."""
-    recipe = tiny_recipe(stages=stages(trainer={"learning_rate": 1e-2}))
+    recipe = tiny_recipe(model=double, stages=stages(trainer={"learning_rate": 1e-2}))
     run = done(recipe, tmp_path / "runs")
     reported = run.ledger.stages[1].validation["end"]
     found = generated_losses(run)
     assert list(found) == ["answer_tag", "answer", "end"]
-    assert found == pytest.approx({name: reported[name] for name in found}, abs=1e-5)
+    assert found == pytest.approx({name: reported[name] for name in found}, rel=EQUAL)
 
 
 def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -131,11 +145,11 @@ def test_a_killed_frozen_stage_goes_on_as_if_nothing_had_been(
 
 
 def test_a_grid_keeps_the_best_of_what_each_would_be_alone(
-    tiny_recipe: MakeRecipe, tmp_path: Path
+    tiny_recipe: MakeRecipe, tmp_path: Path, double: dict[str, Any]
 ) -> None:
     """Each learning rate ends at its own loss, a diverged one is left out, the lowest is kept."""
     rates = [1e-3, 2e-2, 1e30]
-    recipe = tiny_recipe(stages=stages(grid={"learning_rate": rates}))
+    recipe = tiny_recipe(model=double, stages=stages(grid={"learning_rate": rates}))
     run = done(recipe, tmp_path / "runs")
     choice = run.ledger.stages[1].grid
     assert choice is not None
@@ -144,7 +158,7 @@ def test_a_grid_keeps_the_best_of_what_each_would_be_alone(
     assert choice["kept"] == {"learning_rate": 2e-2}
     for number, rate in enumerate(rates[:2]):
         shutil.copytree(tmp_path / "runs" / "tiny", tmp_path / f"alone{number}" / "tiny")
-        alone_recipe = tiny_recipe(stages=stages(trainer={"learning_rate": rate}))
+        alone_recipe = tiny_recipe(model=double, stages=stages(trainer={"learning_rate": rate}))
         alone = done(alone_recipe, tmp_path / f"alone{number}", fresh=True)
         loss = alone.ledger.stages[1].validation["end"]
         weights = {"answer_tag": 1, "answer": 1, "end": 1}
@@ -152,8 +166,8 @@ def test_a_grid_keeps_the_best_of_what_each_would_be_alone(
         if rate == 2e-2:
             expected = adapter_of(alone, 1)
             for name, each in adapter_of(run, 1).items():
-                assert torch.allclose(each, expected[name], atol=1e-5), name
-            assert run.ledger.stages[1].validation["end"] == pytest.approx(loss, abs=1e-5)
+                assert torch.allclose(each, expected[name], rtol=EQUAL, atol=EQUAL), name
+            assert run.ledger.stages[1].validation["end"] == pytest.approx(loss, rel=EQUAL)
 
 
 def test_a_grid_is_judged_by_its_validation_rows(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from benchmarks.measuring import peak_bytes
 from models_made import (
+    EQUAL,
     FAMILIES,
     KEYS,
+    ROUNDED,
     differences,
+    float64,
     gradients,
     made_batch,
     made_family,
@@ -53,20 +57,26 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_losses_and_gradients_equal_those_of_whole_logits(name: str) -> None:
-    """Tied and untied heads, soft-capping, scaling, windows, experts: equal to 1e-5."""
+    """Tied and untied heads, soft-capping, scaling, windows, experts."""
     loss, gradient = distances(made_family(name))
-    assert loss < 1e-5
-    assert gradient < 1e-5
+    assert loss < EQUAL
+    assert gradient < EQUAL
 
 
-@pytest.mark.parametrize("make", [with_lora, nf4], ids=["lora", "qlora"])
-def test_adapters_train_on_the_same_losses(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "numbers", "bound"),
+    [(with_lora, float64, EQUAL), (nf4, nullcontext, ROUNDED)],
+    ids=["lora", "qlora"],
+)
+def test_adapters_train_on_the_same_losses(
+    make: Any, numbers: Any, bound: float, tmp_path: Path
+) -> None:
     """LoRA on plain and on NF4 weights: losses and gradients equal those of whole logits."""
-    loss, gradient = distances(make("qwen3", tmp_path))
-    assert loss < 1e-5
-    assert gradient < 1e-5
+    with numbers():
+        assert max(distances(make("qwen3", tmp_path))) < bound
 
 
 def test_only_labelled_positions_reach_the_head(tiles: list[tuple[int, int]]) -> None:
@@ -78,6 +88,7 @@ def test_only_labelled_positions_reach_the_head(tiles: list[tuple[int, int]]) ->
     assert torch.equal(losses != 0, batch["labels"][:, 1:] != -100)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_device_with_triton_leaves_it_to_trl(
     tiles: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,8 +96,8 @@ def test_a_device_with_triton_leaves_it_to_trl(
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: True)
     monkeypatch.setattr(losses_module, "_tiles_for", None)
     loss, gradient = distances(made_family("gemma2"))
-    assert loss < 1e-5
-    assert gradient < 1e-5
+    assert loss < EQUAL
+    assert gradient < EQUAL
     assert set(tiles) == {(sum(KEYS), trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE)}
 
 
@@ -97,7 +108,7 @@ def test_on_cuda_the_losses_are_the_same() -> None:
     add_token_losses(model)
     expected = token_losses(model, batch)
     found = token_losses(model.cuda(), {key: value.cuda() for key, value in batch.items()})
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.cpu(), expected, rtol=ROUNDED, atol=ROUNDED)
 
 
 def test_logits_take_bounded_memory() -> None:

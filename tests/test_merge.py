@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models_made import ROUNDED
 from runs_made import STAGES, ledger_of, made_run
 
 import sftkey.models.merging
@@ -57,7 +58,7 @@ def test_the_merged_model_is_base_and_adapter(
     cpu = Device("cpu", 0, torch.float32)
     trained = load_stage(recipe, ledger_of(folder, recipe), cpu, frame, 1)
     base = trained.get_base_model().from_pretrained(recipe.model.name_or_path)
-    torch.testing.assert_close(logits(merged), logits(trained), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged), logits(trained), atol=ROUNDED, rtol=ROUNDED)
     assert (logits(merged) - logits(base)).abs().max() > 0.1
     assert merged.generation_config.eos_token_id == [frame.end_id]
     captured = capsys.readouterr()

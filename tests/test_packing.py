@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import made_model
 from datasets import Dataset
-from models_made import VOCABULARY, made_family, plain_losses, with_lora
+from models_made import EQUAL, VOCABULARY, made_family, plain_losses, with_lora
 from safetensors.torch import load_file
 from test_stages import Killed, done, kill_at_step
 from test_trainer import config, made_rows, training_lines
@@ -68,6 +68,7 @@ def packed_against_alone(model: Any, **settings: Any) -> float:
     return distance
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize(
     ("name", "attention"),
     [*product(["llama", "qwen3", "gemma3"], ["sdpa", "eager"]), ("gemma2", "eager")],
@@ -76,15 +77,17 @@ def test_losses_packed_equal_those_of_the_rows_alone(name: str, attention: str) 
     """On full and sliding windows, every token of every row, in several packs of a batch."""
     model = made_family(name, attn_implementation=attention)
     refuse_mixed_rows(model)
-    assert packed_against_alone(model.train()) < 1e-5
+    assert packed_against_alone(model.train()) < EQUAL
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_packs_in_one_line_have_the_same_losses() -> None:
     """Flash attention needs all packs of a batch in one line; the losses are the same there."""
     assert packed_batch(VOCABULARY, one_line=True)[1]["input_ids"].shape[0] == 1
-    assert packed_against_alone(made_family("gemma3"), one_line=True) < 1e-5
+    assert packed_against_alone(made_family("gemma3"), one_line=True) < EQUAL
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_an_adapter_trains_on_the_same_losses(tmp_path: Path) -> None:
     """PEFT hands positions on."""
     model = with_lora("qwen3", tmp_path).eval()
@@ -93,7 +96,7 @@ def test_an_adapter_trains_on_the_same_losses(tmp_path: Path) -> None:
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
     found = token_losses(model, inputs)
     merged = model.merge_and_unload()
-    assert (found - token_losses(merged, inputs)).abs().max() < 1e-4
+    assert (found - token_losses(merged, inputs)).abs().max() < EQUAL
 
 
 def test_positions_that_run_on_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +212,7 @@ def test_an_attention_that_builds_no_mask_for_packs_is_refused(
     refuse_mixed_rows(model, probe=False)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("loss_on", ["completion", EVERYTHING], ids=str)
 def test_a_packed_step_equals_the_step_of_its_rows(
     loss_on: Any, tiny_tokenizer: Any, tmp_path: Path
@@ -226,7 +230,7 @@ def test_a_packed_step_equals_the_step_of_its_rows(
     for padded, packed in zip(*lines, strict=True):
         segments = {key for key in padded if key.startswith("loss_")}
         for key in (*segments, "loss", "grad_norm", "trained_tokens", "tokens"):
-            assert packed[key] == pytest.approx(padded[key], rel=1e-5), key
+            assert packed[key] == pytest.approx(padded[key], rel=EQUAL), key
 
 
 TRAINER = {

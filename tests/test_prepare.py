@@ -52,6 +52,21 @@ def test_rows_of_each_split(prepared: Write) -> None:
         assert counts["tokens"][name] == {s.name: segments.count(s) for s in Segment}
 
 
+def test_questions_are_drawn_by_the_seed(prepared: Write, tiny_recipe: Callable[..., Path]) -> None:
+    """A recipe asks the same test rows again, in their order; another seed draws others."""
+    done = prepared(ROWS, "data.validation=1", "data.test=7", need_test=True)
+
+    def asked(seed: int) -> list[int]:
+        recipe = load_recipe(tiny_recipe(), [f"seed={seed}", "eval.num_questions=3"])
+        return [done.test.index(example) for example in done.questions(recipe)]
+
+    drawn = [asked(seed) for seed in range(8)]
+    assert drawn == [asked(seed) for seed in range(8)]
+    assert all(len(places) == 3 and places == sorted(places) for places in drawn)
+    assert len(set(map(tuple, drawn))) > 4
+    assert {place for places in drawn for place in places} == set(range(7))
+
+
 def test_validation_may_be_missing(prepared: Write) -> None:
     """Without a validation split there is none, rather than an empty one."""
     done = prepared(ROWS)

@@ -759,13 +759,15 @@ def test_a_file_that_is_not_there_gets_one_error(tmp_path: Path, monkeypatch: An
 
 
 def test_the_check_is_fast_and_imports_nothing_heavy(file: Path) -> None:
-    """A recipe is checked in half a second of a core, in a process of its own, without torch."""
+    """A check takes less than what its libraries take to be imported, and loads no torch."""
     code = (
-        "import sys, time; from sftkey.recipe import load_recipe\n"
+        "import sys, time; import pydantic, typer, rich, yaml\n"
+        "class Row(pydantic.BaseModel): a: int\n"
+        "imports = time.process_time(); from sftkey.recipe import load_recipe\n"
         f"load_recipe({str(file)!r}, ['trainer.optim=sgd', 'lora.r=2'])\n"
-        "print(time.process_time(), *sys.modules)"
+        "print(time.process_time() / imports, *sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, *names = done.stdout.split()
+    ratio, *names = done.stdout.split()
     assert not {"torch", "transformers", "trl", "peft", "datasets", "accelerate"} & set(names)
-    assert float(seconds) < 0.5
+    assert float(ratio) < 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from sftkey.study.seeds import (
     Supposed,
@@ -69,6 +70,14 @@ def test_simulated_coverage_can_fail() -> None:
     half = 4.303 * means.std(-1, ddof=1) / np.sqrt(3)
     assert (abs(means.mean(-1) - 0.5) <= half).mean() < 0.2
     assert covered(mean_interval(hard), 0.5) >= 0.93
+
+
+def test_seeds_that_differ_have_students_interval() -> None:
+    """Three shares of 0.42, 0.5 and 0.58 (of the flags and four added ones): two degrees left."""
+    flags = np.arange(96) < np.array([[40], [48], [56]])
+    low, high = mean_estimate(flags, same_questions=False).interval
+    half = student.ppf(0.975, 2) * 0.08 / np.sqrt(3)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
 
 
 @pytest.mark.parametrize("share", [0.97, 0.995])
@@ -144,6 +153,12 @@ def test_one_seed_is_a_sign_test() -> None:
     arm[0, :8] = True
     assert sign_flip_p(arm, control) == pytest.approx(2 / 2**8, abs=0.004)
     assert sign_flip_p(arm, arm) == 1.0
+
+
+def test_no_p_is_zero() -> None:
+    """Where no swap comes near, the labels as they are count still: one of 100."""
+    arm, control = np.ones((3, 100), dtype=bool), np.zeros((3, 100), dtype=bool)
+    assert sign_flip_p(arm, control, num_flips=99) == 1 / 100
 
 
 def test_seeds_that_disagree_are_no_evidence() -> None:

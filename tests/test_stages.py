@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_recipe
+from models_made import ROUNDED
 from safetensors.torch import load_file
 
 from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
-from sftkey.training.checkpoints import newest_whole
+from sftkey.training.checkpoints import newest_whole, seal
 from sftkey.training.log import check_handoff, read_log
 from sftkey.training.run import Run, explained_out_of_memory, start
 
@@ -49,11 +51,24 @@ def kill_at_step(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None
     monkeypatch.setattr(StageLog, "on_step_begin", die)
 
 
-def test_a_run_writes_both_stages_and_all_answers(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Run:
+    """Run both stages once, for tests that read what came; the recipe lies beside `runs`."""
+    folder = tmp_path_factory.mktemp("whole")
+    return done(write_recipe(folder, tiny_folder), folder / "runs")
+
+
+@pytest.fixture
+def again(whole: Run, tmp_path: Path) -> tuple[Path, Path]:
+    """Give the recipe of the whole run, and a copy of its `runs` for a test that changes them."""
+    runs = whole.ledger.folder.parent
+    return runs.parent / "tiny.yaml", shutil.copytree(runs, tmp_path / "runs")
+
+
+def test_a_run_writes_both_stages_and_all_answers(whole: Run) -> None:
     """Adapters, logs, validation losses and generations lie where DESIGN.md says."""
-    run = done(tiny_recipe(), tmp_path / "runs")
-    folder = tmp_path / "runs" / "tiny"
-    assert run.ledger.folder == folder
+    run, folder = whole, whole.ledger.folder
+    assert folder.parts[-2:] == ("runs", "tiny")
     ledger = json.loads((folder / "ledger.json").read_text())
     assert [(s["name"], s["status"], s["num_steps"]) for s in ledger["stages"]] == [
         ("completion", "trained", 4),
@@ -71,17 +86,14 @@ def test_a_run_writes_both_stages_and_all_answers(tiny_recipe: MakeRecipe, tmp_p
     assert load_recipe(folder / "recipe.yaml") == run.recipe
 
 
-def test_each_stage_starts_where_the_one_before_ended(
-    tiny_recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_each_stage_starts_where_the_one_before_ended(whole: Run) -> None:
     """Every segment's validation loss agrees to 1e-4 nats across the hand-off, and then moves."""
-    run = done(tiny_recipe(), tmp_path / "runs")
-    first, second = (record.validation for record in run.ledger.stages)
+    first, second = (record.validation for record in whole.ledger.stages)
     assert set(first["end"]) == {"prompt", "thinking", "answer_tag", "answer", "end"}
     for name, loss in first["end"].items():
         assert second["start"][name] == pytest.approx(loss, abs=1e-4)
     assert abs(second["end"]["answer_tag"] - second["start"]["answer_tag"]) > 1e-3
-    one, two = adapter_of(run, 0), adapter_of(run, 1)
+    one, two = adapter_of(whole, 0), adapter_of(whole, 1)
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
@@ -115,22 +127,20 @@ def test_handoff_error_says_which_segment_is_off_and_by_how_much() -> None:
 
 
 def test_the_same_command_again_trains_nothing(
-    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    again: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finished run is read, not repeated: not even a model is loaded."""
-    recipe = tiny_recipe()
-    done(recipe, tmp_path / "runs")
+    recipe, runs = again
     monkeypatch.setattr("sftkey.training.stage_model.load_model", None)
-    run = start(load_recipe(recipe), tmp_path / "runs" / "tiny")
+    run = start(load_recipe(recipe), runs / "tiny")
     assert list(run.stages()) == ["base", "completion", "key"]
 
 
 def test_a_changed_recipe_is_refused_and_fresh_moves_the_old_run_aside(
-    tiny_recipe: MakeRecipe, tmp_path: Path
+    again: tuple[Path, Path],
 ) -> None:
     """The refusal names the changed keys and both ways on; `--fresh` deletes nothing."""
-    recipe, runs = tiny_recipe(), tmp_path / "runs"
-    done(recipe, runs)
+    recipe, runs = again
     changes = ("trainer.max_steps=3", "stages.key.loss_on=answer")
     with pytest.raises(RunError) as caught:
         start(load_recipe(recipe, changes), runs / "tiny")
@@ -148,30 +158,49 @@ def test_a_changed_recipe_is_refused_and_fresh_moves_the_old_run_aside(
     assert (aside[0] / "stages" / "2-key" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Run:
+    """Run both stages with dropout; the recipe lies beside `runs`."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    return done(write_recipe(folder, tiny_folder, lora=lora), folder / "runs")
+
+
 @pytest.mark.parametrize(("stage", "step"), [("completion", 1), ("completion", 3), ("key", 3)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     stage: str,
     step: int,
-    tiny_recipe: MakeRecipe,
+    uninterrupted: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit in float32, dropout included; logged steps have no gap and no repeat."""
-    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
-    recipe = tiny_recipe(lora=lora)
-    whole = done(recipe, tmp_path / "whole")
+    recipe = uninterrupted.ledger.folder.parent.with_name("tiny.yaml")
     with monkeypatch.context() as patch:
         kill_at_step(patch, stage, step)
         with pytest.raises(Killed):
             done(recipe, tmp_path / "killed")
     resumed = done(recipe, tmp_path / "killed")
     for number in (0, 1):
-        expected, got = adapter_of(whole, number), adapter_of(resumed, number)
+        expected, got = adapter_of(uninterrupted, number), adapter_of(resumed, number)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)
-        logs = [read_log(run.ledger.stage_folder(number) / "log.jsonl") for run in (whole, resumed)]
+        logs = [
+            read_log(run.ledger.stage_folder(number) / "log.jsonl")
+            for run in (uninterrupted, resumed)
+        ]
         assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
         assert [line["loss"] for line in logs[1]] == [line["loss"] for line in logs[0]]
+
+
+def test_the_newest_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
+    """10 comes after 9, though not as text."""
+    for step in (9, 10, 2):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").touch()
+        seal(checkpoint)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_torn_checkpoint_is_set_aside(
@@ -217,49 +246,48 @@ def test_nothing_of_a_trainer_stays_between_stages(tiny_recipe: MakeRecipe, tmp_
     assert living()[0] - before[0] == 0
 
 
-def test_key_stage_alone_goes_on_from_an_adapter(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_key_stage_alone_goes_on_from_an_adapter(
+    whole: Run, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     """`model.adapter` starts the first stage, with the losses that this adapter ended with."""
-    first = done(tiny_recipe(), tmp_path / "runs")
-    adapter = first.ledger.adapter(0)
+    adapter = whole.ledger.adapter(0)
     key = [{"name": "key", "loss_on": "key"}]
     recipe = tiny_recipe(name="key-alone", stages=key)
     second = done(recipe, tmp_path / "runs", f"model.adapter={adapter}")
-    end = first.ledger.stages[0].validation["end"]
+    end = whole.ledger.stages[0].validation["end"]
     assert second.ledger.stages[0].validation["start"] == pytest.approx(end, abs=1e-4)
 
 
 def test_key_stage_alone_goes_on_from_a_merged_model(
-    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+    whole: Run, tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Somebody's merged SFT model is a base like any other."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    first = done(tiny_recipe(), tmp_path / "runs")
     merged = tmp_path / "merged"
     shutil.copytree(tiny_folder, merged)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    PeftModel.from_pretrained(base, first.ledger.adapter(0)).merge_and_unload().save_pretrained(
+    PeftModel.from_pretrained(base, whole.ledger.adapter(0)).merge_and_unload().save_pretrained(
         merged
     )
     recipe = tiny_recipe(name="from-merged", stages=[{"name": "key", "loss_on": "key"}])
     second = done(recipe, tmp_path / "runs", f"model.name_or_path={merged}")
-    end = first.ledger.stages[0].validation["end"]
+    end = whole.ledger.stages[0].validation["end"]
     assert second.ledger.stages[0].validation["start"] == pytest.approx(end, abs=1e-4)
 
 
 def test_an_adapter_of_another_base_is_refused(
-    tiny_recipe: MakeRecipe, tiny_tokenizer: Any, tmp_path: Path
+    whole: Run, tiny_recipe: MakeRecipe, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     """Otherwise peft would take it without a word."""
     from conftest import made_model
 
-    first = done(tiny_recipe(), tmp_path / "runs")
     other = tmp_path / "other-model"
     made_model(tiny_tokenizer, seed=1).save_pretrained(other)
     tiny_tokenizer.save_pretrained(other)
     recipe = tiny_recipe(name="other", stages=[{"name": "key", "loss_on": "key"}])
-    overrides = (f"model.adapter={first.ledger.adapter(0)}", f"model.name_or_path={other}")
+    overrides = (f"model.adapter={whole.ledger.adapter(0)}", f"model.name_or_path={other}")
     with pytest.raises(ModelError, match="trained for"):
         done(recipe, tmp_path / "runs", *overrides)
 
@@ -395,19 +423,17 @@ def test_an_anchored_key_stage_trains_key_and_thinking(
     assert end["thinking"] < plain.ledger.stages[0].validation["end"]["thinking"]
 
 
-def test_a_run_trains_a_detached_key_stage(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_run_trains_a_detached_key_stage(whole: Run, tmp_path: Path) -> None:
     """It starts with the losses of an exact one, and writes another adapter."""
-    exact = done(tiny_recipe(), tmp_path / "runs")
-    detached = done(
-        tiny_recipe(), tmp_path / "runs", "name=detached", "stages.key.context=detached"
-    )
-    logs = [read_log(run.ledger.stage_folder(1) / "log.jsonl") for run in (exact, detached)]
-    assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
+    recipe = whole.ledger.folder.parent.with_name("tiny.yaml")
+    detached = done(recipe, tmp_path / "runs", "name=detached", "stages.key.context=detached")
+    logs = [read_log(run.ledger.stage_folder(1) / "log.jsonl") for run in (whole, detached)]
+    assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=ROUNDED)
     assert (
-        detached.ledger.stages[1].validation["start"] == exact.ledger.stages[1].validation["start"]
+        detached.ledger.stages[1].validation["start"] == whole.ledger.stages[1].validation["start"]
     )
-    first = [adapter_of(run, 0) for run in (exact, detached)]
-    last = [adapter_of(run, 1) for run in (exact, detached)]
+    first = [adapter_of(run, 0) for run in (whole, detached)]
+    last = [adapter_of(run, 1) for run in (whole, detached)]
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
     assert not all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 

@@ -19,6 +19,7 @@ from sftkey.errors import RecipeError, RunError
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.study.cells import prefix_key, take_over
+from sftkey.study.choose import Choices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.run import matched_steps
 from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
@@ -398,6 +399,39 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
     for *_, indexes in asked:
         assert len(indexes) == 3
         assert set(indexes) <= examples.keys()
+
+
+@pytest.mark.parametrize(("best", "edge"), [(1e-5, True), (1e-4, False), (1e-3, True)])
+def test_a_choice_at_either_edge_of_the_grid_is_told(
+    best: float,
+    edge: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond the lowest value, as beyond the highest, a better one may lie."""
+    monkeypatch.chdir(tmp_path)
+
+    def tried(self: Choices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        return {"loss": float(picked[-1]["learning_rate"] != best)}
+
+    monkeypatch.setattr(Choices, "_try", tried)
+    choose = {"learning_rate": [1e-4, 1e-5, 1e-3], "num_rows": 6}
+    file = write_study(tmp_path, tiny_folder, choose=choose)
+    run = study_run(load_study(file), file)
+    assert run.choices(run.files[0]).of("sftkey") == [{"learning_rate": best}] * 2
+    stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
+    assert [each["at_edge"] for each in stages] == [["learning_rate"] if edge else []] * 2
+
+
+def test_a_choice_weighs_segments_by_their_tokens() -> None:
+    """8 nats on 3 tokens and 2 on 1 are 6.5 a token, not 5; a segment without tokens has none."""
+    tokens = {"PROMPT": 9, "THINKING": 9, "ANSWER_TAG": 3, "ANSWER": 1, "END": 0}
+    prepared: Any = SimpleNamespace(counts={"tokens": {"validation": tokens}})
+    losses = {"prompt": 1.0, "thinking": 0.5, "answer_tag": 8.0, "answer": 2.0}
+    assert validation_loss(losses, prepared, "key") == (3 * 8 + 2) / 4
+    assert validation_loss(losses, prepared, "completion") == (9 * 0.5 + 3 * 8 + 2) / 13
 
 
 def test_a_choice_over_own_thinking_reads_no_more_rows_than_it_may(

@@ -8,11 +8,16 @@ from statistics import fmean, variance
 from typing import Any
 
 import pytest
-from cells_made import COMMAND, COMMIT, HARDWARE, answered, cell, made_cells
+from cells_made import COMMAND, COMMIT, HARDWARE, answered, cell, made_cells, made_flags
 
 from sftkey.errors import RunError
 from sftkey.study.results import ArmFigures, DifferenceToControl, FinishedCell, StudyResults
-from sftkey.study.seeds import detectable_difference
+from sftkey.study.seeds import (
+    detectable_difference,
+    difference_estimate,
+    mean_estimate,
+    sign_flip_p,
+)
 from sftkey.study.summary import summarize
 
 Z = 1.959964
@@ -214,6 +219,28 @@ def test_intervals_count_seeds_and_questions() -> None:
     assert (compared(by_seed).shown, compared(at_once).shown) == (False, True)
     intervals = [named(results, "sftkey").acc_interval for results in (by_seed, at_once)]
     assert width(intervals[0]) > 2 * width(intervals[1])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_questions_of_seeds_are_the_same_only_where_they_are(same: bool) -> None:
+    """Intervals and p are of the kind that the hashes of the questions say."""
+    cells = [
+        cell(flags, arm, seed, questions_sha256="all" if same else f"of seed {seed}")
+        for seed in (1, 2, 3)
+        for arm, flags in made_flags({"sft_tag": 0.0, "sftkey": 0.1}, 100, seed).items()
+    ]
+    flags = {
+        arm: [[q["correct"] for q in each["questions"]] for each in cells if each["arm"] == arm]
+        for arm in ("sft_tag", "sftkey")
+    }
+    both = flags["sftkey"], flags["sft_tag"]
+    arm, found = named(summed(cells), "sftkey"), compared(summed(cells))
+    assert arm.same_questions is same
+    assert arm.acc_interval == mean_estimate(flags["sftkey"], same).interval
+    assert arm.acc_interval != mean_estimate(flags["sftkey"], not same).interval
+    assert found.interval == difference_estimate(*both, same).interval
+    assert found.interval != difference_estimate(*both, not same).interval
+    assert found.p == sign_flip_p(*both, same)
 
 
 def test_a_study_says_what_it_is_made_of() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from models_made import EQUAL
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
@@ -48,7 +49,7 @@ def made_trainer(
 
 
 def config(folder: Path, **settings: Any) -> SFTConfig:
-    """Build arguments for eight rows a step, float32."""
+    """Build arguments for eight rows a step, no half precision."""
     return SFTConfig(
         **{
             "output_dir": str(folder),
@@ -92,6 +93,7 @@ def direct_losses(model: Any, rows: Dataset) -> list[torch.Tensor]:
 LOSSES = ["completion", "key", "answer", {"thinking": 0.05, "key": 0.4}]
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize(
     ("loss_on", "context"),
     [*((loss_on, "exact") for loss_on in LOSSES), ("key", "detached"), ({"end": 2}, "detached")],
@@ -121,13 +123,14 @@ def test_micro_batches_do_not_change_training(
         segments = {key for key in a if key.startswith("loss_")}
         assert segments
         for key in (*segments, "loss", "grad_norm", "trained_tokens", "tokens"):
-            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+            assert a[key] == pytest.approx(b[key], rel=EQUAL), key
     untrained = dict(made_model(tiny_tokenizer).named_parameters())
     assert not any(torch.equal(weight, untrained[name]) for name, weight in weights.items())
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, cut_weights[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, cut_weights[name], rtol=EQUAL, atol=EQUAL)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("loss_on", LOSSES, ids=str)
 def test_loss_is_the_weighted_mean_over_the_whole_step(
     loss_on: Any, tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
@@ -154,9 +157,10 @@ def test_loss_is_the_weighted_mean_over_the_whole_step(
         max_steps=1,
     )
     trainer.train()
-    assert training_lines(trainer)[0]["loss"] == pytest.approx((above / below).item(), rel=1e-5)
+    assert training_lines(trainer)[0]["loss"] == pytest.approx((above / below).item(), rel=EQUAL)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_completion_equals_completion_only_loss_of_trl(tiny_tokenizer: Any, tmp_path: Path) -> None:
     """`loss_on: completion` takes the very steps of TRL's `completion_only_loss`."""
     from conftest import made_model
@@ -176,10 +180,11 @@ def test_completion_equals_completion_only_loss_of_trl(tiny_tokenizer: Any, tmp_
     )
     ours.train()
     for a, b in zip(training_lines(ours), training_lines(theirs), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=EQUAL)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=EQUAL)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_log_line_holds_the_loss_of_each_trained_segment(
     tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
 ) -> None:
@@ -196,7 +201,7 @@ def test_a_log_line_holds_the_loss_of_each_trained_segment(
     )
     trainer.train()
     line = training_lines(trainer)[0]
-    assert line["loss_answer"] == pytest.approx(answer.mean().item(), rel=1e-5)
+    assert line["loss_answer"] == pytest.approx(answer.mean().item(), rel=EQUAL)
     assert {key for key in line if key.startswith("loss_")} == {
         "loss_answer",
         "loss_answer_tag",
@@ -206,6 +211,7 @@ def test_a_log_line_holds_the_loss_of_each_trained_segment(
     assert line["tokens"] == sum(len(row["input_ids"]) for row in rows)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_validation_gives_every_segment_token_by_token(
     size: int, tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
@@ -218,11 +224,12 @@ def test_validation_gives_every_segment_token_by_token(
     metrics = trainer.evaluate()
     for segment in Segment:
         expected = losses[segments == segment].mean().item()
-        assert metrics[f"eval_loss_{segment.name.lower()}"] == pytest.approx(expected, rel=1e-5)
+        assert metrics[f"eval_loss_{segment.name.lower()}"] == pytest.approx(expected, rel=EQUAL)
     key = losses[segments >= Segment.ANSWER_TAG].mean().item()
-    assert metrics["eval_loss"] == pytest.approx(key, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(key, rel=EQUAL)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_padding_by_the_end_of_turn_leaves_the_end_trained(
     tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
 ) -> None:
@@ -237,7 +244,7 @@ def test_padding_by_the_end_of_turn_leaves_the_end_trained(
     ends = [losses[-1] for losses in direct_losses(tiny_model, rows)]
     trainer.train()
     expected = torch.stack(ends).mean().item()
-    assert training_lines(trainer)[0]["loss_end"] == pytest.approx(expected, rel=1e-5)
+    assert training_lines(trainer)[0]["loss_end"] == pytest.approx(expected, rel=EQUAL)
 
 
 def test_adapter_weights_stay_exact_on_a_4_bit_model(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -271,6 +278,7 @@ def test_adapter_weights_stay_exact_on_a_4_bit_model(tmp_path: Path, tiny_tokeni
     assert any(not torch.equal(after[name], before[name]) for name in after)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_token_losses_are_zero_where_nothing_is_labelled(
     tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
 ) -> None:
@@ -285,10 +293,11 @@ def test_token_losses_are_zero_where_nothing_is_labelled(
     )
     expected = direct_losses(tiny_model, Dataset.from_list([row]))[0]
     assert losses.shape == (1, ids.shape[1] - 1)
-    torch.testing.assert_close(losses[0, -2:].detach(), expected[-2:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses[0, -2:].detach(), expected[-2:], rtol=EQUAL, atol=EQUAL)
     assert not losses[0, :-2].any()
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_detached_stage_begins_with_the_exact_ones_losses(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -311,11 +320,11 @@ def test_a_detached_stage_begins_with_the_exact_ones_losses(
     exact, detached = lines
     assert exact.keys() == detached.keys()
     for key in exact.keys() - {"grad_norm"}:
-        assert detached[key] == pytest.approx(exact[key], rel=1e-5), key
+        assert detached[key] == pytest.approx(exact[key], rel=EQUAL), key
     assert detached["grad_norm"] != pytest.approx(exact["grad_norm"], rel=1e-2)
     for key in metrics[0]:
         if "loss" in key:
-            assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-6)
+            assert metrics[1][key] == pytest.approx(metrics[0][key], rel=EQUAL)
 
 
 def test_batches_are_lengthened_as_the_settings_say(
