@@ -460,7 +460,7 @@ RULE = (
             "trainer.optim=adamw_torhc",
             "expected one of 41 names; got 'adamw_torhc'; did you mean `adamw_torch`?",
         ),
-        ("trainer.eval_strategy=never", "expected no, steps, epoch; got 'never'"),
+        ("trainer.eval_strategy=never", "expected no, steps or epoch; got 'never'"),
         ("lora.bias=some", "expected none, all or lora_only; got 'some'"),
         ("lora.runtime_config={}", "expected nothing that YAML can hold; got {}"),
         (

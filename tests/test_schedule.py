@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTConfig
 
 import sftkey.recipe.stages
-from sftkey.recipe.stages import STEP_SETTINGS, num_stage_epochs, num_stage_steps, trainer_setting
+from sftkey.recipe.stages import (
+    STEP_SETTINGS,
+    lora_setting,
+    num_stage_epochs,
+    num_stage_steps,
+    trainer_setting,
+)
 
 
 def test_doctests_hold() -> None:
@@ -59,6 +66,9 @@ def test_epochs_are_the_recipes_or_come_from_its_steps() -> None:
 def test_defaults_are_upstreams(tmp_path: Path) -> None:
     """What is read from the sources is what the class has."""
     arguments = SFTConfig(str(tmp_path), bf16=False, use_cpu=True)
-    for name in (*STEP_SETTINGS, "learning_rate"):
+    for name in (*STEP_SETTINGS, "learning_rate", "optim", "gradient_checkpointing"):
         assert trainer_setting({}, name) == getattr(arguments, name)
         assert trainer_setting({name: 7}, name) == 7
+    for name in ("r", "lora_alpha", "lora_dropout", "init_lora_weights"):
+        assert lora_setting({}, name) == getattr(LoraConfig(), name)
+        assert lora_setting({name: 7}, name) == 7

@@ -13,6 +13,15 @@ from sftkey.recipe.rules import LIMITS, REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 
 
+def field_of(annotation: str) -> Field:
+    """Make a field of a class in transformers' file of training arguments."""
+    ((_, file, _), *_) = upstream.SFT_CONFIG
+    owner = ast.parse(f"class A:\n    a: {annotation}").body[0]
+    assert isinstance(owner, ast.ClassDef)
+    assert isinstance(owner.body[0], ast.AnnAssign)
+    return Field(owner.body[0], owner, upstream._folder("transformers") / file)
+
+
 def names(config: Any) -> set[str]:
     """Give the fields that a config class takes."""
     return {field.name for field in dataclasses.fields(config) if field.init}
@@ -60,7 +69,7 @@ def test_names_that_a_setting_is_limited_to_are_upstreams() -> None:
     assert fields["run_name"].choices == ()
 
 
-def test_each_default_is_of_the_type_that_we_read() -> None:
+def test_each_default_is_upstreams_and_of_the_type_that_we_read() -> None:
     """Upstream's own defaults pass our check of types, but for objects that YAML can't hold."""
     from peft import LoraConfig
     from trl import SFTConfig
@@ -72,6 +81,7 @@ def test_each_default_is_of_the_type_that_we_read() -> None:
             if field.name in fields and isinstance(given, str | int | float) and given != "passive":
                 value = given.value if hasattr(given, "value") else given
                 assert fields[field.name].convert(value) == value, field.name
+                assert fields[field.name].default in (value, None), field.name
 
 
 @pytest.mark.parametrize(
@@ -91,14 +101,18 @@ def test_each_default_is_of_the_type_that_we_read() -> None:
         ("Literal[False] | None", False, False),
         ("Literal['a', 'b_[number]']", "b_12", "b_12"),
         ("SchedulerType | str", "linear", "linear"),
+        ("Optional[Union[SchedulerType, str]]", "linear", "linear"),
+        ("str | list[DebugOption]", "as upstream splits it", "as upstream splits it"),
+        ("list[tuple[int, float]] | None", [[1, "1e-3"]], [[1, 1e-3]]),
+        ("Union[EvaConfig, dict]", {"a": "1e-3"}, {"a": 1e-3}),
+        ("dict[str, bool | str]", {"a": True, "b": "1e-3"}, {"a": True, "b": "1e-3"}),
         ("Any", "a", "a"),
     ],
 )
 def test_values_of_a_type_are_converted(annotation: str, value: Any, converted: Any) -> None:
     """Each way in which upstream writes a type is understood."""
-    field = Field(ast.parse(annotation, mode="eval").body)
-    assert field.convert(value) == converted
-    assert type(field.convert(value)) is type(converted)
+    found = field_of(annotation).convert(value)
+    assert (found, type(found)) == (converted, type(converted))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +129,37 @@ def test_values_of_a_type_are_converted(annotation: str, value: Any, converted: 
         ("tuple[int, int]", [1], "expected a list of a whole number and a whole number; got [1]"),
         ("Literal[True, 'a']", 1, "expected true or a; got 1"),
         ("Literal['b_[number]']", "b_", "expected b_[number]; got 'b_'"),
-        ("DebugOption", 1, "expected text; got 1"),
+        ("Literal[False] | None", 0, "expected false or null; got 0"),
+        ("Literal['a', 'b'] | int", "c", "expected a, b or a whole number; got 'c'"),
+        (
+            "bool | Literal['gaussian']",
+            "gausian",
+            "expected true or false or gaussian; got 'gausian'; did you mean `gaussian`?",
+        ),
+        (
+            "list[list[int]]",
+            [[1, "a"]],
+            "expected a list (each: a list (each: a whole number)); got [[1, 'a']]",
+        ),
+        (
+            "IntervalStrategy | str",
+            "step",
+            "expected no, steps or epoch; got 'step'; did you mean `steps`?",
+        ),
+        (
+            "str | list[DebugOption]",
+            ["overflow"],
+            "expected text or a list (each: underflow_overflow or tpu_metrics_debug); "
+            "got ['overflow']",
+        ),
+        ("Callable[[int], int] | None", "a", "expected null; got 'a'"),
         ("EvaConfig", {}, "expected nothing that YAML can hold; got {}"),
     ],
 )
 def test_values_of_another_type_are_refused(annotation: str, value: Any, message: str) -> None:
     """The message says the type in words, and what came."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the whole text is compared
-        Field(ast.parse(annotation, mode="eval").body).convert(value)
+        field_of(annotation).convert(value)
     assert str(caught.value) == message
 
 

@@ -15,6 +15,7 @@ from sftkey.data.sources import with_defaults
 from sftkey.memory_plan.plan import largest_part
 from sftkey.models.facts import ModelFacts
 from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
+from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.yaml_io import Line, Section
 
 
@@ -250,12 +251,12 @@ def _response(choices: Choices) -> Iterator[Line]:
 
 def _trainer(choices: Choices) -> Iterator[Line]:
     given = dict(choices.other.trainer) if choices.other else {}
-    batch = given.pop("per_device_train_batch_size", None)
-    accumulated = given.pop("gradient_accumulation_steps", 1)
     rows, why = ROWS_A_STEP, "rows a step, on one GPU"
     if choices.other:
-        rows = (8 if batch is None else batch) * accumulated  # 8 is upstream's
-        why = f"{why}, {choices.as_other}"
+        rows, why = 1, f"{why}, {choices.as_other}"
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            rows *= trainer_setting(choices.other.trainer, name)
+            given.pop(name, None)
     at_once = largest_part(rows, max(choices.most_rows, 1))
     yield Line("per_device_train_batch_size", at_once, _why_at_once(choices))
     yield Line("gradient_accumulation_steps", rows // at_once, why)

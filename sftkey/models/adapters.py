@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from sftkey.errors import ModelError, first_line
 from sftkey.models.loading import check_targets, short_names, target_names
 from sftkey.models.source import ADAPTER_CONFIG, Source, find_source
+from sftkey.recipe.stages import lora_setting
 
 BASE_FILE = "base.json"
 DEFAULT = "default"  # peft's name of the one adapter that acts on all tokens
@@ -109,7 +110,7 @@ def add_lora(
     Raises:
         ModelError: The target modules don't exist, or the settings can't be.
     """
-    _check_initialization("lora", lora.get("init_lora_weights", True))
+    _check_initialization("lora", lora_setting(lora, "init_lora_weights"))
     check_targets(_without_adapters(model), lora.get("target_modules"))
     try:
         config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)

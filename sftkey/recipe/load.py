@@ -36,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     source = yaml_io.read(Path(path))
     for text in overrides:
         yaml_io.override(source, text)
-    findings = [*check_upstream(source.data), *check_together(source.data)]
+    findings = [*check_upstream(source.data), *check_together(_with_defaults(source.data))]
     recipe = None
     try:
         recipe = Recipe.model_validate(source.data)
@@ -46,6 +46,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe is None or problems:
         raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
     return recipe
+
+
+def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """Add the defaults of the sections to plain values; a section of another form counts as empty.
+
+    The rules between fields read these, so that they know no default of their own.
+    """
+    filled = {**data, "stages": []}
+    for name in ("model", "data", "response"):
+        filled[name] = _filled(data.get(name), _SECTIONS[name])
+    stages = data.get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        own = stage.get("own") if isinstance(stage, dict) else None
+        added = {"own": _filled(own, OwnThinking)} if isinstance(own, dict) else {}
+        filled["stages"].append(_filled(stage, StageSection) | added)
+    return filled
+
+
+def _filled(values: Any, section: type[Section]) -> dict[str, Any]:
+    fields = section.model_fields.items()
+    defaults = {name: field.default for name, field in fields if not field.is_required()}
+    return defaults | (values if isinstance(values, dict) else {})
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:

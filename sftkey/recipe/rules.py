@@ -132,109 +132,96 @@ def _check_settings(
 
 
 def check_together(data: dict[str, Any]) -> Iterator[Finding]:
-    """Check what no field can tell alone."""
-    yield from _check_model(_section(data, "model"), data.get("lora", {}))
-    yield from _check_data(_section(data, "data"))
-    yield from _check_response(_section(data, "response"))
-    yield from _check_stages(data.get("stages"))
-    yield from _check_frozen(data)
+    """Check what no field can tell alone.
+
+    Args:
+        data: A recipe with the defaults of its sections; only what has none may be missing.
+    """
+    full = data.get("lora", {}) is None
+    yield from _check_model(data["model"], full)
+    yield from _check_data(data["data"])
+    yield from _check_response(data["response"])
+    yield from _check_stages(data["stages"], full)
 
 
-def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
-    section = data.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _check_model(model: dict[str, Any], lora: Any) -> Iterator[Finding]:
+def _check_model(model: dict[str, Any], full: bool) -> Iterator[Finding]:
     name = model.get("name_or_path")
     packaged = isinstance(name, str) and name.startswith("pypi:")
     for key in ("file", "sha256"):
-        if packaged and model.get(key) is None:
+        if packaged and model[key] is None:
             yield ("model", key), "missing; a model inside a package needs `file` and `sha256`"
-        elif isinstance(name, str) and not packaged and model.get(key) is not None:
+        elif isinstance(name, str) and not packaged and model[key] is not None:
             yield ("model", key), f"only for a model inside a package, pypi:…; got {shown(name)}"
-    if packaged and model.get("revision") is not None:
+    if packaged and model["revision"] is not None:
         yield ("model", "revision"), "a model inside a package has its version in `name_or_path`"
-    if lora is None and model.get("quantization", "nf4") == "nf4":
+    if full and model["quantization"] == "nf4":
         what = "expected none, since full fine-tuning (`lora: null`) can't train nf4; got nf4"
         yield ("model", "quantization"), what
-    if lora is None and model.get("adapter") is not None:
+    if full and model["adapter"] is not None:
         yield ("model", "adapter"), "not with `lora: null`, which trains the model's own weights"
 
 
 def _check_data(data: dict[str, Any]) -> Iterator[Finding]:
     source = data.get("source")
     for key in ("task", "num_rows"):
-        if source in MADE_SOURCES and data.get(key) is None:
+        if source in MADE_SOURCES and data[key] is None:
             yield ("data", key), f"missing; `source: {source}` needs `task` and `num_rows`"
     for key in ("task", "task_options"):
-        if isinstance(source, str) and source not in MADE_SOURCES and data.get(key):
+        if isinstance(source, str) and source not in MADE_SOURCES and data[key]:
             wanted = " or ".join(MADE_SOURCES)
             yield ("data", key), f"only with `source: {wanted}`; got {shown(source)}"
     for key in ("thinking", "answer"):
         for rule in ("response", "split_rule"):
-            if data.get(key) is not None and data.get(rule) is not None:
+            if data[key] is not None and data[rule] is not None:
                 yield ("data", key), f"not beside `{rule}`: the rule finds thinking and answer"
                 break
-    validation, test = data.get("validation"), data.get("test")
+    validation, test = data["validation"], data["test"]
     if isinstance(validation, float) and isinstance(test, float) and validation + test >= 1:
         yield ("data", "test"), "validation and test together leave no rows to train on"
-    splits = {"train": "train", "validation": None, "test": None, **data}
     for key, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        if isinstance(splits[key], str) and splits[key] == splits[other]:
-            yield ("data", key), f"expected other rows than {other}'s; got {shown(splits[key])}"
+        if isinstance(data[key], str) and data[key] == data[other]:
+            yield ("data", key), f"expected other rows than {other}'s; got {shown(data[key])}"
 
 
 def _check_response(response: dict[str, Any]) -> Iterator[Finding]:
-    if response.get("end") is not None and response.get("frame", "chat") == "chat":
+    if response["end"] is not None and response["frame"] == "chat":
         yield ("response", "end"), "only with `frame: plain`; the chat template ends a turn itself"
 
 
-def _check_stages(stages: Any) -> Iterator[Finding]:
+def _check_stages(stages: list[dict[str, Any]], full: bool) -> Iterator[Finding]:
     seen: dict[str, int] = {}  # in small letters, since some file systems see no other
-    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
-        name = stage.get("name") if isinstance(stage, dict) else None
-        if isinstance(name, str):
+    for number, stage in enumerate(stages):
+        if isinstance(name := stage.get("name"), str):
             first = seen.setdefault(name.lower(), number)
             if first != number:
-                yield (
-                    ("stages", number, "name"),
-                    f"stages[{first}] has this name, too; write another",
-                )
-        if isinstance(stage, dict):
-            yield from _check_context(stage, ("stages", number), number + 1 == len(stages))
-
-
-def _check_frozen(data: dict[str, Any]) -> Iterator[Finding]:
-    """Refuse full fine-tuning behind a frozen context."""
-    stages, lora = data.get("stages"), data.get("lora", {})
-    for number, stage in enumerate(stages if isinstance(stages, list) and lora is None else ()):
-        frozen = isinstance(stage, dict) and stage.get("context") == "frozen"
-        if frozen and stage.get("lora") is None:
+                what = f"stages[{first}] has this name, too; write another"
+                yield ("stages", number, "name"), what
+        yield from _check_context(stage, ("stages", number), number + 1 == len(stages))
+        if full and stage["context"] == "frozen" and stage["lora"] is None:
             what = "missing; full fine-tuning would change what writes the thinking"
             yield ("stages", number, "lora"), f"{what}: a frozen stage trains an adapter"
 
 
 def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Finding]:
-    context = stage.get("context", "exact")
+    context = stage["context"]
     if context in ("detached", "frozen") and (trained := _trained_context(stage.get("loss_on"))):
         what = f"{context} gives no gradient to what `loss_on` trains here: {trained}"
         yield (*keys, "context"), f"{what}; write exact, or loss_on: key"
     if context == "frozen" and not last:
         what = "frozen, whose adapter acts on the key alone, leaves nothing for a stage after it"
         yield (*keys, "context"), f"{what}; make it the last one"
-    own = stage.get("thinking") == "own"
+    own = stage["thinking"] == "own"
     if own and (trained := _trained_context(stage.get("loss_on"))):
         what = "own thinking is no reference, and loss_on trains it here"
         yield (*keys, "thinking"), f"{what} ({trained}); write loss_on: key"
-    if not own and stage.get("own") is not None:
+    how = stage["own"]
+    if not own and how is not None:
         yield (*keys, "own"), "only with `thinking: own`"
-    how = stage["own"] if isinstance(stage.get("own"), dict) else {}
-    if how.get("keep") == "mixed" and how.get("samples", 1) == 1:
+    if isinstance(how, dict) and how["keep"] == "mixed" and how["samples"] == 1:
         what = "mixed keeps questions that were answered right once and wrong once"
         yield (*keys, "own", "keep"), f"{what}: it needs own.samples of 2 or more"
     for key in ("lora", "grid"):
-        if context != "frozen" and stage.get(key) is not None:
+        if context != "frozen" and stage[key] is not None:
             yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"
 
 

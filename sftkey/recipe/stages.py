@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from sftkey.recipe.upstream import sft_config_fields
+from sftkey.recipe.upstream import lora_config_fields, sft_config_fields
 
 if TYPE_CHECKING:
     from sftkey.recipe.schema import Recipe, StageSection
@@ -23,8 +23,13 @@ STEP_SETTINGS = (
 
 
 def trainer_setting(trainer: Mapping[str, Any], name: str) -> Any:
-    """Give a setting of a stage's trainer, or upstream's default where the recipe has none."""
+    """Return a setting of a stage's trainer, or upstream's default where the recipe has none."""
     return trainer[name] if name in trainer else sft_config_fields()[name].default
+
+
+def lora_setting(lora: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of an adapter, or upstream's default where the recipe has none."""
+    return lora[name] if name in lora else lora_config_fields()[name].default
 
 
 def num_stage_steps(trainer: Mapping[str, Any], num_rows: int, num_processes: int) -> int:

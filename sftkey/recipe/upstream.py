@@ -7,9 +7,20 @@ import functools
 import importlib.util
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 
 from sftkey.errors import did_you_mean, shown
 
@@ -23,38 +34,7 @@ LORA_CONFIG = (("peft", "tuners/lora/config.py", "LoraConfig"),)
 
 # `5e-5` is a number to everybody but YAML 1.1, which wants `5.0e-5`.
 NUMBER_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-PLAIN_NAMES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "dict": "a mapping",
-    "list": "a list",
-}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One field of an upstream config: its type, the texts it is limited to, its default."""
-
-    annotation: ast.expr
-    choices: tuple[str, ...] = ()
-    default: Any = None
-
-    def convert(self, value: Any) -> Any:
-        """Give the value as upstream takes it.
-
-        Raises:
-            ValueError: The value isn't one of the field; the message says what was expected.
-        """
-        if isinstance(value, str) and self.choices and value not in self.choices:
-            near = did_you_mean(value, self.choices)
-            names = f"one of {len(self.choices)} names" if near else ", ".join(self.choices)
-            raise ValueError(f"expected {names}; got {shown(value)}{near}")
-        fits, converted = _convert(self.annotation, value)
-        if not fits:
-            raise ValueError(f"expected {_describe(self.annotation)}; got {shown(value)}")
-        return converted
+MOST_LISTED = 10  # of more names a message gives the number, where one of them is near
 
 
 def as_number(value: Any) -> Any:
@@ -64,40 +44,120 @@ def as_number(value: Any) -> Any:
     return value
 
 
+def _as_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_numbers(item) for key, item in value.items()}
+    return [_as_numbers(item) for item in value] if isinstance(value, list) else as_number(value)
+
+
+class _Object:
+    """Stands for upstream's own classes, of which YAML can hold no object."""
+
+
+Number = Annotated[int | float, BeforeValidator(as_number)]  # a whole number stays one
+Anything = Annotated[Any, BeforeValidator(_as_numbers)]
+GENERICS: dict[str, Any] = {"list": list, "dict": dict, "tuple": tuple}
+FROM_ENUM = "from an enum"
+CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True)
+TYPES: dict[str, Any] = {
+    "int": int,
+    "float": Number,
+    "bool": bool,
+    "str": str,
+    "dict": dict[str, Anything],
+    "list": list[Anything],
+    "Any": Anything,
+}
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    Number: "a number",
+    bool: "true or false",
+    str: "text",
+    list[Anything]: "a list",
+    type(None): "null",
+    _Object: "nothing that YAML can hold",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of an upstream config.
+
+    Args:
+        statement: Its line, `name: type = default`.
+        owner: The class that it stands in.
+        file: The source of the class.
+    """
+
+    statement: ast.AnnAssign
+    owner: ast.ClassDef
+    file: Path
+
+    @property
+    def default(self) -> Any:
+        """The `8` of `= 8` or `= field(default=8, …)`; None where it isn't a plain value."""
+        value = self.statement.value
+        if isinstance(value, ast.Call):
+            value = next((each.value for each in value.keywords if each.arg == "default"), None)
+        if isinstance(value, ast.Name):
+            value = _last_value(self.owner, value.id)
+        try:
+            return None if value is None else ast.literal_eval(value)
+        except ValueError:
+            return None
+
+    @functools.cached_property
+    def type(self) -> Any:
+        """The type of what a recipe may say here."""
+        return _type(self.statement.annotation, self.file, _listed_choices(self.statement.value))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The texts that stand in its type."""
+        return tuple(each for each in _literals(self.type) if isinstance(each, str))
+
+    @functools.cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.type, config=CONFIG)
+
+    def convert(self, value: Any) -> Any:
+        """Turn a recipe's value into what upstream takes.
+
+        Raises:
+            ValueError: The value isn't one of the field; the message says what was expected.
+        """
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError:
+            near = did_you_mean(value, self.choices)
+            many = near and len(self.choices) > MOST_LISTED
+            expected = f"one of {len(self.choices)} names" if many else _described(self.type)
+            raise ValueError(f"expected {expected}; got {shown(value)}{near}") from None
+
+
 @functools.cache
 def sft_config_fields() -> dict[str, Field]:
-    """Give the fields of the installed `trl.SFTConfig` with those of its bases."""
+    """Read the fields of the installed `trl.SFTConfig` with those of its bases."""
     return _fields(SFT_CONFIG)
 
 
 @functools.cache
 def lora_config_fields() -> dict[str, Field]:
-    """Give the fields that the installed `peft.LoraConfig` itself declares."""
+    """Read the fields that the installed `peft.LoraConfig` itself declares."""
     return _fields(LORA_CONFIG)
 
 
 def _fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
     fields: dict[str, Field] = {}
-    for package, file, name in classes:
-        path = _folder(package) / file
-        for statement in _class(path, name).body:
+    for package, name, class_name in classes:
+        file = _folder(package) / name
+        owner = _class(file, class_name)
+        if owner is None:
+            raise LookupError(f"{file.name} has no class {class_name}")
+        for statement in owner.body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                choices = _listed_choices(statement.value) or _enum_choices(
-                    path, statement.annotation
-                )
-                default = _default(statement.value)
-                fields[statement.target.id] = Field(statement.annotation, choices, default)
+                fields[statement.target.id] = Field(statement, owner, file)
     return fields
-
-
-def _default(value: ast.expr | None) -> Any:
-    """Read `= 8` or `= field(default=8, …)`; None where the default isn't a plain value."""
-    if isinstance(value, ast.Call):
-        value = next((each.value for each in value.keywords if each.arg == "default"), None)
-    try:
-        return None if value is None else ast.literal_eval(value)
-    except ValueError:
-        return None
 
 
 def _folder(package: str) -> Path:
@@ -108,154 +168,137 @@ def _folder(package: str) -> Path:
 
 
 @functools.cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def _class(path: Path, name: str) -> ast.ClassDef:
-    for statement in _tree(path).body:
-        if isinstance(statement, ast.ClassDef) and statement.name == name:
-            return statement
-    raise LookupError(f"{path.name} has no class {name}")
+def _class(file: Path, name: str) -> ast.ClassDef | None:
+    classes = (each for each in _tree(file).body if isinstance(each, ast.ClassDef))
+    return next((each for each in classes if each.name == name), None)
 
 
-def _listed_choices(default: ast.expr | None) -> tuple[str, ...]:
+def _last_value(owner: ast.ClassDef, name: str) -> ast.expr | None:
+    """Find what a class body sets a name to: a later value is for newer libraries."""
+    values = [
+        each.value
+        for each in ast.walk(owner)
+        if isinstance(each, ast.Assign) and [_name(target) for target in each.targets] == [name]
+    ]
+    return values[-1] if values else None
+
+
+def _listed_choices(value: ast.expr | None) -> tuple[str, ...]:
     """Read `field(metadata={"choices": [...]})`, where it is a plain list."""
-    for node in ast.walk(default) if default else ():
+    for node in ast.walk(value) if value else ():
         if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
+            for key, item in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value == "choices":
-                    return _texts(value.elts) if isinstance(value, ast.List) else ()
+                    return _constants(item.elts) if isinstance(item, ast.List) else ()
     return ()
 
 
-def _enum_choices(path: Path, annotation: ast.expr) -> tuple[str, ...]:
-    """Read the values of `SchedulerType` where the annotation is `SchedulerType | str`."""
-    names = [_name(member) for member in _members(annotation)]
-    enums = [name for name in names if name not in PLAIN_NAMES and _is_enum_name(name)]
-    if "str" not in names or len(enums) != 1:
-        return ()
-    for statement in _tree(path).body:
-        if isinstance(statement, ast.ImportFrom) and enums[0] in [a.name for a in statement.names]:
-            path = path.parent / f"{statement.module}.py"
-            break
-    body = _class(path, enums[0]).body
-    return _texts([statement.value for statement in body if isinstance(statement, ast.Assign)])
-
-
-def _texts(nodes: list[ast.expr]) -> tuple[str, ...]:
-    return tuple(
-        node.value
-        for node in nodes
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    )
-
-
-def _is_enum_name(name: str) -> bool:
-    return name.endswith(("Names", "Type", "Strategy", "Option"))
+def _constants(nodes: list[ast.expr]) -> tuple[Any, ...]:
+    return tuple(node.value for node in nodes if isinstance(node, ast.Constant))
 
 
 def _name(node: ast.expr) -> str:
-    if isinstance(node, ast.Subscript):
-        return _name(node.value)
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def _members(node: ast.expr) -> list[ast.expr]:
-    """Give the members of a union, in whichever way it is written; else the annotation itself."""
+def _type(node: ast.expr, file: Path, choices: tuple[str, ...]) -> Any:
+    """Build the type that an annotation writes; of text only the choices, if there are any."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return _members(ast.parse(node.value, mode="eval").body)
-    if isinstance(node, ast.BinOp):
-        return _members(node.left) + _members(node.right)
-    if isinstance(node, ast.Subscript) and _name(node) == "Optional":
-        return [*_members(node.slice), ast.Constant(None)]
-    if isinstance(node, ast.Subscript) and _name(node) == "Union":
-        return [member for part in _arguments(node) for member in _members(part)]
-    return [node]
-
-
-def _arguments(node: ast.expr) -> list[ast.expr]:
-    """Give what stands in the brackets: `int` and `str` of `dict[int, str]`."""
-    if not isinstance(node, ast.Subscript):
-        return []
-    return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
-
-
-def _convert(annotation: ast.expr, value: Any) -> tuple[bool, Any]:
-    for member in _members(annotation):
-        fits, converted = _convert_member(member, value)
-        if fits:
-            return True, converted
-    return False, value
-
-
-def _convert_member(node: ast.expr, value: Any) -> tuple[bool, Any]:
-    name = _name(node)
+        node = ast.parse(node.value, mode="eval").body
     if isinstance(node, ast.Constant):
-        return value is node.value, value
-    if name == "Literal":
-        wanted = [arg.value for arg in _arguments(node) if isinstance(arg, ast.Constant)]
-        return any(_is_literal(each, value) for each in wanted), value
-    if name == "float":
-        value = as_number(value)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number, value
-    if name in ("int", "bool"):
-        return type(value).__name__ == name, value
-    if name == "dict" or (name == "Any" and isinstance(value, dict)):
-        return _convert_items(node, value)
-    if name in ("list", "tuple") or (name == "Any" and isinstance(value, list)):
-        return _convert_list(name, node, value)
-    if name == "Any":
-        return True, as_number(value)
-    return (name == "str" or _is_enum_name(name)) and isinstance(value, str), value
-
-
-def _is_literal(wanted: Any, value: Any) -> bool:
-    if isinstance(wanted, str) and isinstance(value, str):
-        # peft writes `pissa_niter_[number of iters]` where a number stands in the value.
-        return re.fullmatch(re.sub(r"\\\[.*?\\\]", ".+", re.escape(wanted)), value) is not None
-    return type(value) is type(wanted) and value == wanted
-
-
-def _convert_items(node: ast.expr, value: Any) -> tuple[bool, Any]:
-    if not isinstance(value, dict):
-        return False, value
-    kind = _arguments(node)[1] if _arguments(node) else ast.Name("Any")
-    pairs = {key: _convert(kind, item) for key, item in value.items()}
-    return all(fits for fits, _ in pairs.values()), {key: pair[1] for key, pair in pairs.items()}
-
-
-def _convert_list(name: str, node: ast.expr, value: Any) -> tuple[bool, Any]:
-    if not isinstance(value, list):
-        return False, value
-    kinds = _arguments(node) or [ast.Name("Any")]
-    if name != "tuple":
-        kinds = kinds * len(value)
-    if len(kinds) != len(value):
-        return False, value
-    pairs = [_convert(kind, item) for kind, item in zip(kinds, value, strict=True)]
-    return all(fits for fits, _ in pairs), [item for _, item in pairs]
-
-
-def _describe(annotation: ast.expr) -> str:
-    parts: list[str] = []
-    for node in _members(annotation):
+        return type(node.value)  # None
+    if isinstance(node, ast.BinOp):
+        return _union(_type(each, file, choices) for each in (node.left, node.right))
+    if not isinstance(node, ast.Subscript):
         name = _name(node)
-        if isinstance(node, ast.Constant):
-            parts.append("null" if node.value is None else str(node.value))
-        elif name == "Literal":
-            wanted = [arg.value for arg in _arguments(node) if isinstance(arg, ast.Constant)]
-            parts += [str(each).lower() if isinstance(each, bool) else str(each) for each in wanted]
-        elif name == "list" and _arguments(node):
-            parts.append(f"a list (each: {_describe(_arguments(node)[0])})")
-        elif name == "tuple":
-            parts.append("a list of " + " and ".join(map(_describe, _arguments(node))))
-        elif name in PLAIN_NAMES:
-            parts.append(PLAIN_NAMES[name])
-        elif _is_enum_name(name):
-            parts.append("text")
-    parts = list(dict.fromkeys(parts)) or ["nothing that YAML can hold"]
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " or " + parts[-1]
+        if name == "str" and choices:
+            return _one_of(choices)
+        return TYPES.get(name) or _enum(name, file) or _Object
+    name = _name(node.value)
+    parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if name == "Literal":
+        return _one_of(_constants(parts))
+    types = [_type(each, file, choices) for each in parts]
+    if name in ("Optional", "Union"):
+        return _union([*types, type(None)] if name == "Optional" else types)
+    kind = GENERICS[name][tuple(types)] if name in GENERICS else _Object
+    # YAML has lists and no tuples, in a recipe and where the resolved one is written.
+    return Annotated[kind, Strict(False), AfterValidator(list)] if name == "tuple" else kind
+
+
+def _union(types: Iterable[Any]) -> Any:
+    members = [
+        member
+        for each in types
+        for member in (get_args(each) if get_origin(each) is Union else [each])
+        if member is not _Object
+    ]
+    # `SchedulerType | str` means one of the enum's names.
+    if any(FROM_ENUM in get_args(each) for each in members):
+        members = [each for each in members if each is not str]
+    return Union[tuple(members)] if members else _Object  # noqa: UP007
+
+
+def _one_of(wanted: tuple[Any, ...]) -> Any:
+    """Build the type of a few values, compared as written: to pydantic's own, 1 would be True.
+
+    Brackets stand for any text: peft writes `pissa_niter_[number of iters]`.
+    """
+    forms = [re.sub(r"\\\[.*?\\\]", ".+", re.escape(repr(each))) for each in wanted]
+
+    def check(value: Any) -> Any:
+        if not re.fullmatch("|".join(forms), repr(value)):
+            raise ValueError("another value")
+        return value
+
+    return Annotated[Literal[wanted], PlainValidator(check)]
+
+
+def _enum(name: str, file: Path) -> Any:
+    """Build the type of an enum's values; None if the name is another class's."""
+    for statement in _tree(file).body:
+        if isinstance(statement, ast.ImportFrom) and name in [a.name for a in statement.names]:
+            file = file.parents[max(statement.level, 1) - 1] / f"{statement.module}.py"
+            break
+    found = _class(file, name) if file.exists() else None
+    if found is None or not any(_name(base).endswith("Enum") for base in found.bases):
+        return None
+    values = [each.value for each in found.body if isinstance(each, ast.Assign)]
+    return Annotated[_one_of(_constants(values)), FROM_ENUM]
+
+
+def _literals(kind: Any) -> Iterator[Any]:
+    if get_origin(kind) is Literal:
+        yield from get_args(kind)
+    else:
+        for part in get_args(kind):
+            yield from _literals(part)
+
+
+def _described(kind: Any) -> str:
+    words = list(dict.fromkeys(_words(kind)))
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _words(kind: Any) -> Iterator[str]:
+    """Name each member of a type in the words of whoever writes YAML."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind in WORDS:
+        yield WORDS[kind]
+    elif origin is Literal:
+        yield from (str(each).lower() if isinstance(each, bool) else str(each) for each in parts)
+    elif origin in (Union, Annotated):
+        for each in parts if origin is Union else parts[:1]:
+            yield from _words(each)
+    elif origin is list:
+        yield f"a list (each: {_described(parts[0])})"
+    elif origin is tuple:
+        yield "a list of " + " and ".join(map(_described, parts))
+    else:
+        yield "a mapping"
