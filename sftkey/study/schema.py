@@ -128,36 +128,50 @@ class OwnStrategy(Section):
     """A strategy that isn't built in; its stages stand as in a recipe."""
 
     stages: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)]
+    """The arm's stages, as a recipe writes them; one without `trainer` takes the recipe's."""
     overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Changes to the recipe in this arm, as on the command line."""
 
 
 class Choice(Section):
-    """What is chosen on the validation rows: for every stage of every arm from the same grid.
+    """What is chosen on the validation rows, for every stage of every arm from the same values.
 
-    One run a value, on one seed and a part of the training rows. The value is taken whose stage
-    ends with the best `by`: Acc of the answers after the model's own thinking (of equal ones that
-    with the lower loss of the key), or the validation loss of the key or of the whole completion.
-    A loss reads the reference's thinking, so that it doesn't see what a stage does to the model's.
+    There is one run a value. A loss is measured behind the reference's thinking, so it doesn't see
+    what a stage does to the model's own.
     """
 
     learning_rate: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
-    weight: Annotated[tuple[Positive, ...], Field(strict=False)] = ()  # of the key in `weighted`
+    """The learning rates to choose from."""
+    weight: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
+    """The weights of the key to choose from, in the arm `weighted`."""
     seed: Seed = 1
+    """The seed of these runs."""
     num_rows: Count = 500
+    """How many training rows each of these runs reads."""
     by: Literal["accuracy", "key", "completion"] = "accuracy"
+    """Take the value with the most right answers (of equal ones the lower loss of the key), or
+    with the lowest validation loss of the `key` or of the `completion`."""
 
 
 class Study(Section):
     """Arms times seeds over one or more recipes."""
 
     name: RunName
+    """The study's name: it is kept in `runs/NAME`."""
     recipes: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    """The recipes' files, relative to the study's; each is a task."""
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
+    """The seeds that every arm is trained with."""
     control: Text
+    """The arm that every other arm is compared with."""
     arms: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    """What is compared: names of built-in strategies, or of those below `strategies`."""
     strategies: dict[RunName, OwnStrategy] = {}
+    """Strategies of your own, by name."""
     overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Changes to all recipes, as on the command line."""
     choose: Choice | None = None
+    """Settings that are chosen on the validation rows before the arms are trained."""
 
     def strategy(self, arm: str) -> Strategy:
         """Give the strategy of an arm."""
