@@ -107,7 +107,7 @@ class KeyCollator:
     """Pad rows on the right, by their length, and label the tokens of one stage.
 
     It works in anybody's `SFTTrainer` over rows with `input_ids` and `segment_ids`; other columns
-    are left aside. Rows with `seq_lengths` are packs (`sftkey.data.packing`): positions that begin
+    are left aside. Rows with `seq_lengths` are packs (`sftkey.data.collator`): positions that begin
     anew keep their rows apart, provided that the model gets neither a mask nor a cache.
 
     Args:

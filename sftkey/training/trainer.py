@@ -57,10 +57,10 @@ class KeyTrainer(SFTTrainer):
 
     Args:
         model: The model with what is to be trained set to require gradients.
-        args: Built by `sftkey.training.arguments`; preparation of the data set is switched off.
+        args: Built by `sftkey.training.stage`; preparation of the data set is switched off.
         loss_on: What the stage trains.
         tokenizer: Gives the id that fills up short rows.
-        train_dataset: Rows with `input_ids` and `segment_ids`, or packs (`sftkey.data.packing`).
+        train_dataset: Rows with `input_ids` and `segment_ids`, or packs (`sftkey.data.collator`).
         eval_dataset: The validation rows, of the same form.
         callbacks: As in transformers.
         context: What gradient flows through prompt and thinking. `exact`: all that there is;

@@ -1,0 +1,234 @@
+"""Columns are guessed by their names and by what rules split; the rest is left to the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftkey.adapt.data import choose_data, choose_grader, measure
+from sftkey.data import sources
+from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.response import Example
+from sftkey.errors import DataError
+from sftkey.recipe.schema import ResponseSection
+from tests.support.model_folders import sums, write_rows
+from tests.support.tokenizers import CHATML, made
+
+HELD_OUT = {"validation": 4, "test": 4, "overlap": "drop"}
+THOUGHT = "<think>\nSo.\n</think>\n\n7"
+
+
+def turns(content: str, **more: str) -> list[dict[str, str]]:
+    """Make a conversation of one question."""
+    return [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": content, **more},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (
+            {"question": "Q", "cot": "c", "answer": "7"},
+            {"prompt": "{question}", "thinking": "{cot}", "answer": "{answer}"},
+        ),
+        (
+            {"prompt": "Q", "thinking": "c", "answer": "7"},
+            {"prompt": "{prompt}", "thinking": "{thinking}", "answer": "{answer}"},
+        ),
+        (
+            {"instruction": "Q", "input": "of this", "rationale": "c", "label": "7"},
+            {
+                "prompt": "{instruction}\n\n{input}",
+                "thinking": "{rationale}",
+                "answer": "{label}",
+            },
+        ),
+        (
+            {"question": "Q", "answer": "c\n#### 7"},
+            {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"},
+        ),
+        (
+            {"problem": "Q", "solution": "c \\boxed{7}", "source": "x"},
+            {"prompt": "{problem}", "response": "solution", "split_rule": "boxed"},
+        ),
+        (
+            {"prompt": "Q", "response": THOUGHT},
+            {"prompt": "{prompt}", "response": "response", "split_rule": "think_tags"},
+        ),
+        ({"messages": turns(THOUGHT)}, {"split_rule": "think_tags"}),
+        ({"messages": turns("7", reasoning_content="c"), "prompt": "Q"}, {}),
+    ],
+    ids=lambda value: "-".join(value) if "-".join(value) else "none",
+)
+def test_columns_that_say_what_they_are(
+    tmp_path: Path, row: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    """Names and rules tell how rows are read, and the rows become examples."""
+    source = write_rows(tmp_path / "rows.jsonl", [row] * 40)
+    choice = choose_data(source, seed=0, plain=False)
+    assert choice.fields == {"source": source, **fields, **HELD_OUT}
+    assert (len(choice.examples), choice.undecided) == (40, [])
+    assert choice.examples[0].answer == "7"
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        (
+            {"id": "1", "body": "x"},
+            {"prompt": "DECIDE: a template, such as {question}; the columns are id, body"},
+        ),
+        (
+            {"question": "Q", "answer": "7"},
+            dict.fromkeys(
+                ("thinking", "answer"),
+                "DECIDE: a template, or a split_rule for the column of both; "
+                "the columns are question, answer",
+            ),
+        ),
+        (
+            {"question": "Q", "id": "7"},
+            dict.fromkeys(
+                ("thinking", "answer"),
+                "DECIDE: a template, or a split_rule for the column of both; "
+                "the columns are question, id",
+            ),
+        ),
+        (
+            {"question": ["Q"], "cot": "c", "answer": "7"},
+            {
+                "prompt": "DECIDE: a template over question, cot, answer; no row could be read: "
+                "message 0 has no text as `role` and `content`"
+            },
+        ),
+        (
+            {"messages": turns("7")},
+            {"thinking": "DECIDE: no rule of ours splits the messages' last turns"},
+        ),
+    ],
+    ids=["no prompt", "no rule", "no answer", "unreadable", "no thinking"],
+)
+def test_columns_that_do_not_are_left_to_the_user(
+    tmp_path: Path, row: dict[str, Any], asked: dict[str, str]
+) -> None:
+    """What no name and no rule tells is marked, and no rows are counted on."""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
+    assert {key: choice.fields[key] for key in choice.undecided} == asked
+    assert choice.examples == []
+
+
+def test_rows_that_a_rule_does_not_split_are_dropped_and_counted(tmp_path: Path) -> None:
+    """A rule that splits nine in ten is the one, and the recipe says what becomes of the others."""
+    rows = [{"question": "Q", "answer": "c\n#### 7"}] * 39 + [{"question": "Q", "answer": "7"}]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.fields["unsplit_rows"] == "drop"
+    assert choice.why["unsplit_rows"] == ("1 of 40 rows, at first: no line that begins with `####`")
+    assert choice.why["split_rule"] == "splits 97.5% of the rows"
+
+
+def test_plain_prompts_end_with_their_line(tmp_path: Path) -> None:
+    """Without a template the answer begins on a line of its own."""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", sums(40)), seed=0, plain=True)
+    assert choice.fields["prompt"] == "{question}\n"
+    assert choice.examples[0].prompt == "What is 0 + 0?\n"
+
+
+def test_plain_frames_take_no_conversations(tmp_path: Path) -> None:
+    """Without a template nobody knows how to write roles."""
+    source = write_rows(tmp_path / "rows.jsonl", [{"messages": turns(THOUGHT)}] * 40)
+    choice = choose_data(source, seed=0, plain=True)
+    assert choice.fields["prompt"] == "DECIDE: one text; the plain frame takes no messages"
+
+
+def test_splits_of_a_folder_are_its_own(tmp_path: Path) -> None:
+    """Files that are called validation and test are these; what is missing is held out."""
+    write_rows(tmp_path / "train.jsonl", sums(40))
+    write_rows(tmp_path / "test.jsonl", sums(5))
+    choice = choose_data(str(tmp_path), seed=0, plain=False)
+    assert (choice.fields["validation"], choice.fields["test"]) == (4, "test")
+
+
+def test_few_rows_are_not_held_out(tmp_path: Path) -> None:
+    """Of nine rows none is taken away."""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", sums(9)), seed=0, plain=False)
+    assert not choice.fields.keys() & HELD_OUT.keys()
+
+
+def test_a_built_in_name_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns are known; the recipe repeats none of them."""
+
+    def rows(data: Any, split: str) -> list[dict[str, Any]]:
+        assert (data.source, data.config) == ("openai/gsm8k", "main")
+        if split == "validation":
+            raise DataError(data.source, "no such split")
+        return [{"question": "Q", "answer": f"c\n#### {n}"} for n in range(40)]
+
+    monkeypatch.setattr(sources, "hub_rows", rows)
+    choice = choose_data("gsm8k", seed=0, plain=False)
+    held_out = {"validation": 4, "test": "test", "overlap": "drop"}
+    assert choice.fields == {"source": "gsm8k", **held_out}
+    assert choose_data("gsm8k", seed=0, plain=True).fields["prompt"] == "{question}\n"
+
+
+@pytest.fixture
+def frame() -> Frame:
+    """Give a frame."""
+    return probe_frame(made("look_ahead", CHATML), ResponseSection())
+
+
+def lengths_of(frame: Frame, lengths: list[int], most: int | None = None) -> tuple[int, int, str]:
+    """Measure rows whose thinking holds so many digits, each group of three a token."""
+    examples = [Example("Q", "123" * length, "7", n) for n, length in enumerate(lengths)]
+    found = measure(examples, frame, most)
+    return found.max_length, found.max_new_tokens, found.why
+
+
+def test_the_length_is_the_longest_rows(frame: Frame) -> None:
+    """Where one row in a thousand isn't far longer, all fit, to the next 64."""
+    length, new, why = lengths_of(frame, [10] * 999 + [20])
+    assert length % 64 == new % 64 == 0
+    longest = int(why.split()[-2])
+    assert why == f"the longest row has {longest} tokens"
+    assert length - 64 < longest <= length
+
+
+def test_few_long_rows_do_not_set_the_length(frame: Frame) -> None:
+    """Otherwise 99.5 of 100 rows fit, and the reason names the longest."""
+    usual, _, _ = lengths_of(frame, [10] * 1000)
+    length, new, why = lengths_of(frame, [10] * 999 + [2000])
+    assert length == usual
+    assert new <= length
+    assert why.startswith("holds 99.5% of the rows; the longest has ")
+
+
+def test_the_models_positions_are_the_limit(frame: Frame) -> None:
+    """No row may be longer than what the model can read."""
+    length, _, why = lengths_of(frame, [1000] * 10, most=512)
+    assert length == 512
+    assert why.startswith("the model's positions end there; the longest row has ")
+
+
+def test_rows_of_which_none_is_tokenized_are_refused(frame: Frame) -> None:
+    """If every row holds the text of a special token, no length is right."""
+    with pytest.raises(DataError) as raised:
+        measure([Example("Q", "</s>", "7", 0)], frame, None)
+    assert str(raised.value) == "--data: no row can be tokenized in this model's frame"
+
+
+@pytest.mark.parametrize(
+    ("answers", "grader"),
+    [
+        (["7", "-3.5", "1,000", "$5", "20%"], "number"),
+        (["A", "(B)", "C."], "choice"),
+        (["\\frac{1}{2}", "7", "x^2"], "math"),
+        (["Paris", "7"], "exact"),
+    ],
+)
+def test_the_grader_fits_the_answers(answers: list[str], grader: str) -> None:
+    """Numbers, letters, formulas, texts."""
+    examples = [Example("Q", "", answer, n) for n, answer in enumerate(answers)]
+    assert choose_grader(examples)[0] == grader

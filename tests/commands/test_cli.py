@@ -1,0 +1,120 @@
+"""The command line: what it lists, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import sftkey.commands.ls
+from sftkey.cli import main
+from sftkey.errors import RunError
+
+COMMANDS = (
+    *("train", "check", "ls", "show", "adapt", "evaluate", "compare"),
+    *("diagnose", "study", "generate", "merge"),
+)
+
+
+def ended(*arguments: str) -> int:
+    """Give the exit code of a command."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def failing(error: BaseException) -> Any:
+    """Make a command that raises."""
+
+    def command(as_json: bool = False) -> None:
+        raise error
+
+    return command
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help lists the commands, each with a sentence that isn't cut."""
+    assert ended("--help") == 0
+    lines = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def seconds(*arguments: str) -> float:
+    """Measure the seconds of a core that a Python process takes, the best of three."""
+    timed = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=2, check=True); "
+    timed += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)"
+    command = [sys.executable, "-c", timed, sys.executable, *arguments]
+    runs = [subprocess.run(command, check=True, capture_output=True) for _ in range(3)]
+    return min(float(run.stdout) for run in runs)
+
+
+def test_help_is_quick() -> None:
+    """`sftkey --help` takes a third of what torch alone takes to be imported."""
+    assert seconds("-m", "sftkey.cli", "--help") < seconds("-c", "import torch") / 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command's help says how it is called."""
+    assert ended(command, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"Usage: sftkey {command} ")
+
+
+def test_an_error_of_the_user_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an error goes to stderr whole, without a traceback, and nothing goes to stdout."""
+    error = RunError("runs/x", "expected a run's folder; got nothing", hint="train first")
+    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(error))
+    assert ended("ls") == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "error: runs/x: expected a run's folder; got nothing\nhint: train first\n"
+    )
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "ls"), ("ls", "--debug")])
+def test_debug_shows_the_traceback(
+    arguments: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With --debug, before or after the command, the traceback comes first; the code stays 2."""
+    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(RunError("runs/x", "wrong")))
+    assert ended(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Traceback (most recent call last):\n")
+    assert captured.err.endswith("error: runs/x: wrong\n")
+
+
+def test_another_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't the user's mistake isn't dressed up as one."""
+    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["ls"])
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted command ends as shells expect it, without a traceback."""
+    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(KeyboardInterrupt()))
+    assert ended("ls") == 130
+
+
+def test_a_misspelt_command_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """A command that there isn't is the user's mistake too."""
+    assert ended("trian") == 2
+    assert "No such command 'trian'" in capsys.readouterr().err
+
+
+def test_no_telemetry_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command tells huggingface_hub, and so TRL, to report nothing."""
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    ended("ls", "--help")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

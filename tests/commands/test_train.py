@@ -1,0 +1,59 @@
+"""`sftkey train` and `python -m sftkey.train` check a recipe's form before anything heavy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEMO = "recipes/smollm2-135m/demo.yaml"
+SFTKEY = [sys.executable, "-m", "sftkey.cli", "train"]
+MODULE = [sys.executable, "-m", "sftkey.commands.train"]
+
+
+@pytest.mark.parametrize("way", [SFTKEY, MODULE], ids=["sftkey", "module"])
+def test_a_misspelt_key_is_refused_before_torch_is_loaded(way: list[str], tmp_path: Path) -> None:
+    """Exit code 2, both names in the message, no traceback; an import of torch would fail."""
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*way, DEMO, "stages.key.trainer.learning_rte=1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: {DEMO}: 1 problem\n"
+        "  override stages.key.trainer.learning_rte=1: unknown key; did you mean `learning_rate`?\n"
+    )
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    """A file that there isn't is named, with the command that shows the ones that there are."""
+    done = subprocess.run([*SFTKEY, "no.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no.yaml: expected a recipe file; ")
+    assert "`sftkey ls`" in done.stderr
+
+
+def test_the_launcher_trains_as_the_readme_says(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`accelerate launch -m sftkey.train RECIPE a.b=c` trains and prints the table."""
+    recipe = tiny_recipe(eval={"num_questions": 2, "max_new_tokens": 4})
+    config = str(ROOT / "accelerate_configs" / "cpu.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command = [*launch, "-m", "sftkey.commands.train", str(recipe), "trainer.max_steps=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "completion 1 steps, key 1 steps" in done.stderr
+    stages = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
+    assert stages[1:4] == ["base", "completion", "key"]

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.response import Example, Segment
+from sftkey.data.tokenization import Refusal, Row, fit, tokenize
+from sftkey.errors import DataError
+from sftkey.recipe.schema import ResponseSection
+from tests.support.tokenizers import CHATML, KINDS, SPECIAL, TEXT, made
+
+LONG = Example("Q", "3 cats: 12\n2 birds: 4\n" * 5, "16", 4)
+SHORT = Example("Q", "4", "16", 5)
+
+
+@pytest.fixture
+def frame() -> Frame:
+    """Give a frame whose tokens are short."""
+    return probe_frame(made("look_ahead", CHATML), ResponseSection())
+
+
+def key_of(row: Row) -> list[int]:
+    """Give the ids after the thinking."""
+    return [
+        number
+        for number, segment in zip(row.input_ids, row.segment_ids, strict=True)
+        if segment > Segment.THINKING
+    ]
+
+
+def test_rows_that_fit_stay(frame: Frame) -> None:
+    """A row of just the length is left alone, whatever happens to longer ones."""
+    rows = tokenize([LONG, SHORT], frame)
+    length = max(len(row.input_ids) for row in rows if isinstance(row, Row))
+    for too_long in ("drop", "trim_thinking", "error"):
+        assert fit(rows, [LONG, SHORT], frame, length, too_long) == rows
+
+
+def test_drop_refuses_long_rows(frame: Frame) -> None:
+    """The reason says the length; a row that was refused before keeps its own reason."""
+    examples = [LONG, SHORT, Example("Q", "</s>", "7", 6)]
+    rows = tokenize(examples, frame)
+    assert isinstance(rows[1], Row)
+    fitted = fit(rows, examples, frame, len(rows[1].input_ids), "drop")
+    longer = f"longer than {len(rows[1].input_ids)} tokens"
+    assert fitted == [Refusal(4, longer), rows[1], rows[2]]
+
+
+def test_error_names_the_rows(frame: Frame) -> None:
+    """Every long row is named at once, the first 20 of them by number."""
+    examples = [Example("Q", LONG.thinking, "16", number) for number in range(3, 25)]
+    rows = tokenize(examples, frame)
+    assert isinstance(rows[0], Row)
+    with pytest.raises(DataError) as raised:
+        fit(rows, examples, frame, 30, "error")
+    assert str(raised.value) == (
+        "data.max_length: expected rows of at most 30 tokens; "
+        f"got 22 of up to {len(rows[0].input_ids)}: "
+        "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, …\n"
+        "hint: rows count from 0; raise data.max_length, "
+        "or choose data.too_long: drop or trim_thinking"
+    )
+
+
+def test_trimming_refuses_what_cannot_fit(frame: Frame) -> None:
+    """Prompt and key alone may be too long: then the row goes, for the key is never cut."""
+    rows = tokenize([LONG], frame)
+    assert fit(rows, [LONG], frame, 10, "trim_thinking") == [
+        Refusal(4, "longer than 10 tokens even without thinking")
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(thinking=TEXT, answer=TEXT, share=st.floats(0, 1))
+def test_trimming_takes_the_thinkings_end_and_never_the_key(
+    kind: str, thinking: str, answer: str, share: float
+) -> None:
+    """A trimmed row is what tokenizing a shorter thinking gives, with tag and key whole."""
+    assume(not any(token in thinking * 3 for token in SPECIAL))
+    frame = probe_frame(made(kind, CHATML), ResponseSection())
+    example, bare = (Example("Q", text, answer, 0) for text in (thinking * 3, ""))
+    whole, smallest = tokenize([example, bare], frame)
+    assert isinstance(whole, Row)
+    assert isinstance(smallest, Row)
+    least, most = len(smallest.input_ids), len(whole.input_ids)
+    length = max(least, round(least + share * (most - least)))
+    (row,) = fit([whole], [example], frame, length, "trim_thinking")
+    assert isinstance(row, Row)
+    assert len(row.input_ids) <= length
+    assert key_of(row)[-1] == frame.end_id
+    tokenizer = frame.tokenizer
+    tail = f"</Thinking>\n<Answer>\n{answer}\n</Answer><|im_end|>"
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    tail = normalizer.normalize_str(tail) if normalizer else tail
+    assert tokenizer.decode(row.input_ids).endswith(tail)
+    shorter = [
+        Example("Q", example.thinking[:cut], answer, 0) for cut in range(len(thinking) * 3 + 1)
+    ]
+    assert row in tokenize(shorter, frame)

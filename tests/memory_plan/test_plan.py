@@ -1,0 +1,387 @@
+"""The plan counts what is held, finds what fits, and says what to write where nothing does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sftkey.adapt.adapt import adapt
+from sftkey.commands.check import check
+from sftkey.errors import CheckError, ModelError, RecipeError, SFTKeyError
+from sftkey.memory_plan.held import (
+    adapter_bytes,
+    constant_bytes,
+    optimizer_bytes,
+    setting_of,
+    weight_bytes,
+)
+from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, make_plan, size_bytes
+from sftkey.memory_plan.shape import read_shape
+from sftkey.models.device import Device
+from sftkey.models.loading import load_model
+from sftkey.recipe.collection import RECIPES, recipe_files
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import ModelSection, Recipe
+from tests.support.model_folders import model_folder, sums, write_rows
+
+QWEN3_8B: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+RECIPE = RECIPES / "qwen3-8b" / "gsm8k.yaml"
+LEAVE_OUT = "hint: leave --gpu out"
+# The architectures of the models that the recipes name.
+OF_FOLDER = {
+    "deepseek-r1-distill-qwen-1.5b": "qwen2",
+    "gemma-3-1b-it": "gemma3_text",
+    "gpt-oss-20b": "gpt_oss",
+    "granite-3.3-2b-instruct": "granite",
+    "lfm2-1.2b": "lfm2",
+    "mistral-7b-instruct-v0.3": "mistral",
+    "olmo-2-1b-instruct": "olmo2",
+    "phi-4-mini-instruct": "phi3",
+    "qwen2.5-1.5b": "qwen2",
+    "qwen2.5-3b": "qwen2",
+    "qwen2.5-7b": "qwen2",
+    "qwen3-4b": "qwen3",
+    "qwen3-8b": "qwen3",
+    "qwen3-8b-base": "qwen3",
+    "smollm3-3b-base": "smollm3",
+}
+NOT_PLANNED = {"gpt_oss", "lfm2"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Make a folder that holds a config.json of Qwen3-8B's shape, and nothing else."""
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(QWEN3_8B))
+    return made
+
+
+def loader(folder: Path, *overrides: str) -> Callable[..., Recipe]:
+    """Give what loads the recipe of Qwen3-8B with the folder's model, and further overrides."""
+    model = f"model.name_or_path={folder}"
+    return lambda more=(): load_recipe(RECIPE, [model, *overrides, *more])
+
+
+def test_nf4_is_counted_as_bitsandbytes_holds_it(tiny_folder: Path) -> None:
+    """Packed weights, both levels of constants, and what stays unquantized, to the byte."""
+    section = ModelSection(name_or_path=str(tiny_folder))
+    model = load_model(section, Device("cpu", 0, torch.float32))
+    weights = constants = 0
+    for parameter in model.parameters():
+        weights += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            nested = (state.state2.absmax, state.state2.code, state.offset)
+            tensors = (state.absmax, state.code, *nested)
+            constants += sum(each.numel() * each.element_size() for each in tensors)
+    recipe = load_recipe(RECIPE, [f"model.name_or_path={tiny_folder}"])
+    shape = read_shape(section)
+    setting = setting_of(recipe, recipe.stages[0], shape, "cpu")
+    assert weight_bytes(shape, setting) == weights
+    assert constant_bytes(shape, setting) == constants
+
+
+def test_8b_in_nf4_is_counted_by_hand(folder: Path) -> None:
+    """The sums of the shape on paper: two numbers a byte, embeddings and head in bfloat16."""
+    recipe = loader(folder)()
+    shape = read_shape(recipe.model)
+    setting = setting_of(recipe, recipe.stages[0], shape, "cuda")
+    layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 12288
+    others = 2 * 151936 * 4096 + 36 * (2 * 4096 + 2 * 128) + 4096
+    assert weight_bytes(shape, setting) == 36 * layer // 2 + 2 * others
+    blocks = 36 * layer // 64
+    assert constant_bytes(shape, setting) == blocks + blocks // 256 * 4 + 36 * 7 * 1092
+    pairs = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 12288) * 3
+    assert adapter_bytes(shape, setting) == 36 * 16 * pairs * 4
+    assert optimizer_bytes(shape, setting) == 2 * adapter_bytes(shape, setting)
+    eight = setting_of(
+        loader(folder)(["trainer.optim=adamw_8bit"]), recipe.stages[0], shape, "cuda"
+    )
+    state = optimizer_bytes(shape, eight)
+    assert state == pytest.approx(adapter_bytes(shape, setting) / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("text", ["24GB", "24GiB", "24 gb", "24.0GB"])
+def test_a_gb_is_that_of_a_label(text: str) -> None:
+    """A card that is sold with 24 GB has 24 GiB."""
+    assert size_bytes(text) == 24 * GIB
+
+
+@pytest.mark.parametrize("text", ["24", "24MB", "-3GB", "0GB", "big", "1GB"])
+def test_a_wrong_size_is_refused(text: str, folder: Path) -> None:
+    """Before anything is read."""
+    with pytest.raises(RecipeError) as caught:
+        check(RECIPE, [f"model.name_or_path={folder / 'none'}"], gpu=text)
+    assert str(caught.value) == (
+        f"--gpu: expected a size of memory above 1 GiB; got '{text}'\n"
+        "hint: write --gpu 24GB, for one; a GB is 2^30 bytes here, as on a card's label"
+    )
+
+
+def test_a_plan_needs_a_size() -> None:
+    """`--plan-only` alone has no GPU to plan for."""
+    with pytest.raises(RecipeError) as caught:
+        check(RECIPE, plan_only=True)
+    assert str(caught.value) == (
+        "--plan-only: expected --gpu SIZE beside it\nhint: write --gpu 24GB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        (
+            {"model_type": "mamba"},
+            "its memory can't be planned: the layers of mamba aren't known here\nhint: leave --gpu "
+            "out; known are llama, mistral, granite, smollm3, gemma, qwen2, qwen3, gemma2, "
+            "gemma3_text, olmo2, phi3",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "its memory can't be planned: the weights come quantized\n"
+            "hint: leave --gpu out, or take the unquantized model",
+        ),
+    ],
+)
+def test_an_unknown_model_is_refused(folder: Path, fields: dict[str, Any], what: str) -> None:
+    """It says which families are known."""
+    (folder / "config.json").write_text(json.dumps(QWEN3_8B | fields))
+    with pytest.raises(ModelError) as caught:
+        fit(RECIPE, [f"model.name_or_path={folder}"], "24GB")
+    assert str(caught.value) == f"{folder}: {what}"
+
+
+def test_a_broken_config_is_refused(folder: Path) -> None:
+    """With the place where it breaks."""
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError) as caught:
+        fit(RECIPE, [f"model.name_or_path={folder}"], "24GB")
+    assert str(caught.value) == (
+        f"{folder}: its config.json can't be read: Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)"
+    )
+
+
+def test_what_is_not_counted_is_refused(folder: Path) -> None:
+    """All of it at once."""
+    given = [f"model.name_or_path={folder}", "lora.use_dora=true", "trainer.optim=galore_adamw"]
+    with pytest.raises(CheckError) as caught:
+        fit(RECIPE, [*given, "model.attn_implementation=flex_attention"], "24GB")
+    assert str(caught.value) == (
+        "qwen3-8b-gsm8k, stage completion: 3 problems\n"
+        "  lora.use_dora: what it adds to memory isn't planned\n"
+        "  trainer.optim: galore_adamw: its state isn't planned; known are adamw_torch, "
+        "adamw_torch_fused, paged_adamw_32bit, adamw_8bit, adamw_bnb_8bit, paged_adamw_8bit, "
+        "lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, sgd\n"
+        "  model.attn_implementation: flex_attention: what it keeps isn't planned\n" + LEAVE_OUT
+    )
+
+
+def test_adapters_in_some_layers_are_refused(folder: Path) -> None:
+    """The plan counts layers that are alike."""
+    targets = r"lora.target_modules=model\.layers\.[0-3]\.self_attn\.q_proj"
+    with pytest.raises(CheckError) as caught:
+        fit(RECIPE, [f"model.name_or_path={folder}", targets], "24GB")
+    assert str(caught.value) == (
+        "lora.target_modules: self_attn.q_proj carries an adapter in 4 of 36 layers; the plan "
+        "counts layers that are alike\n" + LEAVE_OUT
+    )
+
+
+def test_what_fits_is_the_most(folder: Path) -> None:
+    """The longest rows and the largest batch fit as planned, and a little more doesn't."""
+    load, size = loader(folder), size_bytes("12GB")
+    recipe = load()
+    shape = read_shape(recipe.model)
+    for stage in make_plan(recipe, shape, size).stages:
+        rows, longest = stage.most_rows, stage.longest
+        trainer = "trainer.per_device_train_batch_size"
+
+        def fits(*overrides: str, name: str = stage.name) -> bool:
+            stages = make_plan(load(overrides), shape, size).stages
+            needed = next(each.peak_bytes for each in stages if each.name == name)
+            return needed + GIB <= size
+
+        assert fits(f"{trainer}={rows}")
+        assert not fits(f"{trainer}={rows + 1}")
+        assert fits(f"data.max_length={longest}")
+        assert not fits(f"data.max_length={longest + 64}")
+
+
+ROWS = ["trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=32"]
+CHANGES: dict[str, tuple[str, list[str], list[str] | None]] = {
+    "fits": ("24GB", [], []),
+    "checkpointing": (
+        "12GB",
+        ["trainer.gradient_checkpointing=false"],
+        ["trainer.gradient_checkpointing=true"],
+    ),
+    "rows": ("8GB", [], ROWS),
+    "nf4": ("16GB", ["model.quantization=none"], ["model.quantization=nf4"]),
+    "length": ("10GB", ["data.max_length=30000"], ["data.max_length=2176"]),
+    "nothing": ("6GB", [], None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_change_is_the_simplest_that_suffices(name: str, folder: Path) -> None:
+    """It is written as overrides, and with them the recipe fits by its own plan."""
+    gpu, overrides, expected = CHANGES[name]
+    load, size = loader(folder, *overrides), size_bytes(gpu)
+    shape = read_shape(load().model)
+    found = changes_that_fit(load, shape, size)
+    assert found == expected
+    assert make_plan(load(), shape, size).fits == (found == [])
+    if found is not None:
+        assert make_plan(load(found), shape, size).fits
+
+
+def test_several_changes_where_one_does_not_suffice(folder: Path) -> None:
+    """None of them can be left out."""
+    given = ["model.quantization=none", "trainer.per_device_train_batch_size=32"]
+    load, size = loader(folder, *given, "data.max_length=4096"), size_bytes("12GB")
+    shape = read_shape(load().model)
+    found = changes_that_fit(load, shape, size)
+    assert found is not None
+    assert "model.quantization=nf4" in found
+    assert len(found) > 1
+    assert make_plan(load(found), shape, size).fits
+    keys = {each.partition("=")[0] for each in found}
+    for key in keys - {"trainer.gradient_accumulation_steps"}:
+        fewer = [each for each in found if each.partition("=")[0] != key]
+        assert not make_plan(load(fewer), shape, size).fits
+
+
+def test_a_detached_key_needs_less(folder: Path) -> None:
+    """Its context leaves a cache, and no activations."""
+    recipe = loader(folder, "trainer.gradient_checkpointing=false", "data.max_length=8192")
+    shape = read_shape(recipe().model)
+    exact = make_plan(recipe(), shape, 24 * GIB).stages[1]
+    detached = make_plan(recipe(["stages.key.context=detached"]), shape, 24 * GIB).stages[1]
+    assert exact.parts["cache"] == 0
+    per_token = 2 * 36 * 1024 * 2  # keys and values of all layers, in bfloat16
+    assert detached.parts["cache"] == pytest.approx(2 * 8192 * per_token, rel=0.001)
+    assert detached.peak_bytes < exact.peak_bytes / 3
+
+
+def test_a_frozen_stage_holds_two_adapters(folder: Path) -> None:
+    """One acts on the context, one is trained; a grid trains all of its own."""
+    load = loader(folder, "stages.key.context=frozen")
+    shape = read_shape(load().model)
+    one, two = make_plan(load(), shape, 24 * GIB).stages
+    assert two.parts["adapters"] == 2 * one.parts["adapters"]
+    assert two.parts["gradients"] == one.parts["gradients"]
+    grid = make_plan(load(["stages.key.grid={r: [16, 32]}"]), shape, 24 * GIB).stages[1]
+    assert grid.parts["gradients"] == 3 * one.parts["gradients"]
+    assert grid.parts["cache"] == 2 * two.parts["cache"]
+
+
+@pytest.mark.parametrize("file", recipe_files(RECIPES), ids=lambda file: file.parent.name)
+def test_every_recipe_has_a_figure_or_one_refusal(file: Path, tmp_path: Path) -> None:
+    """With a config of its model's architecture."""
+    family = OF_FOLDER.get(file.parent.name, "llama")
+    sizes = {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 8192}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    given = [f"model.name_or_path={tmp_path}"]
+    given += [f"model.{key}=null" for key in ("file", "sha256", "revision")]
+    if family in NOT_PLANNED:
+        with pytest.raises(SFTKeyError) as refused:
+            fit(file, given, "24GB")
+        assert f"the layers of {family} aren't known here" in str(refused.value)
+        assert len(refused.value.problems) == 1
+    else:
+        found = fit(file, given, "24GB")
+        assert all(stage.peak_bytes > GIB / 2 for stage in found.plan.stages)
+
+
+def test_the_command_loads_nothing_heavy(folder: Path) -> None:
+    """It plans from a folder with a config alone, and without torch."""
+    code = (
+        "import sys; from sftkey.cli import main\n"
+        "main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    model = f"model={{name_or_path: {folder}}}"
+    command = [sys.executable, "-c", code, "check", str(RECIPE), "--gpu", "24GB", "--plan-only"]
+    done = subprocess.run([*command, model], capture_output=True, text=True, check=True)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0] == "peak memory on CUDA, GiB (planned)"
+    assert "quantization constants 0.10 0.10" in lines
+    assert lines[-1] == "qwen3-8b-gsm8k: fits"
+
+
+def test_json_has_plan_and_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What doesn't fit refuses, with the change as the hint."""
+    with pytest.raises(SystemExit) as ended:
+        check(RECIPE, [f"model.name_or_path={folder}"], True, gpu="8GB", plan_only=True)
+    assert ended.value.code == 2
+    report = json.loads(capsys.readouterr().out)
+    (finding,) = report["findings"]
+    peak = report["plan"]["stages"]["completion"]["peak_bytes"]
+    assert finding == {
+        "code": "memory",
+        "rows": [],
+        "message": f"stage completion needs {peak / GIB:.2f} GiB at its peak, and 1.00 GiB are set "
+        "aside; the GPU has 8.00 GiB",
+        "hint": f"write {' '.join(ROWS)}",
+        "refuses": True,
+    }
+    assert report["plan"]["changes"] == ROWS
+    assert sum(report["plan"]["stages"]["key"]["parts"].values()) <= peak
+
+
+def test_nothing_that_fits_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no change suffices."""
+    with pytest.raises(SystemExit):
+        check(RECIPE, [f"model.name_or_path={folder}"], gpu="6GB", plan_only=True)
+    last = capsys.readouterr().out.splitlines()[-1]
+    what = "no change that is known here makes it fit: take a smaller model or a larger GPU"
+    assert last == f"    hint: {what}"
+
+
+def test_check_plans_beside_the_rows(
+    tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without `--plan-only` the gate's findings and the plan come together."""
+    check(tiny_recipe(), ["trainer.optim=sgd"], True, gpu="24GB")
+    report = json.loads(capsys.readouterr().out)
+    assert report["statistics"]["key_share"]
+    assert report["plan"]["fits"]
+    with pytest.raises(SystemExit):
+        check(tiny_recipe(), ["lora.use_dora=true"], True, gpu="24GB")
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["message"] == (
+        "tiny, stage completion: lora.use_dora: what it adds to memory isn't planned"
+    )
+
+
+def test_adapt_takes_the_rows_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """As many at once as the GPU holds, and the rest accumulated."""
+    big = {k: v for k, v in QWEN3_8B.items() if k not in ("vocab_size", "model_type")}
+    model = model_folder(tmp_path / "m", tiny_tokenizer, ["<|im_end|>"], **big)
+    rows = write_rows(tmp_path / "rows.jsonl", sums(30))
+    for gpu, at_once, why in (("5.5GB", 4, "5 fit 5.5GB"), ("4GB", 1, "not even one fits 4GB")):
+        adapted = adapt(model, tmp_path / "recipe.yaml", None, rows, gpu)
+        trainer = adapted.recipe.trainer
+        assert trainer["per_device_train_batch_size"] == at_once
+        assert trainer["gradient_accumulation_steps"] == 16 // at_once
+        assert f"rows at once; {why} by `sftkey check --gpu`" in adapted.text

@@ -1,0 +1,667 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from sftkey.commands.study import study, study_run
+from sftkey.errors import RecipeError, RunError
+from sftkey.recipe.collection import RECIPES
+from sftkey.recipe.load import load_recipe
+from sftkey.study.cells import prefix_key, take_over
+from sftkey.study.choose import Choices, validation_loss
+from sftkey.study.plan import to_choose
+from sftkey.study.run import matched_steps
+from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
+from sftkey.training.run_folder import open_run
+from sftkey.training.trainer import KeyTrainer
+from tests.support.tiny import made_rows
+from tests.training.test_run import Killed
+
+STEPS = 2
+STUDY: dict[str, Any] = {
+    "name": "small",
+    "recipes": ["task.yaml"],
+    "seeds": [1, 2],
+    "control": "sft_twice",
+    "arms": ["sft_twice", "sftkey"],
+}
+
+
+def write_study(folder: Path, model: Path, **sections: Any) -> Path:
+    """Write a recipe on the tiny model and a study of it."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(24)))
+    recipe = {
+        "name": "task",
+        "model": {"name_or_path": str(model), "quantization": "none"},
+        "lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]},
+        "data": {"source": str(rows), "validation": 4, "test": 4},
+        "trainer": {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 1},
+        "stages": [
+            {"name": "completion", "loss_on": "completion"},
+            {"name": "key", "loss_on": "key", "trainer": {"learning_rate": 5e-4}},
+        ],
+        "eval": {"num_questions": 3, "max_new_tokens": 4, "grader": "number"},
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(recipe))
+    file = folder / "study-small.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **sections}, sort_keys=False))
+    return file
+
+
+@dataclass
+class Finished:
+    """A study that was killed in its second cell, and run again to its end."""
+
+    folder: Path
+    file: Path
+    trained: Counter[str]  # stage trainings that came to their end, by run folder and stage
+    asked: Counter[str]  # answers that were written
+    before: dict[str, int]  # the cells that were whole at the kill, and when they were written
+
+    def cell(self, arm: str, seed: int) -> dict[str, Any]:
+        """Read a cell's file."""
+        file = self.folder / "cells" / "task" / arm / f"seed-{seed}.json"
+        cell: dict[str, Any] = json.loads(file.read_text())
+        return cell
+
+    def written(self) -> dict[str, int]:
+        """Give all cells and when each was written."""
+        files = self.folder.glob("cells/*/*/*.json")
+        return {str(file): file.stat().st_mtime_ns for file in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """Run the study, kill it while the second cell of seed 1 trains its own stage, go on."""
+    folder = tmp_path_factory.mktemp("study")
+    file = write_study(folder, tiny_folder)
+    done = Finished(folder / "runs" / "small", file, Counter(), Counter(), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        watch(patch, done)
+        with pytest.MonkeyPatch.context() as kill:
+            kill_in(kill, "key")
+            with pytest.raises(Killed):
+                study(file)
+        done.before = done.written()
+        study(file)
+        yield done
+
+
+def watch(patch: pytest.MonkeyPatch, done: Finished) -> None:
+    """Count what is trained and asked."""
+    from sftkey.training import answers
+
+    train, generate = KeyTrainer.train, answers.generate_to_file
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = train(self, *args, **kwargs)
+        stage = Path(self.args.output_dir).parent
+        done.trained[f"{stage.parent.parent.name}/{stage.name}"] += 1
+        return result
+
+    def asked(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
+        done.asked[f"{file.parent.parent.name}/{file.name.partition('.')[0]}"] += 1
+        return generate(model, tokenizer, prompts, file, **settings)
+
+    patch.setattr(KeyTrainer, "train", counted)
+    patch.setattr(answers, "generate_to_file", asked)
+
+
+def kill_in(patch: pytest.MonkeyPatch, stage: str) -> None:
+    """Let training die after the first step of a stage."""
+    from sftkey.training.log import StageLog
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.record.name == stage and state.global_step == 1:
+            raise Killed
+
+    patch.setattr(StageLog, "on_step_begin", die, raising=False)
+
+
+def test_a_killed_study_goes_on_and_runs_no_cell_twice(finished: Finished) -> None:
+    """What was whole at the kill stays untouched; in the end every cell is there once."""
+    after = finished.written()
+    assert len(finished.before) == 1
+    assert finished.before.items() <= after.items()
+    assert len(after) == 4
+    assert set(finished.trained.values()) == {1}
+
+
+def test_a_shared_stage_is_trained_once(finished: Finished) -> None:
+    """Stage 1 of a seed is trained in one run; the ledgers of the others say which, and own it."""
+    assert finished.trained == {
+        f"{run}-seed{seed}/{stage}": 1
+        for seed in (1, 2)
+        for run, stage in [
+            ("sft_twice", "1-completion"),
+            ("sft_twice", "2-again"),
+            ("sftkey", "2-key"),
+        ]
+    }
+    adapters = {}
+    for arm in ("sftkey", "sft_twice"):
+        run = finished.folder / "task" / f"{arm}-seed1"
+        (first, *_) = json.loads((run / "ledger.json").read_text())["stages"]
+        assert first["status"] == "trained"
+        assert first["shared_from"] == (None if arm == "sft_twice" else "sft_twice-seed1")
+        weights = run / "stages" / "1-completion" / "adapter" / "adapter_model.safetensors"
+        adapters[arm] = weights.read_bytes()
+    assert adapters["sftkey"] == adapters["sft_twice"]
+    shared = finished.cell("sftkey", 2)["shared_from"]
+    assert shared == {"completion": "sft_twice-seed2", "key": None}
+
+
+def test_the_test_rows_are_read_once_an_arm(finished: Finished) -> None:
+    """Only an arm's last stage answers; the base model answers once for all arms of a seed."""
+    assert finished.asked == {
+        f"{run}-seed{seed}/{stage}": 1
+        for seed in (1, 2)
+        for run, stage in [("sft_twice", "base"), ("sft_twice", "again"), ("sftkey", "key")]
+    }
+    bases = [finished.cell(arm, 1)["base"] for arm in STUDY["arms"]]
+    assert bases[0] == bases[1]
+
+
+def test_the_control_takes_exactly_the_steps_of_the_key_stage(finished: Finished) -> None:
+    """`sft_twice` has as many optimizer steps, in the plan and in the log, as the key stage."""
+    for seed in (1, 2):
+        control, key = (finished.cell(arm, seed) for arm in ("sft_twice", "sftkey"))
+        assert control["steps"]["again"] == key["steps"]["key"] == STEPS
+        assert control["tokens"]["again"] == key["tokens"]["key"]
+        assert control["trained_tokens"]["again"] > key["trained_tokens"]["key"]
+
+
+def test_a_cell_holds_figures_and_flags_and_no_row_or_path(finished: Finished) -> None:
+    """What is committed tells nothing of the data set or of this machine."""
+    cell = finished.cell("sftkey", 2)
+    assert [cell["task"], cell["arm"], cell["seed"]] == ["task", "sftkey", 2]
+    assert cell["stages"] == ["completion", "key"]
+    for answered in (cell, cell["base"]):
+        assert len(answered["questions"]) == 3
+        right = [question["correct"] for question in answered["questions"]]
+        assert answered["acc"] == sum(right) / 3
+    assert set(cell["questions"][0]) == {
+        "index",
+        "correct",
+        "strict",
+        "parsed",
+        "stopped",
+        "thinking_right",
+        "thinking_sha256",
+    }
+    assert [len(lengths) for lengths in cell["reference_tokens"].values()] == [3, 3]
+    assert cell["validation"]["key"]["start"] == cell["validation"]["completion"]["end"]
+    assert cell["segment_tokens"].keys() == cell["validation"]["key"]["end"].keys()
+    assert cell["gradient_norm"].keys() == {"completion", "key"}  # that of stage 1 was taken over
+    for norms in cell["gradient_norm"].values():
+        assert norms.keys() == {"thinking", "answer_tag", "answer", "end"}
+        assert min(norms.values()) > 0
+    assert cell["command"] == "sftkey study study-small.yaml"
+    text = json.dumps(cell)
+    assert str(finished.folder.parent.parent) not in text
+    assert "Count on from" not in text
+    assert not list(finished.folder.glob("task/*/stages/*/checkpoints"))
+
+
+def test_the_same_command_again_trains_and_reads_nothing(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished study is told by its files."""
+    monkeypatch.setattr("sftkey.study.run.start", None)
+    before = finished.written()
+    report = (finished.folder / "report.md").read_text()
+    results = (finished.folder / "results.json").read_text()
+    study(finished.file)
+    assert finished.written() == before
+    assert (finished.folder / "report.md").read_text() == report
+    assert (finished.folder / "results.json").read_text() == results
+
+
+def test_a_report_comes_from_cells_alone(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--report` on a folder that holds nothing but cells writes what the study wrote."""
+    shutil.copytree(finished.folder / "cells", tmp_path / "cells")
+    study(finished.file, report_folder=tmp_path)
+    report = (finished.folder / "report.md").read_text()
+    assert capsys.readouterr().out == report
+    for name in ("report.md", "results.json"):
+        assert (tmp_path / name).read_text() == (finished.folder / name).read_text()
+
+
+def test_a_finished_cell_of_another_recipe_is_refused(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed recipe can't go on among the cells of the old one; the keys are named."""
+    text = finished.file.read_text()
+    other = finished.file.with_name("other.yaml")
+    other.write_text(f"{text}overrides: [trainer.learning_rate=0.5]\n")
+    hint = (
+        "\nhint: another `name` begins another study; without its run's folder and its file in "
+        "cells/ a cell is run anew"
+    )
+    with pytest.raises(RunError) as caught:
+        study(other)
+    assert str(caught.value) == (
+        "runs/small/task/sft_twice-seed1: 1 problem\n"
+        "  trainer.learning_rate: was None when this run began; got 0.5" + hint
+    )
+    run = finished.folder / "task" / "sft_twice-seed1"
+    run.rename(run.with_name("away"))
+    with pytest.raises(RunError) as caught:
+        study(other)
+    run.with_name("away").rename(run)
+    cell = "runs/small/cells/task/sft_twice/seed-1.json"
+    assert str(caught.value) == f"{cell}: this cell is of another recipe" + hint
+
+
+def test_the_plan_counts_what_is_left(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells, steps and tokens; the time comes from what finished cells took; nothing is trained."""
+    monkeypatch.setattr("sftkey.study.run.start", None)
+    cell = finished.folder / "cells" / "task" / "sftkey" / "seed-2.json"
+    kept = cell.read_text()
+    cell.unlink()
+    study(finished.file, plan_only=True)
+    cell.write_text(kept)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[2:-2]]
+    assert [row[:3] for row in rows] == [
+        ["task", arm, seed] for seed in "12" for arm in ("sft_twice", "sftkey")
+    ]
+    assert [row[-1] for row in rows[:3]] == ["finished"] * 3
+    assert rows[3][3:7] == ["completion", "shared,", "key", str(STEPS)]
+    assert lines[-2].startswith(
+        f"4 cells, 3 of them finished; {STEPS} steps and {rows[3][-2]} tokens to train; time: 0:0"
+    )
+
+
+def test_without_a_finished_cell_the_time_is_unknown(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No time is made up."""
+    monkeypatch.chdir(tmp_path)
+    study(write_study(tmp_path, tiny_folder, seeds=[1]), plan_only=True)
+    *_, last, promise = capsys.readouterr().out.splitlines()
+    assert promise.startswith("task: 3 questions, seeds: 1, comparisons: 1; a difference of ")
+    assert last.startswith(f"2 cells, 0 of them finished; {3 * STEPS} steps and ")
+    assert last.endswith(" tokens to train; time: unknown")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_choices_are_made_on_validation_rows_alone(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lowest loss of the key is taken, from the same grid for all; no question is asked."""
+    monkeypatch.chdir(tmp_path)
+    choose = {"learning_rate": [1e-9, 1e-1], "num_rows": 6, "by": "key"}
+    arms = ["sft_tag", "sft_twice", "sftkey"]
+    file = write_study(tmp_path, tiny_folder, choose=choose, seeds=[1], arms=arms)
+    run = study_run(load_study(file), file)
+    monkeypatch.setattr("sftkey.training.answers.generate_to_file", None)
+    choices = run.choices(run.files[0])
+    assert choices.of("sft_tag", choose=False) == [{}]
+    assert to_choose(run) == [
+        "task: 6 more runs, on up to 6 rows each, choose on the validation rows first"
+    ]
+    study(file, plan_only=True)
+    assert to_choose(run)[0] in capsys.readouterr().out.splitlines()
+    picked = choices.of("sft_tag")
+    assert choices.num_left() == 4  # `again` and `key`, with two values each
+    record = json.loads((tmp_path / "runs/small/choices/task.json").read_text())
+    (stage,) = record["stages"].values()
+    losses = {each["learning_rate"]: each["loss"] for each in stage["tried"]}
+    assert losses.keys() == {1e-9, 1e-1}
+    assert picked == [{"learning_rate": min(losses, key=lambda rate: losses[rate])}]
+    assert stage["at_edge"] == ["learning_rate"]
+    kept = list((tmp_path / "runs/small/choices/task").iterdir())
+    assert len(kept) == 2  # later stages start from the chosen one
+    cell = run.cell(run.files[0], "sftkey", 1, [*picked, {}])
+    assert cell.recipe.stages[0].trainer["learning_rate"] == picked[0]["learning_rate"]
+    assert cell.chosen == {"completion": picked[0]}
+    other = write_study(tmp_path, tiny_folder, choose={**choose, "num_rows": 7}, arms=arms)
+    changed = study_run(load_study(other), other)
+    with pytest.raises(RunError) as caught:
+        changed.choices(changed.files[0]).of("sft_tag")
+    asked = {"learning_rate": [1e-9, 1e-1], "weight": [], "seed": 1, "num_rows": 6, "by": "key"}
+    assert str(caught.value) == (
+        "runs/small/choices/task.json: expected the values that were chosen from, "
+        f"{asked}; got { {**asked, 'num_rows': 7} }\n"
+        "hint: another `name` begins another study; without this file it is chosen again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_right", "chosen", "by_the_loss"),
+    [([3, 1], 1e-9, False), ([1, 3], 1e-1, False), ([2, 2], None, True), ([0, 0], None, True)],
+)
+def test_values_are_chosen_by_the_answers_to_validation_rows(
+    num_right: list[int],
+    chosen: float | None,
+    by_the_loss: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The most right answers win, of equal ones the lower loss; no test row is asked."""
+    monkeypatch.chdir(tmp_path)
+    rates = [1e-9, 1e-1]
+    choose = {"learning_rate": rates, "num_rows": 6}
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=["sftkey", "sft_twice"])
+    run = study_run(load_study(file), file)
+    prepared = run.rows(arm_recipe(run.study, run.files[0], "sftkey", 1))
+    examples = {each.index: each for each in prepared.validation_examples}
+    asked: list[tuple[str, float, list[int]]] = []
+
+    def answer(_model: Any, _tokenizer: Any, prompts: Any, part: Path, **_settings: Any) -> None:
+        stage = load_recipe(part.parents[1] / "recipe.yaml").stages[-1]
+        rate = float(stage.trainer["learning_rate"])
+        asked.append((stage.name, rate, list(prompts)))
+        right = list(prompts)[: num_right[rates.index(rate)]]
+        rows = [
+            {"index": n, "text": tagged(examples[n].answer if n in right else "no number")}
+            for n in prompts
+        ]
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def tagged(answer: str) -> str:
+        return f"<Thinking>\n1\n</Thinking>\n<Answer>\n{answer}\n</Answer>"
+
+    monkeypatch.setattr("sftkey.training.answers.generate_to_file", answer)
+    picked = run.choices(run.files[0]).of("sftkey")
+    stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
+    for values, stage in zip(picked, stages, strict=True):
+        losses = {each["learning_rate"]: each["loss"] for each in stage["tried"]}
+        lowest = min(losses, key=lambda rate: losses[rate])
+        assert values == {"learning_rate": lowest if by_the_loss else chosen}
+        assert [each["acc"] for each in stage["tried"]] == [right / 3 for right in num_right]
+    assert [(name, rate) for name, rate, _ in asked] == [
+        (name, rate) for name in ("completion", "key") for rate in rates
+    ]
+    for *_, indexes in asked:
+        assert len(indexes) == 3
+        assert set(indexes) <= examples.keys()
+
+
+@pytest.mark.parametrize(("best", "edge"), [(1e-5, True), (1e-4, False), (1e-3, True)])
+def test_a_choice_at_either_edge_of_the_grid_is_told(
+    best: float,
+    edge: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond the lowest value, as beyond the highest, a better one may lie."""
+    monkeypatch.chdir(tmp_path)
+
+    def tried(self: Choices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        return {"loss": float(picked[-1]["learning_rate"] != best)}
+
+    monkeypatch.setattr(Choices, "_try", tried)
+    choose = {"learning_rate": [1e-4, 1e-5, 1e-3], "num_rows": 6}
+    file = write_study(tmp_path, tiny_folder, choose=choose)
+    run = study_run(load_study(file), file)
+    assert run.choices(run.files[0]).of("sftkey") == [{"learning_rate": best}] * 2
+    stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
+    assert [each["at_edge"] for each in stages] == [["learning_rate"] if edge else []] * 2
+
+
+def test_a_choice_weighs_segments_by_their_tokens() -> None:
+    """8 nats on 3 tokens and 2 on 1 are 6.5 a token, not 5; a segment without tokens has none."""
+    tokens = {"PROMPT": 9, "THINKING": 9, "ANSWER_TAG": 3, "ANSWER": 1, "END": 0}
+    prepared: Any = SimpleNamespace(counts={"tokens": {"validation": tokens}})
+    losses = {"prompt": 1.0, "thinking": 0.5, "answer_tag": 8.0, "answer": 2.0}
+    assert validation_loss(losses, prepared, "key") == (3 * 8 + 2) / 4
+    assert validation_loss(losses, prepared, "completion") == (9 * 0.5 + 3 * 8 + 2) / 13
+
+
+def test_a_choice_over_own_thinking_reads_no_more_rows_than_it_may(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of the sixteen training rows are asked, and they are the first six."""
+    monkeypatch.chdir(tmp_path)
+    choose = {"learning_rate": [1e-4], "num_rows": 6}
+    arms = ["sft_twice", "sftkey_own"]
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
+    asked: list[Any] = []
+
+    def own_rows(recipe: Any, stage: Any, prepared: Any, *_others: Any) -> Any:
+        asked.append([each.index for each in prepared.train_examples])
+        assert asked[-1] == prepared.train["index"][:]
+        return prepared.train
+
+    monkeypatch.setattr("sftkey.training.run.make_own_rows", own_rows)
+    run = study_run(load_study(file), file)
+    run.choices(run.files[0]).of("sftkey_own")
+    recipe = arm_recipe(run.study, run.files[0], "sftkey_own", 1)
+    first = [each.index for each in run.rows(recipe).train_examples]
+    assert (asked, len(first)) == ([first[:6]], 16)
+
+
+def test_matched_steps_train_as_many_tokens_as_the_key_stage() -> None:
+    """Full SFT reads fewer rows, so that it trains the key stage's tokens, to half a step."""
+    tokens = {"PROMPT": 900, "THINKING": 800, "ANSWER_TAG": 100, "ANSWER": 80, "END": 20}
+    prepared: Any = SimpleNamespace(train=range(100), counts={"tokens": {"train": tokens}})
+    trainer = {"per_device_train_batch_size": 5, "num_train_epochs": 3}
+    steps = matched_steps(trainer, prepared, None)
+    assert abs(steps * 5 * 10 - 3 * 200) <= 25
+    assert matched_steps({**trainer, "max_steps": 40}, prepared, None) == 8
+    assert matched_steps({**trainer, "num_train_epochs": 0.01}, prepared, None) == 1
+
+
+@pytest.fixture
+def task(tmp_path: Path, tiny_folder: Path) -> Path:
+    """Give a recipe of two stages."""
+    return write_study(tmp_path, tiny_folder).with_name("task.yaml")
+
+
+STAGES: dict[str, list[tuple[Any, ...]]] = {
+    "sft": [("completion", "completion")],
+    "sft_tag": [("completion", "completion")],
+    "key_tag": [("key", "key")],
+    "sftkey": [("completion", "completion"), ("key", "key")],
+    "sft_twice": [("completion", "completion"), ("again", "completion")],
+    "sft_matched": [("completion", "completion"), ("matched", "completion")],
+    "weighted": [("weighted", {"completion": 1.0, "key": 5.0})],
+    "dft": [("dft", "completion")],
+    "sftkey_detached": [("completion", "completion"), ("key", "key")],
+    "sftkey_anchored": [("completion", "completion"), ("key", {"thinking": 0.1, "key": 1.0})],
+    "sftkey_frozen": [("completion", "completion"), ("key", "key")],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_strategy_is_a_list_of_stages(name: str, task: Path) -> None:
+    """Each has the recipe's trainer at its place; what it adds are the stages' own keys."""
+    recipe = strategy_recipe(task, STRATEGIES[name])
+    assert [(stage.name, stage.loss_on) for stage in recipe.stages] == STAGES[name]
+    assert [stage.trainer for stage in recipe.stages] == [{}, {"learning_rate": 5e-4}][
+        : len(recipe.stages)
+    ]
+    last = recipe.stages[-1]
+    assert last.context == {"sftkey_detached": "detached", "sftkey_frozen": "frozen"}.get(
+        name, "exact"
+    )
+    assert last.loss == ("dft" if name == "dft" else "nll")
+    tags = (*recipe.response.thinking, *recipe.response.answer)
+    assert ("".join(tags).strip() == "") == (name == "sft")
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("name=other", True),
+        ("eval.num_questions=1", True),
+        ("stages.key.loss_on=answer", True),
+        ("trainer.learning_rate=0.5", False),
+        ("stages.completion.trainer.max_steps=9", False),
+        ("stages.completion.loss=dft", False),
+        ("seed=3", False),
+        ("data.max_length=99", False),
+        ("lora.r=3", False),
+    ],
+)
+def test_a_first_stage_is_shared_where_all_that_makes_it_is_the_same(
+    override: str, same: bool, task: Path
+) -> None:
+    """Neither the name nor the evaluation nor a later stage changes what a stage trains."""
+    key = prefix_key(load_recipe(task), 1)
+    assert (prefix_key(load_recipe(task, [override]), 1) == key) == same
+
+
+@pytest.mark.parametrize(("override", "num_answers"), [("name=b", 1), ("eval.alpha=0.5", 0)])
+def test_a_shared_stage_brings_its_answers_along(
+    override: str, num_answers: int, task: Path, tmp_path: Path
+) -> None:
+    """They are linked where the evaluation is the same, and the stage either way, not twice."""
+    first, second = load_recipe(task), load_recipe(task, [override])
+    giver, taker = open_run(first, tmp_path / "a"), open_run(second, tmp_path / "b")
+    for place in ("adapter", "checkpoints"):
+        (giver.stage_folder(0) / place).mkdir(parents=True)
+        (giver.stage_folder(0) / place / "weights").write_text("trained")
+    giver.generations("completion").write_text("answers")
+    giver.stages[0].status = "trained"
+    giver.save()
+    take_over(taker)
+    assert [record.shared_from for record in taker.stages] == ["a", None]
+    assert [record.status for record in taker.stages] == ["trained", "open"]
+    assert [file.name for file in taker.stage_folder(0).iterdir()] == ["adapter"]
+    assert (taker.adapter(0) / "weights").samefile(giver.adapter(0) / "weights")
+    assert len(list((tmp_path / "b" / "evaluation").iterdir())) == num_answers
+
+
+def test_every_strategy_of_the_issue_is_there() -> None:
+    """The table above leaves out none but the one whose key comes later."""
+    assert STRATEGIES.keys() == {*STAGES, "sftkey_own"}
+
+
+def test_a_recipe_without_a_second_stage_has_no_settings_for_one(task: Path) -> None:
+    """A strategy doesn't make settings up."""
+    overrides = ["stages=[{name: completion, loss_on: completion}]"]
+    with pytest.raises(RecipeError) as caught:
+        strategy_recipe(task, STRATEGIES["sftkey"], overrides)
+    assert str(caught.value) == (
+        f"{task}: expected 2 stages, whose trainer settings the strategy's stages take over; "
+        "got 1\nhint: write a second stage into the recipe"
+    )
+
+
+def test_an_arm_that_a_recipe_cannot_do_is_named(task: Path, tiny_folder: Path) -> None:
+    """The error says which arm, and what is wrong with its stages."""
+    stages = [{"name": "one", "loss_on": "completion"}, {"name": "two", "loss_on": "anwser"}]
+    strategies = {"mine": {"stages": stages}}
+    file = write_study(task.parent, tiny_folder, arms=["sft_twice", "mine"], strategies=strategies)
+    run = study_run(load_study(file), file)
+    with pytest.raises(RecipeError) as caught:
+        run.cell(run.files[0], "mine", 1, [{}, {}])
+    assert str(caught.value) == (
+        f"{task}, arm mine: stages[1].loss_on: expected completion, key, answer or weights; "
+        "got 'anwser'; did you mean `answer`?"
+    )
+
+
+def test_a_study_needs_test_rows(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is trained."""
+    from sftkey.errors import DataError
+
+    monkeypatch.chdir(tmp_path)
+    file = write_study(tmp_path, tiny_folder, overrides=["data.test=null"])
+    with pytest.raises(DataError) as caught:
+        study(file)
+    assert str(caught.value) == (
+        f"{file.with_name('task.yaml')}: a study asks test questions; expected test rows, got none"
+        "\nhint: write data.test into the recipe"
+    )
+
+
+def test_a_launcher_is_refused(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes would write one file."""
+    file = write_study(tmp_path, tiny_folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError) as caught:
+        study(file)
+    assert str(caught.value) == (
+        f"{file}: expected one process; got 2\nhint: start it as `sftkey study`, without a launcher"
+    )
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("study-*.yaml")), ids=lambda file: file.name)
+def test_a_study_that_ships_is_right(file: Path) -> None:
+    """Its form, its recipes, and each arm on each of them."""
+    checked = load_study(file)
+    for recipe in checked.recipes:
+        for arm in checked.arms:
+            arm_recipe(checked, file.parent / recipe, arm, checked.seeds[0])
+
+
+NAMES = ", ".join(STRATEGIES)
+Sections = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"arms": ["sft_twice", "sftke"]}, "arms[1]: no strategy has the name `sftke`; did you "
+         "mean `sftkey`?"),
+        ({"arms": ["sft_twice", "zzz"]}, f"arms[1]: no strategy has the name `zzz`; there are "
+         f"{NAMES}"),
+        ({"arms": ["sft_twice", "sft_twice"]}, "arms[1]: `sft_twice` stands twice"),
+        ({"seeds": [1, 2, 1]}, "seeds[2]: `1` stands twice"),
+        ({"seeds": [-1]}, "seeds[0]: expected 0 or more; got -1"),
+        ({"recipes": ["a/x.yaml", "b/x.yaml"]}, "recipes[1]: `x` stands twice"),
+        ({"control": "dft"}, "control: expected one of the arms; got 'dft'"),
+        ({"overides": []}, "overides: unknown key; did you mean `overrides`?"),
+        ({"choose": {"seed": 1}}, "choose: expected values of learning_rate or weight to choose "
+         "from; got none"),
+        ({"choose": {"weight": [2]}}, "choose.weight: only the arm `weighted` has a weight to "
+         "choose"),
+        ({"choose": {"learning_rate": [0.0]}}, "choose.learning_rate[0]: expected a number above "
+         "0; got 0.0"),
+        ({"choose": {"learning_rate": [1e-4], "zzz": 3}}, "choose.zzz: unknown key; the keys "
+         "here are learning_rate, weight, seed, num_rows, by"),
+        ({"strategies": {"dft": {"stages": [{}]}}}, "strategies.dft: this name is a built-in "
+         "strategy's; write another"),
+        ({"strategies": {"mine": {"stages": [{}]}}}, "strategies.mine: no arm has this name"),
+        ({"name": "a/b"}, "name: expected letters, digits, `.`, `-` and `_`, since a folder gets "
+         "this name; got 'a/b'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_study_is_said_with_its_line(
+    sections: Sections, problem: str, tmp_path: Path
+) -> None:
+    """Every problem has the line and the place in the file."""
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **sections}, sort_keys=False))
+    with pytest.raises(RecipeError) as caught:
+        load_study(file)
+    head, line = str(caught.value).splitlines()
+    assert head == f"{file}: 1 problem"
+    assert line.partition(", ")[2] == problem
+    number = int(line.partition(",")[0].removeprefix("  line "))
+    written = file.read_text().splitlines()[number - 1]
+    words = problem.partition(":")[0].replace("[", ".").split(".")
+    key = next((word for word in reversed(words) if not word.rstrip("]").isdecimal()), "")
+    assert key in written or written.lstrip().startswith("- ")

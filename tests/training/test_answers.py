@@ -1,0 +1,246 @@
+"""A stage over the model's own thinking: its rows hold that, and nothing of the reference's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftkey.data.prepare import Prepared
+from sftkey.data.response import Example, Segment
+from sftkey.diagnosis.run import refuse_empty_thinking
+from sftkey.errors import DataError, RecipeError, RunError
+from sftkey.evaluation.grading import grade
+from sftkey.generation import key_switch as writing
+from sftkey.generation.generate import Generation
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import OwnThinking, StageSection
+from sftkey.training import answers as own_thinking
+from sftkey.training.answers import own_examples
+from sftkey.training.run import read_rows, start
+from tests.training.test_run import Killed
+
+MakeRecipe = Callable[..., Path]
+FIRST = {"name": "completion", "loss_on": "completion"}
+
+
+def own(**fields: Any) -> dict[str, Any]:
+    """Give a stage over own thinking."""
+    return {"name": "key", "loss_on": "key", "thinking": "own", **fields}
+
+
+def stage(**how: Any) -> StageSection:
+    """Give the same as a part of a recipe."""
+    return StageSection(name="key", loss_on="key", thinking="own", own=OwnThinking(**how))
+
+
+@pytest.fixture
+def prepared(tiny_recipe: MakeRecipe) -> Prepared:
+    """Give the rows of the tiny recipe."""
+    return read_rows(load_recipe(tiny_recipe(stages=[FIRST, own()])))
+
+
+def writes(monkeypatch: pytest.MonkeyPatch, thinking: str) -> list[dict[int, Any]]:
+    """Let every model write this thinking and the answer 0; gives what it was asked."""
+    asked: list[dict[int, Any]] = []
+
+    def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
+        asked.append(dict(prompts))
+        text = f"<Thinking>\n{thinking}\n</Thinking>\n<Answer>\n0\n</Answer>"
+        return {index: Generation(text, 9, True) for index in prompts}
+
+    monkeypatch.setattr(own_thinking, "generate_to_file", write)
+    return asked
+
+
+def trained_rows(
+    recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, list[Any]]:
+    """Give a run, and the rows that its trainers got, stage by stage."""
+    from sftkey.training import run as module
+
+    rows: list[Any] = []
+    make = module.make_trainer
+
+    def keep(recipe: Any, stage: Any, **settings: Any) -> Any:
+        rows.append(settings["train_dataset"])
+        return make(recipe, stage, **settings)
+
+    monkeypatch.setattr(module, "make_trainer", keep)
+    loaded = load_recipe(recipe)
+    run = start(loaded, folder / loaded.name)
+    run.grade = grade
+    list(run.stages())
+    return run, rows
+
+
+def test_rows_hold_own_thinking_and_the_references_answer_as_key(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither reference thinking nor reference answer stands in the context of any row."""
+    asked = writes(monkeypatch, "I guess so, I do")
+    recipe = tiny_recipe(stages=[FIRST, own()])
+    run, (_, rows) = trained_rows(recipe, tmp_path, monkeypatch)
+    examples = {example.index: example for example in run.prepared.train_examples}
+    assert len(rows) == len(examples) == 24
+    for row in rows:
+        context = [i for i, s in zip(row["input_ids"], row["segment_ids"], strict=True) if s < 2]
+        thinking = [i for i, s in zip(row["input_ids"], row["segment_ids"], strict=True) if s == 1]
+        answer = [i for i, s in zip(row["input_ids"], row["segment_ids"], strict=True) if s == 3]
+        example = examples[row["index"]]
+        shown = run.tokenizer.decode(context)
+        assert example.thinking not in shown
+        assert run.tokenizer.decode(thinking).startswith(
+            "<Thinking>\nI guess so, I do\n</Thinking>"
+        )
+        assert example.answer not in run.tokenizer.decode(thinking)
+        assert run.tokenizer.decode(answer) == example.answer
+        assert row["segment_ids"][-1] == Segment.END
+    prompts = {tuple(ids) for ids in asked[0].values()}
+    assert prompts == {tuple(run.prepared.frame.prompt_ids(e.prompt)) for e in examples.values()}
+    counts = json.loads((run.ledger.stage_folder(1) / "thinkings.json").read_text())
+    assert counts == {"written": 24, "not closed": 0, "not kept": 0, "used": 24, "refused": {}}
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ({"samples": 2, "keep": "all"}, ["a", "b", "c", "d"]),
+        ({"samples": 2, "keep": "wrong"}, ["b", "c", "d"]),
+        ({"samples": 2, "keep": "mixed"}, ["a", "b"]),
+    ],
+)
+def test_thinkings_are_kept_by_what_they_led_to(
+    how: dict[str, Any], kept: list[str], prepared: Prepared
+) -> None:
+    """The first question is answered right and wrong, the second wrong twice, others not closed."""
+    num = len(prepared.train_examples)
+    right = prepared.train_examples[0].answer
+    texts = dict.fromkeys(range(2 * num), "<Thinking>\nnever closed")
+    for key, thinking, answer in (
+        (0, "a", right),
+        (num, "b", "no"),
+        (1, "c", "no"),
+        (num + 1, "d", "x"),
+    ):
+        texts[key] = f"<Thinking>\n{thinking}\n</Thinking>\n<Answer>\n{answer}\n</Answer>"
+    written = {key: Generation(text) for key, text in texts.items()}
+    used, counts = own_examples(stage(**how), prepared, written, "exact", grade)
+    assert [example.thinking for example in used] == kept
+    assert all(isinstance(example, Example) for example in used)
+    assert counts == {
+        "written": 2 * num,
+        "not closed": 2 * num - 4,
+        "not kept": 4 - len(kept),
+        "used": len(kept),
+    }
+
+
+def test_a_stage_without_thinkings_is_refused(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that never closes its thinking has nothing to train the key on."""
+    monkeypatch.setattr(
+        own_thinking,
+        "generate_to_file",
+        lambda model, tokenizer, prompts, file, **rest: {i: Generation("so") for i in prompts},
+    )
+    with pytest.raises(DataError) as error:
+        trained_rows(tiny_recipe(stages=[FIRST, own()]), tmp_path, monkeypatch)
+    assert str(error.value) == (
+        "stages.key: thinking: own leaves no row to train on: no thinking was closed and kept\n"
+        "hint: write own.keep: all, or train an earlier stage for longer"
+    )
+
+
+def test_a_killed_writing_goes_on_where_it_stopped(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is not written again, and the same thinkings come out."""
+    sections = {"eval": {"num_questions": 2, "max_new_tokens": 4, "batch_size": 5}}
+    recipe = load_recipe(tiny_recipe(stages=[own()], **sections))
+    whole = start(recipe, tmp_path / "whole")
+    model = whole._load(0)
+
+    def thinkings(folder: Path) -> dict[int, Generation]:
+        folder.mkdir(exist_ok=True)
+        return own_thinking.write_thinkings(
+            recipe, recipe.stages[0], whole.prepared, model, folder, whole.progress
+        )
+
+    expected = thinkings(tmp_path / "once")
+    assert len({each.text for each in expected.values()}) > 1  # sampled
+    batches = 0
+    write = writing.write
+
+    def die(*args: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            raise Killed
+        return write(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "write", die)
+        with pytest.raises(Killed):
+            thinkings(tmp_path / "killed")
+    assert thinkings(tmp_path / "killed") == expected
+    (file,) = (tmp_path / "killed").glob("thinkings.part0of1.jsonl")
+    assert len(file.read_text().splitlines()) == len(expected)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_empty_thinking_asks_for_a_yes(
+    empty: bool, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """The run stops before such a stage, with all that was trained kept."""
+    recipe = load_recipe(tiny_recipe(stages=[FIRST, own()]))
+    run = start(recipe, tmp_path / "run")
+    file = tmp_path / "run" / "diagnosis" / "completion.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"own_thinking_is_empty": empty, "num_rows": 8}))
+    refuse_empty_thinking(run, "base")
+    refuse_empty_thinking(run, "key")
+    if not empty:
+        refuse_empty_thinking(run, "completion")
+        return
+    with pytest.raises(RunError) as error:
+        refuse_empty_thinking(run, "completion")
+    assert str(error.value) == (
+        "stages.key: thinking: own asks for thinkings that carry something; by 8 validation rows "
+        "after completion, the answers are no better for them\n"
+        f"hint: `sftkey train` with --yes goes on; {file} has the figures"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        (
+            {"loss_on": "completion"},
+            "stages[0].thinking: own thinking is no reference, and loss_on trains it here "
+            "(thinking); write loss_on: key",
+        ),
+        ({"thinking": "reference", "own": {}}, "stages[0].own: only with `thinking: own`"),
+        (
+            {"own": {"keep": "mixed"}},
+            "stages[0].own.keep: mixed keeps questions that were answered right once and wrong "
+            "once: it needs own.samples of 2 or more",
+        ),
+        (
+            {"own": {"sample": 2}},
+            "stages[0].own.sample: unknown key; did you mean `samples`?",
+        ),
+    ],
+)
+def test_a_wrong_stage_gets_one_error(
+    fields: dict[str, Any], what: str, tiny_recipe: MakeRecipe
+) -> None:
+    """Before anything is loaded."""
+    file = tiny_recipe(stages=[own(**fields)])
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file)
+    assert [f"{each.where}: {each.what}" for each in error.value.problems] == [what]

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.support.models import ROUNDED
+
+MakeRecipe = Callable[..., Path]
+STAGES = ("1-completion", "2-key")
+
+# Rows of one step differ in trained tokens by more than five times, between ranks too.
+STEADY = {
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.5,
+    "optim": "sgd",
+    "max_steps": 4,
+    "logging_steps": 1,
+    "save_steps": 2,
+}
+
+
+def launch(
+    command: list[str], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def log_lines(run: Path, stage: str) -> list[dict[str, Any]]:
+    """Read a stage's log."""
+    text = (run / "stages" / stage / "log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def adapter(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """Read what a stage has written."""
+    return load_file(run / "stages" / stage / "adapter" / "adapter_model.safetensors")
+
+
+def test_two_ranks_train_as_one_process_does(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Two gloo ranks of 2 rows take the very steps of one process of 4 rows; one run folder."""
+    recipe = str(tiny_recipe(rows=48, trainer={**STEADY, "per_device_train_batch_size": 2}))
+    one = launch(
+        ["sftkey.commands.train", recipe, "name=one", "trainer.per_device_train_batch_size=4"],
+        tmp_path,
+    )
+    assert one.returncode == 0, one.stderr
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = launch([*ranks, "-m", "sftkey.commands.train", recipe, "name=two"], tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert "world size 1," in one.stderr
+    assert "world size 2," in two.stderr
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["one", "two"]
+    for stage in STAGES:
+        pairs = list(
+            zip(
+                log_lines(tmp_path / "runs" / "one", stage),
+                log_lines(tmp_path / "runs" / "two", stage),
+                strict=True,
+            )
+        )
+        assert [a["step"] for a, _ in pairs] == [1, 2, 3, 4]
+        for a, b in pairs:
+            assert b["loss"] == pytest.approx(a["loss"], rel=ROUNDED)
+            assert b["segments"] == pytest.approx(a["segments"], rel=ROUNDED)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=ROUNDED)
+            assert (b["trained_tokens"], b["tokens"]) == (a["trained_tokens"], a["tokens"])
+        weights = adapter(tmp_path / "runs" / "one", stage)
+        for name, tensor in adapter(tmp_path / "runs" / "two", stage).items():
+            torch.testing.assert_close(tensor, weights[name], rtol=ROUNDED, atol=ROUNDED)
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        folder = tmp_path / "runs" / "two" / "stages" / stage / "adapter"
+        in_plain_peft = get_peft_model_state_dict(PeftModel.from_pretrained(base, folder))
+        saved = adapter(tmp_path / "runs" / "two", stage)
+        assert in_plain_peft.keys() == saved.keys()
+        assert all(torch.equal(in_plain_peft[name], saved[name]) for name in saved)
+    records = [
+        json.loads((tmp_path / "runs" / name / "ledger.json").read_text())["stages"]
+        for name in ("one", "two")
+    ]
+    for a, b in zip(*records, strict=True):
+        for moment in ("start", "end"):
+            assert b["validation"][moment] == pytest.approx(a["validation"][moment], rel=ROUNDED)
+    answers = [
+        sorted((tmp_path / "runs" / name / "evaluation" / "key.jsonl").read_text().splitlines())
+        for name in ("one", "two")
+    ]
+    assert answers[0] == answers[1]
+    assert two.stdout.count("completion") >= 1
+    assert one.stdout == two.stdout
+
+
+def killed_when(condition: Callable[[], bool], recipe: str, folder: Path) -> None:
+    """Start a run, and kill it hard when the condition holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sftkey.commands.train", recipe],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def has_lines(path: Path, count: int) -> bool:
+    """Tell whether a file has so many lines."""
+    return path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+@pytest.mark.kill
+def test_a_run_killed_in_each_stage_and_evaluation_ends_as_an_uninterrupted_one(
+    tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """SIGKILL in both stages and the evaluation: no gap, no repeat, the same adapter and table."""
+    trainer = {**STEADY, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 40}
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    recipe = tiny_recipe(
+        rows=48,
+        lora=lora,
+        trainer={**trainer, "per_device_train_batch_size": 2, "save_steps": 7},
+        eval={"num_questions": 8, "max_new_tokens": 200, "grader": "number", "batch_size": 1},
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    expected = launch(["sftkey.commands.train", str(recipe)], whole)
+    assert expected.returncode == 0, expected.stderr
+    run = cut / "runs" / "tiny"
+    killed_when(lambda: has_lines(run / "stages/1-completion/log.jsonl", 17), str(recipe), cut)
+    killed_when(lambda: has_lines(run / "stages/2-key/log.jsonl", 10), str(recipe), cut)
+    part = run / "evaluation" / "key.part0of1.jsonl"
+    killed_when(lambda: has_lines(part, 2), str(recipe), cut)
+    kept = part.read_text().splitlines()[:2]
+    resumed = launch(["sftkey.commands.train", str(recipe)], cut)
+    assert resumed.returncode == 0, resumed.stderr
+    for stage in STAGES:
+        logs = [log_lines(folder / "runs" / "tiny", stage) for folder in (whole, cut)]
+        assert [line["step"] for line in logs[1]] == list(range(1, 41))
+        assert [line["loss"] for line in logs[1]] == [line["loss"] for line in logs[0]]
+        weights = adapter(whole / "runs" / "tiny", stage)
+        got = adapter(run, stage)
+        assert weights.keys() == got.keys()
+        assert all(torch.equal(weights[name], got[name]) for name in weights)
+    assert (run / "evaluation" / "key.jsonl").read_text().splitlines()[:2] == kept
+    assert resumed.stdout == expected.stdout
+    again = launch(["sftkey.commands.train", str(recipe)], cut)
+    assert again.stdout == expected.stdout

@@ -1,0 +1,89 @@
+"""What only real weights can show: SmolLM2-135M from its package, on questions made on the spot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from sftkey.models.packaged import packaged_folder
+from sftkey.recipe.load import load_recipe
+from sftkey.training.run import Run, start
+
+pytestmark = pytest.mark.slow
+DEMO = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "demo.yaml"
+SHORT = (
+    "stages=[{name: completion, loss_on: completion}]",
+    "data.num_rows=400",
+    "trainer.max_steps=35",
+    "eval.num_questions=20",
+    "eval.batch_size=20",
+    "model.quantization=none",  # float32: on a CPU as fast as NF4 to train
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """Give the folder of the packaged model, fetched and converted once."""
+    return packaged_folder(load_recipe(DEMO).model)
+
+
+def answers(folder: Path, name: str, *overrides: str) -> tuple[Run, list[dict[str, Any]]]:
+    """Train one short stage, and give what it answered."""
+    run = start(load_recipe(DEMO, (*SHORT, *overrides)), folder / name)
+    assert list(run.stages()) == ["base", "completion"]
+    text = run.ledger.generations("completion").read_text()
+    return run, [json.loads(line) for line in text.splitlines()]
+
+
+def without_end(smollm2: Path, folder: Path) -> Path:
+    """Make a stand-in for a base model: one that never learned its template's end of turn."""
+    shutil.copytree(smollm2, folder)
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    end = AutoTokenizer.from_pretrained(smollm2).eos_token_id
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        rows[end] = torch.randn(rows.shape[1], generator=generator) * rows.std()
+    model.save_pretrained(folder)
+    GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_a_trained_model_stops_by_itself(tmp_path: Path) -> None:
+    """At least 19 of 20 answers end with the end of turn that was trained."""
+    _, rows = answers(tmp_path, "as-it-is")
+    assert len(rows) == 20
+    assert sum(row["stopped"] for row in rows) >= 19
+
+
+def test_a_base_model_learns_to_stop_where_the_end_of_turns_row_is_trained(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    """Its row re-initialised and no published end: trained with the adapter, the model stops."""
+    base = without_end(smollm2, tmp_path / "base")
+    end = AutoTokenizer.from_pretrained(base).eos_token_id
+    lora = (
+        f"{{r: 16, lora_alpha: 32, target_modules: all-linear, trainable_token_indices: [{end}]}}"
+    )
+    model = f"model={{name_or_path: {base}, quantization: none}}"
+    run, rows = answers(tmp_path, "row-trained", model, f"lora={lora}")
+    before = [json.loads(line) for line in run.ledger.generations("base").read_text().splitlines()]
+    assert sum(row["stopped"] for row in before) <= 10
+    assert sum(row["stopped"] for row in rows) >= 19
+
+
+def test_the_demo_runs_both_stages_in_nf4(tmp_path: Path) -> None:
+    """The demo's own recipe, cut short: the losses fall, and the stages hand over."""
+    overrides = ("data.num_rows=400", "trainer.max_steps=6", "eval.num_questions=4")
+    run = start(load_recipe(DEMO, overrides), tmp_path / "demo")
+    assert list(run.stages()) == ["base", "completion", "key"]
+    first, second = (record.validation for record in run.ledger.stages)
+    assert first["end"]["thinking"] < first["start"]["thinking"] - 0.5
+    assert second["start"] == pytest.approx(first["end"], abs=1e-3)
