@@ -16,7 +16,7 @@ from sftkey.adapt.write import Choices, head, sections
 from sftkey.checks.mask_proof import Proof, prove
 from sftkey.checks.recipe import undecided
 from sftkey.data.preview import row_tokens
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
@@ -107,7 +107,7 @@ class Adapted:
         text: The recipe's YAML.
         recipe: The same, read.
         model_type: The architecture's name.
-        frame: None where the user must decide something first.
+        renderer: None where the user must decide something first.
         proof: Of the masks in this frame.
         example: The first row of the data (or a made one) as `preview.preview_rows` gives it.
     """
@@ -115,7 +115,7 @@ class Adapted:
     text: str
     recipe: Recipe
     model_type: str
-    frame: Frame | None
+    renderer: Renderer | None
     proof: Proof | None
     example: list[dict[str, Any]]
 
@@ -144,11 +144,11 @@ def adapt(
     other = load_recipe(like) if like else None
     facts = read_facts(name_or_path, other.model if other else None)
     choice = choose_frame(facts.tokenizer, facts.published_stops)
-    frame, seed = choice.frame, other.seed if other else SEED
+    renderer, seed = choice.renderer, other.seed if other else SEED
     data = choose_data(source, seed, choice.section.frame == "plain") if source else None
     lengths = None
-    if data is not None and data.examples and frame is not None:
-        lengths = measure(data.examples, frame, facts.most_tokens)
+    if data is not None and data.examples and renderer is not None:
+        lengths = measure(data.examples, renderer, facts.most_tokens)
     choices = Choices(facts, choice, data, lengths, other, str(like or ""), source, seed, path)
     text = write_recipe(head(choices), sections(choices))
     recipe = _read(text)
@@ -158,9 +158,9 @@ def adapt(
         choices = replace(choices, gpu=gpu, most_rows=most)
         text = write_recipe(head(choices), sections(choices))
         recipe = _read(text)
-    if frame is None:
+    if renderer is None:
         return Adapted(text, recipe, facts.model_type, None, None, [])
-    proof = prove(frame, NUM_PROOF_ROWS, seed)
+    proof = prove(renderer, NUM_PROOF_ROWS, seed)
     if proof.wrong:
         raise FrameError(
             name_or_path,
@@ -169,8 +169,8 @@ def adapt(
             "nothing was written; it is a bug of sftkey, please report it with the model's name",
         )
     examples = data.examples if data and data.examples else [MADE]
-    example = list(_preview(examples, frame, recipe))[:1]
-    return Adapted(text, recipe, facts.model_type, frame, proof, example)
+    example = list(_preview(examples, renderer, recipe))[:1]
+    return Adapted(text, recipe, facts.model_type, renderer, proof, example)
 
 
 def _read(text: str) -> Recipe:
@@ -181,11 +181,13 @@ def _read(text: str) -> Recipe:
         return load_recipe(file)
 
 
-def _preview(examples: list[Example], frame: Frame, recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _preview(
+    examples: list[Example], renderer: Renderer, recipe: Recipe
+) -> Iterator[dict[str, Any]]:
     """Show the first example that becomes a row, as the collator makes it for each stage."""
     for example in examples:
-        (row,) = tokenize([example], frame)
+        (row,) = tokenize([example], renderer)
         if isinstance(row, Row):
-            (tokens,) = row_tokens([row], recipe, frame.tokenizer)
+            (tokens,) = row_tokens([row], recipe, renderer.tokenizer)
             yield {"index": example.index, "split": "train", "tokens": tokens}
             return

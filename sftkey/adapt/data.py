@@ -10,7 +10,7 @@ from typing import Any
 
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import RULES, make_examples
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
 from sftkey.data.tokenization import Row, tokenize
@@ -178,16 +178,16 @@ class Lengths:
     why: str
 
 
-def measure(examples: Sequence[Example], frame: Frame, most: int | None) -> Lengths:
+def measure(examples: Sequence[Example], renderer: Renderer, most: int | None) -> Lengths:
     """Choose the sequence length: what 99.5 of 100 rows need, or all of them where that is close.
 
     Args:
         examples: The data.
-        frame: The run's frame.
+        renderer: The run's renderer.
         most: The longest row that the model can read, if it says so.
     """
     some = examples[:: math.ceil(len(examples) / MOST_ROWS)]
-    rows = [row for row in tokenize(some, frame) if isinstance(row, Row)]
+    rows = [row for row in tokenize(some, renderer) if isinstance(row, Row)]
     if not rows:
         raise DataError("--data", "no row can be tokenized in this model's frame")
     whole = sorted(len(row.input_ids) for row in rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sftkey.adapt.data import DataChoice, choose_data, choose_grader, measure
 from sftkey.adapt.frame import TAGS, THINK, FrameChoice, choose_frame
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.sources import load_examples
 from sftkey.data.tokenization import Row, fit, tokenize
@@ -22,7 +22,7 @@ class Foreign:
 
     Args:
         section: The model, as it is: not quantized by us.
-        frame: What stands around its responses.
+        renderer: What stands around its responses.
         examples: Those of the rows.
         rows: Their tokens.
         grader: That fits the answers.
@@ -31,7 +31,7 @@ class Foreign:
     """
 
     section: ModelSection
-    frame: Frame
+    renderer: Renderer
     examples: list[Example]
     rows: list[Row]
     grader: str
@@ -53,19 +53,19 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     open_choices = choice.undecided | {
         f"data.{key}": str(data.fields[key]) for key in data.undecided
     }
-    if open_choices or choice.frame is None:
+    if open_choices or choice.renderer is None:
         what = [
             Problem(key, f"to be decided: {value.removeprefix(UNDECIDED).strip()}")
             for key, value in open_choices.items()
         ]
         ask = f"`sftkey adapt {name_or_path} --data {source} -o my.yaml` writes a recipe"
         raise RecipeError(name_or_path, what, f"{ask}: decide there, then diagnose my.yaml")
-    frame = _with_tags_of(data, choice, choice.frame, facts)
+    renderer = _with_tags_of(data, choice, choice.renderer, facts)
     examples = data.examples
     if data.fields.get("validation") == "validation":
         examples = load_examples(DataSection(**data.fields), seed, "validation").examples
-    lengths = measure(examples, frame, facts.most_tokens)
-    fitted = fit(tokenize(examples, frame), examples, frame, lengths.max_length, "drop")
+    lengths = measure(examples, renderer, facts.most_tokens)
+    fitted = fit(tokenize(examples, renderer), examples, renderer, lengths.max_length, "drop")
     pairs = [(e, row) for e, row in zip(examples, fitted, strict=True) if isinstance(row, Row)]
     grader, why = choose_grader(examples)
     columns = {
@@ -73,18 +73,18 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
         for key in ("prompt", "thinking", "answer", "split_rule")
         if key in data.fields
     }
-    tags = frame.response
+    tags = renderer.response
     return Foreign(
         facts.section.model_copy(
             update={"quantization": "none", "attn_implementation": facts.attention}
         ),
-        frame,
+        renderer,
         [example for example, _ in pairs],
         [row for _, row in pairs],
         grader,
         lengths.max_new_tokens,
         (
-            f"frame {frame.kind}; tags {tags.thinking_open!r} {tags.thinking_close!r} "
+            f"frame {renderer.kind}; tags {tags.thinking_open!r} {tags.thinking_close!r} "
             f"{tags.answer_open!r} {tags.answer_close!r}",
             ", ".join(f"{key} {value!r}" for key, value in columns.items()) or "built-in columns",
             f"grader {grader}: {why}",
@@ -92,9 +92,11 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     )
 
 
-def _with_tags_of(data: DataChoice, choice: FrameChoice, frame: Frame, facts: ModelFacts) -> Frame:
+def _with_tags_of(
+    data: DataChoice, choice: FrameChoice, renderer: Renderer, facts: ModelFacts
+) -> Renderer:
     """Take the rows' own tags where the template has none: the model was trained on such rows."""
     if data.fields.get("split_rule") != "think_tags" or choice.section.thinking != TAGS.thinking:
-        return frame
+        return renderer
     kept = {"frame": choice.section.frame, "end": choice.section.end}
-    return probe_frame(facts.tokenizer, THINK.model_copy(update=kept), choice.kwargs)
+    return probe_renderer(facts.tokenizer, THINK.model_copy(update=kept), choice.kwargs)

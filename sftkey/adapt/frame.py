@@ -11,8 +11,8 @@ from sftkey.checks.mask_proof import Oracle, trained
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.renderer import (
     TEMPLATE_ERRORS,
-    Frame,
-    probe_frame,
+    Renderer,
+    probe_renderer,
     probe_template,
     render,
     special_ids,
@@ -46,14 +46,14 @@ class FrameChoice:
     Args:
         section: The recipe's `response`.
         kwargs: The recipe's `model.chat_template_kwargs`.
-        frame: What was probed with them; None where none could be.
+        renderer: What was probed with them; None where none could be.
         why: Reasons by key: frame, thinking, answer, end, chat_template_kwargs.
         undecided: Values that the user must choose, by dotted key.
     """
 
     section: ResponseSection
     kwargs: dict[str, Any]
-    frame: Frame | None
+    renderer: Renderer | None
     why: dict[str, str] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
 
@@ -76,18 +76,18 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
     for section, thinks, why in _candidates(template):
         kwargs = thinks | date
         try:
-            frame = probe_frame(tokenizer, section, kwargs)
+            renderer = probe_renderer(tokenizer, section, kwargs)
         except FrameError as error:
             failed = error
             continue
-        section, frame, seam = _clean(tokenizer, section, kwargs, frame)
-        turns = f"the chat template's turns, which end with {frame.end_token}"
+        section, renderer, seam = _clean(tokenizer, section, kwargs, renderer)
+        turns = f"the chat template's turns, which end with {renderer.end_token}"
         if "strftime_now" in template and not date:
             turns += "; it writes today's date into prompts, and nothing fixes it"
         whys = {"frame": turns, "thinking": why, "answer": seam}
         said = [_thinks(thinks), reason]
         whys["chat_template_kwargs"] = "; ".join(part for part in said if part)
-        return FrameChoice(section, kwargs, frame, whys)
+        return FrameChoice(section, kwargs, renderer, whys)
     assert failed is not None  # there is always a candidate
     if _is_borrowed(tokenizer, date):
         return _plain(tokenizer, stops, "the template's end of turn is no token of this tokenizer")
@@ -153,21 +153,21 @@ def _plain(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], why: str)
         known = ", ".join(special) or "none"
         undecided = {"response.end": f"{UNDECIDED} the special token that ends a text; of {known}"}
         return FrameChoice(section, {}, None, whys, undecided)
-    frame = probe_frame(tokenizer, section)
-    section, frame, seam = _clean(tokenizer, section, {}, frame)
+    renderer = probe_renderer(tokenizer, section)
+    section, renderer, seam = _clean(tokenizer, section, {}, renderer)
     whys |= {"thinking": "the model has no thinking tags of its own", "answer": seam}
-    return FrameChoice(section, {}, frame, whys)
+    return FrameChoice(section, {}, renderer, whys)
 
 
 def _clean(
     tokenizer: PreTrainedTokenizerBase,
     section: ResponseSection,
     kwargs: dict[str, Any],
-    frame: Frame,
-) -> tuple[ResponseSection, Frame, str]:
+    renderer: Renderer,
+) -> tuple[ResponseSection, Renderer, str]:
     """Take the first writing of these tags that no token straddles; the text stays the same."""
-    if _is_clean(frame):
-        return section, frame, "no token straddles the end of the thinking"
+    if _is_clean(renderer):
+        return section, renderer, "no token straddles the end of the thinking"
     opening = section.answer[0]
     blank = opening[: len(opening) - len(opening.lstrip())]
     update = {
@@ -175,18 +175,18 @@ def _clean(
         "answer": (opening[len(blank) :], section.answer[1]),
     }
     other = section.model_copy(update=update)
-    moved = probe_frame(tokenizer, other, kwargs) if blank else frame
+    moved = probe_renderer(tokenizer, other, kwargs) if blank else renderer
     if blank and _is_clean(moved):
         why = "the line's end goes with the thinking: this tokenizer joins it to the tag before"
         return other, moved, why
-    return section, frame, "a token straddles the end of the thinking, and stays out of the key"
+    return section, renderer, "a token straddles the end of the thinking, and stays out of the key"
 
 
-def _is_clean(frame: Frame) -> bool:
+def _is_clean(renderer: Renderer) -> bool:
     """Tell whether the key always begins with a token of its own."""
     examples = [Example("Q", thinking, answer, n) for n, (thinking, answer) in enumerate(SEAMS)]
-    oracle = Oracle(frame)
-    for example, row in zip(examples, tokenize(examples, frame), strict=True):
+    oracle = Oracle(renderer)
+    for example, row in zip(examples, tokenize(examples, renderer), strict=True):
         if not isinstance(row, Row):
             return False
         ids, key = row.input_ids, oracle.texts(example)[1]

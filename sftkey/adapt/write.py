@@ -16,7 +16,7 @@ from sftkey.memory_plan.plan import largest_part
 from sftkey.models.facts import ModelFacts
 from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
 from sftkey.recipe.stages import trainer_setting
-from sftkey.recipe.yaml_io import Line, Section
+from sftkey.recipe.yaml_io import Line, WrittenSection
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Choices:
 
     Args:
         facts: The model.
-        frame: Its frame and tags.
+        frame: How responses stand in its template, and why.
         data: How the data is read; None without data of its own.
         lengths: What the data needs; None where it can't be told.
         other: The recipe that this one is like.
@@ -73,11 +73,11 @@ class Choices:
     @property
     def end_is_known(self) -> bool:
         """The model has learned to stop with the frame's end, by what is published of it."""
-        frame = self.frame.frame
-        if frame is None or frame.end_id in self.facts.published_stops:
+        renderer = self.frame.renderer
+        if renderer is None or renderer.end_id in self.facts.published_stops:
             return True
-        of_tokenizer = frame.end_token == self.facts.tokenizer.eos_token
-        return of_tokenizer and (frame.kind == "plain" or not self.facts.stops_verified)
+        of_tokenizer = renderer.end_token == self.facts.tokenizer.eos_token
+        return of_tokenizer and (renderer.kind == "plain" or not self.facts.stops_verified)
 
     @property
     def why_unknown(self) -> str:
@@ -122,7 +122,7 @@ def _size(billions: float) -> str:
     return f"{count:.1f}{unit}" if count < 10 else f"{count:.0f}{unit}"
 
 
-def sections(choices: Choices) -> Iterator[Section]:
+def sections(choices: Choices) -> Iterator[WrittenSection]:
     """Give all sections in order."""
     yield "", [Line("name", choices.name), Line("seed", choices.seed)]
     yield "model", list(_model(choices))
@@ -170,12 +170,12 @@ def _lora(choices: Choices) -> Iterator[Line]:
     if facts.stacked:
         why += "; the experts' weights are no modules, and stay as they are"
     yield Line("target_modules", targets, why)
-    frame = choices.frame.frame
-    if frame is not None and not choices.end_is_known:
+    renderer = choices.frame.renderer
+    if renderer is not None and not choices.end_is_known:
         yield Line(
             "trainable_token_indices",
-            facts.row_of(frame.end_id),
-            f"the row of {frame.end_token}: {choices.why_unknown}",
+            facts.row_of(renderer.end_id),
+            f"the row of {renderer.end_token}: {choices.why_unknown}",
         )
 
 

@@ -19,7 +19,7 @@ from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
 from sftkey.data.preview import statistics
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Segment
 from sftkey.data.splits import Splits, load_splits
 from sftkey.errors import CheckError, Problem, SFTKeyError
@@ -46,27 +46,27 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
         Findings, statistics and, where rows could be made, the rows.
     """
     findings = list(recipe_findings(recipe, env))
-    frame = splits = None
+    renderer = splits = None
     if not undecided(recipe, "model", "response"):
-        frame = _attempt(findings, _read_frame, recipe)
-    if frame is not None:
-        findings += frame_findings(frame)
-        findings += _attempt(findings, stop_findings, recipe, frame) or []
+        renderer = _attempt(findings, _read_frame, recipe)
+    if renderer is not None:
+        findings += frame_findings(renderer)
+        findings += _attempt(findings, stop_findings, recipe, renderer) or []
     if not undecided(recipe, "data"):
         splits = _attempt(findings, _read_splits, recipe)
     prepared = None
-    if frame is not None and splits is not None:
-        prepared = _read_rows(findings, recipe, frame, splits)
+    if renderer is not None and splits is not None:
+        prepared = _read_rows(findings, recipe, renderer, splits)
     if splits is not None:
         dropped = splits.dropped() if prepared is None else prepared.counts["dropped"]
         findings += dropped_findings(recipe.data, dropped)
     if prepared is None:
         return Report(tuple(findings))
     _attempt(findings, refuse_evaluation_without_rows, recipe, prepared)
-    masks = read_masks(recipe, prepared.frame, prepared.train)
+    masks = read_masks(recipe, prepared.renderer, prepared.train)
     findings += masks.findings("train")
     if prepared.validation is not None:
-        validation = read_masks(recipe, prepared.frame, prepared.validation)
+        validation = read_masks(recipe, prepared.renderer, prepared.validation)
         findings += validation.findings("validation")
     num_processes = int(env.get("WORLD_SIZE", "1"))
     numbers = _numbers(recipe, prepared, masks, num_processes)
@@ -84,9 +84,9 @@ def _attempt(
         return None
 
 
-def _read_frame(recipe: Recipe) -> Frame:
+def _read_frame(recipe: Recipe) -> Renderer:
     tokenizer = load_tokenizer(recipe.model)
-    return probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    return probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
 
 
 def _read_splits(recipe: Recipe) -> Splits:
@@ -95,16 +95,16 @@ def _read_splits(recipe: Recipe) -> Splits:
 
 
 def _read_rows(
-    findings: list[Finding], recipe: Recipe, frame: Frame, splits: Splits
+    findings: list[Finding], recipe: Recipe, renderer: Renderer, splits: Splits
 ) -> Prepared | None:
     """Tokenize the rows whose prompts the template can write."""
-    lost, usable = template_findings(splits, frame)
+    lost, usable = template_findings(splits, renderer)
     findings += lost
     if not usable.train:
         return None
-    findings += judged_findings(frame, usable.train)
+    findings += judged_findings(renderer, usable.train)
     kind = recipe.model_copy(update={"data": lenient(recipe.data)})
-    return _attempt(findings, prepare_splits, kind, usable, frame)
+    return _attempt(findings, prepare_splits, kind, usable, renderer)
 
 
 def _numbers(
@@ -190,7 +190,7 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
     return unreadable({each.index: each.answer for each in questions}, recipe.eval.grader)
 
 
-def passed(recipe: Recipe) -> Prepared:
+def require_trainable(recipe: Recipe) -> Prepared:
     """Give the rows of a recipe that may be trained; what is worth knowing goes to stderr.
 
     Raises:

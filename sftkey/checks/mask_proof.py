@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sftkey.data.labels import IGNORED, labels_for
-from sftkey.data.renderer import TEMPLATE_ERRORS, Frame
+from sftkey.data.renderer import TEMPLATE_ERRORS, Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
@@ -80,46 +80,46 @@ HARD_TEXTS: dict[str, list[str]] = {
 LETTERS = [(0x20, 0x7E), (0xA1, 0x24F), (0x370, 0x3FF), (0x4E00, 0x9FA5), (0x1F300, 0x1F5FF)]
 
 
-def hard_examples(frame: Frame, num_rows: int, seed: int) -> list[Example]:
+def hard_examples(renderer: Renderer, num_rows: int, seed: int) -> list[Example]:
     """Make examples that a run with this frame might meet, and worse; the same for the same seed.
 
     Two in a hundred hold the text of a special token; no other does. Thinking may be empty, prompts
     and answers aren't, since such rows never come to be examples.
     """
     draw = random.Random(seed)
-    kinds = _kinds(frame)
-    takes_system = _takes_system(frame)
+    kinds = _kinds(renderer)
+    takes_system = _takes_system(renderer)
     examples = []
     for index in range(num_rows):
         thinking = "" if draw.random() < 0.1 else _text(draw, kinds, most=8)
         answer = _text(draw, kinds, most=3)
         answer = answer if answer.strip() else f"{answer}7"
         question = f"Q{_text(draw, kinds, most=4)}"
-        if frame.special_ids and draw.random() < SPECIAL_SHARE:
-            special = f"see {draw.choice(sorted(frame.special_ids))} there"
+        if renderer.special_ids and draw.random() < SPECIAL_SHARE:
+            special = f"see {draw.choice(sorted(renderer.special_ids))} there"
             if draw.random() < 0.5:
                 thinking += special
             else:
                 answer += special
-        prompt = _prompt(draw, question, takes_system) if frame.kind == "chat" else question
+        prompt = _prompt(draw, question, takes_system) if renderer.kind == "chat" else question
         examples.append(Example(prompt, thinking, answer, index))
     return examples
 
 
-def _kinds(frame: Frame) -> list[list[str]]:
+def _kinds(renderer: Renderer) -> list[list[str]]:
     """Add the response's own tags, and leave out what is a special token of this tokenizer."""
-    own = [tag for tag in vars(frame.response).values() if tag]
+    own = [tag for tag in vars(renderer.response).values() if tag]
     kinds = [*HARD_TEXTS.values(), own]
-    kept = [[text for text in kind if not frame.special_pattern.search(text)] for kind in kinds]
+    kept = [[text for text in kind if not renderer.special_pattern.search(text)] for kind in kinds]
     return [kind for kind in kept if kind]
 
 
-def _takes_system(frame: Frame) -> bool:
+def _takes_system(renderer: Renderer) -> bool:
     """Tell whether the template writes system messages."""
-    if frame.kind == "plain":
+    if renderer.kind == "plain":
         return False
     try:
-        frame.prompt_text((SYSTEM, {"role": "user", "content": "Q"}))
+        renderer.prompt_text((SYSTEM, {"role": "user", "content": "Q"}))
     except FrameError:
         return False
     return True
@@ -188,15 +188,15 @@ class Proof:
         return sum(n for reason, n in self.refused.items() if SPECIAL_TEXT not in reason)
 
 
-def prove(frame: Frame, num_rows: int, seed: int) -> Proof:
+def prove(renderer: Renderer, num_rows: int, seed: int) -> Proof:
     """Tokenize hard rows, and judge every one."""
-    examples = hard_examples(frame, num_rows, seed)
-    return judge(frame, examples, tokenize(examples, frame))
+    examples = hard_examples(renderer, num_rows, seed)
+    return judge(renderer, examples, tokenize(examples, renderer))
 
 
-def judge(frame: Frame, examples: Sequence[Example], rows: Sequence[Row | Refusal]) -> Proof:
+def judge(renderer: Renderer, examples: Sequence[Example], rows: Sequence[Row | Refusal]) -> Proof:
     """Judge what became of examples, in their order."""
-    oracle = Oracle(frame)
+    oracle = Oracle(renderer)
     right, refused, wrong = 0, Counter[str](), []
     for example, row in zip(examples, rows, strict=True):
         if isinstance(row, Row):
@@ -220,20 +220,20 @@ def _kind(reason: str) -> str:
 class Oracle:
     """Judges rows with `decode()` alone."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
-        self.normalizer = frame.tokenizer.backend_tokenizer.normalizer
-        added = frame.tokenizer.added_tokens_decoder.values()
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+        self.normalizer = renderer.tokenizer.backend_tokenizer.normalizer
+        added = renderer.tokenizer.added_tokens_decoder.values()
         tokens = sorted((token.content for token in added), key=len, reverse=True)
         # A tokenizer takes its added tokens out of a text before it normalizes what is between.
         self.added = re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
-        self.special = frozenset(frame.special_ids.values())
-        self.before = frame.encode([BEFORE])[0].ids
+        self.special = frozenset(renderer.special_ids.values())
+        self.before = renderer.encode([BEFORE])[0].ids
         # Older SentencePiece (Llama 2's, Phi-3's) sets a blank behind special tokens too.
-        behind = self.decode(frame.encode([frame.end_token + BEFORE])[0].ids)
-        self.sets_blank = behind == f"{frame.end_token} {BEFORE}"
+        behind = self.decode(renderer.encode([renderer.end_token + BEFORE])[0].ids)
+        self.sets_blank = behind == f"{renderer.end_token} {BEFORE}"
         # SentencePiece writes blanks as this sign, and reads the sign itself as a blank.
-        self.reads_sign = self.decode(frame.encode([BEFORE + SIGN])[0].ids).endswith(" ")
+        self.reads_sign = self.decode(renderer.encode([BEFORE + SIGN])[0].ids).endswith(" ")
 
     def fault(self, example: Example, row: Row) -> str | None:
         """Say what is wrong with a row, if anything is."""
@@ -241,7 +241,7 @@ class Oracle:
         if len(ids) != len(segments):
             return "not a segment for every token"
         fed = self.fed(example)
-        if ids[: len(fed)] != fed or self.frame.prompt_ids(example.prompt) != fed:
+        if ids[: len(fed)] != fed or self.renderer.prompt_ids(example.prompt) != fed:
             return "the row does not begin with what inference feeds"
         places = [n for n, segment in enumerate(segments) if segment == Segment.PROMPT]
         if places != list(range(len(fed))) or trained(row, "completion") != list(
@@ -253,20 +253,20 @@ class Oracle:
 
     def can_be_built(self, example: Example) -> bool:
         """Try to build a row with the tokenizer's own call, whole and apart."""
-        frame = self.frame
+        renderer = self.renderer
         try:
-            fed, prompt = self.fed(example), frame.prompt_text(example.prompt)
+            fed, prompt = self.fed(example), renderer.prompt_text(example.prompt)
         except TEMPLATE_ERRORS:
             return False
         rest = "".join(self.texts(example))
         wanted = (self.normal(rest), self._blank(fed) + self.normal(rest))
-        for text, head in ((prompt + rest, frame.bos_before(prompt)), (rest, fed)):
-            ids = [*head, *frame.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for text, head in ((prompt + rest, renderer.bos_before(prompt)), (rest, fed)):
+            ids = [*head, *renderer.tokenizer(text, add_special_tokens=False)["input_ids"]]
             completion = ids[len(fed) :]
             if (
                 ids[: len(fed)] == fed
-                and completion[-1:] == [frame.end_id]
-                and [n for n in completion if n in self.special] == frame.written_special_ids
+                and completion[-1:] == [renderer.end_id]
+                and [n for n in completion if n in self.special] == renderer.written_special_ids
                 and self.decode(completion) in wanted
             ):
                 return True
@@ -274,8 +274,8 @@ class Oracle:
 
     def fed(self, example: Example) -> list[int]:
         """Give the ids that inference feeds, by upstream's own call."""
-        tokenizer, prompt = self.frame.tokenizer, example.prompt
-        if self.frame.kind == "plain":
+        tokenizer, prompt = self.renderer.tokenizer, example.prompt
+        if self.renderer.kind == "plain":
             has_bos = tokenizer.bos_token and str(prompt).startswith(tokenizer.bos_token)
             return list(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -283,15 +283,15 @@ class Oracle:
             list(messages),
             add_generation_prompt=True,
             return_dict=False,
-            **self.frame.chat_template_kwargs,
+            **self.renderer.chat_template_kwargs,
         )
         return list(ids)
 
     def texts(self, example: Example) -> tuple[str, str]:
         """Give the text up to the end of the thinking, and the text of the key."""
-        pieces = self.frame.response.pieces(example.thinking, example.answer)
+        pieces = self.renderer.response.pieces(example.thinking, example.answer)
         key = "".join(text for _, text in pieces[1:])
-        return self.frame.bridge + pieces[0][1], key + self.frame.end
+        return self.renderer.assistant_prefix + pieces[0][1], key + self.renderer.end
 
     def normal(self, text: str) -> str:
         """Give what a tokenizer keeps of a text: its own normal form, blanks as blanks."""
@@ -308,7 +308,7 @@ class Oracle:
     def decode(self, ids: Sequence[int]) -> str:
         """Decode what follows a prompt."""
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        text = str(self.frame.tokenizer.decode([*self.before, *ids], **options))
+        text = str(self.renderer.tokenizer.decode([*self.before, *ids], **options))
         assert text.startswith(BEFORE), text
         return text[len(BEFORE) :]
 
@@ -346,7 +346,10 @@ class Oracle:
 
     def _end_fault(self, row: Row) -> str | None:
         """The end of turn comes last and once, and both stages train it."""
-        if row.input_ids.count(self.frame.end_id) != 1 or row.input_ids[-1] != self.frame.end_id:
+        if (
+            row.input_ids.count(self.renderer.end_id) != 1
+            or row.input_ids[-1] != self.renderer.end_id
+        ):
             return "the end of turn is not the last token, and once"
         last = len(row.input_ids) - 1
         if row.segment_ids[-1] != Segment.END or trained(row, "key")[-1] != last:
@@ -356,7 +359,7 @@ class Oracle:
     def _answer_fault(self, example: Example, row: Row, start: int) -> str | None:
         """Every token that touches the answer is ANSWER, and no other; THINKING comes first."""
         ids, answer = row.input_ids, self.normal(example.answer)
-        before = self.normal(self.frame.response.answer_open)
+        before = self.normal(self.renderer.response.answer_open)
         if not answer or self.normal(before + answer) != before + answer:
             return None  # tag and answer melt into one another, and no decoding tells them apart
         start += len(before)

@@ -18,7 +18,7 @@ from sftkey.checks.findings import Finding, of_rows
 from sftkey.checks.mask_proof import judge
 from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import COMPLETION, IGNORED, KEY, PADDING, weights_by_segment
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import tokenize
 from sftkey.recipe.schema import Recipe, StageSection
@@ -56,11 +56,11 @@ class Masks:
             self.faults.setdefault((code, what), []).extend(numbers)
 
 
-def read_masks(recipe: Recipe, frame: Frame, dataset: Dataset) -> Masks:
+def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
     """Collate all rows of a split for every stage, and compare with what the recipe says."""
     masks = Masks()
-    closing = _closing(frame)
-    pad = frame.tokenizer.pad_token_id
+    closing = _closing(renderer)
+    pad = renderer.tokenizer.pad_token_id
     with _one_thread():
         for rows in dataset.iter(batch_size=BATCH_SIZE):
             items = [
@@ -69,8 +69,8 @@ def read_masks(recipe: Recipe, frame: Frame, dataset: Dataset) -> Masks:
             ]
             for stage in recipe.stages:
                 batch = KeyCollator(pad, stage.loss_on, for_key_trainer=True)(items)
-                _note_stage_faults(masks, stage, batch, frame, rows["index"])
-            _note_row_faults(masks, batch["segment_ids"], rows, closing, frame)
+                _note_stage_faults(masks, stage, batch, renderer, rows["index"])
+            _note_row_faults(masks, batch["segment_ids"], rows, closing, renderer)
     return masks
 
 
@@ -89,7 +89,7 @@ def _note_stage_faults(
     masks: Masks,
     stage: StageSection,
     batch: Mapping[str, torch.Tensor],
-    frame: Frame,
+    renderer: Renderer,
     rows: Sequence[int],
 ) -> None:
     """Compare a batch's labels and weights with the recipe's weights by segment."""
@@ -100,42 +100,42 @@ def _note_stage_faults(
     masks.note("loss-on", f"{where}: trains other tokens than loss_on says", wrong.any(1), rows)
     masks.note("nothing-trained", f"{where}: trains no token", (labels == IGNORED).all(1), rows)
     last = (segments != PADDING).sum(1, keepdim=True) - 1
-    end = ids.gather(1, last) == frame.end_id
+    end = ids.gather(1, last) == renderer.end_id
     if by_segment[Segment.END]:
-        end &= labels.gather(1, last) == frame.end_id
-    what = f"{where}: doesn't train {frame.end_token!r} as the last token"
+        end &= labels.gather(1, last) == renderer.end_id
+    what = f"{where}: doesn't train {renderer.end_token!r} as the last token"
     masks.note("end-untrained", what, ~end.squeeze(1), rows)
 
 
 def _note_row_faults(
-    masks: Masks, segments: torch.Tensor, rows: Mapping[str, Any], closing: str, frame: Frame
+    masks: Masks, segments: torch.Tensor, rows: Mapping[str, Any], closing: str, renderer: Renderer
 ) -> None:
     """Look for rows whose answer is missing or cut, and measure the key."""
     without = (segments != Segment.ANSWER).all(1)
     masks.note("no-key", "no token of an answer", without, rows["index"])
     longest = len(closing.encode()) + 1
-    tails = _decode(frame, [ids[-longest:] for ids in rows["input_ids"]])
+    tails = _decode(renderer, [ids[-longest:] for ids in rows["input_ids"]])
     cut = torch.tensor([not tail.endswith(closing) for tail in tails])
     masks.note("answer-cut", f"doesn't end in {closing!r}", cut, rows["index"])
     key, completion = (torch.isin(segments, torch.tensor(it)).sum(1) for it in (KEY, COMPLETION))
     masks.key_shares += (key / completion.clamp(min=1)).tolist()
 
 
-def _closing(frame: Frame) -> str:
+def _closing(renderer: Renderer) -> str:
     """Give the text that every row ends in, as the tokenizer decodes it."""
-    (encoding,) = frame.encode([frame.response.answer_close + frame.end])
-    return _decode(frame, [encoding.ids])[0].lstrip()
+    (encoding,) = renderer.encode([renderer.response.answer_close + renderer.end])
+    return _decode(renderer, [encoding.ids])[0].lstrip()
 
 
-def _decode(frame: Frame, rows: Sequence[Sequence[int]]) -> list[str]:
-    backend = frame.tokenizer.backend_tokenizer
+def _decode(renderer: Renderer, rows: Sequence[Sequence[int]]) -> list[str]:
+    backend = renderer.tokenizer.backend_tokenizer
     return list(backend.decode_batch([list(ids) for ids in rows], skip_special_tokens=False))
 
 
-def judged_findings(frame: Frame, examples: Sequence[Example]) -> Iterator[Finding]:
+def judged_findings(renderer: Renderer, examples: Sequence[Example]) -> Iterator[Finding]:
     """Let the oracle judge rows from all over a split."""
     chosen = examples[:: max(1, len(examples) // NUM_JUDGED)]
-    wrong = judge(frame, chosen, tokenize(chosen, frame)).wrong
+    wrong = judge(renderer, chosen, tokenize(chosen, renderer)).wrong
     if wrong:
         what = f"train: an oracle that decodes finds masks wrong, at first: {wrong[0].what}"
         yield of_rows("masks", what, [each.example.index for each in wrong], BUG)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sftkey.checks.findings import Finding, numbered, of_rows
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.splits import Splits
 from sftkey.errors import FrameError
@@ -78,24 +78,24 @@ def dropped_findings(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[
         yield Finding(reason.code, rows, message, reason.hint if refuses else None, refuses)
 
 
-def frame_findings(frame: Frame) -> Iterator[Finding]:
+def frame_findings(renderer: Renderer) -> Iterator[Finding]:
     """Find thinking that the template writes itself, beside the response's own."""
-    if not THINK_TAG.search(frame.bridge):
+    if not THINK_TAG.search(renderer.assistant_prefix):
         return
-    opening = "<think>\n" if "<think>" in frame.bridge else ""
+    opening = "<think>\n" if "<think>" in renderer.assistant_prefix else ""
     native = f"response.thinking: {json.dumps([opening, chr(10) + '</think>'])}"
     switch = "model.chat_template_kwargs: {enable_thinking: false}; or "
-    knows = "enable_thinking" in str(frame.tokenizer.chat_template)
+    knows = "enable_thinking" in str(renderer.tokenizer.chat_template)
     yield Finding(
         "template-inserts",
         (),
-        f"the chat template inserts {frame.bridge!r} before every answer, beside the response's "
-        "own thinking",
+        f"the chat template inserts {renderer.assistant_prefix!r} before every answer, beside the "
+        "response's own thinking",
         f"{switch if knows else ''}the template's own tags, {native}",
     )
 
 
-def template_findings(splits: Splits, frame: Frame) -> tuple[list[Finding], Splits]:
+def template_findings(splits: Splits, renderer: Renderer) -> tuple[list[Finding], Splits]:
     """Find messages that the template drops or rewrites, one prompt of each shape rendered.
 
     Returns:
@@ -106,7 +106,7 @@ def template_findings(splits: Splits, frame: Frame) -> tuple[list[Finding], Spli
     for split in SPLITS:
         examples, unusable = getattr(splits, split), set()
         for alike in _by_shape(examples):
-            found, usable = _shape_findings(split, alike, frame)
+            found, usable = _shape_findings(split, alike, renderer)
             findings += found
             unusable |= set() if usable else {id(example) for example in alike}
         kept[split] = [example for example in examples if id(example) not in unusable]
@@ -128,17 +128,17 @@ def _by_shape(examples: Sequence[Example]) -> list[list[Example]]:
 
 
 def _shape_findings(
-    split: str, examples: Sequence[Example], frame: Frame
+    split: str, examples: Sequence[Example], renderer: Renderer
 ) -> tuple[list[Finding], bool]:
     """Render the first of these examples; tell also whether such rows can be tokenized."""
     prompt, rows = examples[0].prompt, [example.index for example in examples]
     if isinstance(prompt, str):
         return [], True
     try:
-        text = frame.prompt_text(prompt)
+        text = renderer.prompt_text(prompt)
     except FrameError as error:
         # Without a system message the tokenizer refuses row by row, and the rows are counted there.
-        if frame.kind == "chat" and all(message["role"] != "system" for message in prompt):
+        if renderer.kind == "chat" and all(message["role"] != "system" for message in prompt):
             return [], True
         what = f"{split}: {error.problems[0]}"
         return [of_rows("template", what, rows, error.hint or "")], False

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 
 from sftkey.checks.findings import Finding
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.models.facts import EMBEDDINGS, HEADS, _json, head_is_tied, stop_ids_of
 from sftkey.models.source import ADAPTER_CONFIG, find_source
 from sftkey.recipe.schema import Recipe
 
 
-def stop_findings(recipe: Recipe, frame: Frame) -> list[Finding]:
+def stop_findings(recipe: Recipe, renderer: Renderer) -> list[Finding]:
     """Find an end of turn that doesn't stop generation, or that a base model never learned.
 
     A chat template may come with a base model that has never seen its end of turn, and LoRA on the
@@ -23,32 +23,32 @@ def stop_findings(recipe: Recipe, frame: Frame) -> list[Finding]:
     """
     published = stop_ids_of(recipe.model)
     if published is None:
-        return [not_verified(recipe, frame)]
-    if frame.end_id in published:
+        return [not_verified(recipe, renderer)]
+    if renderer.end_id in published:
         return []
-    name, end = recipe.model.name_or_path, _shown(frame, frame.end_id)
-    stops = ", ".join(_shown(frame, number) for number in published) or "no token"
+    name, end = recipe.model.name_or_path, _shown(renderer, renderer.end_id)
+    stops = ", ".join(_shown(renderer, number) for number in published) or "no token"
     what = f"{name}: generation stops at {stops}, and what ends a turn here is {end}"
-    known = frame.kind == "plain" and frame.end_token == frame.tokenizer.eos_token
+    known = renderer.kind == "plain" and renderer.end_token == renderer.tokenizer.eos_token
     tied = not known and head_is_tied(recipe.model)
-    if known or _row_is_trained(recipe, frame.end_id, tied):
-        hint = f"other engines need eos_token_id: {[frame.end_id, *published]}"
+    if known or _row_is_trained(recipe, renderer.end_id, tied):
+        hint = f"other engines need eos_token_id: {[renderer.end_id, *published]}"
         return [Finding("stop-not-published", (), what, hint, refuses=False)]
     what += ": the model may never have learned it, and the recipe doesn't train its row"
-    return [Finding("end-not-learned", (), what, _way_out(frame, published, tied))]
+    return [Finding("end-not-learned", (), what, _way_out(renderer, published, tied))]
 
 
-def not_verified(recipe: Recipe, frame: Frame) -> Finding:
+def not_verified(recipe: Recipe, renderer: Renderer) -> Finding:
     """Say that nobody has published what stops this model."""
-    end = _shown(frame, frame.end_id)
+    end = _shown(renderer, renderer.end_id)
     what = f"stop not verified: no generation config says whether {end} stops generation"
-    hint = f"other engines need eos_token_id: {frame.end_id}"
+    hint = f"other engines need eos_token_id: {renderer.end_id}"
     message = f"{recipe.model.name_or_path}: {what}"
     return Finding("stop-not-verified", (), message, hint, refuses=False)
 
 
-def _shown(frame: Frame, number: int) -> str:
-    return f"{frame.tokenizer.convert_ids_to_tokens(number)!r} ({number})"
+def _shown(renderer: Renderer, number: int) -> str:
+    return f"{renderer.tokenizer.convert_ids_to_tokens(number)!r} ({number})"
 
 
 def _row_is_trained(recipe: Recipe, end_id: int, tied: bool) -> bool:
@@ -67,15 +67,15 @@ def _row_is_trained(recipe: Recipe, end_id: int, tied: bool) -> bool:
     return any(name.rpartition(".")[2] in carriers for name in names)
 
 
-def _way_out(frame: Frame, published: Sequence[int], tied: bool) -> str:
+def _way_out(renderer: Renderer, published: Sequence[int], tied: bool) -> str:
     """Say how to end with what the model knows, or how to teach it this end."""
-    row = [frame.end_id]
+    row = [renderer.end_id]
     rows = str(row) if tied else f"{{embed_tokens: {row}, lm_head: {row}}}"
     train = f"train its row: lora.trainable_token_indices: {rows}"
-    known = [frame.tokenizer.convert_ids_to_tokens(number) for number in published]
-    if frame.kind == "chat" and frame.tokenizer.eos_token in known:
+    known = [renderer.tokenizer.convert_ids_to_tokens(number) for number in published]
+    if renderer.kind == "chat" and renderer.tokenizer.eos_token in known:
         return f"response.frame: plain; or {train}"
     if not known:
         return train
-    plain = "response.frame: plain, " if frame.kind == "chat" else ""
+    plain = "response.frame: plain, " if renderer.kind == "chat" else ""
     return f"{plain}response.end: {json.dumps(known[0])}; or {train}"

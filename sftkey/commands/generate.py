@@ -11,7 +11,7 @@ from sftkey.errors import RunError
 from sftkey.training.run_folder import run_recipe, trained_stage
 
 if TYPE_CHECKING:
-    from sftkey.data.renderer import Frame
+    from sftkey.data.renderer import Renderer
     from sftkey.generation.generate import Generation
     from sftkey.recipe.schema import Recipe
 
@@ -50,8 +50,8 @@ def generate(
     use_all_cores()
     quiet_libraries()
     limit = max_new_tokens or recipe.eval.max_new_tokens
-    generation, frame = _write(folder, recipe, number, asked, limit)
-    parsed = frame.response.parse(generation.text.removeprefix(frame.bridge))
+    generation, renderer = _write(folder, recipe, number, asked, limit)
+    parsed = renderer.response.parse(generation.text.removeprefix(renderer.assistant_prefix))
     if as_json:
         found = {
             "thinking": parsed.thinking,
@@ -72,9 +72,9 @@ def generate(
 
 def _write(
     folder: Path, recipe: Recipe, number: int, question: str, max_new_tokens: int
-) -> tuple[Generation, Frame]:
+) -> tuple[Generation, Renderer]:
     """Load the stage's model and let it answer."""
-    from sftkey.data.renderer import probe_frame, stop_ids
+    from sftkey.data.renderer import probe_renderer, stop_ids
     from sftkey.data.sources import num_columns, question_prompt
     from sftkey.generation.generate import generate
     from sftkey.generation.key_switch import find_switch
@@ -84,24 +84,24 @@ def _write(
     from sftkey.training.stage_model import load_stage
 
     tokenizer = load_tokenizer(recipe.model)
-    frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
     if (count := num_columns(recipe.data)) != 1:
         what = f"data.prompt puts {count} columns together; the question is taken as all of it"
         print(f"note: {what}", file=sys.stderr)
-    prompt = frame.prompt_ids(question_prompt(recipe.data, question))
+    prompt = renderer.prompt_ids(question_prompt(recipe.data, question))
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
-    model = load_stage(recipe, Ledger(folder, recipe, main=False), device, frame, number)
+    model = load_stage(recipe, Ledger(folder, recipe, main=False), device, renderer, number)
     # Before a frozen stage stand key adapters that aren't trained yet.
     frozen = number > 0 and recipe.stages[number - 1].context == "frozen"
     written = generate(
         model,
         tokenizer,
         [prompt],
-        stop_ids=stop_ids(frame, model.generation_config.eos_token_id),
+        stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
         max_new_tokens=max_new_tokens,
         batch_size=1,
         temperature=recipe.eval.temperature,
         seed=recipe.seed,
-        switch=find_switch(model, frame) if frozen else None,
+        switch=find_switch(model, renderer) if frozen else None,
     )
-    return next(generation for _, generation in written), frame
+    return next(generation for _, generation in written), renderer

@@ -42,4 +42,4 @@ def show(
         console.print(rendered_rows(rows))
         console.print(numbers)
     if stop_ids_of(checked.model) is None:
-        print(f"note: {not_verified(checked, prepared.frame)}", file=sys.stderr)
+        print(f"note: {not_verified(checked, prepared.renderer)}", file=sys.stderr)

@@ -72,7 +72,7 @@ def write_report(checked: Study, folder: Path) -> None:
 
 def study_run(checked: Study, file: Path) -> StudyRun:
     """Put a study together: its recipes, the gate, and what grades."""
-    from sftkey.checks.gate import passed
+    from sftkey.checks.gate import require_trainable
     from sftkey.evaluation.stage import grade_stage
     from sftkey.study.cells import StudyFolder
     from sftkey.study.run import StudyRun
@@ -81,7 +81,7 @@ def study_run(checked: Study, file: Path) -> StudyRun:
         checked,
         tuple(file.parent / recipe for recipe in checked.recipes),
         StudyFolder(Path("runs") / checked.name),
-        read=passed,
+        read=require_trainable,
         grade=grade_stage,
         note=lambda text: print(text, file=sys.stderr, flush=True),
         command=f"sftkey study {file.name}",

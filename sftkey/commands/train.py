@@ -27,14 +27,14 @@ def train(
 
     use_all_cores()
     quiet_libraries()
-    from sftkey.checks.gate import passed
+    from sftkey.checks.gate import require_trainable
     from sftkey.commands.evaluate import print_table
     from sftkey.diagnosis.run import StageDiagnosis, refuse_empty_thinking
     from sftkey.evaluation.grading import grade
     from sftkey.evaluation.stage import grade_stage, note_thinking
     from sftkey.training.run import start
 
-    run = start(checked, Path("runs") / checked.name, fresh, read=passed)
+    run = start(checked, Path("runs") / checked.name, fresh, read=require_trainable)
     run.reports = (StageDiagnosis(run),)
     run.grade = grade
     with run.progress:

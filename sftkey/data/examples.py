@@ -12,7 +12,7 @@ from sftkey.data.response import Example
 from sftkey.errors import DataError, Problem
 from sftkey.recipe.schema import DataSection
 
-Row = Mapping[str, Any]
+RawRow = Mapping[str, Any]
 FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
 
 
@@ -29,7 +29,7 @@ class Field:
     conversion: str | None
     spec: str
 
-    def text(self, row: Row) -> str:
+    def text(self, row: RawRow) -> str:
         """Give the value as text; null, lists and mappings are no text."""
         value, name = row.get(self.column), self.column
         for key in self.keys:
@@ -78,7 +78,7 @@ class Template:
         whole = len(self.parts) == 1 and not self.parts[0][0] and self.parts[0][1]
         self.column = whole.column if whole and not whole.keys else None
 
-    def fill(self, row: Row) -> str:
+    def fill(self, row: RawRow) -> str:
         """Give the text of one row."""
         return "".join(
             literal + (field.text(row) if field else "") for literal, field in self.parts
@@ -178,7 +178,7 @@ class Loaded:
 
 
 def make_examples(
-    rows: Sequence[Row], data: DataSection, columns: Sequence[str], turns: Turns
+    rows: Sequence[RawRow], data: DataSection, columns: Sequence[str], turns: Turns
 ) -> Loaded:
     """Make the examples of all rows.
 
@@ -213,8 +213,8 @@ def make_examples(
 
 
 def _reader(
-    data: DataSection, columns: Sequence[str], rows: Sequence[Row], turns: Turns
-) -> Callable[[Row], Iterable[Parts | RowError]]:
+    data: DataSection, columns: Sequence[str], rows: Sequence[RawRow], turns: Turns
+) -> Callable[[RawRow], Iterable[Parts | RowError]]:
     """Choose how a row is read: as a conversation, with a rule, or with three templates."""
     rule = make_rule(data.split_rule) if data.split_rule else None
     conversation = _conversation_column(data, columns, rows)
@@ -243,7 +243,7 @@ def _reader(
 
 
 def _conversation_column(
-    data: DataSection, columns: Sequence[str], rows: Sequence[Row]
+    data: DataSection, columns: Sequence[str], rows: Sequence[RawRow]
 ) -> str | None:
     """Find the column of conversations: the response column if it holds lists, else `messages`."""
     if data.prompt is not None or data.thinking is not None or data.answer is not None:
@@ -282,7 +282,7 @@ def _templates(
     return templates
 
 
-def _prompt(row: Row, template: Template) -> Any:
+def _prompt(row: RawRow, template: Template) -> Any:
     """Give the prompt: a list of messages as it is, everything else as text."""
     value = row.get(template.column) if template.column else None
     return _messages(value) if isinstance(value, list) else template.fill(row)

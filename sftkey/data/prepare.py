@@ -25,7 +25,7 @@ from datasets import Dataset
 
 from sftkey import __version__
 from sftkey.data.labels import weights_by_segment
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.splits import NUM_SHOWN, Splits, load_splits
 from sftkey.data.tokenization import Refusal, Row, fit, refuse_long, tokenize_batches
@@ -40,12 +40,14 @@ if TYPE_CHECKING:
 LIBRARIES = ("tokenizers", "transformers", "jinja2")  # what renders and tokenizes
 
 
-def content_key(examples: Sequence[Example], frame: Frame, settings: Mapping[str, Any]) -> str:
+def content_key(
+    examples: Sequence[Example], renderer: Renderer, settings: Mapping[str, Any]
+) -> str:
     """Give a hash of examples, frame, tokenizer, template, settings, and of what works on them."""
     about = {
         "sftkey": [__version__, _sources()],
         "libraries": {name: version(name) for name in LIBRARIES},
-        "frame": _frame_content(frame),
+        "frame": _frame_content(renderer),
         "settings": dict(settings),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
@@ -55,22 +57,22 @@ def content_key(examples: Sequence[Example], frame: Frame, settings: Mapping[str
     return digest.hexdigest()
 
 
-def _frame_content(frame: Frame) -> dict[str, Any]:
-    tokenizer = frame.tokenizer
-    template = tokenizer.chat_template if frame.kind == "chat" else None
+def _frame_content(renderer: Renderer) -> dict[str, Any]:
+    tokenizer = renderer.tokenizer
+    template = tokenizer.chat_template if renderer.kind == "chat" else None
     # Some templates write the date (Llama 3.2's, gpt-oss's): rows of yesterday are other rows.
     dated = "strftime_now" in str(template)
     return {
-        "kind": frame.kind,
-        "response": vars(frame.response),
-        "bridge": frame.bridge,
-        "end": [frame.end, frame.end_id],
-        "bos": [tokenizer.bos_token, *frame.bos_ids],
+        "kind": renderer.kind,
+        "response": vars(renderer.response),
+        "assistant_prefix": renderer.assistant_prefix,
+        "end": [renderer.end, renderer.end_id],
+        "bos": [tokenizer.bos_token, *renderer.bos_ids],
         "template": template,
-        "template_kwargs": dict(frame.chat_template_kwargs),
+        "template_kwargs": dict(renderer.chat_template_kwargs),
         "date": date.today().isoformat() if dated else None,
-        "tokenizer": [type(tokenizer).__qualname__, frame.backend_state()],
-        "special": [frame.special_ids, tokenizer.special_tokens_map],
+        "tokenizer": [type(tokenizer).__qualname__, renderer.backend_state()],
+        "special": [renderer.special_ids, tokenizer.special_tokens_map],
     }
 
 
@@ -97,7 +99,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass
-class Outcome:
+class CachedRows:
     """What became of examples; places count in them from 0.
 
     Args:
@@ -114,13 +116,13 @@ class Outcome:
 
 
 def tokenized_rows(
-    examples: Sequence[Example], frame: Frame, max_length: int, trim: bool
-) -> tuple[Dataset, Outcome]:
+    examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
+) -> tuple[Dataset, CachedRows]:
     """Give the rows of examples, from the cache if they lie there.
 
     Args:
         examples: All of one split.
-        frame: The run's frame.
+        renderer: The run's renderer.
         max_length: Tokens that a row may have.
         trim: Whether longer rows are shortened, and not refused.
 
@@ -132,13 +134,13 @@ def tokenized_rows(
         FrameError: The template drops or raises on a system message.
     """
     too_long = "trim_thinking" if trim else "drop"
-    key = content_key(examples, frame, {"max_length": max_length, "too_long": too_long})
+    key = content_key(examples, renderer, {"max_length": max_length, "too_long": too_long})
     folder = cache_folder() / "rows" / key
     found = _read(folder)
     for _ in range(2):  # another process may be at mending the same entry
         if found is None:
             try:
-                _make(folder, examples, frame, max_length, too_long)
+                _make(folder, examples, renderer, max_length, too_long)
             except OSError as error:
                 where, hint = str(cache_folder()), "set SFTKEY_CACHE to a folder of yours"
                 what = f"the cache can't be written: {error.strerror or error}"
@@ -149,13 +151,13 @@ def tokenized_rows(
     return found
 
 
-def _read(folder: Path) -> tuple[Dataset, Outcome] | None:
+def _read(folder: Path) -> tuple[Dataset, CachedRows] | None:
     """Read an entry; None where there is none that is whole."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if _sha256(folder / ROWS) != about.pop("sha256"):
             return None
-        outcome = Outcome(**about)
+        outcome = CachedRows(**about)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     with suppress(OSError):  # somebody else's cache, which this process only reads
@@ -164,14 +166,14 @@ def _read(folder: Path) -> tuple[Dataset, Outcome] | None:
 
 
 def _make(
-    folder: Path, examples: Sequence[Example], frame: Frame, max_length: int, too_long: str
+    folder: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, too_long: str
 ) -> None:
     """Tokenize, and write the entry."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
         made = Path(making) / folder.name
         made.mkdir()
-        outcome = _write_rows(made / ROWS, examples, frame, max_length, too_long)
+        outcome = _write_rows(made / ROWS, examples, renderer, max_length, too_long)
         write_json(made / ABOUT, {**asdict(outcome), "sha256": _sha256(made / ROWS)})
         if folder.exists() and _read(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -181,16 +183,16 @@ def _make(
 
 
 def _write_rows(
-    path: Path, examples: Sequence[Example], frame: Frame, max_length: int, too_long: str
-) -> Outcome:
+    path: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, too_long: str
+) -> CachedRows:
     """Write the rows batch by batch: never more than a few batches of them are in memory."""
-    outcome = Outcome([], [], [], {})
+    outcome = CachedRows([], [], [], {})
     counts = np.zeros(len(Segment), dtype=np.int64)
     start = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for whole in tokenize_batches(examples, frame):
+        for whole in tokenize_batches(examples, renderer):
             batch = examples[start : start + len(whole)]
-            fitted = fit(whole, batch, frame, max_length, too_long)
+            fitted = fit(whole, batch, renderer, max_length, too_long)
             _note(outcome, whole, fitted, start, max_length)
             start += len(batch)
             rows = [row for row in fitted if isinstance(row, Row)]
@@ -203,7 +205,7 @@ def _write_rows(
 
 
 def _note(
-    outcome: Outcome,
+    outcome: CachedRows,
     whole: Sequence[Row | Refusal],
     fitted: Sequence[Row | Refusal],
     start: int,
@@ -253,8 +255,8 @@ class Prepared:
     Args:
         train: Columns `input_ids`, `segment_ids` (lists of one length a row) and `index`.
         validation: The same columns; None where the recipe names no validation rows.
-        test: Examples to answer; their prompts become ids with `frame.prompt_ids`.
-        frame: What stands around each completion.
+        test: Examples to answer; their prompts become ids with `Renderer.prompt_ids`.
+        renderer: What stands around each completion.
         counts: JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count` and
             the first 20 `rows`; `tokens` by split and segment.
         refusals: The rows of train and validation that were dropped here.
@@ -265,7 +267,7 @@ class Prepared:
     train: Dataset
     validation: Dataset | None
     test: list[Example]
-    frame: Frame
+    renderer: Renderer
     counts: dict[str, Any]
     refusals: list[Refusal]
     validation_examples: list[Example] = field(default_factory=list)
@@ -285,12 +287,12 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
         DataError: The data can't be read or split as the recipe says, or no rows are left.
         FrameError: The tokenizer or its template can't carry the response.
     """
-    frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
     splits = load_splits(recipe.data, recipe.seed, need_test, recipe.response.turns)
-    return prepare_splits(recipe, splits, frame)
+    return prepare_splits(recipe, splits, renderer)
 
 
-def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
+def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepared:
     """Tokenize what is trained and validated on, of rows that are loaded already.
 
     Raises:
@@ -305,7 +307,7 @@ def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
         counts[name], counts["tokens"][name] = 0, {segment.name: 0 for segment in Segment}
         datasets[name], kept[name] = None, []
         if examples:
-            rows, outcome = _fitted_rows(examples, frame, recipe.data)
+            rows, outcome = _fitted_rows(examples, renderer, recipe.data)
             refused = _count_outcome(outcome, examples, recipe.data, name, counts)
             datasets[name], counts[name] = rows, len(rows)
             places = {place for place, _ in outcome.refused}
@@ -316,15 +318,15 @@ def prepare_splits(recipe: Recipe, splits: Splits, frame: Frame) -> Prepared:
     train, validation = datasets["train"], datasets["validation"]
     assert train is not None  # else _fitted_rows has raised
     made_from = (kept["validation"], kept["train"])
-    return Prepared(train, validation, splits.test, frame, counts, refusals, *made_from)
+    return Prepared(train, validation, splits.test, renderer, counts, refusals, *made_from)
 
 
 def _fitted_rows(
-    examples: Sequence[Example], frame: Frame, data: DataSection
-) -> tuple[Dataset, Outcome]:
+    examples: Sequence[Example], renderer: Renderer, data: DataSection
+) -> tuple[Dataset, CachedRows]:
     """Tokenize a split, and deal with rows that are too long."""
     rows, outcome = tokenized_rows(
-        examples, frame, data.max_length, trim=data.too_long == "trim_thinking"
+        examples, renderer, data.max_length, trim=data.too_long == "trim_thinking"
     )
     if data.too_long == "error":
         refuse_long([(examples[place].index, n) for place, n in outcome.long], data.max_length)
@@ -332,7 +334,7 @@ def _fitted_rows(
 
 
 def _count_outcome(
-    outcome: Outcome,
+    outcome: CachedRows,
     examples: Sequence[Example],
     data: DataSection,
     split: str,

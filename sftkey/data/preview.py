@@ -41,7 +41,7 @@ def preview_rows(recipe: Recipe, prepared: Prepared, num_rows: int) -> list[dict
         `trained` (the weight in each stage, 0 where untrained); the texts joined are the row's
         text. A refused row has `refused`, the reason, instead of tokens.
     """
-    tokenizer = prepared.frame.tokenizer
+    tokenizer = prepared.renderer.tokenizer
     shown = []
     for index, split, row in _first_rows(recipe, prepared, num_rows):
         entry: dict[str, Any] = {"index": index, "split": split}
@@ -78,7 +78,7 @@ def _first_rows(
         if isinstance(what, int):
             what = Row(**datasets[split][what])
         elif isinstance(what, Example):
-            (what,) = tokenize([what], prepared.frame)
+            (what,) = tokenize([what], prepared.renderer)
         rows.append((index, split, what))
     return rows
 

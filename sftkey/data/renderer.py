@@ -141,14 +141,15 @@ def probe_template(
     before, _, after = text.partition(SENTINEL)
     header = prompt[len(commonprefix([closed, prompt])) :]  # noqa: RUF071 (by character)
     _check_header(name, header, response)
-    bridge = _bridge(name, before, prompt, header, response)
-    if closed == prompt and special_pattern(special_ids(tokenizer)).search(bridge):
+    assistant_prefix = _assistant_prefix(name, before, prompt, header, response)
+    if closed == prompt and special_pattern(special_ids(tokenizer)).search(assistant_prefix):
         raise FrameError(
             name,
-            f"the chat template has no generation prompt: the model itself would write {bridge!r}",
+            "the chat template has no generation prompt: the model itself would write "
+            f"{assistant_prefix!r}",
             hint="give a model.chat_template that heeds add_generation_prompt",
         )
-    return bridge, after
+    return assistant_prefix, after
 
 
 def _check_header(name: str, header: str, response: Response) -> None:
@@ -168,7 +169,7 @@ def _check_header(name: str, header: str, response: Response) -> None:
         )
 
 
-def _bridge(name: str, before: str, prompt: str, header: str, response: Response) -> str:
+def _assistant_prefix(name: str, before: str, prompt: str, header: str, response: Response) -> str:
     """Give what stands between the prompt and the completion.
 
     What the template writes about thinking is left out where the response has tags of its own for
@@ -202,13 +203,13 @@ def _hint_for(header: str) -> str:
 
 
 @dataclass(frozen=True)
-class Frame:
+class Renderer:
     """The texts and ids around every completion of a run.
 
     Args:
         tokenizer: A fast tokenizer: it says where its tokens stand in a text.
         response: The completion's tags.
-        bridge: What the template writes between the generation prompt and the assistant's text.
+        assistant_prefix: What the template writes between generation prompt and assistant's text.
         end: What ends the turn: its last token is `end_id`, mostly its only one.
         end_id: The special token that ends generation.
         chat_template_kwargs: Handed to the template in training and inference alike.
@@ -218,7 +219,7 @@ class Frame:
 
     tokenizer: PreTrainedTokenizerBase
     response: Response
-    bridge: str
+    assistant_prefix: str
     end: str
     end_id: int
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -297,8 +298,8 @@ class Frame:
 
     @cached_property
     def written_special_ids(self) -> list[int]:
-        """The special tokens that bridge, tags and end bring into every completion, in order."""
-        written = self.bridge + self.response.render("", "") + self.end
+        """The special tokens that prefix, tags and end bring into every completion, in order."""
+        written = self.assistant_prefix + self.response.render("", "") + self.end
         return [self.special_ids[token] for token in self.special_pattern.findall(written)]
 
     @cached_property
@@ -329,11 +330,11 @@ class Frame:
         return backend
 
 
-def probe_frame(
+def probe_renderer(
     tokenizer: PreTrainedTokenizerBase,
     section: ResponseSection,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Frame:
+) -> Renderer:
     """Find out what stands between prompt and completion, and what ends the turn.
 
     Raises:
@@ -348,10 +349,10 @@ def probe_frame(
         )
     if section.frame == "plain":
         end = section.end or tokenizer.eos_token or ""
-        plain = Frame(tokenizer, response, "", end, _plain_end(tokenizer, end), {}, "plain")
+        plain = Renderer(tokenizer, response, "", end, _plain_end(tokenizer, end), {}, "plain")
         return _checked(replace(plain, bos_ids=_bos_ids(tokenizer)))
     kwargs = dict(chat_template_kwargs or {})
-    bridge, after = probe_template(tokenizer, response, kwargs)
+    assistant_prefix, after = probe_template(tokenizer, response, kwargs)
     special = special_ids(tokenizer)
     found = special_pattern(special).search(after)
     if found is None:
@@ -363,20 +364,20 @@ def probe_frame(
             "else give a model.chat_template whose turns end with a special token",
         )
     end = after[: found.end()]
-    return _checked(Frame(tokenizer, response, bridge, end, special[found[0]], kwargs))
+    return _checked(Renderer(tokenizer, response, assistant_prefix, end, special[found[0]], kwargs))
 
 
-def _checked(frame: Frame) -> Frame:
+def _checked(renderer: Renderer) -> Renderer:
     """Refuse a frame whose end stands in it before the end: generation would stop there."""
-    for text in (frame.bridge, *vars(frame.response).values()):
-        if frame.end_token in text:
+    for text in (renderer.assistant_prefix, *vars(renderer.response).values()):
+        if renderer.end_token in text:
             raise FrameError(
-                name_of(frame.tokenizer),
-                f"the end of turn {frame.end_token!r} stands in {text!r} too, "
+                name_of(renderer.tokenizer),
+                f"the end of turn {renderer.end_token!r} stands in {text!r} too, "
                 "where generation would stop",
                 hint="choose response.thinking and response.answer without it",
             )
-    return frame
+    return renderer
 
 
 def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
@@ -400,12 +401,12 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(whole[:start])
 
 
-def stop_ids(frame: Frame, published: int | Iterable[int] | None = None) -> list[int]:
+def stop_ids(renderer: Renderer, published: int | Iterable[int] | None = None) -> list[int]:
     """Give the ids that must stop generation: the trained end of turn, then the published ones.
 
     Args:
-        frame: The run's frame.
+        renderer: The run's renderer.
         published: `eos_token_id` of the model's generation config.
     """
     others = [published] if isinstance(published, int) else list(published or ())
-    return list(dict.fromkeys([frame.end_id, *others]))
+    return list(dict.fromkeys([renderer.end_id, *others]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.errors import DataError, FrameError
 
@@ -130,16 +130,18 @@ class _Text:
         return "".join(text for _, text in self.pieces)
 
 
-def tokenize(examples: Sequence[Example], frame: Frame) -> list[Row | Refusal]:
+def tokenize(examples: Sequence[Example], renderer: Renderer) -> list[Row | Refusal]:
     """Make a row of each example, or say why it can't be one; in order.
 
     Raises:
         FrameError: The template drops or raises on a system message.
     """
-    return [row for batch in tokenize_batches(examples, frame) for row in batch]
+    return [row for batch in tokenize_batches(examples, renderer) for row in batch]
 
 
-def tokenize_batches(examples: Sequence[Example], frame: Frame) -> Iterator[list[Row | Refusal]]:
+def tokenize_batches(
+    examples: Sequence[Example], renderer: Renderer
+) -> Iterator[list[Row | Refusal]]:
     """Do as `tokenize`, batch by batch.
 
     The tokenizer works outside of Python's lock: while its threads are at the next batches, one on
@@ -153,16 +155,16 @@ def tokenize_batches(examples: Sequence[Example], frame: Frame) -> Iterator[list
     waiting: deque[tuple[Sequence[Example], list[_Text | str], Future[_Encoded]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for batch in batches:
-            written = [_write(example, frame) for example in batch]
+            written = [_write(example, renderer) for example in batch]
             texts = [text for text in written if isinstance(text, _Text)]
             prompts = [text.prompt for text in texts]
             wholes = [text.prompt + text.rest for text in texts]
-            future = pool.submit(frame.encode_rows, prompts, wholes)
+            future = pool.submit(renderer.encode_rows, prompts, wholes)
             waiting.append((batch, written, future))
             if len(waiting) > num_threads:
-                yield _rows(*waiting.popleft(), frame)
+                yield _rows(*waiting.popleft(), renderer)
         while waiting:
-            yield _rows(*waiting.popleft(), frame)
+            yield _rows(*waiting.popleft(), renderer)
 
 
 def _num_cores() -> int:
@@ -176,13 +178,15 @@ def _rows(
     examples: Sequence[Example],
     written: Sequence[_Text | str],
     encoded: Future[_Encoded],
-    frame: Frame,
+    renderer: Renderer,
 ) -> list[Row | Refusal]:
     """Make the rows of a batch when its tokens are there."""
     prompts, wholes = map(iter, encoded.result())
     rows: list[Row | Refusal] = []
     for example, text in zip(examples, written, strict=True):
-        outcome = text if isinstance(text, str) else _row(text, next(prompts), next(wholes), frame)
+        outcome = (
+            text if isinstance(text, str) else _row(text, next(prompts), next(wholes), renderer)
+        )
         if isinstance(outcome, str):
             rows.append(Refusal(example.index, outcome))
         else:
@@ -190,39 +194,42 @@ def _rows(
     return rows
 
 
-def _write(example: Example, frame: Frame) -> _Text | str:
+def _write(example: Example, renderer: Renderer) -> _Text | str:
     """Give the texts of a row, or why there are none."""
-    for name, text in _texts(example, frame):
-        token = frame.special_pattern.search(text)
+    for name, text in _texts(example, renderer):
+        token = renderer.special_pattern.search(text)
         if token:
             return f"the {name} holds the text of the special token {token[0]!r}"
     try:
-        prompt = frame.prompt_text(example.prompt)
+        prompt = renderer.prompt_text(example.prompt)
     except FrameError as error:
-        if isinstance(example.prompt, str) or frame.kind == "plain":
+        if isinstance(example.prompt, str) or renderer.kind == "plain":
             raise
         if any(message["role"] == "system" for message in example.prompt):
             raise
         return error.problems[0].what
-    pieces = frame.response.pieces(example.thinking, example.answer)
-    return _Text(prompt, [(Segment.THINKING, frame.bridge), *pieces, (Segment.END, frame.end)])
+    pieces = renderer.response.pieces(example.thinking, example.answer)
+    return _Text(
+        prompt,
+        [(Segment.THINKING, renderer.assistant_prefix), *pieces, (Segment.END, renderer.end)],
+    )
 
 
-def _texts(example: Example, frame: Frame) -> Iterator[tuple[str, str]]:
+def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
     """Give the texts that may not hold special tokens: a plain prompt may, it is its own frame."""
     yield "thinking", example.thinking
     yield "answer", example.answer
-    if frame.kind == "chat":
+    if renderer.kind == "chat":
         prompt = example.prompt
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         yield from (("prompt", message["content"]) for message in messages)
 
 
 def _row(
-    text: _Text, prompt: Encoding, whole: Encoding, frame: Frame
+    text: _Text, prompt: Encoding, whole: Encoding, renderer: Renderer
 ) -> tuple[list[int], list[int]] | str:
     """Give ids and segments of a row, or why there are none."""
-    lost = frame.lost_character(text.rest)
+    lost = renderer.lost_character(text.rest)
     if lost:
         return f"the completion holds {lost!r}, which the tokenizer would lose"
     prompt_ids, ids = prompt.ids, whole.ids
@@ -233,63 +240,63 @@ def _row(
     # A special token may swallow the white space behind it, here the completion's first. And a
     # character that is lost makes the offsets behind it wrong.
     swallowed = not changed and start and tokens.span(-1)[1] > len(text.prompt)
-    if changed or swallowed or frame.lost_character(text.prompt):
-        apart = _apart(text, prompt_ids, None if swallowed else ids, frame)
+    if changed or swallowed or renderer.lost_character(text.prompt):
+        apart = _apart(text, prompt_ids, None if swallowed else ids, renderer)
         if apart is None:
             return (
                 "the ids do not begin with the prompt's, "
                 "and the rest tokenized apart decodes to another text"
             )
         tokens, pieces = apart, text.pieces
-    fault = _fault(tokens, pieces, frame)
+    fault = _fault(tokens, pieces, renderer)
     if fault:
         return fault
-    before = [*frame.bos_before(text.prompt), *prompt_ids]
+    before = [*renderer.bos_before(text.prompt), *prompt_ids]
     segments = segments_of(tokens, pieces)
     return [*before, *tokens.ids], [*[int(Segment.PROMPT)] * len(before), *segments]
 
 
 def _apart(
-    text: _Text, prompt_ids: list[int], whole_ids: list[int] | None, frame: Frame
+    text: _Text, prompt_ids: list[int], whole_ids: list[int] | None, renderer: Renderer
 ) -> Tokens | None:
     """Tokenize what follows the prompt on its own, so that no character gets lost or comes in.
 
     SentencePiece sets a blank before a text: behind an anchor, which is cut off again, it doesn't.
     """
-    wanted = {_decode(prompt_ids, frame) + text.rest}
-    wanted |= {_decode(whole_ids, frame)} if whole_ids else set()
-    for anchor in ("", frame.end_token, "\n", "x"):
-        head, both = frame.encode([anchor, anchor + text.rest])
+    wanted = {_decode(prompt_ids, renderer) + text.rest}
+    wanted |= {_decode(whole_ids, renderer)} if whole_ids else set()
+    for anchor in ("", renderer.end_token, "\n", "x"):
+        head, both = renderer.encode([anchor, anchor + text.rest])
         ids = both.ids[len(head.ids) :]
-        if [*head.ids, *ids] == both.ids and _decode([*prompt_ids, *ids], frame) in wanted:
+        if [*head.ids, *ids] == both.ids and _decode([*prompt_ids, *ids], renderer) in wanted:
             return Tokens(ids, both, len(head.ids), len(anchor))
     return None
 
 
-def _fault(tokens: Tokens, pieces: Sequence[tuple[Segment, str]], frame: Frame) -> str | None:
+def _fault(tokens: Tokens, pieces: Sequence[tuple[Segment, str]], renderer: Renderer) -> str | None:
     """Tell what is wrong with the special tokens behind the prompt, if anything is."""
     length = sum(len(text) for _, text in pieces)
-    ids, token = tokens.ids, frame.end_token
-    if not ids or ids[-1] != frame.end_id:
+    ids, token = tokens.ids, renderer.end_token
+    if not ids or ids[-1] != renderer.end_id:
         return f"the end of turn {token!r} is not the last token"
     if tokens.span(len(ids) - 1) != (length - len(token), length):
         return f"the end of turn {token!r} swallows white space before it"
-    special = list(filter(frame.special_lengths.__contains__, ids))
-    if special != frame.written_special_ids:
+    special = list(filter(renderer.special_lengths.__contains__, ids))
+    if special != renderer.written_special_ids:
         return "a special token arises that nobody wrote: a character is unknown to the tokenizer"
     place = -1
     for number in special:
         place = ids.index(number, place + 1)
         start, stop = tokens.span(place)
-        if stop - start != frame.special_lengths[number]:
-            swallowing = frame.tokenizer.convert_ids_to_tokens(number)
+        if stop - start != renderer.special_lengths[number]:
+            swallowing = renderer.tokenizer.convert_ids_to_tokens(number)
             return f"the special token {swallowing!r} swallows white space beside it"
     return None
 
 
-def _decode(ids: Sequence[int], frame: Frame) -> str:
+def _decode(ids: Sequence[int], renderer: Renderer) -> str:
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return str(frame.tokenizer.decode(list(ids), **options))
+    return str(renderer.tokenizer.decode(list(ids), **options))
 
 
 NUM_LISTED = 20  # row numbers in a message
@@ -298,7 +305,7 @@ NUM_LISTED = 20  # row numbers in a message
 def fit(
     rows: Sequence[Row | Refusal],
     examples: Sequence[Example],
-    frame: Frame,
+    renderer: Renderer,
     max_length: int,
     too_long: str,
 ) -> list[Row | Refusal]:
@@ -307,7 +314,7 @@ def fit(
     Args:
         rows: What `tokenize` gave for the examples.
         examples: The rows' examples, in the same order.
-        frame: The run's frame.
+        renderer: The run's renderer.
         max_length: Tokens that a row may have, prompt and end of turn included.
         too_long: `drop` refuses such a row; `trim_thinking` takes text off the end of its thinking,
             before the closing tag, and tokenizes it anew; `error` raises.
@@ -324,7 +331,7 @@ def fit(
             if too_long == "drop":
                 fitted[place] = Refusal(row.index, f"longer than {max_length} tokens")
             else:
-                fitted[place] = _trim(row, examples[place], frame, max_length)
+                fitted[place] = _trim(row, examples[place], renderer, max_length)
     return fitted
 
 
@@ -345,17 +352,17 @@ def refuse_long(long: Sequence[tuple[int, int]], max_length: int) -> None:
         )
 
 
-def _trim(row: Row, example: Example, frame: Frame, max_length: int) -> Row | Refusal:
+def _trim(row: Row, example: Example, renderer: Renderer, max_length: int) -> Row | Refusal:
     """Shorten the thinking until the row fits; tokenized anew, since cut text has other tokens."""
     thinking = example.thinking
     while len(row.input_ids) > max_length:
         if not thinking:
             return Refusal(row.index, f"longer than {max_length} tokens even without thinking")
-        spans = frame.encode([thinking])[0].offsets
+        spans = renderer.encode([thinking])[0].offsets
         kept = max(len(spans) - (len(row.input_ids) - max_length), 0)
         cut = spans[kept][0] if spans else 0
         thinking = thinking[: min(cut, len(thinking) - 1)]
-        (shorter,) = tokenize([replace(example, thinking=thinking)], frame)
+        (shorter,) = tokenize([replace(example, thinking=thinking)], renderer)
         if isinstance(shorter, Refusal):
             return shorter
         row = shorter

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.rule import CONDITIONS, Outcome
@@ -30,7 +30,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Context:
+class KeyContext:
     """Token ids up to the last one of a thinking, and those of the key that is scored behind it."""
 
     before: list[int]
@@ -38,7 +38,7 @@ class Context:
 
 
 def key_losses(
-    model: PreTrainedModel | PeftModel, contexts: Sequence[Context], switch: Switch | None = None
+    model: PreTrainedModel | PeftModel, contexts: Sequence[KeyContext], switch: Switch | None = None
 ) -> list[float]:
     """Give the loss of each key in nats, summed over its tokens; nothing before it counts.
 
@@ -57,7 +57,7 @@ def key_losses(
     return losses
 
 
-def _batches(contexts: Sequence[Context]) -> Iterator[list[int]]:
+def _batches(contexts: Sequence[KeyContext]) -> Iterator[list[int]]:
     """Put contexts of similar lengths together, so many as their tokens allow."""
     lengths = [len(context.before) + len(context.key) for context in contexts]
     batch: list[int] = []
@@ -70,7 +70,9 @@ def _batches(contexts: Sequence[Context]) -> Iterator[list[int]]:
         yield batch
 
 
-def _batch_losses(model: Any, contexts: Sequence[Context], switch: Switch | None) -> torch.Tensor:
+def _batch_losses(
+    model: Any, contexts: Sequence[KeyContext], switch: Switch | None
+) -> torch.Tensor:
     """Score one batch: `(B,)`.
 
     Contexts end in one column, filled up on the left, and keys begin there, filled up on the right.
@@ -133,7 +135,7 @@ def _logits(
 
 
 SPARE_TOKENS = 8  # that a key may have beyond the longest of the references
-Report = Callable[[str, int, int], None]
+OnAnswered = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class Asked:
 
     answer: str
     prompt: list[int]
-    reference: Context
-    none: Context
+    reference: KeyContext
+    none: KeyContext
 
 
 @dataclass(frozen=True)
@@ -164,19 +166,19 @@ class Settings:
 
 
 def asked_rows(
-    examples: Sequence[Example], rows: Sequence[Mapping[str, Any]], frame: Frame
+    examples: Sequence[Example], rows: Sequence[Mapping[str, Any]], renderer: Renderer
 ) -> list[Asked]:
     """Cut rows where their thinking ends; a row that can't be built without thinking is left out.
 
     Args:
         examples: Of the rows, in their order.
         rows: With `input_ids` and `segment_ids`.
-        frame: The run's frame.
+        renderer: The run's renderer.
 
     Raises:
         FrameError: No tag tells thinking from answer.
     """
-    response = frame.response
+    response = renderer.response
     if not (response.thinking_close.strip() or response.answer_open.strip()):
         raise FrameError(
             "response.thinking",
@@ -184,11 +186,11 @@ def asked_rows(
             "nothing tells where a thinking ends",
             "write one of them",
         )
-    bare = tokenize([replace(example, thinking="") for example in examples], frame)
+    bare = tokenize([replace(example, thinking="") for example in examples], renderer)
     return [
         Asked(
             example.answer,
-            frame.prompt_ids(example.prompt),
+            renderer.prompt_ids(example.prompt),
             _cut(row["input_ids"], row["segment_ids"]),
             _cut(none.input_ids, none.segment_ids),
         )
@@ -197,23 +199,23 @@ def asked_rows(
     ]
 
 
-def _cut(input_ids: Sequence[int], segment_ids: Sequence[int]) -> Context:
+def _cut(input_ids: Sequence[int], segment_ids: Sequence[int]) -> KeyContext:
     start = next(n for n, segment in enumerate(segment_ids) if segment > Segment.THINKING)
-    return Context(list(input_ids[:start]), list(input_ids[start:]))
+    return KeyContext(list(input_ids[:start]), list(input_ids[start:]))
 
 
 def ask(
     model: PreTrainedModel | PeftModel,
-    frame: Frame,
+    renderer: Renderer,
     asked: Sequence[Asked],
     settings: Settings,
-    report: Report | None = None,
+    report: OnAnswered | None = None,
 ) -> dict[str, list[Outcome]]:
     """Let the model answer in the three conditions; what is judged is always the whole response.
 
     Args:
         model: On its device; a key adapter, if it has one, acts from the end of a thinking on.
-        frame: The run's.
+        renderer: The run's.
         asked: The questions.
         settings: As above.
         report: Called with `own` or `given`, the number of answers after such thinkings, and how
@@ -223,21 +225,26 @@ def ask(
         By condition, what came of each question.
     """
     reference, none = [each.reference for each in asked], [each.none for each in asked]
-    prompts = [Context(each.prompt, []) for each in asked]
+    prompts = [KeyContext(each.prompt, []) for each in asked]
     longest = max(len(context.key) for context in (*reference, *none)) + SPARE_TOKENS
-    own = _answers("own", model, frame, prompts, settings, settings.max_new_tokens, report)
+    own = _answers("own", model, renderer, prompts, settings, settings.max_new_tokens, report)
     # One call: small batches leave a machine idle.
-    given = _answers("given", model, frame, [*reference, *none], settings, longest, report)
+    given = _answers("given", model, renderer, [*reference, *none], settings, longest, report)
     written = {"own": own, "reference": given[: len(asked)], "none": given[len(asked) :]}
     read = {"own": prompts, "reference": reference, "none": none}
-    scored: dict[str, Sequence[Context | None]] = {**read}
-    scored["own"] = [_own(*pair, frame) for pair in zip(asked, own, strict=True)]
+    scored: dict[str, Sequence[KeyContext | None]] = {**read}
+    scored["own"] = [_own(*pair, renderer) for pair in zip(asked, own, strict=True)]
     contexts = [each for name in CONDITIONS for each in scored[name] if each is not None]
-    losses = iter(key_losses(model, contexts, find_switch(model, frame)))
+    losses = iter(key_losses(model, contexts, find_switch(model, renderer)))
     return {
         name: [
             _outcome(
-                frame, settings, each, before, generation, None if context is None else next(losses)
+                renderer,
+                settings,
+                each,
+                before,
+                generation,
+                None if context is None else next(losses),
             )
             for each, before, generation, context in zip(
                 asked, read[name], written[name], scored[name], strict=True
@@ -250,22 +257,22 @@ def ask(
 def _answers(
     thinking: str,
     model: PreTrainedModel | PeftModel,
-    frame: Frame,
-    contexts: Sequence[Context],
+    renderer: Renderer,
+    contexts: Sequence[KeyContext],
     settings: Settings,
     max_new_tokens: int,
-    report: Report | None,
+    report: OnAnswered | None,
 ) -> list[Generation]:
     """Generate greedily after contexts that hold no thinking (`own`), or a given one."""
     generations: dict[int, Generation] = {}
     for position, generation in generate(
         model,
-        frame.tokenizer,
+        renderer.tokenizer,
         [context.before for context in contexts],
         stop_ids=settings.stop_ids,
         max_new_tokens=max_new_tokens,
         batch_size=settings.batch_size,
-        switch=find_switch(model, frame, thinking_given=thinking == "given"),
+        switch=find_switch(model, renderer, thinking_given=thinking == "given"),
     ):
         generations[position] = generation
         if report:
@@ -273,48 +280,48 @@ def _answers(
     return [generations[position] for position in range(len(contexts))]
 
 
-def _own(asked: Asked, generation: Generation, frame: Frame) -> Context | None:
+def _own(asked: Asked, generation: Generation, renderer: Renderer) -> KeyContext | None:
     """Give the reference's key behind what the model thought; None if that never ended."""
-    num_tokens = num_thinking_tokens(generation.ids, frame)
+    num_tokens = num_thinking_tokens(generation.ids, renderer)
     if num_tokens is None:
         return None
-    return Context([*asked.prompt, *generation.ids[:num_tokens]], asked.reference.key)
+    return KeyContext([*asked.prompt, *generation.ids[:num_tokens]], asked.reference.key)
 
 
-def num_thinking_tokens(ids: Sequence[int], frame: Frame) -> int | None:
+def num_thinking_tokens(ids: Sequence[int], renderer: Renderer) -> int | None:
     """Count the tokens of a response up to the one that completes the thinking's closing tag.
 
     Args:
         ids: What a model wrote after a prompt.
-        frame: The run's.
+        renderer: The run's.
 
     Returns:
         None where the thinking never ended.
     """
-    response = frame.response
-    switch = Switch((), response.thinking_close, response.answer_open, frame.bridge)
-    text = _text(frame.tokenizer, ids)
+    response = renderer.response
+    switch = Switch((), response.thinking_close, response.answer_open, renderer.assistant_prefix)
+    text = _text(renderer.tokenizer, ids)
     end = switch.thinking_end(text)
     if end is None:
         return None
     num_tokens = len(ids)
-    while num_tokens and _text(frame.tokenizer, ids[: num_tokens - 1]).startswith(text[:end]):
+    while num_tokens and _text(renderer.tokenizer, ids[: num_tokens - 1]).startswith(text[:end]):
         num_tokens -= 1
     return num_tokens
 
 
 def _outcome(
-    frame: Frame,
+    renderer: Renderer,
     settings: Settings,
     asked: Asked,
-    before: Context,
+    before: KeyContext,
     generation: Generation,
     nats: float | None,
 ) -> Outcome:
     """Judge a whole response: what stood before the generation, and what was generated."""
     ids = [*before.before[len(asked.prompt) :], *generation.ids]
-    text = _text(frame.tokenizer, ids).removeprefix(frame.bridge)
-    answer = frame.response.parse(text).answer
+    text = _text(renderer.tokenizer, ids).removeprefix(renderer.assistant_prefix)
+    answer = renderer.response.parse(text).answer
     return Outcome(
         right=grade(answer, asked.answer, settings.grader),
         parsed=answer is not None,

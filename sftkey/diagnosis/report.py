@@ -10,12 +10,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sftkey.diagnosis.rule import Condition, Figures, Gap, Recommendation, own_thinking_is_empty
+from sftkey.diagnosis.rule import (
+    Condition,
+    ConditionFigures,
+    Gap,
+    Recommendation,
+    own_thinking_is_empty,
+)
 
 THINKINGS = {"own": "its own", "reference": "the reference's", "none": "none"}
 
 
-def as_json(figures: Figures, recommendation: Recommendation) -> dict[str, Any]:
+def as_json(figures: ConditionFigures, recommendation: Recommendation) -> dict[str, Any]:
     """Give a diagnosis as plain data; shares and differences run from -1 to 1."""
     return {
         "num_rows": figures.num_rows,
@@ -37,7 +43,7 @@ def as_json(figures: Figures, recommendation: Recommendation) -> dict[str, Any]:
     }
 
 
-def render(figures: Figures, recommendation: Recommendation) -> Group:
+def render(figures: ConditionFigures, recommendation: Recommendation) -> Group:
     """Give both tables and the paragraph, for a rich console."""
     lines = [Text()]
     if figures.num_unclosed:
@@ -55,7 +61,7 @@ def _grid(first: str, headers: list[str]) -> Table:
     return grid
 
 
-def _conditions(figures: Figures) -> Table:
+def _conditions(figures: ConditionFigures) -> Table:
     headers = ["right", "Acc\n[95%]", "never\nstopped", "un-\nparsed", "answered\nwrong"]
     grid = _grid("after the\nthinking", [*headers, "key loss,\nnats a token"])
     for name, thinking in THINKINGS.items():
@@ -74,7 +80,7 @@ def _cells(condition: Condition, num_rows: int) -> list[str]:
     ]
 
 
-def _differences(figures: Figures) -> Table:
+def _differences(figures: ConditionFigures) -> Table:
     grid = _grid("difference", ["points [95%]", "nats a token [95%]"])
     for name, gap in {
         "reference's - own": figures.reference_over_own,

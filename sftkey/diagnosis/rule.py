@@ -69,7 +69,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ConditionFigures:
     """What a diagnosis stands on.
 
     Args:
@@ -97,7 +97,7 @@ class Figures:
     reference_over_none: Gap
 
 
-def figures(outcomes: Mapping[str, Sequence[Outcome]], answers: Sequence[str]) -> Figures:
+def figures(outcomes: Mapping[str, Sequence[Outcome]], answers: Sequence[str]) -> ConditionFigures:
     """Count what came of the rows.
 
     Args:
@@ -106,7 +106,7 @@ def figures(outcomes: Mapping[str, Sequence[Outcome]], answers: Sequence[str]) -
     """
     own, reference, none = (outcomes[name] for name in CONDITIONS)
     most = Counter(normalize(answer) for answer in answers).most_common(1)
-    return Figures(
+    return ConditionFigures(
         num_rows=len(answers),
         chance=most[0][1] / len(answers) if most else 0.0,
         num_unclosed=sum(row.nats is None for row in own),
@@ -208,7 +208,7 @@ class Recommendation:
         return " ".join((self.sentence, *self.warnings))
 
 
-def own_thinking_is_empty(figures: Figures) -> bool:
+def own_thinking_is_empty(figures: ConditionFigures) -> bool:
     """Tell whether the model's own thinking shows no use for its answers.
 
     Acc(own) doesn't lie clear of Acc(none), or of what the most frequent answer alone would have.
@@ -219,7 +219,7 @@ def own_thinking_is_empty(figures: Figures) -> bool:
     )
 
 
-def recommend(figures: Figures) -> Recommendation:
+def recommend(figures: ConditionFigures) -> Recommendation:
     """Say what the figures speak for: one rule, the first case that holds.
 
     - Form: too many responses have no answer: stage 1 first.
@@ -247,7 +247,7 @@ def recommend(figures: Figures) -> Recommendation:
     return _thinking_limited(figures, carries)
 
 
-def _form(figures: Figures) -> Recommendation:
+def _form(figures: ConditionFigures) -> Recommendation:
     own = figures.own
     what = (
         f"More stage 1 or data: {figures.num_unanswered} of {figures.num_rows} responses have no "
@@ -257,7 +257,7 @@ def _form(figures: Figures) -> Recommendation:
     return Recommendation("more", "form", what)
 
 
-def _wanted(figures: Figures) -> Recommendation:
+def _wanted(figures: ConditionFigures) -> Recommendation:
     what = (
         f"Stop: {figures.own.num_right} of {figures.num_rows} answers are right after the model's "
         f"own thinking (Acc {figures.own.acc:.3f}), and a further stage has little left to gain."
@@ -265,7 +265,7 @@ def _wanted(figures: Figures) -> Recommendation:
     return Recommendation("stop", "wanted", what)
 
 
-def _copied(figures: Figures, near: bool) -> Recommendation:
+def _copied(figures: ConditionFigures, near: bool) -> Recommendation:
     reference = figures.reference
     read_off = (
         f"the answer is read off the reference thinking (Acc {reference.acc:.3f}, "
@@ -281,7 +281,7 @@ def _copied(figures: Figures, near: bool) -> Recommendation:
     return Recommendation("more", "copied", what, _warnings(figures))
 
 
-def _answer_limited(figures: Figures, near: bool) -> Recommendation:
+def _answer_limited(figures: ConditionFigures, near: bool) -> Recommendation:
     what = (
         f"A key stage: {_both(figures)}, so the answer limits it more than the thinking, and a key "
         f"stage can gain up to {100 * (1 - figures.reference.acc):.1f} points."
@@ -297,7 +297,7 @@ def _answer_limited(figures: Figures, near: bool) -> Recommendation:
     return Recommendation("key", "answer-limited", what, warnings)
 
 
-def _thinking_limited(figures: Figures, carries: bool) -> Recommendation:
+def _thinking_limited(figures: ConditionFigures, carries: bool) -> Recommendation:
     gain = f"{100 * figures.reference_over_own.acc:.1f} points"
     limited = f"{_both(figures)}, so the thinking limits it"
     if carries:
@@ -313,14 +313,14 @@ def _thinking_limited(figures: Figures, carries: bool) -> Recommendation:
     return Recommendation("more", "thinking-limited", what, _warnings(figures))
 
 
-def _both(figures: Figures) -> str:
+def _both(figures: ConditionFigures) -> str:
     return (
         f"Acc is {figures.own.acc:.3f} after the model's own thinking and "
         f"{figures.reference.acc:.3f} after the reference's ({figures.reference_over_own.points})"
     )
 
 
-def _warnings(figures: Figures) -> tuple[str, ...]:
+def _warnings(figures: ConditionFigures) -> tuple[str, ...]:
     if not own_thinking_is_empty(figures):
         return ()
     return (

@@ -18,9 +18,9 @@ from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
-    from sftkey.data.renderer import Frame
-    from sftkey.diagnosis.ask import Asked, Report, Settings
-    from sftkey.diagnosis.rule import Figures, Recommendation
+    from sftkey.data.renderer import Renderer
+    from sftkey.diagnosis.ask import Asked, OnAnswered, Settings
+    from sftkey.diagnosis.rule import ConditionFigures, Recommendation
     from sftkey.training.run import Run
 
 
@@ -36,7 +36,7 @@ class Subject:
         name: Of the model, the recipe or the run.
         stage: That the model comes from, or `base`.
         model: On its device.
-        frame: What stands around its responses.
+        renderer: What stands around its responses.
         asked: The questions.
         settings: How it answers.
     """
@@ -44,17 +44,19 @@ class Subject:
     name: str
     stage: str
     model: Any
-    frame: Frame
+    renderer: Renderer
     asked: Sequence[Asked]
     settings: Settings
 
 
-def look(subject: Subject, report: Report | None = None) -> tuple[Figures, Recommendation]:
+def look(
+    subject: Subject, report: OnAnswered | None = None
+) -> tuple[ConditionFigures, Recommendation]:
     """Ask the model in all three conditions."""
     from sftkey.diagnosis.ask import ask
     from sftkey.diagnosis.rule import figures, recommend
 
-    outcomes = ask(subject.model, subject.frame, subject.asked, subject.settings, report)
+    outcomes = ask(subject.model, subject.renderer, subject.asked, subject.settings, report)
     found = figures(outcomes, [each.answer for each in subject.asked])
     return found, recommend(found)
 
@@ -119,7 +121,7 @@ def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows:
         )
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
     ledger = Ledger(folder, recipe, main=False)
-    model = load_stage(recipe, ledger, device, prepared.frame, number)
+    model = load_stage(recipe, ledger, device, prepared.renderer, number)
     name = recipe.stages[number - 1].name if number else "base"
     return validation_subject(target, name, model, recipe, prepared, num_rows)
 
@@ -133,22 +135,22 @@ def validation_subject(
 
     assert prepared.validation is not None
     chosen = drawn(len(prepared.validation), num_rows, recipe.seed)
-    frame, settings = prepared.frame, recipe.eval
+    renderer, settings = prepared.renderer, recipe.eval
     return Subject(
         target,
         stage,
         model,
-        frame,
+        renderer,
         asked_rows(
             [prepared.validation_examples[n] for n in chosen],
             [prepared.validation[n] for n in chosen],
-            frame,
+            renderer,
         ),
         Settings(
             settings.grader,
             settings.max_new_tokens,
             settings.batch_size,
-            stop_ids(frame, model.generation_config.eos_token_id),
+            stop_ids(renderer, model.generation_config.eos_token_id),
         ),
     )
 
@@ -172,13 +174,13 @@ def _foreign(target: str, data: str, num_rows: int) -> Subject:
         print(f"{target}: {line}", file=sys.stderr)
     model = load_model(foreign.section, choose_device(foreign.section))
     chosen = drawn(len(foreign.rows), num_rows, SEED)
-    frame, stops = foreign.frame, model.generation_config.eos_token_id
+    renderer, stops = foreign.renderer, model.generation_config.eos_token_id
     asked = asked_rows(
-        [foreign.examples[n] for n in chosen], [vars(foreign.rows[n]) for n in chosen], frame
+        [foreign.examples[n] for n in chosen], [vars(foreign.rows[n]) for n in chosen], renderer
     )
     batch = EvalSection().batch_size
-    settings = Settings(foreign.grader, foreign.max_new_tokens, batch, stop_ids(frame, stops))
-    return Subject(target, "as it is", model, frame, asked, settings)
+    settings = Settings(foreign.grader, foreign.max_new_tokens, batch, stop_ids(renderer, stops))
+    return Subject(target, "as it is", model, renderer, asked, settings)
 
 
 NUM_STAGE_ROWS = 32  # validation rows: half a minute of the demo on two cores

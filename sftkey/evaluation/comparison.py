@@ -200,7 +200,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class StageRow:
     """One stage of one run.
 
     `difference` and `thinking` are against the stage before, on the same questions.
@@ -223,7 +223,7 @@ class Row:
 class Comparison:
     """All rows, the differences between the last stages of runs, and what stands in the way."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[StageRow, ...]
     between_runs: tuple[Difference, ...]
     warnings: tuple[str, ...]
 
@@ -235,18 +235,18 @@ def compare(runs: Mapping[str, Sequence[StageResult]], alpha: float | None = Non
         runs: Each run's results by its name, in the order of its stages, the base model first.
         alpha: Weight of Acc in Score; by default each result's own.
     """
-    rows: list[Row] = []
-    lasts: list[Row] = []
+    rows: list[StageRow] = []
+    lasts: list[StageRow] = []
     warnings: list[str] = []
     for run, results in runs.items():
-        before: Row | None = None
+        before: StageRow | None = None
         for result in results:
             name = result.stage if len(runs) == 1 else f"{run} {result.stage}"
             difference = _difference(before, result, name) if before else None
             old, names = (before.result, (before.name, name)) if before else (None, ("", name))
             thinking = thinking_change(old, result, names)
             own_alpha = result.alpha if alpha is None else alpha
-            row = Row(run, name, result, own_alpha, difference, thinking)
+            row = StageRow(run, name, result, own_alpha, difference, thinking)
             if before and not difference:
                 warnings.append(_unpaired(before, row))
             warnings += thinking.warnings()
@@ -335,7 +335,7 @@ def sentences(comparison: Comparison) -> list[str]:
     return [*said, *comparison.warnings]
 
 
-def _judged(rows: Iterable[Row]) -> Iterator[str]:
+def _judged(rows: Iterable[StageRow]) -> Iterator[str]:
     for row in rows:
         result, model = row.result, str(row.result.settings.get("judge"))
         if result.num_unclear is not None:
@@ -358,7 +358,7 @@ def _sentence(difference: Difference, unshown: str) -> str:
     )
 
 
-def _difference(before: Row, result: StageResult, name: str) -> Difference | None:
+def _difference(before: StageRow, result: StageResult, name: str) -> Difference | None:
     """Pair two results by their questions; None where these aren't the same ones."""
     if before.result.questions_sha256 != result.questions_sha256:
         return None
@@ -368,14 +368,14 @@ def _difference(before: Row, result: StageResult, name: str) -> Difference | Non
     return Difference(before.name, name, len(old), difference, (low, high), mcnemar(old, new))
 
 
-def _unpaired(before: Row, after: Row) -> str:
+def _unpaired(before: StageRow, after: StageRow) -> str:
     return (
         f"{after.name} answered other questions than {before.name}, so they can't be paired: "
         "compare their intervals alone."
     )
 
 
-def _unlike(rows: Sequence[Row]) -> list[str]:
+def _unlike(rows: Sequence[StageRow]) -> list[str]:
     """Say what rows differ in beside the model."""
     unlike = []
     for key in ("grader", "max_new_tokens", "temperature", "response"):
@@ -385,7 +385,7 @@ def _unlike(rows: Sequence[Row]) -> list[str]:
     return unlike
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: StageRow) -> list[str]:
     result, difference = row.result, row.difference
     unstopped, thinking = result.num_never_stopped, result.mean_thinking_length
     return [

@@ -117,7 +117,7 @@ class Question(BaseModel):
     judged: Judged[bool] = None
 
 
-class Answers(NamedTuple):
+class GradedAnswers(NamedTuple):
     """What was answered, question by question.
 
     Args:
@@ -135,7 +135,9 @@ class Answers(NamedTuple):
     second: Sequence[bool | None]
 
 
-def graded(answers: Answers, response: Response, grader: str, made: bool) -> tuple[Question, ...]:
+def graded(
+    answers: GradedAnswers, response: Response, grader: str, made: bool
+) -> tuple[Question, ...]:
     """Grade answers; the arguments are those of `score`."""
     written = [found.thinking for found in answers.parsed]
     right = judge_thinkings(written, answers.examples, grader, made)
@@ -216,7 +218,7 @@ def score(
     position: int,
     grader: str,
     alpha: float,
-    bridge: str = "",
+    assistant_prefix: str = "",
     end: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -234,7 +236,7 @@ def score(
         position: Its place in the run, 0 for the base model.
         grader: As in `grade`.
         alpha: Weight of Acc in Score.
-        bridge: What the model writes before the tags because the chat template has it there.
+        assistant_prefix: What the chat template has before the tags, and so the model writes.
         end: The end of turn, which some engines leave in the text.
         tokenizer: Counts the thinking's tokens; without it its characters are counted.
         settings: Of the generation; kept with the result, so that a comparison can tell.
@@ -249,11 +251,11 @@ def score(
         raise DataError("test rows", "expected at least one question; got none")
     in_order = sorted(examples, key=lambda example: example.index)
     answered = [generations[example.index] for example in in_order]
-    texts = [each.text.removeprefix(bridge).removesuffix(end) for each in answered]
+    texts = [each.text.removeprefix(assistant_prefix).removesuffix(end) for each in answered]
     parsed = [response.parse(text) for text in texts]
     flags = judge(in_order, [found.answer for found in parsed]) if judge else None
     second = [(flags or {}).get(example.index) for example in in_order]
-    rows = Answers(in_order, answered, texts, parsed, second)
+    rows = GradedAnswers(in_order, answered, texts, parsed, second)
     questions = graded(rows, response, grader, made)
     return StageResult(
         stage=stage,

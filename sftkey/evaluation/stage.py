@@ -30,20 +30,20 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
     file = generations or run.ledger.generations(stage)
     if not run.ledger.main or not file.exists() or not run.answers.questions:
         return
-    questions, frame, settings = run.answers.questions, run.prepared.frame, run.recipe.eval
+    questions, renderer, settings = run.answers.questions, run.prepared.renderer, run.recipe.eval
     names = ["base", *(each.name for each in run.recipe.stages)]
     judge = stage_judge(run, stage)
     about = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
     result = score(
         read_generations(file, [example.index for example in questions]),
         questions,
-        frame.response,
+        renderer.response,
         stage=stage,
         position=names.index(stage),
         grader=settings.grader,
         alpha=settings.alpha,
-        bridge=frame.bridge,
-        end=frame.end,
+        assistant_prefix=renderer.assistant_prefix,
+        end=renderer.end,
         tokenizer=run.tokenizer,
         settings=about | ({"judge": judge.section.model} if judge else {}),
         made=run.recipe.data.source in MADE,

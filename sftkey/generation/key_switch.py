@@ -23,7 +23,7 @@ from sftkey.errors import FrameError
 from sftkey.models.key_adapter import KEY, acting, context_adapters, has_key_adapter
 
 if TYPE_CHECKING:
-    from sftkey.data.renderer import Frame
+    from sftkey.data.renderer import Renderer
 
 
 SPARE_TOKENS = 8  # beside those that a tag can have: a token may stand for no text at all
@@ -37,7 +37,7 @@ class Switch:
         context: The adapters that write the thinking; they act on the key, too.
         close: The thinking's closing tag.
         answer_open: The answer's opening tag: it ends the thinking where `close` is blank.
-        bridge: What a template lets the model write before the thinking.
+        assistant_prefix: What a template lets the model write before the thinking.
         thinking_given: The prompts hold the whole thinking, its last token being their last one.
 
     >>> switch = Switch((), "\n</Thinking>", "\n<Answer>\n")
@@ -50,7 +50,7 @@ class Switch:
     context: tuple[str, ...]
     close: str
     answer_open: str
-    bridge: str = ""
+    assistant_prefix: str = ""
     thinking_given: bool = False
 
     def __post_init__(self) -> None:
@@ -79,9 +79,9 @@ class Switch:
         White space before the closing tag may be missing; white space behind it belongs to the
         thinking as far as the tag has it, so that what comes next has to be seen.
         """
-        if self.bridge.startswith(text):
+        if self.assistant_prefix.startswith(text):
             return None
-        start = len(self.bridge) if text.startswith(self.bridge) else 0
+        start = len(self.assistant_prefix) if text.startswith(self.assistant_prefix) else 0
         found = text.find(self.marker, start)
         if found < 0:
             return None
@@ -95,13 +95,13 @@ class Switch:
 
 
 def find_switch(
-    model: PreTrainedModel | PeftModel, frame: Frame, *, thinking_given: bool = False
+    model: PreTrainedModel | PeftModel, renderer: Renderer, *, thinking_given: bool = False
 ) -> Switch | None:
     """Say where a model switches to its key adapter; None for a model that has none.
 
     Args:
         model: As a stage has left it.
-        frame: The run's.
+        renderer: The run's.
         thinking_given: As in `Switch`.
 
     Raises:
@@ -109,17 +109,17 @@ def find_switch(
     """
     if not has_key_adapter(model):
         return None
-    response = frame.response
+    response = renderer.response
     return Switch(
         tuple(context_adapters(model)),
         response.thinking_close,
         response.answer_open,
-        frame.bridge,
+        renderer.assistant_prefix,
         thinking_given,
     )
 
 
-class ThinkingEnds(StoppingCriteria):
+class StopAtThinkingEnd(StoppingCriteria):
     """Stops each row where its thinking has ended.
 
     Args:
@@ -194,7 +194,7 @@ def write_switching(
     """
     input_ids, attention_mask = _padded(model, prompts, config)
     length, most = input_ids.shape[1], config.max_new_tokens
-    ends = ThinkingEnds(switch, tokenizer, length, config.eos_token_id)
+    ends = StopAtThinkingEnd(switch, tokenizer, length, config.eos_token_id)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()  # layers with a window keep what a shorter row's needs
     with torch.no_grad(), acting(model, switch.context):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sftkey.errors import CheckError, Problem
 from sftkey.memory_plan.shape import Linear, ModelShape
 from sftkey.recipe.schema import Recipe, StageSection
-from sftkey.recipe.stages import members
+from sftkey.recipe.stages import key_adapter_specs
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of state for each trained number; and in how many states of 8 bits a large tensor has it.
@@ -106,7 +106,7 @@ def setting_of(recipe: Recipe, stage: StageSection, shape: ModelShape, kind: Kin
     trained = [lora]
     frozen = stage.context == "frozen"
     if frozen:
-        trained = [each.lora for each in members(recipe, stage)]
+        trained = [each.lora for each in key_adapter_specs(recipe, stage)]
     before = frozen and (recipe.stages.index(stage) > 0 or recipe.model.adapter is not None)
     return Setting(
         kind=kind,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sftkey.data.renderer import probe_frame, stop_ids
+from sftkey.data.renderer import probe_renderer, stop_ids
 from sftkey.errors import RunError
 from sftkey.models.adapters import load_adapter
 from sftkey.models.device import Device
@@ -56,12 +56,12 @@ def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
     if output.exists():
         raise RunError(str(output), "expected a new folder; it exists already")
     tokenizer = load_tokenizer(recipe.model)
-    frame = probe_frame(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
     section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
     base = load_model(section, Device("cpu", 0, torch.float32)).eval()
     published = base.generation_config.eos_token_id
-    base.generation_config.eos_token_id = stop_ids(frame, published)
-    probe = torch.tensor([frame.encode([frame.response.render("2 + 2 = 4", "4")])[0].ids])
+    base.generation_config.eos_token_id = stop_ids(renderer, published)
+    probe = torch.tensor([renderer.encode([renderer.response.render("2 + 2 = 4", "4")])[0].ids])
     plain = _logits(base, probe)
     model: Any = load_adapter(base, adapter, base_identity(recipe.model), trainable=False)
     adapted = _logits(model.eval(), probe)

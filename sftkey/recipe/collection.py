@@ -11,7 +11,7 @@ from typing import Any
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # A wheel carries the recipes inside the package; a checkout has them beside it.
 RECIPES = next(
     (folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir()),

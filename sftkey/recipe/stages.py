@@ -63,7 +63,7 @@ ON_ALL_TOKENS = ("trainable_token_indices", "modules_to_save")
 
 
 @dataclass(frozen=True)
-class Member:
+class KeyAdapterSpec:
     """One adapter of a frozen stage.
 
     Args:
@@ -81,14 +81,14 @@ class Member:
     seed: int
 
 
-def members(recipe: Recipe, stage: StageSection) -> list[Member]:
+def key_adapter_specs(recipe: Recipe, stage: StageSection) -> list[KeyAdapterSpec]:
     """Give the adapters of a frozen stage; those of a grid are all combinations of its values."""
     own = stage.lora if stage.lora is not None else recipe.lora
     lora = {key: value for key, value in (own or {}).items() if key not in ON_ALL_TOKENS}
     grid = stage.grid or {}
     combined = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     return [
-        Member(
+        KeyAdapterSpec(
             "key" if len(combined) == 1 else f"key-{number}",
             chosen,
             lora | ({"r": chosen["r"]} if "r" in chosen else {}),

@@ -37,7 +37,7 @@ class Override:
 
 
 @dataclass
-class Source:
+class RecipeSource:
     """What a recipe file and its overrides say, and where each part of it stands.
 
     Args:
@@ -62,7 +62,7 @@ class Source:
         return Problem(dotted(keys), what, line=origin)
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> RecipeSource:
     """Read a recipe file.
 
     Raises:
@@ -79,7 +79,7 @@ def read(path: Path) -> Source:
         raise RecipeError(str(path), "expected text in UTF-8; got other bytes") from None
     except OSError as error:
         raise RecipeError(str(path), f"can't be read: {error.strerror}") from None
-    source = Source({})
+    source = RecipeSource({})
     try:
         data = _load(text, (), source, None)
     except (yaml.YAMLError, RecursionError) as error:
@@ -93,7 +93,7 @@ def read(path: Path) -> Source:
     return source
 
 
-def override(source: Source, text: str) -> None:
+def override(source: RecipeSource, text: str) -> None:
     """Lay one `key=value` over the source; what can't be laid is added to its problems."""
     names, equals, value_text = text.partition("=")
     where = f"override {text}"
@@ -115,7 +115,7 @@ def override(source: Source, text: str) -> None:
         source.problems.append(Problem(where, f"expected YAML after `=`; got {_reason(error)}"))
 
 
-def _enter(source: Source, names: list[str], origin: Override) -> tuple[Any, Keys]:
+def _enter(source: RecipeSource, names: list[str], origin: Override) -> tuple[Any, Keys]:
     """Go down to the mapping or list that holds the last name, making the mappings on the way."""
     parent: Any = source.data
     keys: Keys = ()
@@ -145,7 +145,7 @@ def _stage_number(stages: list[Any], name: str) -> int:
     raise ValueError(f"no stage `{name}`{known}")
 
 
-def _load(text: str, keys: Keys, source: Source, origin: Override | None) -> Any:
+def _load(text: str, keys: Keys, source: RecipeSource, origin: Override | None) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -159,7 +159,7 @@ class _Walk:
     """Turns YAML nodes into plain values and notes where each key stands."""
 
     loader: _Loader
-    source: Source
+    source: RecipeSource
     origin: Override | None
     open_nodes: list[yaml.Node] = field(default_factory=list)
 
@@ -261,10 +261,10 @@ class Line:
     why: str = ""
 
 
-Section = tuple[str, Sequence[Line]]
+WrittenSection = tuple[str, Sequence[Line]]
 
 
-def write_recipe(head: Iterable[str], sections: Iterable[Section]) -> str:
+def write_recipe(head: Iterable[str], sections: Iterable[WrittenSection]) -> str:
     """Write a recipe: comment lines, then sections in order.
 
     A section without a name holds keys of the top level; the lines of `stages` are a list.

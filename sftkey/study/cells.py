@@ -251,7 +251,7 @@ def reference_lengths(run: Run) -> dict[str, list[int]]:
     """Count the tokens of each question's reference thinking and key, in the order of index."""
     examples: list[Example] = sorted(run.answers.questions, key=lambda example: example.index)
     lengths: dict[str, list[int]] = {"thinking": [], "key": []}
-    for row in tokenize(examples, run.prepared.frame):
+    for row in tokenize(examples, run.prepared.renderer):
         counted = Counter(row.segment_ids) if isinstance(row, Row) else Counter()
         lengths["thinking"].append(counted[Segment.THINKING])
         lengths["key"].append(sum(counted[segment] for segment in KEY_SEGMENTS))

@@ -25,11 +25,11 @@ from sftkey.training.run import Run, start
 from sftkey.training.run_folder import Ledger, open_run
 
 Picked = list[dict[str, float]]  # by stage
-Figures = dict[str, float | None]  # of a value that was tried
+ChoiceFigures = dict[str, float | None]  # of a value that was tried
 
 
 @dataclass
-class Choices:
+class StudyChoices:
     """What is chosen for one task.
 
     A stage is chosen once for all arms that come to it in the same way, given what was chosen for
@@ -144,7 +144,7 @@ class Choices:
         self.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
         return {"stages": names, "tried": tried, "chosen": chosen, "at_edge": edge}
 
-    def _try(self, choice: Choice, arm: str, picked: Picked) -> Figures:
+    def _try(self, choice: Choice, arm: str, picked: Picked) -> ChoiceFigures:
         """Train up to the stage that is chosen for; its loss is None where it diverges."""
         num_stages, by_answers = len(picked), choice.by == "accuracy"
         matched = self.matched(self.file, arm, choice.seed, choice.num_rows)
@@ -167,7 +167,7 @@ class Choices:
         remove_checkpoints(folder)
         losses = run.ledger.stages[-1].validation["end"]
         loss = validation_loss(losses, run.prepared, "key" if by_answers else choice.by)
-        acc: Figures = {"acc": accuracy(run)} if by_answers else {}
+        acc: ChoiceFigures = {"acc": accuracy(run)} if by_answers else {}
         return {**acc, "loss": loss if math.isfinite(loss) else None}
 
     def _few_rows(self, choice: Choice, recipe: Recipe) -> Prepared:
@@ -190,7 +190,7 @@ def _grid(choice: Choice, arm: str) -> dict[str, tuple[float, ...]]:
     return {name: values for name, values in grid.items() if values}
 
 
-def _rank(tried: Figures) -> tuple[float, float]:
+def _rank(tried: ChoiceFigures) -> tuple[float, float]:
     """Sort the best first; what was chosen by a loss has no Acc."""
     loss = tried["loss"]
     assert loss is not None
@@ -199,19 +199,19 @@ def _rank(tried: Figures) -> tuple[float, float]:
 
 def accuracy(run: Run) -> float:
     """Give Acc, by the rule, of what the last stage answered."""
-    questions, frame, settings = run.answers.questions, run.prepared.frame, run.recipe.eval
+    questions, renderer, settings = run.answers.questions, run.prepared.renderer, run.recipe.eval
     stage = run.recipe.stages[-1].name
     file = run.ledger.generations(stage)
     return score(
         read_generations(file, [example.index for example in questions]),
         questions,
-        frame.response,
+        renderer.response,
         stage=stage,
         position=len(run.recipe.stages),
         grader=settings.grader,
         alpha=settings.alpha,
-        bridge=frame.bridge,
-        end=frame.end,
+        assistant_prefix=renderer.assistant_prefix,
+        end=renderer.end,
     ).acc
 
 

@@ -27,13 +27,13 @@ from sftkey.study.cells import (
     rows_key,
     take_over,
 )
-from sftkey.study.choose import Choices, Picked
+from sftkey.study.choose import Picked, StudyChoices
 from sftkey.study.schema import Study, arm_recipe
 from sftkey.training.run import BASE, Run, start
 from sftkey.training.run_folder import Ledger, open_run, refuse_changed
 
-Read = Callable[[Recipe], Prepared]
-Grade = Callable[[Run, str], None]
+ReadRows = Callable[[Recipe], Prepared]
+GradeStage = Callable[[Run, str], None]
 OTHER_STUDY = (
     "another `name` begins another study; without its run's folder and its file in cells/ "
     "a cell is run anew"
@@ -58,8 +58,8 @@ class StudyRun:
     study: Study
     files: tuple[Path, ...]
     folder: StudyFolder
-    read: Read
-    grade: Grade
+    read: ReadRows
+    grade: GradeStage
     note: Callable[[str], None]
     command: str
     _rows: dict[str, Prepared] = field(default_factory=dict)
@@ -82,9 +82,11 @@ class StudyRun:
         """Give the arms with few stages first, since later ones take these over."""
         return sorted(self.study.arms, key=lambda arm: len(self.study.strategy(arm).stages))
 
-    def choices(self, file: Path) -> Choices:
+    def choices(self, file: Path) -> StudyChoices:
         """Give what was chosen for a task, and what chooses."""
-        return Choices(self.study, file, self.folder, self.arms, self.rows, self.matched, self.note)
+        return StudyChoices(
+            self.study, file, self.folder, self.arms, self.rows, self.matched, self.note
+        )
 
     def cell(self, file: Path, arm: str, seed: int, picked: Picked) -> Cell:
         """Make one cell, with the number of steps that a matched stage needs."""
@@ -198,7 +200,7 @@ class StudyRun:
         settings = run.recipe.eval.model_dump(include={"max_new_tokens", "temperature"})
         asked = {
             "prompts": {
-                example.index: run.prepared.frame.prompt_ids(example.prompt)
+                example.index: run.prepared.renderer.prompt_ids(example.prompt)
                 for example in run.answers.questions
             },
             "settings": {**settings, "seed": run.recipe.seed if settings["temperature"] else 0},

@@ -118,13 +118,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[Number, Field(gt=0)]
 
 
-class Section(BaseModel):
+class StudySection(BaseModel):
     """A part of the file, as strict as a recipe's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class OwnStrategy(Section):
+class OwnStrategy(StudySection):
     """A strategy that isn't built in; its stages stand as in a recipe."""
 
     stages: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)]
@@ -133,7 +133,7 @@ class OwnStrategy(Section):
     """Changes to the recipe in this arm, as on the command line."""
 
 
-class Choice(Section):
+class Choice(StudySection):
     """What is chosen on the validation rows, for every stage of every arm from the same values.
 
     There is one run a value. A loss is measured behind the reference's thinking, so it doesn't see
@@ -153,7 +153,7 @@ class Choice(Section):
     with the lowest validation loss of the `key` or of the `completion`."""
 
 
-class Study(Section):
+class Study(StudySection):
     """Arms times seeds over one or more recipes."""
 
     name: RunName
@@ -179,7 +179,7 @@ class Study(Section):
         return Strategy(own.stages, overrides=own.overrides) if own else STRATEGIES[arm]
 
 
-_SECTIONS: dict[str | int, type[Section]] = {"strategies": OwnStrategy, "choose": Choice}
+_SECTIONS: dict[str | int, type[StudySection]] = {"strategies": OwnStrategy, "choose": Choice}
 
 
 def load_study(path: Path) -> Study:

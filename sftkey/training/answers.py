@@ -26,7 +26,7 @@ from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.log import RunProgress
 from sftkey.training.run_folder import Ledger
 
-Grade = Callable[[str | None, str, str], bool]  # answer, reference, grader
+Grader = Callable[[str | None, str, str], bool]  # answer, reference, grader
 
 
 def write_thinkings(
@@ -52,15 +52,15 @@ def write_thinkings(
     """
     processes = PartialState()
     rank, world = processes.process_index, processes.num_processes
-    frame, examples = prepared.frame, prepared.train_examples
+    renderer, examples = prepared.renderer, prepared.train_examples
     own = stage.own_thinking
     asked = {
-        sample * len(examples) + place: frame.prompt_ids(example.prompt)
+        sample * len(examples) + place: renderer.prompt_ids(example.prompt)
         for sample in range(own.samples)
         for place, example in enumerate(examples)
     }
     settings: dict[str, Any] = {
-        "stop_ids": stop_ids(frame, model.generation_config.eos_token_id),
+        "stop_ids": stop_ids(renderer, model.generation_config.eos_token_id),
         "max_new_tokens": recipe.eval.max_new_tokens,
         "batch_size": recipe.eval.batch_size,
         "temperature": own.temperature,
@@ -69,13 +69,13 @@ def write_thinkings(
     }
     files = [folder / f"thinkings.part{each}of{world}.jsonl" for each in range(world)]
     mine = dict(list(asked.items())[rank::world])
-    generate_to_file(model, frame.tokenizer, mine, files[rank], **settings)
+    generate_to_file(model, renderer.tokenizer, mine, files[rank], **settings)
     processes.wait_for_everyone()
     settings["report"] = None
     written: dict[int, Generation] = {}
     for number, file in enumerate(files):  # all are there: this reads them
         share = dict(list(asked.items())[number::world])
-        written |= generate_to_file(model, frame.tokenizer, share, file, **settings)
+        written |= generate_to_file(model, renderer.tokenizer, share, file, **settings)
     return written
 
 
@@ -84,7 +84,7 @@ def own_examples(
     prepared: Prepared,
     written: Mapping[int, Generation],
     grader: str,
-    grade: Grade,
+    grade: Grader,
 ) -> tuple[list[Example], dict[str, int]]:
     """Put the reference's answer behind each thinking that was closed and is kept.
 
@@ -99,12 +99,12 @@ def own_examples(
     Returns:
         The examples, and how many thinkings were written, not closed, not kept, and used.
     """
-    examples, response = prepared.train_examples, prepared.frame.response
+    examples, response = prepared.train_examples, prepared.renderer.response
     keep = stage.own_thinking.keep
     closed: dict[int, list[tuple[str, bool]]] = {}
     for key in sorted(written):
         example = examples[key % len(examples)]
-        text = written[key].text.removeprefix(prepared.frame.bridge)
+        text = written[key].text.removeprefix(prepared.renderer.assistant_prefix)
         parsed = response.parse(text)
         if parsed.thinking is not None:
             right = grade(parsed.answer, example.answer, grader)
@@ -139,7 +139,7 @@ def own_rows(
     if not examples:
         raise _none_left(stage, "no thinking was closed and kept")
     trim = recipe.data.too_long == "trim_thinking"
-    rows, outcome = tokenized_rows(examples, prepared.frame, recipe.data.max_length, trim=trim)
+    rows, outcome = tokenized_rows(examples, prepared.renderer, recipe.data.max_length, trim=trim)
     if len(rows) == 0:
         reason, _ = Counter(reason for _, reason in outcome.refused).most_common(1)[0]
         raise _none_left(stage, reason)
@@ -161,7 +161,7 @@ def make_own_rows(
     model: PreTrainedModel | PeftModel,
     folder: Path,
     progress: RunProgress,
-    grade: Grade,
+    grade: Grader,
 ) -> Dataset:
     """Give the rows of a stage over the model's own thinking, and write down their counts.
 
@@ -228,16 +228,16 @@ class Answers:
             model,
             self.tokenizer,
             {
-                example.index: self.prepared.frame.prompt_ids(example.prompt)
+                example.index: self.prepared.renderer.prompt_ids(example.prompt)
                 for example in self.questions[rank::world]
             },
             parts[rank],
-            stop_ids=stop_ids(self.prepared.frame, model.generation_config.eos_token_id),
+            stop_ids=stop_ids(self.prepared.renderer, model.generation_config.eos_token_id),
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             temperature=settings.temperature,
             seed=self.recipe.seed,
-            switch=find_switch(model, self.prepared.frame) if frozen else None,
+            switch=find_switch(model, self.prepared.renderer) if frozen else None,
             report=partial(self.progress.answers, name),
         )
         processes.wait_for_everyone()

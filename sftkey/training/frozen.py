@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.models.key_adapter import act, context_adapters
-from sftkey.recipe.stages import Member
+from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import KeyTrainer, segment_sums
 
@@ -44,7 +44,7 @@ class FrozenTrainer(KeyTrainer):
         settings: `KeyTrainer`'s.
     """
 
-    def __init__(self, members: list[Member], **settings: Any) -> None:
+    def __init__(self, members: list[KeyAdapterSpec], **settings: Any) -> None:
         self.members = members
         self.member_losses: list[float] = []  # on validation rows, at the last evaluation
         super().__init__(context="frozen", **settings)
@@ -140,7 +140,7 @@ class FrozenTrainer(KeyTrainer):
         ]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _parameters(self, member: Member) -> list[torch.nn.Parameter]:
+    def _parameters(self, member: KeyAdapterSpec) -> list[torch.nn.Parameter]:
         model: Any = self.model
         named = model.named_parameters()
         return [parameter for name, parameter in named if f".{member.name}." in name]

@@ -25,7 +25,7 @@ from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.training.answers import Answers, Grade, make_own_rows
+from sftkey.training.answers import Answers, Grader, make_own_rows
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log
@@ -80,7 +80,7 @@ PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "a
 NUM_ROWS_WITHOUT_VALIDATION = 32  # training rows on which the hand-off is then measured
 
 
-class Report(Protocol):
+class StageReport(Protocol):
     """Writes something of each stage's model, once: its answers are one such thing."""
 
     def missing(self, name: str) -> bool:
@@ -114,8 +114,8 @@ class Run:
     prepared: Prepared
     progress: RunProgress
     packs: Dataset | None = None
-    reports: Sequence[Report] = ()
-    grade: Grade | None = None
+    reports: Sequence[StageReport] = ()
+    grade: Grader | None = None
     measures_gradients: bool = False
 
     @cached_property
@@ -166,7 +166,7 @@ class Run:
 
     def _load(self, number: int) -> PreTrainedModel | PeftModel:
         """Load the model as the stage at `number` starts from it."""
-        model = load_stage(self.recipe, self.ledger, self.device, self.prepared.frame, number)
+        model = load_stage(self.recipe, self.ledger, self.device, self.prepared.renderer, number)
         refuse_unfit(model, self.recipe, packed=self.packs is not None)
         return model
 
@@ -275,7 +275,7 @@ def start(
     if ledger.main:
         write_json(ledger.folder / "data.json", prepared.counts)
     progress = make_progress(ledger, device, prepared, packs)
-    return Run(recipe, ledger, device, prepared.frame.tokenizer, prepared, progress, packs)
+    return Run(recipe, ledger, device, prepared.renderer.tokenizer, prepared, progress, packs)
 
 
 def make_progress(

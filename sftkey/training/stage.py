@@ -18,7 +18,7 @@ from sftkey.errors import DeviceError
 from sftkey.models.adapters import DEFAULT, Base, save_adapter, save_model
 from sftkey.models.device import Device
 from sftkey.recipe.schema import Recipe, StageSection
-from sftkey.recipe.stages import members
+from sftkey.recipe.stages import key_adapter_specs
 from sftkey.training.answers import sharded
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.losses import token_losses
@@ -141,7 +141,7 @@ def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTra
     """
     settings |= {"loss_on": stage.loss_on, "loss": stage.loss}
     if stage.context == "frozen":
-        return FrozenTrainer(members(recipe, stage), **settings)
+        return FrozenTrainer(key_adapter_specs(recipe, stage), **settings)
     return KeyTrainer(context=stage.context, **settings)
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
-from sftkey.data.renderer import Frame, stop_ids
+from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.errors import ModelError
 from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter
 from sftkey.models.device import Device
@@ -18,7 +18,7 @@ from sftkey.models.key_adapter import KEY, act, context_adapters
 from sftkey.models.loading import load_model
 from sftkey.models.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
 from sftkey.recipe.schema import Recipe
-from sftkey.recipe.stages import members
+from sftkey.recipe.stages import key_adapter_specs
 from sftkey.training.detached import KEYS_AND_VALUES, refuse_other_caches
 from sftkey.training.run_folder import Ledger
 
@@ -82,7 +82,7 @@ def _unfit(model: PreTrainedModel, why: str) -> ModelError:
 
 
 def load_stage(
-    recipe: Recipe, ledger: Ledger, device: Device, frame: Frame, number: int
+    recipe: Recipe, ledger: Ledger, device: Device, renderer: Renderer, number: int
 ) -> PreTrainedModel | PeftModel:
     """Load the model as the stage at `number` starts: base, and what the stage before wrote.
 
@@ -90,7 +90,7 @@ def load_stage(
         recipe: The run's.
         ledger: Knows where the stages wrote.
         device: Where the model goes.
-        frame: Its end of turn must stop the model wherever it goes.
+        renderer: Its end of turn must stop the model wherever it goes.
         number: From 0; the number of stages for the model that the last one leaves.
 
     Raises:
@@ -111,7 +111,7 @@ def load_stage(
         refuse_other_caches(model)  # before hours of training, not after
     # What is trained to stop must stop wherever the model goes: it is saved with the weights.
     published = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = stop_ids(frame, published)
+    model.generation_config.eos_token_id = stop_ids(renderer, published)
     if frozen or left_frozen:
         if before and not full:
             model = load_adapter(model, before, base, trainable=False)
@@ -129,7 +129,7 @@ def _with_key(
 ) -> PreTrainedModel | PeftModel:
     """Put the key's adapters on the model: new ones to train, or the one that a stage has kept."""
     if new:
-        for member in members(recipe, recipe.stages[number]):
+        for member in key_adapter_specs(recipe, recipe.stages[number]):
             model = add_lora(model, member.lora, member.seed, member.name)
             for name, parameter in model.named_parameters():
                 if f".{member.name}." in name:

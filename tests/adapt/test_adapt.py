@@ -12,7 +12,7 @@ from sftkey.checks import mask_proof as proof
 from sftkey.checks.gate import _rows_report as check
 from sftkey.cli import main
 from sftkey.commands.adapt import adapt
-from sftkey.data.renderer import Frame
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import DataError, FrameError, ModelError, RecipeError
@@ -106,7 +106,7 @@ def test_the_recipe_reads_alone(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "frame", "thinking"),
+    ("family", "renderer", "thinking"),
     [
         ("qwen3-8b", "chat", ("<think>\n", "\n</think>\n\n")),
         ("deepseek-r1-distill-qwen-1.5b", "chat", ("", "\n</think>\n\n")),
@@ -117,12 +117,12 @@ def test_the_recipe_reads_alone(here: Path) -> None:
     ],
 )
 def test_families_pass_the_gate(
-    here: Path, family: str, frame: str, thinking: tuple[str, str]
+    here: Path, family: str, renderer: str, thinking: tuple[str, str]
 ) -> None:
     """What is written for a family's tokenizer goes through the real check."""
     member = FAMILIES[family]
     recipe = written(member.standing_in(), [member.end, *member.stops])
-    assert (recipe.response.frame, recipe.response.thinking) == (frame, thinking)
+    assert (recipe.response.frame, recipe.response.thinking) == (renderer, thinking)
     assert "trainable_token_indices" not in (recipe.lora or {})
     assert refusals(recipe) == []
 
@@ -387,8 +387,8 @@ def test_a_file_that_came_meanwhile_is_not_overwritten(
 def test_wrong_masks_write_no_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the proof ever fail, the user gets an error and no file."""
 
-    def mutated(examples: list[Example], frame: Frame) -> list[Row | Refusal]:
-        rows = tokenize(examples, frame)
+    def mutated(examples: list[Example], renderer: Renderer) -> list[Row | Refusal]:
+        rows = tokenize(examples, renderer)
         for row in rows:
             if isinstance(row, Row):
                 row.input_ids.pop()

@@ -9,7 +9,7 @@ import pytest
 
 from sftkey.adapt.data import choose_data, choose_grader, measure
 from sftkey.data import sources
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
@@ -175,47 +175,49 @@ def test_a_built_in_name_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def frame() -> Frame:
+def renderer() -> Renderer:
     """Give a frame."""
-    return probe_frame(made("look_ahead", CHATML), ResponseSection())
+    return probe_renderer(made("look_ahead", CHATML), ResponseSection())
 
 
-def lengths_of(frame: Frame, lengths: list[int], most: int | None = None) -> tuple[int, int, str]:
+def lengths_of(
+    renderer: Renderer, lengths: list[int], most: int | None = None
+) -> tuple[int, int, str]:
     """Measure rows whose thinking holds so many digits, each group of three a token."""
     examples = [Example("Q", "123" * length, "7", n) for n, length in enumerate(lengths)]
-    found = measure(examples, frame, most)
+    found = measure(examples, renderer, most)
     return found.max_length, found.max_new_tokens, found.why
 
 
-def test_the_length_is_the_longest_rows(frame: Frame) -> None:
+def test_the_length_is_the_longest_rows(renderer: Renderer) -> None:
     """Where one row in a thousand isn't far longer, all fit, to the next 64."""
-    length, new, why = lengths_of(frame, [10] * 999 + [20])
+    length, new, why = lengths_of(renderer, [10] * 999 + [20])
     assert length % 64 == new % 64 == 0
     longest = int(why.split()[-2])
     assert why == f"the longest row has {longest} tokens"
     assert length - 64 < longest <= length
 
 
-def test_few_long_rows_do_not_set_the_length(frame: Frame) -> None:
+def test_few_long_rows_do_not_set_the_length(renderer: Renderer) -> None:
     """Otherwise 99.5 of 100 rows fit, and the reason names the longest."""
-    usual, _, _ = lengths_of(frame, [10] * 1000)
-    length, new, why = lengths_of(frame, [10] * 999 + [2000])
+    usual, _, _ = lengths_of(renderer, [10] * 1000)
+    length, new, why = lengths_of(renderer, [10] * 999 + [2000])
     assert length == usual
     assert new <= length
     assert why.startswith("holds 99.5% of the rows; the longest has ")
 
 
-def test_the_models_positions_are_the_limit(frame: Frame) -> None:
+def test_the_models_positions_are_the_limit(renderer: Renderer) -> None:
     """No row may be longer than what the model can read."""
-    length, _, why = lengths_of(frame, [1000] * 10, most=512)
+    length, _, why = lengths_of(renderer, [1000] * 10, most=512)
     assert length == 512
     assert why.startswith("the model's positions end there; the longest row has ")
 
 
-def test_rows_of_which_none_is_tokenized_are_refused(frame: Frame) -> None:
+def test_rows_of_which_none_is_tokenized_are_refused(renderer: Renderer) -> None:
     """If every row holds the text of a special token, no length is right."""
     with pytest.raises(DataError) as raised:
-        measure([Example("Q", "</s>", "7", 0)], frame, None)
+        measure([Example("Q", "</s>", "7", 0)], renderer, None)
     assert str(raised.value) == "--data: no row can be tokenized in this model's frame"
 
 

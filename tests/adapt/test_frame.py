@@ -45,11 +45,11 @@ def tags(choice: FrameChoice) -> tuple[Any, Any]:
 def test_families(template: str, expected: Any, kwargs: dict[str, Any], end: str) -> None:
     """Each template gets its own tags where it has some, and is told what it must be told."""
     choice = choose_frame(standing_in(template), ())
-    assert choice.frame is not None
-    assert (tags(choice), choice.kwargs, choice.frame.end_token) == (expected, kwargs, end)
+    assert choice.renderer is not None
+    assert (tags(choice), choice.kwargs, choice.renderer.end_token) == (expected, kwargs, end)
     assert choice.section.frame == "chat"
     assert choice.undecided == {}
-    proof = prove(choice.frame, 60, seed=0)
+    proof = prove(choice.renderer, 60, seed=0)
     assert (proof.wrong, proof.num_refused_otherwise) == ([], 0)
 
 
@@ -59,7 +59,7 @@ def test_every_template_of_trl_gets_a_frame_or_a_mark() -> None:
     for file in sorted(TEMPLATES.glob("*.jinja")):
         if "_training" not in file.stem:
             choice = choose_frame(standing_in(file.stem), ())
-            asked |= {file.stem: choice.undecided} if choice.frame is None else {}
+            asked |= {file.stem: choice.undecided} if choice.renderer is None else {}
     assert asked.keys() == {"glm4moe", "idefics3", "llava_next", "smolvlm"}
     assert asked["glm4moe"] == {
         "model.chat_template": "DECIDE: a template of your own; the model's: expected a special "
@@ -118,7 +118,7 @@ def test_a_plain_end_that_nothing_names_is_left_to_the_user() -> None:
     tokenizer = KINDS["look_ahead"]()
     tokenizer.eos_token = None
     choice = choose_frame(tokenizer, ())
-    assert choice.frame is None
+    assert choice.renderer is None
     assert choice.undecided == {
         "response.end": "DECIDE: the special token that ends a text; of <unk>, <s>, </s>, "
         "<|im_start|>, <|im_end|>, [INST], [/INST]"

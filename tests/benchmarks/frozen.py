@@ -12,7 +12,7 @@ from models import adapted_model
 from sides import Batch, Sides, tokenizer
 
 from sftkey.models.adapters import add_lora
-from sftkey.recipe.stages import Member
+from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.frozen import FrozenTrainer
 
 GRID = 8  # learning rates
@@ -61,7 +61,9 @@ def trainer(sides: Sides, num_adapters: int) -> Any:
     model.requires_grad_(False)
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     names = ["key"] if num_adapters == 1 else [f"key-{number}" for number in range(num_adapters)]
-    members = [Member(name, {}, lora, sides.rate if name != "key" else None, 0) for name in names]
+    members = [
+        KeyAdapterSpec(name, {}, lora, sides.rate if name != "key" else None, 0) for name in names
+    ]
     for member in members:
         model = add_lora(model, lora, 0, member.name)
         for name, parameter in model.named_parameters():

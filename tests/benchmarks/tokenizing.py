@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from sftkey.data.prepare import tokenized_rows
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.recipe.schema import ResponseSection
 
@@ -148,7 +148,7 @@ class Preparations:
     def __init__(self, examples: Sequence[Example], folder: Path) -> None:
         self.examples, self.folder = examples, folder
         self.tokenizer = made_tokenizer(examples[:1000])
-        self.frame: Frame = probe_frame(self.tokenizer, ResponseSection())
+        self.renderer: Renderer = probe_renderer(self.tokenizer, ResponseSection())
         self.rows = Dataset.from_list([self._as_messages(example) for example in examples])
         self.trainer = SFTTrainer(
             made_model(SHAPES["toy"], "cpu"),
@@ -177,10 +177,10 @@ class Preparations:
         """Render, tokenize, write into a cache that is empty, and map what was written."""
         empty = tempfile.mkdtemp(dir=self.folder)
         with mock.patch.dict(os.environ, {"SFTKEY_CACHE": empty}):
-            return tokenized_rows(self.examples, self.frame, MAX_LENGTH, trim=False)[0]
+            return tokenized_rows(self.examples, self.renderer, MAX_LENGTH, trim=False)[0]
 
     def _as_messages(self, example: Example) -> dict[str, list[dict[str, str]]]:
-        completion = self.frame.response.render(example.thinking, example.answer)
+        completion = self.renderer.response.render(example.thinking, example.answer)
         return {
             "prompt": [{"role": "user", "content": str(example.prompt)}],
             "completion": [{"role": "assistant", "content": completion}],

@@ -15,7 +15,7 @@ import sftkey.training.stage_model
 from sftkey.checks.findings import Finding, Report
 from sftkey.checks.gate import _rows_report as check
 from sftkey.checks.gate import gate as gate_of
-from sftkey.checks.gate import passed
+from sftkey.checks.gate import require_trainable
 from sftkey.checks.mask_proof import Proof
 from sftkey.checks.masks import judged_findings
 from sftkey.checks.rows import REASONS, UNSPLIT_HINT, dropped_findings
@@ -506,8 +506,8 @@ def test_an_unknown_architecture_is_found(gate: Gate, base_model: Path) -> None:
 def test_the_oracle_judges_rows_of_train(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong segments, which agree with themselves in the batch, are found by decoding."""
 
-    def shifted(examples: Any, frame: Any) -> Any:
-        rows = tokenize(examples, frame)
+    def shifted(examples: Any, renderer: Any) -> Any:
+        rows = tokenize(examples, renderer)
         for row in rows:
             row.segment_ids = [row.segment_ids[0], *row.segment_ids[:-1]]
         return rows
@@ -531,7 +531,7 @@ def test_the_oracle_sees_rows_from_all_over_train(
     report = gate()
     seen: list[int] = []
 
-    def judge(frame: Any, examples: Any, rows: Any) -> Proof:
+    def judge(renderer: Any, examples: Any, rows: Any) -> Proof:
         seen.extend(example.index for example in examples)
         return Proof(len(examples), len(examples))
 
@@ -539,7 +539,7 @@ def test_the_oracle_sees_rows_from_all_over_train(
     monkeypatch.setattr("sftkey.checks.masks.NUM_JUDGED", 3)
     assert report.prepared is not None
     examples = [Example("Q", "", "7", number) for number in range(10)]
-    assert list(judged_findings(report.prepared.frame, examples)) == []
+    assert list(judged_findings(report.prepared.renderer, examples)) == []
     assert seen == [0, 3, 6, 9]
 
 
@@ -709,7 +709,7 @@ def test_training_reads_its_rows_once(
     monkeypatch.setattr("sftkey.checks.gate.prepare_splits", counted)
     monkeypatch.setattr(sftkey.training.run, "prepare", None)
     recipe = load_recipe(recipe_of(), ["trainer.learning_rate=1"])
-    run = start(recipe, tmp_path / "runs" / "tiny", read=passed)
+    run = start(recipe, tmp_path / "runs" / "tiny", read=require_trainable)
     assert len(times) == 1
     assert len(run.prepared.train) == 5
     assert capsys.readouterr().err.startswith(
@@ -721,7 +721,7 @@ def test_training_reads_its_rows_once(
 def test_what_passes_is_what_the_recipe_alone_would_read(recipe_of: Callable[..., Path]) -> None:
     """The gate reads leniently so as to find everything; what it hands on is the same."""
     recipe = load_recipe(recipe_of())
-    ours, plain = passed(recipe), read_rows(recipe)
+    ours, plain = require_trainable(recipe), read_rows(recipe)
     assert ours.counts == plain.counts
     assert ours.train.to_dict() == plain.train.to_dict()
     assert ours.test == plain.test

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sftkey.checks import mask_proof as proof
 from sftkey.checks.mask_proof import Oracle, hard_examples, judge, prove
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
@@ -34,10 +34,10 @@ SPECIAL_TEXT = {
 }
 
 
-def framed(kind: str = "byte_level", name: str = "chatml") -> Frame:
+def framed(kind: str = "byte_level", name: str = "chatml") -> Renderer:
     """Probe a made tokenizer with one of the frames."""
     template, section = FRAMES[name]
-    return probe_frame(made(kind, template), section)
+    return probe_renderer(made(kind, template), section)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,9 +54,9 @@ def test_every_row_is_right_or_holds_special_text(kind: str, name: str) -> None:
 
 def test_rows_depend_on_the_seed_alone() -> None:
     """The same seed gives the same rows, another one others."""
-    frame = framed()
-    assert hard_examples(frame, 50, 3) == hard_examples(frame, 50, 3)
-    assert hard_examples(frame, 50, 3) != hard_examples(frame, 50, 4)
+    renderer = framed()
+    assert hard_examples(renderer, 50, 3) == hard_examples(renderer, 50, 3)
+    assert hard_examples(renderer, 50, 3) != hard_examples(renderer, 50, 4)
 
 
 def test_rows_have_all_shapes_of_prompts() -> None:
@@ -77,84 +77,84 @@ def test_rows_can_be_trained_on() -> None:
 
 
 SCATTERED = "stage `key` trains tokens that do not follow one another up to the row's end"
-Mutation = Callable[[Row, Frame], None]
+Mutation = Callable[[Row, Renderer], None]
 
 
-def shifted_left(row: Row, frame: Frame) -> None:
+def shifted_left(row: Row, renderer: Renderer) -> None:
     """Let every segment begin a token too early."""
     row.segment_ids = [*row.segment_ids[1:], Segment.END]
 
 
-def shifted_right(row: Row, frame: Frame) -> None:
+def shifted_right(row: Row, renderer: Renderer) -> None:
     """Let every segment begin a token too late."""
     row.segment_ids = [Segment.PROMPT, *row.segment_ids[:-1]]
 
 
-def dropped_end(row: Row, frame: Frame) -> None:
+def dropped_end(row: Row, renderer: Renderer) -> None:
     """Leave out the end of turn."""
     row.input_ids, row.segment_ids = row.input_ids[:-1], row.segment_ids[:-1]
 
 
-def untrained_end(row: Row, frame: Frame) -> None:
+def untrained_end(row: Row, renderer: Renderer) -> None:
     """Take the end of turn for a part of the thinking."""
     row.segment_ids = [*row.segment_ids[:-1], Segment.THINKING]
 
 
-def end_as_tag(row: Row, frame: Frame) -> None:
+def end_as_tag(row: Row, renderer: Renderer) -> None:
     """Take the end of turn for a tag."""
     row.segment_ids = [*row.segment_ids[:-1], Segment.ANSWER_TAG]
 
 
-def text_after_the_end(row: Row, frame: Frame) -> None:
+def text_after_the_end(row: Row, renderer: Renderer) -> None:
     """Add what many templates write behind the end of turn."""
-    row.input_ids = [*row.input_ids, *frame.encode(["\n"])[0].ids]
+    row.input_ids = [*row.input_ids, *renderer.encode(["\n"])[0].ids]
     row.segment_ids = [*row.segment_ids, Segment.END]
 
 
-def leaked_thinking(row: Row, frame: Frame) -> None:
+def leaked_thinking(row: Row, renderer: Renderer) -> None:
     """Let the thinking's last token into the key."""
     last = max(n for n, segment in enumerate(row.segment_ids) if segment == Segment.THINKING)
     row.segment_ids[last] = int(Segment.ANSWER_TAG)
 
 
-def leaked_middle(row: Row, frame: Frame) -> None:
+def leaked_middle(row: Row, renderer: Renderer) -> None:
     """Let the thinking's first token into the key."""
     row.segment_ids[row.segment_ids.index(Segment.THINKING)] = int(Segment.ANSWER)
 
 
-def missed_key(row: Row, frame: Frame) -> None:
+def missed_key(row: Row, renderer: Renderer) -> None:
     """Leave the key's first token to the thinking."""
     row.segment_ids[row.segment_ids.index(Segment.ANSWER_TAG)] = int(Segment.THINKING)
 
 
-def missed_answer(row: Row, frame: Frame) -> None:
+def missed_answer(row: Row, renderer: Renderer) -> None:
     """Leave the answer's first token to its tag."""
     row.segment_ids[row.segment_ids.index(Segment.ANSWER)] = int(Segment.ANSWER_TAG)
 
 
-def no_answer(row: Row, frame: Frame) -> None:
+def no_answer(row: Row, renderer: Renderer) -> None:
     """Take the whole answer for its tag."""
     row.segment_ids = [2 if n == Segment.ANSWER else n for n in row.segment_ids]
 
 
-def lost_token(row: Row, frame: Frame) -> None:
+def lost_token(row: Row, renderer: Renderer) -> None:
     """Lose a token of the completion."""
     place = row.segment_ids.index(Segment.THINKING)
     del row.input_ids[place], row.segment_ids[place]
 
 
-def another_prompt(row: Row, frame: Frame) -> None:
+def another_prompt(row: Row, renderer: Renderer) -> None:
     """Double the first token, as a second beginning-of-sequence would."""
     row.input_ids = [row.input_ids[0], *row.input_ids]
     row.segment_ids = [row.segment_ids[0], *row.segment_ids]
 
 
-def trained_prompt(row: Row, frame: Frame) -> None:
+def trained_prompt(row: Row, renderer: Renderer) -> None:
     """Train the prompt's last token."""
     row.segment_ids[row.segment_ids.index(Segment.THINKING) - 1] = int(Segment.THINKING)
 
 
-def short_segments(row: Row, frame: Frame) -> None:
+def short_segments(row: Row, renderer: Renderer) -> None:
     """Leave a token without a segment."""
     row.segment_ids = row.segment_ids[:-1]
 
@@ -192,12 +192,12 @@ def short_segments(row: Row, frame: Frame) -> None:
 )
 def test_a_mutated_row_is_wrong(mutate: Mutation, what: str) -> None:
     """Whatever is changed in a right row, the oracle says what is wrong with it."""
-    frame, example = framed(), Example("Q", "x", "35 birds", 0)
-    (row,) = tokenize([example], frame)
+    renderer, example = framed(), Example("Q", "x", "35 birds", 0)
+    (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
-    assert Oracle(frame).fault(example, row) is None
-    mutate(row, frame)
-    assert Oracle(frame).fault(example, row) == what
+    assert Oracle(renderer).fault(example, row) is None
+    mutate(row, renderer)
+    assert Oracle(renderer).fault(example, row) == what
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,11 +211,11 @@ def test_a_mutated_tokenization_is_never_proven(
 ) -> None:
     """A mistake in every row is found in (almost) every row, on every kind of tokenizer."""
 
-    def mutated(examples: Sequence[Example], frame: Frame) -> list[Row | Refusal]:
-        rows = tokenize(examples, frame)
+    def mutated(examples: Sequence[Example], renderer: Renderer) -> list[Row | Refusal]:
+        rows = tokenize(examples, renderer)
         for row in rows:
             if isinstance(row, Row):
-                mutate(row, frame)
+                mutate(row, renderer)
         return rows
 
     monkeypatch.setattr(proof, "tokenize", mutated)
@@ -226,10 +226,10 @@ def test_a_mutated_tokenization_is_never_proven(
 
 def test_refusing_everything_is_wrong() -> None:
     """A refusal counts only where no row can be built in another way either."""
-    frame = framed()
+    renderer = framed()
     examples = [Example("Q", "x", "7", 0), Example("Q", "a </s> b", "7", 1)]
     refused: list[Row | Refusal] = [Refusal(0, "no"), Refusal(1, "no")]
-    proven = judge(frame, examples, refused)
+    proven = judge(renderer, examples, refused)
     assert [wrong.what for wrong in proven.wrong] == ["refused, but a row can be built: no"]
     assert proven.refused == {"no": 1}
     assert proven.num_refused_otherwise == 1
@@ -240,12 +240,12 @@ def test_refusals_for_each_reason_are_confirmed() -> None:
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, lstrip=True)], special_tokens=True)
     section = ResponseSection(frame="plain", end="<|end|>", answer=("", ""))
-    frame = probe_frame(tokenizer, section)
+    renderer = probe_renderer(tokenizer, section)
     odd: Any = ({"role": "tool", "content": "x"}, {"role": "user", "content": "Q"})
     swallowed = "the end of turn '<|end|>' swallows white space before it"
     raised = "the chat template raises on a prompt of tool, user: only user and assistant"
     for probed, example, reason in [
-        (frame, Example("Q", "x", "7 ", 0), swallowed),
+        (renderer, Example("Q", "x", "7 ", 0), swallowed),
         (framed(name="llama2"), Example(odd, "x", "7", 0), raised),
     ]:
         proven = judge(probed, [example], tokenize([example], probed))
@@ -255,10 +255,10 @@ def test_refusals_for_each_reason_are_confirmed() -> None:
 def test_refusals_of_one_kind_are_counted_together() -> None:
     """A reason that names a token or a character is one reason for all of them."""
     texts = ["holds the text of the special token '</s>'", "holds '\\x04', which is lost"]
-    frame, examples = framed(), [Example("Q", "a </s>", "7", n) for n in range(4)]
+    renderer, examples = framed(), [Example("Q", "a </s>", "7", n) for n in range(4)]
     others = [texts[0].replace("/", ""), texts[1].replace("4", "6")]
     refused: list[Row | Refusal] = [Refusal(n, r) for n, r in enumerate([*texts, *others])]
-    assert judge(frame, examples, refused).refused == {
+    assert judge(renderer, examples, refused).refused == {
         "holds the text of a special token": 2,
         "holds a character that is lost": 2,
     }
@@ -271,27 +271,27 @@ def test_blank_that_the_tokenizer_sets_behind_a_special_token_is_no_loss() -> No
     backend = Tokenizer.from_str(json.dumps(state))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     section = ResponseSection(frame="plain")
-    frame, example = probe_frame(tokenizer, section), Example("Q[/INST]", "x", "7", 0)
-    (row,) = tokenize([example], frame)
+    renderer, example = probe_renderer(tokenizer, section), Example("Q[/INST]", "x", "7", 0)
+    (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
     assert "Q[/INST] <Thinking>" in tokenizer.decode(row.input_ids)
-    assert Oracle(frame).fault(example, row) is None
-    assert Oracle(frame).can_be_built(example)
+    assert Oracle(renderer).fault(example, row) is None
+    assert Oracle(renderer).can_be_built(example)
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("unigram", " "), ("byte_level", "▁")])
 def test_sign_of_a_blank(kind: str, kept: str) -> None:
     """SentencePiece reads its own sign in a text as a blank; others keep it."""
-    frame, example = framed(kind), Example("Q", "a▁b", "7", 0)
-    (row,) = tokenize([example], frame)
+    renderer, example = framed(kind), Example("Q", "a▁b", "7", 0)
+    (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
-    assert f"a{kept}b" in frame.tokenizer.decode(row.input_ids)
-    assert Oracle(frame).fault(example, row) is None
+    assert f"a{kept}b" in renderer.tokenizer.decode(row.input_ids)
+    assert Oracle(renderer).fault(example, row) is None
 
 
 def test_swallowed_text_is_no_row() -> None:
     """The oracle sees what offsets would hide: a row that decodes to other text."""
-    frame, example = framed(), Example("Q", "x", "7", 0)
-    (row,) = tokenize([replace(example, thinking="y")], frame)
+    renderer, example = framed(), Example("Q", "x", "7", 0)
+    (row,) = tokenize([replace(example, thinking="y")], renderer)
     assert isinstance(row, Row)
-    assert str(Oracle(frame).fault(example, row)).startswith("text was lost: '<Thinking>\\ny\\n")
+    assert str(Oracle(renderer).fault(example, row)).startswith("text was lost: '<Thinking>\\ny\\n")

@@ -33,14 +33,14 @@ def written(run: Path, recipe: Any, number: int, switching: bool) -> str:
     """Let a stage's model answer, without the command."""
     import torch
 
-    frame = frame_of(recipe)
+    renderer = frame_of(recipe)
     device = Device("cpu", 0, torch.float32)
-    model = load_stage(recipe, ledger_of(run, recipe), device, frame, number)
-    prompt = frame.prompt_ids(question_prompt(recipe.data, QUESTION))
-    settings = {"stop_ids": [frame.end_id], "max_new_tokens": 24, "batch_size": 1}
+    model = load_stage(recipe, ledger_of(run, recipe), device, renderer, number)
+    prompt = renderer.prompt_ids(question_prompt(recipe.data, QUESTION))
+    settings = {"stop_ids": [renderer.end_id], "max_new_tokens": 24, "batch_size": 1}
     with acting(model, context_adapters(model)):
-        switch = find_switch(model, frame) if switching else None
-        ((_, generation),) = write(model, frame.tokenizer, [prompt], switch=switch, **settings)
+        switch = find_switch(model, renderer) if switching else None
+        ((_, generation),) = write(model, renderer.tokenizer, [prompt], switch=switch, **settings)
     return generation.text
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from sftkey.data import prepare as content
 from sftkey.data import prepare as row_cache
-from sftkey.data.prepare import Outcome, content_key, tokenized_rows
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.prepare import CachedRows, content_key, tokenized_rows
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.errors import DataError
@@ -37,9 +37,9 @@ EXAMPLES = [
 
 
 @pytest.fixture
-def frame() -> Frame:
+def renderer() -> Renderer:
     """Give a frame over a made tokenizer."""
-    return probe_frame(made("look_ahead", CHATML), ResponseSection())
+    return probe_renderer(made("look_ahead", CHATML), ResponseSection())
 
 
 @pytest.fixture
@@ -55,15 +55,15 @@ def made_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
     original = row_cache.tokenize_batches
 
-    def counting(examples: Sequence[Example], frame: Frame) -> Any:
+    def counting(examples: Sequence[Example], renderer: Renderer) -> Any:
         counted.append(len(examples))
-        return original(examples, frame)
+        return original(examples, renderer)
 
     monkeypatch.setattr(row_cache, "tokenize_batches", counting)
     return counted
 
 
-def contents(found: tuple[Dataset, Outcome]) -> tuple[list[Any], list[Any]]:
+def contents(found: tuple[Dataset, CachedRows]) -> tuple[list[Any], list[Any]]:
     """Give rows and what became of the others as plain lists, as JSON has them."""
     rows, outcome = found
     return list(rows), json.loads(json.dumps(list(vars(outcome).items())))
@@ -88,7 +88,7 @@ def test_rows_are_those_of_tokenizing_all_at_once(
 ) -> None:
     """Batches, Arrow and JSON change nothing: not a row, not a refusal, not a count."""
     monkeypatch.setattr("sftkey.data.tokenization.BATCH_SIZE", 2)
-    probed = probe_frame(made(kind, CHATML), ResponseSection())
+    probed = probe_renderer(made(kind, CHATML), ResponseSection())
     examples = [Example(f"Q{p}", 2 * t, a, 2 * n) for n, (p, t, a) in enumerate(texts)]
     trim = too_long == "trim_thinking"
     whole = tokenize(examples, probed)
@@ -114,10 +114,10 @@ def test_rows_are_those_of_tokenizing_all_at_once(
     ]
 
 
-def test_second_start_reads(frame: Frame, folder: Path, made_batches: list[int]) -> None:
+def test_second_start_reads(renderer: Renderer, folder: Path, made_batches: list[int]) -> None:
     """Equal content is tokenized once, and mapped into memory, not read into it."""
-    first = tokenized_rows(EXAMPLES, frame, 60, trim=False)
-    second = tokenized_rows(list(EXAMPLES), replace(frame), 60, trim=False)
+    first = tokenized_rows(EXAMPLES, renderer, 60, trim=False)
+    second = tokenized_rows(list(EXAMPLES), replace(renderer), 60, trim=False)
     assert made_batches == [4]
     assert contents(first) == contents(second)
     rows, outcome = second
@@ -127,48 +127,54 @@ def test_second_start_reads(frame: Frame, folder: Path, made_batches: list[int])
     assert rows.cache_files == [{"filename": str(entry / "rows.arrow")}]
 
 
-def with_template(template: str) -> Frame:
+def with_template(template: str) -> Renderer:
     """Probe a template."""
-    return probe_frame(made("look_ahead", template), ResponseSection())
+    return probe_renderer(made("look_ahead", template), ResponseSection())
 
 
-def test_other_content_is_another_entry(frame: Frame) -> None:
+def test_other_content_is_another_entry(renderer: Renderer) -> None:
     """Whatever changes a row changes the name; what doesn't, leaves it."""
-    key = content_key(EXAMPLES, frame, SETTINGS)
+    key = content_key(EXAMPLES, renderer, SETTINGS)
     first, *others = EXAMPLES
     added = KINDS["look_ahead"]()
     added.chat_template = CHATML
     added.add_tokens(["cats"])
     response = ResponseSection(answer=("\n<A>\n", "\n</A>"))
     changed = [
-        content_key([replace(first, prompt="R"), *others], frame, SETTINGS),
-        content_key([replace(first, thinking="3"), *others], frame, SETTINGS),
-        content_key([replace(first, answer="17"), *others], frame, SETTINGS),
-        content_key([replace(first, index=3), *others], frame, SETTINGS),
-        content_key([*others, first], frame, SETTINGS),
-        content_key(others, frame, SETTINGS),
-        content_key(EXAMPLES, frame, SETTINGS | {"max_length": 61}),
-        content_key(EXAMPLES, frame, SETTINGS | {"too_long": "trim_thinking"}),
+        content_key([replace(first, prompt="R"), *others], renderer, SETTINGS),
+        content_key([replace(first, thinking="3"), *others], renderer, SETTINGS),
+        content_key([replace(first, answer="17"), *others], renderer, SETTINGS),
+        content_key([replace(first, index=3), *others], renderer, SETTINGS),
+        content_key([*others, first], renderer, SETTINGS),
+        content_key(others, renderer, SETTINGS),
+        content_key(EXAMPLES, renderer, SETTINGS | {"max_length": 61}),
+        content_key(EXAMPLES, renderer, SETTINGS | {"too_long": "trim_thinking"}),
         content_key(EXAMPLES, with_template(CHATML.replace("<|im_s", "<s><|im_s")), SETTINGS),
         content_key(EXAMPLES, with_template("{# a remark #}" + CHATML), SETTINGS),
-        content_key(EXAMPLES, replace(frame, chat_template_kwargs={"a": 1}), SETTINGS),
-        content_key(EXAMPLES, probe_frame(made("look_ahead", CHATML), response), SETTINGS),
-        content_key(EXAMPLES, probe_frame(made("byte_level", CHATML), ResponseSection()), SETTINGS),
-        content_key(EXAMPLES, probe_frame(added, ResponseSection()), SETTINGS),
+        content_key(EXAMPLES, replace(renderer, chat_template_kwargs={"a": 1}), SETTINGS),
+        content_key(EXAMPLES, probe_renderer(made("look_ahead", CHATML), response), SETTINGS),
         content_key(
-            EXAMPLES[:3], probe_frame(frame.tokenizer, ResponseSection(frame="plain")), SETTINGS
+            EXAMPLES, probe_renderer(made("byte_level", CHATML), ResponseSection()), SETTINGS
+        ),
+        content_key(EXAMPLES, probe_renderer(added, ResponseSection()), SETTINGS),
+        content_key(
+            EXAMPLES[:3],
+            probe_renderer(renderer.tokenizer, ResponseSection(frame="plain")),
+            SETTINGS,
         ),
     ]
     assert len({key, *changed}) == len(changed) + 1
     again = KINDS["look_ahead"]()
     again.chat_template = CHATML
     again(["a", "a b c"], padding=True)  # leaves its padding in the backend
-    assert content_key(list(EXAMPLES), probe_frame(again, ResponseSection()), SETTINGS) == key
+    assert content_key(list(EXAMPLES), probe_renderer(again, ResponseSection()), SETTINGS) == key
 
 
-def test_another_version_is_another_entry(frame: Frame, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_another_entry(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of another sftkey, of changed code or other libraries are made anew."""
-    key = content_key(EXAMPLES, frame, SETTINGS)
+    key = content_key(EXAMPLES, renderer, SETTINGS)
     changes: list[tuple[str, Any]] = [
         ("__version__", "0.0.1"),
         ("_sources", lambda: "other"),
@@ -178,16 +184,16 @@ def test_another_version_is_another_entry(frame: Frame, monkeypatch: pytest.Monk
     for name, value in changes:
         with monkeypatch.context() as patched:
             patched.setattr(content, name, value)
-            keys.add(content_key(EXAMPLES, frame, SETTINGS))
+            keys.add(content_key(EXAMPLES, renderer, SETTINGS))
     assert len(keys) == 4
 
 
 def test_template_that_writes_the_date_is_another_entry_each_day(
-    frame: Frame, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of yesterday hold yesterday's date, which inference would not feed."""
     dated = with_template("{% set today = strftime_now('%d %b %Y') %}" + CHATML)
-    keys = [content_key(EXAMPLES, each, SETTINGS) for each in (frame, dated)]
+    keys = [content_key(EXAMPLES, each, SETTINGS) for each in (renderer, dated)]
 
     class Tomorrow(date):
         @classmethod
@@ -195,7 +201,7 @@ def test_template_that_writes_the_date_is_another_entry_each_day(
             return date(2999, 1, 1)
 
     monkeypatch.setattr(content, "date", Tomorrow)
-    assert content_key(EXAMPLES, frame, SETTINGS) == keys[0]
+    assert content_key(EXAMPLES, renderer, SETTINGS) == keys[0]
     assert content_key(EXAMPLES, dated, SETTINGS) != keys[1]
 
 
@@ -235,49 +241,49 @@ def without_rows(entry: Path) -> None:
     ids=lambda it: it.__name__,
 )
 def test_damaged_entry_is_made_anew(
-    damage: Callable[[Path], None], frame: Frame, folder: Path, made_batches: list[int]
+    damage: Callable[[Path], None], renderer: Renderer, folder: Path, made_batches: list[int]
 ) -> None:
     """What isn't what was written is never trained on."""
-    whole = contents(tokenized_rows(EXAMPLES, frame, 60, trim=False))
+    whole = contents(tokenized_rows(EXAMPLES, renderer, 60, trim=False))
     (entry,) = folder.iterdir()
     damage(entry)
-    assert contents(tokenized_rows(EXAMPLES, frame, 60, trim=False)) == whole
-    assert contents(tokenized_rows(EXAMPLES, frame, 60, trim=False)) == whole
+    assert contents(tokenized_rows(EXAMPLES, renderer, 60, trim=False)) == whole
+    assert contents(tokenized_rows(EXAMPLES, renderer, 60, trim=False)) == whole
     assert made_batches == [4, 4]
 
 
 def test_stopped_tokenization_leaves_nothing(
-    frame: Frame, folder: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An entry has its name only when it is whole."""
 
     def stopped(*arguments: Any) -> Any:
-        yield tokenize(EXAMPLES[:2], frame)
+        yield tokenize(EXAMPLES[:2], renderer)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(row_cache, "tokenize_batches", stopped)
     with pytest.raises(KeyboardInterrupt):
-        tokenized_rows(EXAMPLES, frame, 60, trim=False)
+        tokenized_rows(EXAMPLES, renderer, 60, trim=False)
     assert list(folder.iterdir()) == []
 
 
-def test_no_rows_at_all(frame: Frame, folder: Path) -> None:
+def test_no_rows_at_all(renderer: Renderer, folder: Path) -> None:
     """A split of which every row is refused is an entry, too."""
     for _ in range(2):
-        rows, outcome = tokenized_rows(EXAMPLES[1:2], frame, 60, trim=False)
+        rows, outcome = tokenized_rows(EXAMPLES[1:2], renderer, 60, trim=False)
         assert len(rows) == 0
         assert len(outcome.refused) == 1
 
 
 def test_folder_that_cannot_be_written_is_an_error(
-    frame: Frame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names the folder and how to choose another."""
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("SFTKEY_CACHE", str(file))
     with pytest.raises(DataError) as raised:
-        tokenized_rows(EXAMPLES, frame, 60, trim=False)
+        tokenized_rows(EXAMPLES, renderer, 60, trim=False)
     assert str(raised.value) == (
         f"{file}: the cache can't be written: Not a directory\n"
         "hint: set SFTKEY_CACHE to a folder of yours"
@@ -285,26 +291,26 @@ def test_folder_that_cannot_be_written_is_an_error(
 
 
 def test_what_cannot_be_read_back_is_an_error(
-    frame: Frame, folder: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that gives back something else ends the run, not the rows."""
     monkeypatch.setattr(row_cache, "_read", lambda folder: None)
     with pytest.raises(DataError) as raised:
-        tokenized_rows(EXAMPLES, frame, 60, trim=False)
+        tokenized_rows(EXAMPLES, renderer, 60, trim=False)
     where, _, what = str(raised.value).rpartition(": ")
     assert Path(where).parent == folder
     assert what == "what was written there can't be read back"
 
 
 def test_entries_used_longest_ago_go(
-    frame: Frame, folder: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A number of entries stays, those that were used last; reading one is using it."""
     monkeypatch.setattr(row_cache, "MOST_ENTRIES", 2)
 
     def use(number: int) -> str:
         before = set(folder.iterdir()) if folder.exists() else set()
-        rows, _ = tokenized_rows(EXAMPLES[number : number + 1], frame, 500, trim=False)
+        rows, _ = tokenized_rows(EXAMPLES[number : number + 1], renderer, 500, trim=False)
         for entry in before & set(folder.iterdir()):
             changed = (entry / "about.json").stat().st_mtime
             os.utime(entry / "about.json", (changed - 9, changed - 9))
@@ -320,7 +326,7 @@ def test_entries_used_longest_ago_go(
 
 
 def test_entries_have_a_size_together(
-    frame: Frame, folder: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest entry stays even where it alone is too large; abandoned folders go in a day."""
     monkeypatch.setattr(row_cache, "MOST_BYTES", 10)
@@ -331,7 +337,7 @@ def test_entries_have_a_size_together(
     day = time.time() - 25 * 3600
     os.utime(old, (day, day))
     for number in (0, 2):
-        rows, _ = tokenized_rows(EXAMPLES[number : number + 1], frame, 500, trim=False)
+        rows, _ = tokenized_rows(EXAMPLES[number : number + 1], renderer, 500, trim=False)
     entry = Path(rows.cache_files[0]["filename"]).parent
     assert set(folder.iterdir()) == {entry, young}
 
@@ -351,7 +357,7 @@ print(len(contents(tokenized_rows(EXAMPLES * 400, frame, 60, trim=False))[0]), f
 """
 
 
-def test_processes_at_once_share_an_entry(frame: Frame, folder: Path) -> None:
+def test_processes_at_once_share_an_entry(renderer: Renderer, folder: Path) -> None:
     """Three processes that make the same entry at the same time all get it, and one stays."""
     program = [sys.executable, "-c", PROCESS.format(root=str(Path(__file__).parents[2]))]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -366,20 +372,20 @@ def test_processes_at_once_share_an_entry(frame: Frame, folder: Path) -> None:
 
 
 def test_few_rows_are_in_memory_at_once(
-    frame: Frame, folder: Path, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are let go when they are written, so that memory doesn't grow with their number."""
     original, made, most = row_cache.tokenize_batches, [], 0
 
-    def watched(examples: Sequence[Example], frame: Frame) -> Any:
+    def watched(examples: Sequence[Example], renderer: Renderer) -> Any:
         nonlocal most
-        for batch in original(examples, frame):
+        for batch in original(examples, renderer):
             made.extend(weakref.ref(row) for row in batch)
             most = max(most, sum(reference() is not None for reference in made))
             yield batch
 
     monkeypatch.setattr("sftkey.data.tokenization.BATCH_SIZE", 10)
     monkeypatch.setattr(row_cache, "tokenize_batches", watched)
-    rows, _ = tokenized_rows(EXAMPLES[:1] * 300, frame, 60, trim=False)
+    rows, _ = tokenized_rows(EXAMPLES[:1] * 300, renderer, 60, trim=False)
     assert len(rows) == len(made) == 300
     assert most <= 30

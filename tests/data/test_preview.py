@@ -17,7 +17,7 @@ from sftkey.data.preview import (
     statistics,
     token_texts,
 )
-from sftkey.data.renderer import probe_frame
+from sftkey.data.renderer import probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.recipe.load import load_recipe
@@ -103,12 +103,12 @@ def test_tokens_say_what_each_stage_trains(made_recipe: Any, tiny_tokenizer: Any
 @given(prompt=TEXT, answer=TEXT)
 def test_token_texts_join_to_the_row(kind: str, prompt: str, answer: str) -> None:
     """No character is lost, doubled or broken, though some have several tokens."""
-    frame = probe_frame(made(kind, CHATML), ResponseSection())
-    (row,) = tokenize([Example(f"Q{prompt}", "", answer, 0)], frame)
+    renderer = probe_renderer(made(kind, CHATML), ResponseSection())
+    (row,) = tokenize([Example(f"Q{prompt}", "", answer, 0)], renderer)
     assert isinstance(row, Row)
-    texts = token_texts(frame.tokenizer, row.input_ids)
+    texts = token_texts(renderer.tokenizer, row.input_ids)
     assert len(texts) == len(row.input_ids)
-    assert "".join(texts) == frame.tokenizer.decode(row.input_ids)
+    assert "".join(texts) == renderer.tokenizer.decode(row.input_ids)
 
 
 def test_statistics(made_recipe: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trl
 
-from sftkey.data.renderer import Frame, probe_frame, stop_ids
+from sftkey.data.renderer import Renderer, probe_renderer, stop_ids
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
@@ -41,7 +41,7 @@ def standing_in(template: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("template", "section", "kwargs", "bridge", "end"),
+    ("template", "section", "kwargs", "assistant_prefix", "end"),
     [
         ("qwen2_5", OWN, {}, "", IM_END),
         ("qwen3", OWN, {}, "<think>\n\n</think>\n\n", IM_END),
@@ -71,21 +71,21 @@ def standing_in(template: str) -> Any:
     ],
 )
 def test_families(
-    template: str, section: ResponseSection, kwargs: dict[str, Any], bridge: str, end: str
+    template: str, section: ResponseSection, kwargs: dict[str, Any], assistant_prefix: str, end: str
 ) -> None:
     """Each family's template gives its bridge and end, and rows begin with inference's ids."""
     tokenizer = standing_in(template)
-    frame = probe_frame(tokenizer, section, kwargs)
-    assert (frame.bridge, frame.end) == (bridge, end)
-    assert frame.end_id == tokenizer.convert_tokens_to_ids(end)
+    renderer = probe_renderer(tokenizer, section, kwargs)
+    assert (renderer.assistant_prefix, renderer.end) == (assistant_prefix, end)
+    assert renderer.end_id == tokenizer.convert_tokens_to_ids(end)
     fed = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Q"}], add_generation_prompt=True, return_dict=False, **kwargs
     )
-    (row,) = tokenize([Example("Q", "a", "7", 0)], frame)
+    (row,) = tokenize([Example("Q", "a", "7", 0)], renderer)
     assert isinstance(row, Row)
-    assert row.input_ids[: len(fed)] == fed == frame.prompt_ids("Q")
+    assert row.input_ids[: len(fed)] == fed == renderer.prompt_ids("Q")
     completion = tokenizer.decode(row.input_ids[len(fed) :])
-    assert completion == bridge + frame.response.render("a", "7") + end
+    assert completion == assistant_prefix + renderer.response.render("a", "7") + end
     assert row.segment_ids[len(fed)] == Segment.THINKING
 
 
@@ -95,7 +95,7 @@ def test_every_template_of_trl_is_framed_or_refused() -> None:
     names = {path.stem for path in TEMPLATES.glob("*.jinja") if "_training" not in path.stem}
     for name in sorted(names):
         try:
-            probe_frame(standing_in(name), OWN)
+            probe_renderer(standing_in(name), OWN)
         except FrameError:
             refused.add(name)
     assert len(names) > 30
@@ -116,7 +116,7 @@ def test_every_template_of_trl_is_framed_or_refused() -> None:
 def refusal(tokenizer: Any, section: ResponseSection = OWN, **kwargs: Any) -> str:
     """Give the text of the error with which a frame is refused."""
     with pytest.raises(FrameError) as raised:
-        probe_frame(tokenizer, section, kwargs)
+        probe_renderer(tokenizer, section, kwargs)
     return str(raised.value)
 
 
@@ -245,9 +245,9 @@ def test_system_message_that_the_template_drops_is_refused() -> None:
     template = CHATML.replace(
         "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
     )
-    frame = probe_frame(made("look_ahead", template), OWN)
+    renderer = probe_renderer(made("look_ahead", template), OWN)
     with pytest.raises(FrameError) as raised:
-        frame.prompt_text(SYSTEM)
+        renderer.prompt_text(SYSTEM)
     assert str(raised.value) == (
         "tokenizer: the chat template drops the system message\n"
         "hint: write it into data.prompt, or choose another model.chat_template"
@@ -256,9 +256,9 @@ def test_system_message_that_the_template_drops_is_refused() -> None:
 
 def test_system_message_and_earlier_turns_stand_in_the_prompt() -> None:
     """A conversation is rendered as the template renders it."""
-    frame = probe_frame(made("look_ahead", CHATML), OWN)
+    renderer = probe_renderer(made("look_ahead", CHATML), OWN)
     turns = ({"role": "assistant", "content": "A"}, {"role": "user", "content": "R"})
-    assert frame.prompt_text((*SYSTEM, *turns)) == (
+    assert renderer.prompt_text((*SYSTEM, *turns)) == (
         "<|im_start|>system\nBe brief.\n<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
         "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -266,32 +266,32 @@ def test_system_message_and_earlier_turns_stand_in_the_prompt() -> None:
 
 def test_blank_before_the_answer_is_the_bridge() -> None:
     """Llama-2's template sets a blank that is no part of the prompt."""
-    frame = probe_frame(made("unigram", LLAMA2), OWN)
-    assert (frame.bridge, frame.end) == (" ", "</s>")
-    assert frame.prompt_text("Q") == "<s>[INST] Q [/INST]"
+    renderer = probe_renderer(made("unigram", LLAMA2), OWN)
+    assert (renderer.assistant_prefix, renderer.end) == (" ", "</s>")
+    assert renderer.prompt_text("Q") == "<s>[INST] Q [/INST]"
 
 
 def test_opening_is_left_to_the_prompt() -> None:
     """With an empty opening tag the template's empty block makes way."""
-    frame = probe_frame(made("look_ahead", OPENED), OPENED_THINK)
-    assert frame.bridge == ""
-    assert frame.prompt_text("Q").endswith("<think>\n")
+    renderer = probe_renderer(made("look_ahead", OPENED), OPENED_THINK)
+    assert renderer.assistant_prefix == ""
+    assert renderer.prompt_text("Q").endswith("<think>\n")
 
 
 def test_plain_takes_the_prompt_as_it_is() -> None:
     """A base model's frame is the prompt, and a real end-of-text token."""
     tokenizer = made("unigram")
-    frame = probe_frame(tokenizer, ResponseSection(frame="plain"))
-    assert (frame.kind, frame.bridge, frame.end) == ("plain", "", "</s>")
-    assert frame.prompt_text("Q \n") == "Q \n"
-    assert frame.prompt_ids("Q \n") == tokenizer("Q \n")["input_ids"]
-    assert frame.prompt_ids("Q")[0] == tokenizer.bos_token_id
+    renderer = probe_renderer(tokenizer, ResponseSection(frame="plain"))
+    assert (renderer.kind, renderer.assistant_prefix, renderer.end) == ("plain", "", "</s>")
+    assert renderer.prompt_text("Q \n") == "Q \n"
+    assert renderer.prompt_ids("Q \n") == tokenizer("Q \n")["input_ids"]
+    assert renderer.prompt_ids("Q")[0] == tokenizer.bos_token_id
 
 
 def test_plain_end_is_the_recipes() -> None:
     """`response.end` names another end-of-text token."""
-    frame = probe_frame(made("look_ahead"), ResponseSection(frame="plain", end="<|im_end|>"))
-    assert (frame.end, frame.end_id) == ("<|im_end|>", 4)
+    renderer = probe_renderer(made("look_ahead"), ResponseSection(frame="plain", end="<|im_end|>"))
+    assert (renderer.end, renderer.end_id) == ("<|im_end|>", 4)
 
 
 def test_plain_end_that_is_no_special_token_is_refused() -> None:
@@ -305,9 +305,9 @@ def test_plain_end_that_is_no_special_token_is_refused() -> None:
 
 def test_plain_refuses_chat_messages() -> None:
     """Without a template nobody knows how to write roles."""
-    frame = probe_frame(made("look_ahead"), ResponseSection(frame="plain"))
+    renderer = probe_renderer(made("look_ahead"), ResponseSection(frame="plain"))
     with pytest.raises(FrameError) as raised:
-        frame.prompt_text(SYSTEM)
+        renderer.prompt_text(SYSTEM)
     assert str(raised.value) == (
         "response.frame: plain takes a prompt as text, got chat messages\n"
         "hint: take response.frame: chat, or write data.prompt as one text without a system"
@@ -319,6 +319,6 @@ def test_plain_refuses_chat_messages() -> None:
 )
 def test_trained_end_stops_generation_first(published: Any, expected: list[int]) -> None:
     """What was trained to end a turn stops generation, and what the model's makers published."""
-    frame: Frame = probe_frame(made("look_ahead", CHATML), OWN)
-    assert frame.end_id == 4
-    assert stop_ids(frame, published) == expected
+    renderer: Renderer = probe_renderer(made("look_ahead", CHATML), OWN)
+    assert renderer.end_id == 4
+    assert stop_ids(renderer, published) == expected

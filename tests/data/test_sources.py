@@ -100,8 +100,8 @@ def test_local_files_give_text_as_it_was_written(tmp_path: Path, ending: str) ->
     else:
         import pandas
 
-        frame = pandas.DataFrame(rows)
-        frame.to_csv(file, index=False) if ending == "csv" else frame.to_parquet(file)
+        renderer = pandas.DataFrame(rows)
+        renderer.to_csv(file, index=False) if ending == "csv" else renderer.to_parquet(file)
     examples = load_examples(section(file), seed=7).examples
     assert examples == [Example(**row, index=index) for index, row in enumerate(rows)]
 

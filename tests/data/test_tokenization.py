@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sftkey.checks.mask_proof import Oracle
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
@@ -28,39 +28,39 @@ FRAMES = {
 }
 
 
-def framed(kind: str, frame: str) -> Frame:
+def framed(kind: str, renderer: str) -> Renderer:
     """Probe a made tokenizer with one of the frames."""
-    template, section = FRAMES[frame]
-    return probe_frame(made(kind, template), section)
+    template, section = FRAMES[renderer]
+    return probe_renderer(made(kind, template), section)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("renderer", FRAMES)
 @settings(max_examples=40, deadline=None)
 @given(prompt=TEXT, thinking=TEXT, answer=TEXT)
-def test_rows_are_right(kind: str, frame: str, prompt: str, thinking: str, answer: str) -> None:
+def test_rows_are_right(kind: str, renderer: str, prompt: str, thinking: str, answer: str) -> None:
     """An oracle that only decodes finds prompt, key, answer and end of turn where they belong."""
-    probed = framed(kind, frame)
+    probed = framed(kind, renderer)
     example = Example(f"Q{prompt}", thinking, answer, 3)
     (row,) = tokenize([example], probed)
     assert isinstance(row, Row), row
     assert Oracle(probed).fault(example, row) is None
 
 
-def texts_of(row: Row, frame: Frame) -> list[tuple[str, str]]:
+def texts_of(row: Row, renderer: Renderer) -> list[tuple[str, str]]:
     """Give each token's text with the name of its segment."""
     return [
-        (frame.tokenizer.decode([number]), Segment(segment).name)
+        (renderer.tokenizer.decode([number]), Segment(segment).name)
         for number, segment in zip(row.input_ids, row.segment_ids, strict=True)
     ]
 
 
 def test_straddling_token_stays_out_of_the_key() -> None:
     """Where `>` of the thinking's tag merges with the line's end, the token is THINKING."""
-    frame = framed("byte_level", "chatml")
-    (row,) = tokenize([Example("Q", "x", "7", 0)], frame)
+    renderer = framed("byte_level", "chatml")
+    (row,) = tokenize([Example("Q", "x", "7", 0)], renderer)
     assert isinstance(row, Row)
-    texts = texts_of(row, frame)
+    texts = texts_of(row, renderer)
     ends = [place for place, (_, segment) in enumerate(texts) if segment == "THINKING"]
     text, _ = texts[ends[-1]]
     assert ">\n" in text
@@ -70,10 +70,10 @@ def test_straddling_token_stays_out_of_the_key() -> None:
 def test_blank_that_straddles_counts_though_offsets_leave_it_out() -> None:
     """A token whose leading blank is the thinking's last character is THINKING."""
     section = ResponseSection(thinking=("", " "), answer=("have ", ""))
-    frame = probe_frame(made("look_ahead", CHATML), section)
-    (row,) = tokenize([Example("Q", "x", "together?", 0)], frame)
+    renderer = probe_renderer(made("look_ahead", CHATML), section)
+    (row,) = tokenize([Example("Q", "x", "together?", 0)], renderer)
     assert isinstance(row, Row)
-    thinking = [text for text, segment in texts_of(row, frame) if segment == "THINKING"]
+    thinking = [text for text, segment in texts_of(row, renderer) if segment == "THINKING"]
     assert thinking[0] == "x"
     assert thinking[1].startswith(" h")
 
@@ -81,11 +81,11 @@ def test_blank_that_straddles_counts_though_offsets_leave_it_out() -> None:
 def test_nothing_of_the_thinking_leaks_where_the_answer_has_no_tag() -> None:
     """A token of the thinking's last character and the answer's first is THINKING."""
     section = ResponseSection(thinking=("", " "), answer=("", ""))
-    frame = probe_frame(made("look_ahead", CHATML), section)
-    (row,) = tokenize([Example("Q", "x", "have together?", 0)], frame)
+    renderer = probe_renderer(made("look_ahead", CHATML), section)
+    (row,) = tokenize([Example("Q", "x", "have together?", 0)], renderer)
     assert isinstance(row, Row)
-    thinking = [text for text, segment in texts_of(row, frame) if segment == "THINKING"]
-    answer = "".join(text for text, segment in texts_of(row, frame) if segment == "ANSWER")
+    thinking = [text for text, segment in texts_of(row, renderer) if segment == "THINKING"]
+    answer = "".join(text for text, segment in texts_of(row, renderer) if segment == "ANSWER")
     assert thinking[1].startswith(" h")
     assert "".join(thinking) + answer == "x have together?"
 
@@ -93,21 +93,23 @@ def test_nothing_of_the_thinking_leaks_where_the_answer_has_no_tag() -> None:
 def test_answer_keeps_a_token_that_also_holds_its_tag() -> None:
     """A token of the answer's last character and the closing tag's first is ANSWER."""
     section = ResponseSection(answer=("\n<Answer>\n", " have together?"))
-    frame = probe_frame(made("byte_level", CHATML), section)
-    (row,) = tokenize([Example("Q", "x", "3 cats and 2 birds", 0)], frame)
+    renderer = probe_renderer(made("byte_level", CHATML), section)
+    (row,) = tokenize([Example("Q", "x", "3 cats and 2 birds", 0)], renderer)
     assert isinstance(row, Row)
-    answer = "".join(text for text, segment in texts_of(row, frame) if segment == "ANSWER")
+    answer = "".join(text for text, segment in texts_of(row, renderer) if segment == "ANSWER")
     assert answer == "3 cats and 2 birds have together?"
 
 
 def test_prompt_that_merges_with_the_completion_is_kept_apart() -> None:
     """Where one string would change the prompt's ids, the rest is tokenized apart."""
-    frame = framed("look_ahead", "closed by the bridge")
-    (row,) = tokenize([Example("Q", "x", "7", 0)], frame)
+    renderer = framed("look_ahead", "closed by the bridge")
+    (row,) = tokenize([Example("Q", "x", "7", 0)], renderer)
     assert isinstance(row, Row)
-    prompt = frame.prompt_ids("Q")
-    text = frame.prompt_text("Q")
-    whole = frame.encode([text + frame.bridge + frame.response.render("x", "7")])[0].ids
+    prompt = renderer.prompt_ids("Q")
+    text = renderer.prompt_text("Q")
+    whole = renderer.encode(
+        [text + renderer.assistant_prefix + renderer.response.render("x", "7")]
+    )[0].ids
     assert whole[: len(prompt)] != prompt  # else this test shows nothing
     assert row.input_ids[: len(prompt)] == prompt
     assert row.segment_ids[len(prompt)] == Segment.THINKING
@@ -115,9 +117,9 @@ def test_prompt_that_merges_with_the_completion_is_kept_apart() -> None:
 
 def test_bos_is_set_once_before_plain_prompts() -> None:
     """The tokenizer's own first token comes before a plain row, and isn't doubled."""
-    frame = framed("unigram", "plain")
-    bos = frame.tokenizer.bos_token_id
-    rows = tokenize([Example("Q", "", "7", 0), Example("<s>Q", "", "7", 1)], frame)
+    renderer = framed("unigram", "plain")
+    bos = renderer.tokenizer.bos_token_id
+    rows = tokenize([Example("Q", "", "7", 0), Example("<s>Q", "", "7", 1)], renderer)
     for row in rows:
         assert isinstance(row, Row)
         assert row.input_ids[0] == bos
@@ -142,18 +144,18 @@ def test_special_token_text_is_refused(example: tuple[str, str, str], reason: st
 
 def test_plain_prompt_may_hold_special_tokens() -> None:
     """A plain prompt is the user's own frame, special tokens and all."""
-    frame = framed("look_ahead", "plain")
-    (row,) = tokenize([Example("<|im_start|>user\nQ<|im_end|>\n", "", "7", 0)], frame)
+    renderer = framed("look_ahead", "plain")
+    (row,) = tokenize([Example("<|im_start|>user\nQ<|im_end|>\n", "", "7", 0)], renderer)
     assert isinstance(row, Row)
 
 
 def test_tags_may_hold_special_tokens() -> None:
     """The completion's special tokens are those of the tags and the end of turn."""
     section = ResponseSection(thinking=("[INST]", "[/INST]"), answer=("", ""))
-    frame = probe_frame(made("look_ahead", CHATML), section)
-    (row,) = tokenize([Example("Q", "x", "7", 0)], frame)
+    renderer = probe_renderer(made("look_ahead", CHATML), section)
+    (row,) = tokenize([Example("Q", "x", "7", 0)], renderer)
     assert isinstance(row, Row)
-    assert texts_of(row, frame)[-3:] == [
+    assert texts_of(row, renderer)[-3:] == [
         ("[/INST]", "THINKING"),
         ("7", "ANSWER"),
         ("<|im_end|>", "END"),
@@ -169,21 +171,23 @@ def test_unknown_character_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
     )
-    frame = probe_frame(tokenizer, PLAIN)
-    assert tokenize([Example("Q", "三", "7", 0)], frame) == [
+    renderer = probe_renderer(tokenizer, PLAIN)
+    assert tokenize([Example("Q", "三", "7", 0)], renderer) == [
         Refusal(
             0, "a special token arises that nobody wrote: a character is unknown to the tokenizer"
         )
     ]
 
 
-def losing() -> Frame:
+def losing() -> Renderer:
     """Give a plain frame over a byte-level vocabulary that lacks the byte 4, as SmolLM2's does."""
     state = json.loads(KINDS["byte_level"]().backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary["another"] = vocabulary.pop("\N{LATIN CAPITAL LETTER A WITH OGONEK}")
     backend = Tokenizer.from_str(json.dumps(state))
-    return probe_frame(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), PLAIN)
+    return probe_renderer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), PLAIN
+    )
 
 
 def test_character_that_gets_lost_is_refused() -> None:
@@ -195,44 +199,44 @@ def test_character_that_gets_lost_is_refused() -> None:
 
 def test_character_that_the_prompt_loses_shifts_nothing() -> None:
     """Offsets behind a lost character are wrong, so the completion's are taken apart from it."""
-    frame, example = losing(), Example("Q\x04", "ab", "7", 0)
-    (row,) = tokenize([example], frame)
+    renderer, example = losing(), Example("Q\x04", "ab", "7", 0)
+    (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
-    assert frame.tokenizer.decode(row.input_ids[:1]) == "Q"
+    assert renderer.tokenizer.decode(row.input_ids[:1]) == "Q"
     assert row.segment_ids[:2] == [Segment.PROMPT, Segment.THINKING]
-    assert Oracle(frame).fault(example, row) is None
+    assert Oracle(renderer).fault(example, row) is None
 
 
-def swallowing(**sides: bool) -> Frame:
+def swallowing(**sides: bool) -> Renderer:
     """Give a plain frame whose end of text heeds what stands beside it."""
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, **sides)], special_tokens=True)
     tags = {"thinking": ("", "\n"), "answer": ("", "")}
-    return probe_frame(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
+    return probe_renderer(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
 
 
 def test_end_that_swallows_white_space_is_refused() -> None:
     """A blank at the answer's end that the end of turn takes in would be lost."""
-    frame = swallowing(lstrip=True)
-    rows = tokenize([Example("Q", "x", "7 ", 0), Example("Q", "x", "7", 1)], frame)
+    renderer = swallowing(lstrip=True)
+    rows = tokenize([Example("Q", "x", "7 ", 0), Example("Q", "x", "7", 1)], renderer)
     assert rows[0] == Refusal(0, "the end of turn '<|end|>' swallows white space before it")
     assert isinstance(rows[1], Row)
 
 
 def test_end_that_melts_into_the_answer_is_refused() -> None:
     """A token that is one only between blanks is none behind a letter."""
-    frame = swallowing(single_word=True)
-    rows = tokenize([Example("Q", "x", "7", 0), Example("Q", "x", "7.", 1)], frame)
+    renderer = swallowing(single_word=True)
+    rows = tokenize([Example("Q", "x", "7", 0), Example("Q", "x", "7.", 1)], renderer)
     assert rows[0] == Refusal(0, "the end of turn '<|end|>' is not the last token")
     assert isinstance(rows[1], Row)
 
 
 def test_white_space_that_the_prompt_would_swallow_is_kept() -> None:
     """A special token at the prompt's end takes no blank from the thinking: it goes apart."""
-    frame = swallowing(rstrip=True)
-    (row,) = tokenize([Example("Q<|end|>", " x", "7", 0)], frame)
+    renderer = swallowing(rstrip=True)
+    (row,) = tokenize([Example("Q<|end|>", " x", "7", 0)], renderer)
     assert isinstance(row, Row)
-    assert frame.tokenizer.decode(row.input_ids) == "Q<|end|> x\n7<|end|>"
+    assert renderer.tokenizer.decode(row.input_ids) == "Q<|end|> x\n7<|end|>"
 
 
 def test_anchor_that_would_swallow_white_space_is_left_out() -> None:
@@ -243,12 +247,12 @@ def test_anchor_that_would_swallow_white_space_is_left_out() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True)], special_tokens=True)
     tags = {"thinking": ("", "\n"), "answer": ("", "")}
-    frame = probe_frame(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
+    renderer = probe_renderer(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
     example = Example("Q<|end|>", "\nx", "7", 0)
-    (row,) = tokenize([example], frame)
+    (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
-    assert frame.tokenizer.decode(row.input_ids).endswith("<|end|>\nx\n7<|end|>")
-    assert Oracle(frame).fault(example, row) is None
+    assert renderer.tokenizer.decode(row.input_ids).endswith("<|end|>\nx\n7<|end|>")
+    assert Oracle(renderer).fault(example, row) is None
 
 
 def test_tag_that_swallows_white_space_refuses_the_row() -> None:
@@ -256,8 +260,8 @@ def test_tag_that_swallows_white_space_refuses_the_row() -> None:
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|think|>", special=True, rstrip=True)], special_tokens=True)
     section = ResponseSection(frame="plain", thinking=("<|think|>", "\n"), answer=("", ""))
-    frame = probe_frame(tokenizer, section)
-    rows = tokenize([Example("Q", " x", "7", 0), Example("Q", "x", "7", 1)], frame)
+    renderer = probe_renderer(tokenizer, section)
+    rows = tokenize([Example("Q", " x", "7", 0), Example("Q", "x", "7", 1)], renderer)
     assert rows[0] == Refusal(0, "the special token '<|think|>' swallows white space beside it")
     assert isinstance(rows[1], Row)
 
@@ -270,8 +274,8 @@ def test_row_that_cannot_be_built_is_refused() -> None:
     state["model"]["vocab"] += [["\n<", 0.0], ["x<", 0.0]]
     backend = Tokenizer.from_str(json.dumps(state))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    frame = probe_frame(tokenizer, PLAIN)
-    assert tokenize([Example("Q\n", "x", "7", 0)], frame) == [
+    renderer = probe_renderer(tokenizer, PLAIN)
+    assert tokenize([Example("Q\n", "x", "7", 0)], renderer) == [
         Refusal(
             0,
             "the ids do not begin with the prompt's, "

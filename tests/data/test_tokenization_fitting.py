@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.errors import DataError
@@ -16,9 +16,9 @@ SHORT = Example("Q", "4", "16", 5)
 
 
 @pytest.fixture
-def frame() -> Frame:
+def renderer() -> Renderer:
     """Give a frame whose tokens are short."""
-    return probe_frame(made("look_ahead", CHATML), ResponseSection())
+    return probe_renderer(made("look_ahead", CHATML), ResponseSection())
 
 
 def key_of(row: Row) -> list[int]:
@@ -30,31 +30,31 @@ def key_of(row: Row) -> list[int]:
     ]
 
 
-def test_rows_that_fit_stay(frame: Frame) -> None:
+def test_rows_that_fit_stay(renderer: Renderer) -> None:
     """A row of just the length is left alone, whatever happens to longer ones."""
-    rows = tokenize([LONG, SHORT], frame)
+    rows = tokenize([LONG, SHORT], renderer)
     length = max(len(row.input_ids) for row in rows if isinstance(row, Row))
     for too_long in ("drop", "trim_thinking", "error"):
-        assert fit(rows, [LONG, SHORT], frame, length, too_long) == rows
+        assert fit(rows, [LONG, SHORT], renderer, length, too_long) == rows
 
 
-def test_drop_refuses_long_rows(frame: Frame) -> None:
+def test_drop_refuses_long_rows(renderer: Renderer) -> None:
     """The reason says the length; a row that was refused before keeps its own reason."""
     examples = [LONG, SHORT, Example("Q", "</s>", "7", 6)]
-    rows = tokenize(examples, frame)
+    rows = tokenize(examples, renderer)
     assert isinstance(rows[1], Row)
-    fitted = fit(rows, examples, frame, len(rows[1].input_ids), "drop")
+    fitted = fit(rows, examples, renderer, len(rows[1].input_ids), "drop")
     longer = f"longer than {len(rows[1].input_ids)} tokens"
     assert fitted == [Refusal(4, longer), rows[1], rows[2]]
 
 
-def test_error_names_the_rows(frame: Frame) -> None:
+def test_error_names_the_rows(renderer: Renderer) -> None:
     """Every long row is named at once, the first 20 of them by number."""
     examples = [Example("Q", LONG.thinking, "16", number) for number in range(3, 25)]
-    rows = tokenize(examples, frame)
+    rows = tokenize(examples, renderer)
     assert isinstance(rows[0], Row)
     with pytest.raises(DataError) as raised:
-        fit(rows, examples, frame, 30, "error")
+        fit(rows, examples, renderer, 30, "error")
     assert str(raised.value) == (
         "data.max_length: expected rows of at most 30 tokens; "
         f"got 22 of up to {len(rows[0].input_ids)}: "
@@ -64,10 +64,10 @@ def test_error_names_the_rows(frame: Frame) -> None:
     )
 
 
-def test_trimming_refuses_what_cannot_fit(frame: Frame) -> None:
+def test_trimming_refuses_what_cannot_fit(renderer: Renderer) -> None:
     """Prompt and key alone may be too long: then the row goes, for the key is never cut."""
-    rows = tokenize([LONG], frame)
-    assert fit(rows, [LONG], frame, 10, "trim_thinking") == [
+    rows = tokenize([LONG], renderer)
+    assert fit(rows, [LONG], renderer, 10, "trim_thinking") == [
         Refusal(4, "longer than 10 tokens even without thinking")
     ]
 
@@ -80,18 +80,18 @@ def test_trimming_takes_the_thinkings_end_and_never_the_key(
 ) -> None:
     """A trimmed row is what tokenizing a shorter thinking gives, with tag and key whole."""
     assume(not any(token in thinking * 3 for token in SPECIAL))
-    frame = probe_frame(made(kind, CHATML), ResponseSection())
+    renderer = probe_renderer(made(kind, CHATML), ResponseSection())
     example, bare = (Example("Q", text, answer, 0) for text in (thinking * 3, ""))
-    whole, smallest = tokenize([example, bare], frame)
+    whole, smallest = tokenize([example, bare], renderer)
     assert isinstance(whole, Row)
     assert isinstance(smallest, Row)
     least, most = len(smallest.input_ids), len(whole.input_ids)
     length = max(least, round(least + share * (most - least)))
-    (row,) = fit([whole], [example], frame, length, "trim_thinking")
+    (row,) = fit([whole], [example], renderer, length, "trim_thinking")
     assert isinstance(row, Row)
     assert len(row.input_ids) <= length
-    assert key_of(row)[-1] == frame.end_id
-    tokenizer = frame.tokenizer
+    assert key_of(row)[-1] == renderer.end_id
+    tokenizer = renderer.tokenizer
     tail = f"</Thinking>\n<Answer>\n{answer}\n</Answer><|im_end|>"
     normalizer = tokenizer.backend_tokenizer.normalizer
     tail = normalizer.normalize_str(tail) if normalizer else tail
@@ -99,4 +99,4 @@ def test_trimming_takes_the_thinkings_end_and_never_the_key(
     shorter = [
         Example("Q", example.thinking[:cut], answer, 0) for cut in range(len(thinking) * 3 + 1)
     ]
-    assert row in tokenize(shorter, frame)
+    assert row in tokenize(shorter, renderer)

@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.ask import (
     Asked,
-    Context,
+    KeyContext,
     Settings,
     ask,
     asked_rows,
@@ -38,23 +38,23 @@ KEY_TEXT = "\n<Answer>\n{}\n</Answer><|im_end|>"
 
 
 @pytest.fixture
-def frame(tiny_tokenizer: Any) -> Frame:
+def renderer(tiny_tokenizer: Any) -> Renderer:
     """Give the frame of the tests' tokenizer."""
-    return probe_frame(tiny_tokenizer, ResponseSection())
+    return probe_renderer(tiny_tokenizer, ResponseSection())
 
 
-def made(frame: Frame) -> list[Asked]:
+def made(renderer: Renderer) -> list[Asked]:
     """Cut the rows of the examples."""
-    rows = [vars(row) for row in tokenize(EXAMPLES, frame) if isinstance(row, Row)]
-    return asked_rows(EXAMPLES, rows, frame)
+    rows = [vars(row) for row in tokenize(EXAMPLES, renderer) if isinstance(row, Row)]
+    return asked_rows(EXAMPLES, rows, renderer)
 
 
-def settings(frame: Frame) -> Settings:
+def settings(renderer: Renderer) -> Settings:
     """Judge numbers; two batches."""
-    return Settings("number", 64, 2, [frame.end_id])
+    return Settings("number", 64, 2, [renderer.end_id])
 
 
-def summed(model: Any, context: Context) -> float:
+def summed(model: Any, context: KeyContext) -> float:
     """Score a key alone, from all logits of one row."""
     ids = torch.tensor([context.before + context.key])
     with torch.no_grad():
@@ -63,18 +63,18 @@ def summed(model: Any, context: Context) -> float:
     return -sum(float(losses[place, ids[0, place + 1]]) for place in places)
 
 
-def test_rows_are_cut_where_the_thinking_ends(frame: Frame) -> None:
+def test_rows_are_cut_where_the_thinking_ends(renderer: Renderer) -> None:
     """Before a key stand the ids of the training row, or those of the row without thinking."""
-    rows = tokenize(EXAMPLES, frame)
-    for example, row, each in zip(EXAMPLES, rows, made(frame), strict=True):
+    rows = tokenize(EXAMPLES, renderer)
+    for example, row, each in zip(EXAMPLES, rows, made(renderer), strict=True):
         assert isinstance(row, Row)
         assert each.reference.before + each.reference.key == row.input_ids
-        assert each.prompt == frame.prompt_ids(example.prompt)
-        prompt = frame.prompt_text(example.prompt)
+        assert each.prompt == renderer.prompt_ids(example.prompt)
+        prompt = renderer.prompt_text(example.prompt)
         texts = {"reference": REFERENCE.format(example.thinking), "none": NONE}
         for name, text in texts.items():
             context = getattr(each, name)
-            before, key = (frame.tokenizer.decode(ids) for ids in (context.before, context.key))
+            before, key = (renderer.tokenizer.decode(ids) for ids in (context.before, context.key))
             assert before == prompt + text
             assert key == KEY_TEXT.format(example.answer)
 
@@ -89,19 +89,19 @@ def test_rows_are_cut_where_the_thinking_ends(frame: Frame) -> None:
     ],
 )
 def test_own_thinking_ends_with_its_closing_tag(
-    written: str, thinking: str | None, frame: Frame
+    written: str, thinking: str | None, renderer: Renderer
 ) -> None:
     """The ids up to the token that completes the tag are the thinking; an open one has no end."""
-    ids = frame.tokenizer(written, add_special_tokens=False)["input_ids"]
-    found = num_thinking_tokens(ids, frame)
-    assert (None if found is None else frame.tokenizer.decode(ids[:found])) == thinking
+    ids = renderer.tokenizer(written, add_special_tokens=False)["input_ids"]
+    found = num_thinking_tokens(ids, renderer)
+    assert (None if found is None else renderer.tokenizer.decode(ids[:found])) == thinking
 
 
 def test_without_tags_nothing_can_be_asked(tiny_tokenizer: Any) -> None:
     """Where no tag ends a thinking, the error says which."""
     section = ResponseSection(thinking=("", ""), answer=("\n\n", ""))
     with pytest.raises(FrameError) as caught:
-        asked_rows([], [], probe_frame(tiny_tokenizer, section))
+        asked_rows([], [], probe_renderer(tiny_tokenizer, section))
     assert str(caught.value) == (
         "response.thinking: expected a closing tag, or an opening tag of the answer; both are "
         "empty, so that nothing tells where a thinking ends\nhint: write one of them"
@@ -111,13 +111,13 @@ def test_without_tags_nothing_can_be_asked(tiny_tokenizer: Any) -> None:
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("batch_tokens", [4096, 120])
 def test_a_key_alone_is_scored(
-    batch_tokens: int, tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
+    batch_tokens: int, tiny_model: Any, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded batches give each row's sum over its key's tokens, and over no other token."""
     monkeypatch.setattr("sftkey.diagnosis.ask.BATCH_TOKENS", batch_tokens)
-    asked = made(frame)
+    asked = made(renderer)
     contexts = [getattr(each, name) for each in asked for name in ("reference", "none")]
-    contexts += [Context(asked[0].prompt, asked[0].reference.key), Context([5], [7, 8])]
+    contexts += [KeyContext(asked[0].prompt, asked[0].reference.key), KeyContext([5], [7, 8])]
     model = tiny_model.train()
     found = key_losses(model, contexts)
     assert model.training
@@ -126,22 +126,22 @@ def test_a_key_alone_is_scored(
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_token_has_its_place_in_its_own_row(frame: Frame) -> None:
+def test_a_token_has_its_place_in_its_own_row(renderer: Renderer) -> None:
     """What fills a batch up takes no place: learned positions would show it, rotary ones don't."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(frame.tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4
+        vocab_size=len(renderer.tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4
     )
     model = GPT2LMHeadModel(config).eval()
     model.transformer.wpe.weight.data.normal_()
-    contexts = [each.reference for each in made(frame)] + [Context([5], [7, 8])]
+    contexts = [each.reference for each in made(renderer)] + [KeyContext([5], [7, 8])]
     assert len({len(context.before) for context in contexts}) == 4
     expected = [summed(model, context) for context in contexts]
     assert key_losses(model, contexts) == pytest.approx(expected, rel=EQUAL)
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_key_adapter_reads_the_key_alone(tiny_model: Any, frame: Frame) -> None:
+def test_a_key_adapter_reads_the_key_alone(tiny_model: Any, renderer: Renderer) -> None:
     """The context is read by the adapters that wrote it, its last token and the key by both."""
     torch.manual_seed(1)
     lora = LoraConfig(
@@ -150,9 +150,9 @@ def test_a_key_adapter_reads_the_key_alone(tiny_model: Any, frame: Frame) -> Non
     model = get_peft_model(tiny_model, lora)
     model.add_adapter(KEY, lora)
     model.eval()
-    asked = made(frame)
+    asked = made(renderer)
     contexts = [each.reference for each in asked]
-    switch = find_switch(model, frame, thinking_given=True)
+    switch = find_switch(model, renderer, thinking_given=True)
     found = key_losses(model, contexts, switch)
     expected = []
     for context in contexts:
@@ -169,9 +169,9 @@ def test_a_key_adapter_reads_the_key_alone(tiny_model: Any, frame: Frame) -> Non
             assert found != pytest.approx([summed(model, each) for each in contexts], rel=1e-3)
 
 
-def scripted(frame: Frame, answers: Callable[[str], str]) -> Callable[..., torch.Tensor]:
+def scripted(renderer: Renderer, answers: Callable[[str], str]) -> Callable[..., torch.Tensor]:
     """Make a `generate` that writes what a function says after a text."""
-    tokenizer = frame.tokenizer
+    tokenizer = renderer.tokenizer
 
     def generate(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
         rows: list[Sequence[int]] = []
@@ -179,7 +179,7 @@ def scripted(frame: Frame, answers: Callable[[str], str]) -> Callable[..., torch
             text = answers(tokenizer.decode(ids[mask]))
             rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
         length = max(map(len, rows))
-        padded = [[*row, *[frame.end_id] * (length - len(row))] for row in rows]
+        padded = [[*row, *[renderer.end_id] * (length - len(row))] for row in rows]
         return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
     return generate
@@ -187,7 +187,7 @@ def scripted(frame: Frame, answers: Callable[[str], str]) -> Callable[..., torch
 
 @pytest.mark.usefixtures("in_float64")
 def test_each_condition_is_judged_by_what_it_wrote(
-    tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right after the reference's thinking alone; after its own one is unparsed, and wrong."""
 
@@ -202,18 +202,18 @@ def test_each_condition_is_judged_by_what_it_wrote(
             return "I don't know.<|im_end|>"
         return REFERENCE.format(OWN) + KEY_TEXT.format(example.answer if example.index == 1 else 3)
 
-    monkeypatch.setattr(tiny_model, "generate", scripted(frame, answers))
-    asked, seen = made(frame), []
-    outcomes = ask(tiny_model, frame, asked, settings(frame), lambda *done: seen.append(done))
+    monkeypatch.setattr(tiny_model, "generate", scripted(renderer, answers))
+    asked, seen = made(renderer), []
+    outcomes = ask(tiny_model, renderer, asked, settings(renderer), lambda *done: seen.append(done))
     right = {name: [row.right for row in rows] for name, rows in outcomes.items()}
     assert right == {"own": [False, True, False], "reference": [True] * 3, "none": [False] * 3}
     assert [row.parsed for row in outcomes["own"]] == [False, True, True]
     assert all(row.stopped for rows in outcomes.values() for row in rows)
     assert seen == [*(("own", n, 3) for n in range(1, 4)), *(("given", n, 6) for n in range(1, 7))]
 
-    own = frame.tokenizer(REFERENCE.format(OWN), add_special_tokens=False)["input_ids"]
+    own = renderer.tokenizer(REFERENCE.format(OWN), add_special_tokens=False)["input_ids"]
     contexts = {
-        "own": [None, *(Context([*e.prompt, *own], e.reference.key) for e in asked[1:])],
+        "own": [None, *(KeyContext([*e.prompt, *own], e.reference.key) for e in asked[1:])],
         "reference": [each.reference for each in asked],
         "none": [each.none for each in asked],
     }
@@ -226,7 +226,7 @@ def test_each_condition_is_judged_by_what_it_wrote(
 
 
 def test_a_response_that_goes_on_has_never_stopped(
-    tiny_model: Any, frame: Frame, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the end of turn in its tokens a response is one that went on."""
     lengths = []
@@ -236,8 +236,8 @@ def test_a_response_that_goes_on_has_never_stopped(
         return torch.cat([input_ids, torch.full((len(input_ids), 4), 5)], dim=1)
 
     monkeypatch.setattr(tiny_model, "generate", generate)
-    asked = made(frame)
-    outcomes = ask(tiny_model, frame, asked, settings(frame))
+    asked = made(renderer)
+    outcomes = ask(tiny_model, renderer, asked, settings(renderer))
     assert not any(row.stopped or row.right for rows in outcomes.values() for row in rows)
     longest = max(len(each.reference.key) for each in asked)
     assert lengths == [64, 64, *[longest + 8] * 3]

@@ -8,7 +8,13 @@ from math import sqrt
 import pytest
 from scipy.stats import ttest_rel
 
-from sftkey.diagnosis.rule import Figures, Outcome, figures, own_thinking_is_empty, recommend
+from sftkey.diagnosis.rule import (
+    ConditionFigures,
+    Outcome,
+    figures,
+    own_thinking_is_empty,
+    recommend,
+)
 
 KEY_TOKENS = 10
 
@@ -27,7 +33,7 @@ def made(
     num_rows: int = 400,
     choices: int = 400,
     parsed: bool = True,
-) -> Figures:
+) -> ConditionFigures:
     """Make figures of these accuracies.
 
     What is right without thinking is right after each; choices: answers that are equally frequent.
@@ -70,7 +76,7 @@ def made(
         (made(0.10, 0.10, 0.10, parsed=False), "more", "form"),
     ],
 )
-def test_the_rule_tells_the_regimes_apart(given: Figures, kind: str, regime: str) -> None:
+def test_the_rule_tells_the_regimes_apart(given: ConditionFigures, kind: str, regime: str) -> None:
     """Each set of figures gets its recommendation for the right reason."""
     found = recommend(given)
     assert (found.kind, found.regime) == (kind, regime)
@@ -175,7 +181,9 @@ def test_few_rows_say_that_they_are_few() -> None:
         (made(0.10, 0.85, 0.20), True),  # worse than none
     ],
 )
-def test_empty_thinking_is_no_better_than_none_or_chance(given: Figures, empty: bool) -> None:
+def test_empty_thinking_is_no_better_than_none_or_chance(
+    given: ConditionFigures, empty: bool
+) -> None:
     """Own thinking carries something only where Acc(own) lies clear of both."""
     assert own_thinking_is_empty(given) is empty
 

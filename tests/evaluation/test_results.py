@@ -97,7 +97,7 @@ def test_what_the_template_puts_around_a_completion_is_no_fault_of_its_format() 
         for index in GENERATIONS
     }
     assert scored(whole).fmt == 0
-    assert scored(whole, bridge="<think></think>", end="<|im_end|>").fmt == 1
+    assert scored(whole, assistant_prefix="<think></think>", end="<|im_end|>").fmt == 1
 
 
 def test_the_same_questions_have_the_same_fingerprint() -> None:

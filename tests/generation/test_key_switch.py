@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.generation.generate import Generation, generate, generate_to_file
-from sftkey.generation.key_switch import Switch, ThinkingEnds, find_switch
+from sftkey.generation.key_switch import StopAtThinkingEnd, Switch, find_switch
 from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.schema import ResponseSection
 from tests.support.models import made_family, nf4, with_lora
@@ -278,10 +278,15 @@ BRIDGED = CHATML.replace(
 TEMPLATES = {"opened by the prompt": OPENED, "bridge": BRIDGED}
 
 
-def ends_of(frame: Frame, ids: list[int]) -> dict[int, int]:
+def ends_of(renderer: Renderer, ids: list[int]) -> dict[int, int]:
     """Let the ids be written one by one, and give the tokens of the thinking, if it ended."""
-    switch = Switch((), frame.response.thinking_close, frame.response.answer_open, frame.bridge)
-    ends = ThinkingEnds(switch, frame.tokenizer, 1, [frame.end_id])
+    switch = Switch(
+        (),
+        renderer.response.thinking_close,
+        renderer.response.answer_open,
+        renderer.assistant_prefix,
+    )
+    ends = StopAtThinkingEnd(switch, renderer.tokenizer, 1, [renderer.end_id])
     for length in range(1, len(ids) + 1):
         ended = ends(torch.tensor([[0, *ids[:length]]]), None)
         assert ended.tolist() == [0 in ends.num_tokens]
@@ -292,27 +297,29 @@ def ends_of(frame: Frame, ids: list[int]) -> dict[int, int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> None:
     """The token found is the last one of the segment THINKING, a straddling one too."""
-    frame = probe_frame(made(kind, TEMPLATES.get(name, CHATML)), ResponseSection(**FRAMES[name]))
+    renderer = probe_renderer(
+        made(kind, TEMPLATES.get(name, CHATML)), ResponseSection(**FRAMES[name])
+    )
     count = 0
-    for row in tokenize([Example("Q", *texts, n) for n, texts in enumerate(EXAMPLES)], frame):
+    for row in tokenize([Example("Q", *texts, n) for n, texts in enumerate(EXAMPLES)], renderer):
         if not isinstance(row, Row):
             continue  # a character that this vocabulary lacks
         start = row.segment_ids.count(Segment.PROMPT)
         thinking = row.segment_ids.count(Segment.THINKING)
-        assert ends_of(frame, row.input_ids[start:]) == {0: thinking}
+        assert ends_of(renderer, row.input_ids[start:]) == {0: thinking}
         count += 1
     assert count >= 2
-    assert (frame.bridge == "\n\n") == (name == "bridge")
+    assert (renderer.assistant_prefix == "\n\n") == (name == "bridge")
 
 
 def test_a_row_that_stopped_never_switches() -> None:
     """A turn that ends right behind the tag, where a line's end was awaited, has no key."""
-    frame = probe_frame(
+    renderer = probe_renderer(
         made("byte_level", CHATML), ResponseSection(thinking=("", "\n</Thinking>\n"))
     )
-    ids = frame.encode(["1\n</Thinking>"])[0].ids
-    assert ends_of(frame, [*ids, frame.end_id, frame.end_id]) == {}
-    assert ends_of(frame, [*ids, *frame.encode(["5"])[0].ids]) == {0: len(ids)}
+    ids = renderer.encode(["1\n</Thinking>"])[0].ids
+    assert ends_of(renderer, [*ids, renderer.end_id, renderer.end_id]) == {}
+    assert ends_of(renderer, [*ids, *renderer.encode(["5"])[0].ids]) == {0: len(ids)}
 
 
 @pytest.mark.parametrize(
@@ -346,7 +353,7 @@ def test_a_thinking_that_nothing_ends_is_refused() -> None:
 
 def test_a_model_without_key_adapter_never_switches() -> None:
     """The switch is found from the model and the run's tags; there is none without the adapter."""
-    frame = probe_frame(made("byte_level", CHATML), ResponseSection())
-    assert find_switch(made_family("llama"), frame) is None
-    found = find_switch(family("llama"), frame, thinking_given=True)
+    renderer = probe_renderer(made("byte_level", CHATML), ResponseSection())
+    assert find_switch(made_family("llama"), renderer) is None
+    found = find_switch(family("llama"), renderer, thinking_given=True)
     assert found == Switch(("default",), "\n</Thinking>", "\n<Answer>\n", "", True)

@@ -52,15 +52,15 @@ def test_the_merged_model_is_base_and_adapter(
     output = tmp_path / "merged"
     merge(folder, output, stage="completion")
     merged = AutoModelForCausalLM.from_pretrained(output)
-    frame = sftkey.models.merging.probe_frame(
+    renderer = sftkey.models.merging.probe_frame(
         AutoTokenizer.from_pretrained(output), recipe.response
     )
     cpu = Device("cpu", 0, torch.float32)
-    trained = load_stage(recipe, ledger_of(folder, recipe), cpu, frame, 1)
+    trained = load_stage(recipe, ledger_of(folder, recipe), cpu, renderer, 1)
     base = trained.get_base_model().from_pretrained(recipe.model.name_or_path)
     torch.testing.assert_close(logits(merged), logits(trained), atol=ROUNDED, rtol=ROUNDED)
     assert (logits(merged) - logits(base)).abs().max() > 0.1
-    assert merged.generation_config.eos_token_id == [frame.end_id]
+    assert merged.generation_config.eos_token_id == [renderer.end_id]
     captured = capsys.readouterr()
     assert captured.out == f"{output}\n"
     assert captured.err.startswith(

@@ -17,7 +17,7 @@ from sftkey.errors import RecipeError, RunError
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.study.cells import prefix_key, take_over
-from sftkey.study.choose import Choices, validation_loss
+from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.run import matched_steps
 from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
@@ -413,10 +413,10 @@ def test_a_choice_at_either_edge_of_the_grid_is_told(
     """Beyond the lowest value, as beyond the highest, a better one may lie."""
     monkeypatch.chdir(tmp_path)
 
-    def tried(self: Choices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+    def tried(self: StudyChoices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
         return {"loss": float(picked[-1]["learning_rate"] != best)}
 
-    monkeypatch.setattr(Choices, "_try", tried)
+    monkeypatch.setattr(StudyChoices, "_try", tried)
     choose = {"learning_rate": [1e-4, 1e-5, 1e-3], "num_rows": 6}
     file = write_study(tmp_path, tiny_folder, choose=choose)
     run = study_run(load_study(file), file)

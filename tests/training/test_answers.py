@@ -100,7 +100,7 @@ def test_rows_hold_own_thinking_and_the_references_answer_as_key(
         assert run.tokenizer.decode(answer) == example.answer
         assert row["segment_ids"][-1] == Segment.END
     prompts = {tuple(ids) for ids in asked[0].values()}
-    assert prompts == {tuple(run.prepared.frame.prompt_ids(e.prompt)) for e in examples.values()}
+    assert prompts == {tuple(run.prepared.renderer.prompt_ids(e.prompt)) for e in examples.values()}
     counts = json.loads((run.ledger.stage_folder(1) / "thinkings.json").read_text())
     assert counts == {"written": 24, "not closed": 0, "not kept": 0, "used": 24, "refused": {}}
 

@@ -84,7 +84,7 @@ def test_the_stage_says_what_it_stands_on(tiny_recipe: MakeRecipe, tmp_path: Pat
 
 def generated_losses(run: Run) -> dict[str, float]:
     """Give the validation rows' losses of the key as it is generated: on a cache, switching."""
-    model: Any = load_stage(run.recipe, run.ledger, run.device, run.prepared.frame, 2).eval()
+    model: Any = load_stage(run.recipe, run.ledger, run.device, run.prepared.renderer, 2).eval()
     sums = torch.zeros(2, len(Segment))
     for row in run.validation:
         ids, segments = torch.tensor([row["input_ids"]]), torch.tensor([row["segment_ids"]])

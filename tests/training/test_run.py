@@ -310,7 +310,7 @@ def test_a_fully_trained_model_is_saved_with_the_end_that_it_was_trained_on(
     model = {"name_or_path": str(folder), "quantization": "none"}
     run = done(tiny_recipe(lora=None, model=model), tmp_path / "runs")
     saved = json.loads((run.ledger.adapter(1) / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == [run.prepared.frame.end_id, 0]
+    assert saved["eos_token_id"] == [run.prepared.renderer.end_id, 0]
 
 
 def test_qlora_hands_over_within_a_thousandth_of_a_nat(

@@ -21,7 +21,7 @@ from rich.table import Table
 from tokenizers import AddedToken
 
 from sftkey.checks.mask_proof import SYSTEM, Proof, judge, prove
-from sftkey.data.renderer import Frame, probe_frame
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import FrameError
@@ -78,7 +78,7 @@ class Pair:
     tokenizer: str
     template: str
     end: str
-    bridge: str = ""
+    assistant_prefix: str = ""
     response: str = "<Thinking>"
     kwargs: dict[str, Any] = field(default_factory=dict)
     added: tuple[AddedToken, ...] = ()
@@ -111,9 +111,9 @@ class Pair:
         plain = {"frame": "plain", "end": self.end} if self.template == PLAIN else {}
         return RESPONSES[self.response].model_copy(update=plain)
 
-    def frame(self) -> Frame:
+    def renderer(self) -> Renderer:
         """Probe the tokenizer."""
-        return probe_frame(self.dressed(), self.section(), self.kwargs)
+        return probe_renderer(self.dressed(), self.section(), self.kwargs)
 
 
 PAIRS = [
@@ -180,10 +180,10 @@ def num_special(proof: Proof) -> int:
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_hard_rows_are_right(pair: Pair, proofs: list[tuple[Pair, Proof]]) -> None:
     """The frame is the one expected, no row is wrong, and few are refused but for special text."""
-    frame = pair.frame()
-    assert (frame.bridge, frame.end) == (pair.bridge, pair.end)
-    assert frame.end_id == frame.tokenizer.convert_tokens_to_ids(pair.end)
-    proof = prove(frame, NUM_ROWS, seed=6)
+    renderer = pair.renderer()
+    assert (renderer.assistant_prefix, renderer.end) == (pair.assistant_prefix, pair.end)
+    assert renderer.end_id == renderer.tokenizer.convert_tokens_to_ids(pair.end)
+    proof = prove(renderer, NUM_ROWS, seed=6)
     proofs.append((pair, proof))
     assert [(wrong.what, wrong.example) for wrong in proof.wrong[:3]] == []
     assert proof.rows == NUM_ROWS == proof.right + sum(proof.refused.values())
@@ -204,15 +204,15 @@ def test_there_are_pairs_enough() -> None:
 @given(prompt=ANY_TEXT, thinking=ANY_TEXT, answer=ANY_TEXT)
 def test_any_text_is_right(number: int, prompt: str, thinking: str, answer: str) -> None:
     """Whatever Unicode has, a row is right, or can't be built in another way either."""
-    frame = framed(number)
+    renderer = framed(number)
     example = Example(f"Q{prompt}", thinking, answer, 0)
-    assert judge(frame, [example], tokenize([example], frame)).wrong == []
+    assert judge(renderer, [example], tokenize([example], renderer)).wrong == []
 
 
 @cache
-def framed(number: int) -> Frame:
+def framed(number: int) -> Renderer:
     """Give the frame of a pair, always the same one."""
-    return PAIRS[number].frame()
+    return PAIRS[number].renderer()
 
 
 OTHER_TEMPLATE = "give a model.chat_template of your own"
@@ -276,18 +276,18 @@ NO_PREFIX = (
 def test_pair_is_refused(pair: Pair, what: str) -> None:
     """A tokenizer and a template that don't fit are refused with the reason and the way out."""
     with pytest.raises(FrameError) as raised:
-        pair.frame()
+        pair.renderer()
     assert str(raised.value) == f"{real_tokenizer(pair.tokenizer).name_or_path}: {what}"
 
 
 @pytest.mark.network
 def test_template_that_takes_no_system_message_says_so() -> None:
     """Gemma's first template raises; nothing of the data's system message gets lost on the way."""
-    frame = Pair("gemma3", "gemma", "<end_of_turn>").frame()
+    renderer = Pair("gemma3", "gemma", "<end_of_turn>").renderer()
     with pytest.raises(FrameError) as raised:
-        frame.prompt_text((SYSTEM, {"role": "user", "content": "Q"}))
+        renderer.prompt_text((SYSTEM, {"role": "user", "content": "Q"}))
     assert str(raised.value) == (
-        f"{frame.tokenizer.name_or_path}: the chat template raises on the system message: "
+        f"{renderer.tokenizer.name_or_path}: the chat template raises on the system message: "
         "System role not supported\n"
         "hint: write it into data.prompt, or choose another model.chat_template"
     )

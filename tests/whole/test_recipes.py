@@ -46,7 +46,7 @@ def test_recipe_passes_the_gate(
     prepared = report.prepared
     assert prepared is not None
     assert dropped(prepared) == []
-    assert prepared.frame.end_token == family.end
+    assert prepared.renderer.end_token == family.end
     assert min(len(prepared.train), len(prepared.validation or ()), len(prepared.test)) > 20
 
 
@@ -59,11 +59,11 @@ def test_recipe_on_its_real_tokenizer(
     recipe = loaded(file, tmp_path, monkeypatch)
     prepared = prepare(recipe, family.real_one())
     assert dropped(prepared) == []
-    assert prepared.frame.end_token == family.end
+    assert prepared.renderer.end_token == family.end
     examples = load_splits(recipe.data, recipe.seed).train[:NUM_JUDGED]
-    proof = judge(prepared.frame, examples, tokenize(examples, prepared.frame))
+    proof = judge(prepared.renderer, examples, tokenize(examples, prepared.renderer))
     assert (proof.right, proof.wrong) == (len(examples), [])
-    proof = prove(prepared.frame, NUM_HARD_ROWS, seed=7)
+    proof = prove(prepared.renderer, NUM_HARD_ROWS, seed=7)
     assert proof.wrong == []
     assert proof.num_refused_otherwise <= NUM_HARD_ROWS / 100
 
