@@ -56,8 +56,8 @@ def test_seed_decides_the_rows() -> None:
         ),
         ({"num_rows": None}, "made: data.num_rows: expected how many rows to make; got none"),
         (
-            {"num_rows": 40000, "task_options": {"num_lines": 2, "most": 3}},
-            "made: data.num_rows: expected fewer rows, there are too few such orders; got 40000\n"
+            {"num_rows": 6100, "task_options": {"num_lines": 2, "most": 3}},
+            "made: data.num_rows: expected fewer rows, there are too few such orders; got 6100\n"
             "hint: raise data.task_options.most or num_lines",
         ),
     ],

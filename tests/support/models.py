@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +67,19 @@ EQUAL = 1e-10
 ROUNDED = 4096 * torch.finfo(torch.float32).eps  # 5e-4
 
 
+@functools.cache
+def _remember_types() -> None:
+    """Let what keeps a table of types make it while `torch.float32` is itself."""
+    import bitsandbytes  # noqa: F401
+    import peft.tuners.lora  # noqa: F401
+    import safetensors.torch  # noqa: F401
+
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    torch.load(file)
+
+
 @contextmanager
 def float64() -> Iterator[None]:
     """Make and run models in float64: two ways to one number then agree to `EQUAL`, or are two.
@@ -72,6 +87,7 @@ def float64() -> Iterator[None]:
     Upstream takes norms and losses in float32 whatever the weights are. It asks for `torch.float32`
     by that name when it runs, forward and backward; so here the name means float64.
     """
+    _remember_types()
     before = torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("float32", "float"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,29 @@ from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.stage_model import load_stage
 from sftkey.training.trainer import segment_means, segment_sums
-from tests.support.models import EQUAL
-from tests.support.tiny import made_rows
+from tests.support.models import EQUAL, float64
+from tests.support.tiny import made_model, made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, done, kill_at_step
 
 MakeRecipe = Callable[..., Path]
 
 
-@pytest.fixture
-def double(
-    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, in_float64: None
-) -> dict[str, Any]:
-    """Write the tiny model in float64, and give a recipe's section of it."""
-    folder = tmp_path / "double"
-    tiny_model.double().save_pretrained(folder)
+@pytest.fixture(scope="module")
+def double(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the tiny model in float64."""
+    folder = tmp_path_factory.mktemp("double")
+    made_model(tiny_tokenizer).double().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    return {"name_or_path": str(folder), "quantization": "none"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(double: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a stage and a frozen one in float64, for tests that read what came."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder, double, stages=stages(trainer={"learning_rate": 1e-2}))
+    with float64():
+        return done(recipe, folder / "runs")
 
 
 def stages(**fields: Any) -> list[dict[str, Any]]:
@@ -51,31 +57,26 @@ def thinkings(folder: Path, name: str) -> list[str]:
     return [row["text"].partition("</Thinking>")[0] for row in rows]
 
 
-def test_a_frozen_stage_changes_the_key_and_nothing_else(
-    tiny_recipe: MakeRecipe, tmp_path: Path, double: dict[str, Any]
-) -> None:
+def test_a_frozen_stage_changes_the_key_and_nothing_else(trained: Run) -> None:
     """The thinking's loss is the same to the last bit, its text, too; the key's loss falls."""
-    recipe = tiny_recipe(model=double, stages=stages(trainer={"learning_rate": 1e-2}))
-    run = done(recipe, tmp_path / "runs")
-    first, second = (record.validation for record in run.ledger.stages)
+    first, second = (record.validation for record in trained.ledger.stages)
     for name in ("prompt", "thinking"):
         assert second["start"][name] == second["end"][name]
         assert second["end"][name] == pytest.approx(first["end"][name], rel=EQUAL)
     assert second["start"]["answer_tag"] == pytest.approx(first["end"]["answer_tag"], rel=EQUAL)
     assert second["end"]["answer_tag"] < second["start"]["answer_tag"] - 1e-2
-    folder = run.ledger.folder
+    folder = trained.ledger.folder
     assert thinkings(folder, "key") == thinkings(folder, "completion")
 
 
-def test_the_stage_says_what_it_stands_on(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_the_stage_says_what_it_stands_on(trained: Run) -> None:
     """The key's adapter lies alone in its folder, with its context; the ledger's end names both."""
-    run = done(tiny_recipe(stages=stages()), tmp_path / "runs")
-    key = run.ledger.adapter(1)
-    assert not any("key" in name.split(".") for name in adapter_of(run, 1))
+    key = trained.ledger.adapter(1)
+    assert not any("key" in name.split(".") for name in adapter_of(trained, 1))
     base = json.loads((key / "base.json").read_text())
     assert base["context"] == "stages/1-completion/adapter"
     assert len(base["context_fingerprint"]) == 64
-    facts = json.loads(run.ledger.path.read_text())["facts"]
+    facts = json.loads(trained.ledger.path.read_text())["facts"]
     assert facts["end"] == {
         "adapter": "stages/2-key/adapter",
         "context": "stages/1-completion/adapter",
@@ -98,14 +99,11 @@ def generated_losses(run: Run) -> dict[str, float]:
     return segment_means(sums)
 
 
-def test_a_stage_trains_the_key_as_it_is_generated(
-    tiny_recipe: MakeRecipe, tmp_path: Path, double: dict[str, Any]
-) -> None:
+@pytest.mark.usefixtures("in_float64")
+def test_a_stage_trains_the_key_as_it_is_generated(trained: Run) -> None:
     """Its validation losses are those of a model that switches at the thinking's last token."""
-    recipe = tiny_recipe(model=double, stages=stages(trainer={"learning_rate": 1e-2}))
-    run = done(recipe, tmp_path / "runs")
-    reported = run.ledger.stages[1].validation["end"]
-    found = generated_losses(run)
+    reported = trained.ledger.stages[1].validation["end"]
+    found = generated_losses(trained)
     assert list(found) == ["answer_tag", "answer", "end"]
     assert found == pytest.approx({name: reported[name] for name in found}, rel=EQUAL)
 
@@ -144,30 +142,30 @@ def test_a_killed_frozen_stage_goes_on_as_if_nothing_had_been(
     assert all(torch.equal(each, expected[name]) for name, each in adapter_of(resumed, 1).items())
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_grid_keeps_the_best_of_what_each_would_be_alone(
-    tiny_recipe: MakeRecipe, tmp_path: Path, double: dict[str, Any]
+    double: Path, tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     """Each learning rate ends at its own loss, a diverged one is left out, the lowest is kept."""
     rates = [1e-3, 2e-2, 1e30]
-    recipe = tiny_recipe(model=double, stages=stages(grid={"learning_rate": rates}))
+    model = {"name_or_path": str(double), "quantization": "none"}
+    recipe = tiny_recipe(model=model, stages=stages(grid={"learning_rate": rates}))
     run = done(recipe, tmp_path / "runs")
     choice = run.ledger.stages[1].grid
     assert choice is not None
     assert [tried["learning_rate"] for tried in choice["tried"]] == rates
-    assert choice["tried"][2]["loss"] is None
+    losses = [tried["loss"] for tried in choice["tried"]]
+    assert losses[2] is None
+    assert losses[0] > losses[1]
     assert choice["kept"] == {"learning_rate": 2e-2}
-    for number, rate in enumerate(rates[:2]):
-        shutil.copytree(tmp_path / "runs" / "tiny", tmp_path / f"alone{number}" / "tiny")
-        alone_recipe = tiny_recipe(model=double, stages=stages(trainer={"learning_rate": rate}))
-        alone = done(alone_recipe, tmp_path / f"alone{number}", fresh=True)
-        loss = alone.ledger.stages[1].validation["end"]
-        weights = {"answer_tag": 1, "answer": 1, "end": 1}
-        assert set(weights) < set(loss)
-        if rate == 2e-2:
-            expected = adapter_of(alone, 1)
-            for name, each in adapter_of(run, 1).items():
-                assert torch.allclose(each, expected[name], rtol=EQUAL, atol=EQUAL), name
-            assert run.ledger.stages[1].validation["end"] == pytest.approx(loss, rel=EQUAL)
+    recipe = tiny_recipe(model=model, stages=stages(trainer={"learning_rate": 2e-2}))
+    alone = done(recipe, tmp_path / "alone")
+    expected = adapter_of(alone, 1)
+    for name, each in adapter_of(run, 1).items():
+        assert torch.allclose(each, expected[name], rtol=EQUAL, atol=EQUAL), name
+    loss = alone.ledger.stages[1].validation["end"]
+    assert {"answer_tag", "answer", "end"} < set(loss)
+    assert run.ledger.stages[1].validation["end"] == pytest.approx(loss, rel=EQUAL)
 
 
 def test_a_grid_is_judged_by_its_validation_rows(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
