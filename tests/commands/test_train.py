@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEMO = "recipes/smollm2-135m/demo.yaml"
 SFTKEY = [sys.executable, "-m", "sftkey.cli", "train"]
-MODULE = [sys.executable, "-m", "sftkey.commands.train"]
+MODULE = [sys.executable, "-m", "sftkey.train"]
 
 
 @pytest.mark.parametrize("way", [SFTKEY, MODULE], ids=["sftkey", "module"])
@@ -51,7 +51,7 @@ def test_the_launcher_trains_as_the_readme_says(
     recipe = tiny_recipe(eval={"num_questions": 2, "max_new_tokens": 4})
     config = str(ROOT / "accelerate_configs" / "cpu.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    command = [*launch, "-m", "sftkey.commands.train", str(recipe), "trainer.max_steps=1"]
+    command = [*launch, "-m", "sftkey.train", str(recipe), "trainer.max_steps=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "completion 1 steps, key 1 steps" in done.stderr

@@ -348,12 +348,12 @@ sys.path.insert(0, {root!r})
 from tests.data.test_prepare_cache import EXAMPLES, contents
 from tests.support.tokenizers import CHATML, made
 from sftkey.data.prepare import tokenized_rows
-from sftkey.data.renderer import probe_frame
+from sftkey.data.renderer import probe_renderer
 from sftkey.recipe.schema import ResponseSection
-frame = probe_frame(made("look_ahead", CHATML), ResponseSection())
+renderer = probe_renderer(made("look_ahead", CHATML), ResponseSection())
 print("ready", flush=True)
 sys.stdin.readline()
-print(len(contents(tokenized_rows(EXAMPLES * 400, frame, 60, trim=False))[0]), flush=True)
+print(len(contents(tokenized_rows(EXAMPLES * 400, renderer, 60, trim=False))[0]), flush=True)
 """
 
 

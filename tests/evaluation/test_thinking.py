@@ -35,7 +35,7 @@ def judged(
 
 def test_doctests_hold() -> None:
     """The examples in the docstrings are true."""
-    assert doctest.testmod(module) == (0, 3)
+    assert doctest.testmod(module) == (0, 6)
 
 
 @pytest.mark.parametrize(

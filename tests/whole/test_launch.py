@@ -63,12 +63,12 @@ def test_two_ranks_train_as_one_process_does(
     """Two gloo ranks of 2 rows take the very steps of one process of 4 rows; one run folder."""
     recipe = str(tiny_recipe(rows=48, trainer={**STEADY, "per_device_train_batch_size": 2}))
     one = launch(
-        ["sftkey.commands.train", recipe, "name=one", "trainer.per_device_train_batch_size=4"],
+        ["sftkey.train", recipe, "name=one", "trainer.per_device_train_batch_size=4"],
         tmp_path,
     )
     assert one.returncode == 0, one.stderr
     ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = launch([*ranks, "-m", "sftkey.commands.train", recipe, "name=two"], tmp_path)
+    two = launch([*ranks, "-m", "sftkey.train", recipe, "name=two"], tmp_path)
     assert two.returncode == 0, two.stderr
     assert "world size 1," in one.stderr
     assert "world size 2," in two.stderr
@@ -115,7 +115,7 @@ def test_two_ranks_train_as_one_process_does(
 def killed_when(condition: Callable[[], bool], recipe: str, folder: Path) -> None:
     """Start a run, and kill it hard when the condition holds."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sftkey.commands.train", recipe],
+        [sys.executable, "-m", "sftkey.train", recipe],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -150,7 +150,7 @@ def test_a_run_killed_in_each_stage_and_evaluation_ends_as_an_uninterrupted_one(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    expected = launch(["sftkey.commands.train", str(recipe)], whole)
+    expected = launch(["sftkey.train", str(recipe)], whole)
     assert expected.returncode == 0, expected.stderr
     run = cut / "runs" / "tiny"
     killed_when(lambda: has_lines(run / "stages/1-completion/log.jsonl", 17), str(recipe), cut)
@@ -158,7 +158,7 @@ def test_a_run_killed_in_each_stage_and_evaluation_ends_as_an_uninterrupted_one(
     part = run / "evaluation" / "key.part0of1.jsonl"
     killed_when(lambda: has_lines(part, 2), str(recipe), cut)
     kept = part.read_text().splitlines()[:2]
-    resumed = launch(["sftkey.commands.train", str(recipe)], cut)
+    resumed = launch(["sftkey.train", str(recipe)], cut)
     assert resumed.returncode == 0, resumed.stderr
     for stage in STAGES:
         logs = [log_lines(folder / "runs" / "tiny", stage) for folder in (whole, cut)]
@@ -170,5 +170,5 @@ def test_a_run_killed_in_each_stage_and_evaluation_ends_as_an_uninterrupted_one(
         assert all(torch.equal(weights[name], got[name]) for name in weights)
     assert (run / "evaluation" / "key.jsonl").read_text().splitlines()[:2] == kept
     assert resumed.stdout == expected.stdout
-    again = launch(["sftkey.commands.train", str(recipe)], cut)
+    again = launch(["sftkey.train", str(recipe)], cut)
     assert again.stdout == expected.stdout
