@@ -20,8 +20,8 @@ from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
+from sftkey.memory_plan.held import read_skeleton
 from sftkey.memory_plan.plan import make_plan, size_bytes
-from sftkey.memory_plan.shape import read_shape
 from sftkey.models.facts import read_facts
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
@@ -153,7 +153,7 @@ def adapt(
     text = write_recipe(head(choices), sections(choices))
     recipe = _read(text)
     if gpu:
-        stages = make_plan(recipe, read_shape(facts.section), gpu_bytes).stages
+        stages = make_plan(recipe, read_skeleton(facts.section), gpu_bytes).stages
         most = min(stage.most_rows for stage in stages)
         choices = replace(choices, gpu=gpu, most_rows=most)
         text = write_recipe(head(choices), sections(choices))

@@ -1,16 +1,21 @@
-"""How a stage holds its model and computes: what the recipe says that changes its memory."""
+"""What a stage holds from its first step to its last, counted on a model without weights."""
 
 from __future__ import annotations
 
-import re
+import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
-from sftkey.errors import CheckError, Problem
-from sftkey.memory_plan.shape import Linear, ModelShape
-from sftkey.recipe.schema import Recipe, StageSection
-from sftkey.recipe.stages import key_adapter_specs
+from sftkey.errors import CheckError, ModelError, Problem, first_line
+from sftkey.models.source import model_source
+from sftkey.recipe.schema import ModelSection, Recipe, StageSection
+from sftkey.recipe.stages import members
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of state for each trained number; and in how many states of 8 bits a large tensor has it.
@@ -40,56 +45,163 @@ COUNTED = {
     "init_lora_weights",
     "ensure_weight_tying",
 }
-
 DEFAULT_RANK = 8  # peft's
+NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers with one absmax; absmaxes with one of their own
+NF4_TABLES = 4 * (16 + 256 + 1)  # of a module: NF4's values, those of the absmaxes, their mean
+SMALL_TENSOR = 4096  # numbers; smaller ones have their state in 32 bits
+STATE_BLOCK = 256  # numbers of an 8-bit state with one float32 absmax
+ADAPTER_BYTES = 4  # whatever is computed in, adapters are float32
 
 Kind = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides over the memory of one stage, beside the size of its batches.
+    """What decides over the memory of one stage, beside the model and the size of its batches.
 
     Args:
         kind: The device's.
         quantized: The linear modules are NF4.
-        weight_bytes: Of each number of the other weights.
-        compute_bytes: Of each number that goes from module to module.
-        mixed: The trainer computes in 16 bits, under autocast.
+        weights: The type of the other weights.
+        compute: The type that goes from module to module.
         attention: The implementation.
         context: The stage's.
         checkpointing: Layers compute their activations anew in the backward pass.
         full: All weights are trained.
-        adapted: The linear modules of one layer with an adapter.
-        rank: The trained adapters', all together.
+        targets: `target_modules` of the adapters.
+        ranks: Of the trained adapters; a frozen stage trains those of a grid side by side.
         dropout: The adapters drop some of their inputs.
         trained_rows: Rows of the embeddings, or of the head, that are trained beside.
-        members: How many adapters a frozen stage trains side by side; 1 in the others.
         context_rank: Of the adapter that a frozen stage holds for the context; 0: none.
         optimizer: Its name, as the trainer has it.
-        accumulated: Gradients of earlier batches are held while a batch is computed.
     """
 
     kind: Kind
-    quantized: bool
-    weight_bytes: int
-    compute_bytes: int
-    mixed: bool
-    attention: str
-    context: str
-    checkpointing: bool
-    full: bool
-    adapted: tuple[Linear, ...]
-    rank: int
-    dropout: bool
-    trained_rows: int
-    members: int
-    context_rank: int
-    optimizer: str
-    accumulated: bool
+    quantized: bool = False
+    weights: str = "float32"
+    compute: str = "float32"
+    attention: str = "sdpa"
+    context: str = "exact"
+    checkpointing: bool = False
+    full: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    ranks: tuple[int, ...] = (DEFAULT_RANK,)
+    dropout: bool = False
+    trained_rows: int = 0
+    context_rank: int = 0
+    optimizer: str = DEFAULT_OPTIMIZER
+
+    @property
+    def mixed(self) -> bool:
+        """The trainer computes in 16 bits, under autocast."""
+        return DTYPE_BYTES[self.compute] == 2
 
 
-def setting_of(recipe: Recipe, stage: StageSection, shape: ModelShape, kind: Kind) -> Setting:
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A model without weights, which its config describes.
+
+    Args:
+        config: transformers' config.
+        attention: The implementation that the model is built with.
+        name: What errors call it.
+    """
+
+    config: Any
+    attention: str = "sdpa"
+    name: str = "model"
+
+    def build(self, dtype: str = "float32") -> PreTrainedModel:
+        """Build the model on the meta device.
+
+        Raises:
+            ValueError: transformers has no such language model, or not with this attention.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        flash = self.attention.startswith("flash")  # its package needn't be here
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.config),
+                attn_implementation="sdpa" if flash else self.attention,
+                dtype=getattr(torch, dtype),
+            )
+        return model
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The whole model."""
+        return self.build()
+
+    @property
+    def text(self) -> Any:
+        """The config of the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest row that its positions reach."""
+        return int(getattr(self.text, "max_position_embeddings", None) or 2**20)
+
+
+@cache
+def linears(
+    skeleton: Skeleton, targets: str | tuple[str, ...] = "all-linear"
+) -> list[tuple[int, int]]:
+    """Return inputs and outputs of the modules that `target_modules` names."""
+    return [features(module) for module in named(skeleton.model, targets)]
+
+
+def named(model: Any, targets: str | tuple[str, ...]) -> list[Any]:
+    """Return the modules that `target_modules` names; `all-linear` are those that NF4 packs."""
+    from sftkey.models.loading import target_names
+
+    names = target_names(model, targets if isinstance(targets, str) else list(targets))
+    return [module for name, module in model.named_modules() if name in names]
+
+
+def features(module: Any) -> tuple[int, int]:
+    """Return the widths of a linear module's inputs and outputs."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    inputs, outputs = module.weight.shape  # transformers' Conv1D
+    return inputs, outputs
+
+
+def read_skeleton(section: ModelSection) -> Skeleton:
+    """Read a recipe's model from its config.
+
+    Raises:
+        ModelError: There is no such config, transformers can't build a language model of it, or
+            its weights come quantized.
+    """
+    name = section.name_or_path
+    file = model_source(section).folder / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(name, f"its config.json can't be read: {error}") from error
+    if "quantization_config" in fields:
+        raise ModelError(
+            name,
+            "its memory can't be planned: the weights come quantized",
+            "leave --gpu out, or take the unquantized model",
+        )
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(**fields)
+        skeleton = Skeleton(config, section.attn_implementation, name)
+        skeleton.model  # noqa: B018  # built, to see that it can be
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            name, f"its memory can't be planned: {first_line(error)}", "leave --gpu out"
+        ) from error
+    return skeleton
+
+
+def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Kind) -> Setting:
     """Read the setting of a stage.
 
     Raises:
@@ -100,32 +212,29 @@ def setting_of(recipe: Recipe, stage: StageSection, shape: ModelShape, kind: Kin
     problems = list(_uncounted(recipe, stage))
     if problems:
         raise CheckError(f"{recipe.name}, stage {stage.name}", problems, "leave --gpu out")
-    compute, weights = _dtypes(recipe, shape, kind)
+    compute, weights = _dtypes(recipe, skeleton, kind)
     rows = lora.get("trainable_token_indices") or ()
     lists = rows.values() if isinstance(rows, dict) else [rows]
-    trained = [lora]
     frozen = stage.context == "frozen"
-    if frozen:
-        trained = [each.lora for each in key_adapter_specs(recipe, stage)]
+    trained = [each.lora for each in members(recipe, stage)] if frozen else [lora]
     before = frozen and (recipe.stages.index(stage) > 0 or recipe.model.adapter is not None)
+    full = recipe.lora is None and not frozen
+    targets = trained[0].get("target_modules") or ()
     return Setting(
         kind=kind,
         quantized=recipe.model.quantization == "nf4",
-        weight_bytes=DTYPE_BYTES[weights],
-        compute_bytes=DTYPE_BYTES[compute],
-        mixed=DTYPE_BYTES[compute] == 2,
+        weights=weights,
+        compute=compute,
         attention=recipe.model.attn_implementation,
         context=stage.context,
         checkpointing=bool(trainer.get("gradient_checkpointing", True)),
-        full=recipe.lora is None and not frozen,
-        adapted=tuple(_targets(shape, trained[0].get("target_modules"))),
-        rank=sum(int(each.get("r", DEFAULT_RANK)) for each in trained),
+        full=full,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        ranks=() if full else tuple(int(each.get("r", DEFAULT_RANK)) for each in trained),
         dropout=any(bool(each.get("lora_dropout")) for each in trained),
         trained_rows=0 if frozen else sum(map(len, lists)),
-        members=len(trained),
         context_rank=int(lora.get("r", DEFAULT_RANK)) if before and lora else 0,
         optimizer=str(trainer.get("optim", DEFAULT_OPTIMIZER)),
-        accumulated=int(trainer.get("gradient_accumulation_steps", 1)) > 1,
     )
 
 
@@ -142,87 +251,55 @@ def _uncounted(recipe: Recipe, stage: StageSection) -> Iterator[Problem]:
         yield Problem("model.attn_implementation", f"{attention}: what it keeps isn't planned")
 
 
-def _dtypes(recipe: Recipe, shape: ModelShape, kind: Kind) -> tuple[str, str]:
-    """Give the type that is computed in, and that of the weights."""
+def _dtypes(recipe: Recipe, skeleton: Skeleton, kind: Kind) -> tuple[str, str]:
+    """Return the type that is computed in, and that of the weights."""
     given = recipe.model.dtype
     compute = "bfloat16" if kind == "cuda" else "float32"
     if given in DTYPE_BYTES:
         return given, given
     if given == "auto":
-        published = shape.config.get("dtype") or shape.config.get("torch_dtype") or "float32"
+        published = str(skeleton.config.dtype or "float32").removeprefix("torch.")
         return compute, published if published in DTYPE_BYTES else "float32"
     return compute, "float32" if recipe.lora is None else compute
 
 
-def _targets(shape: ModelShape, targets: Any) -> Iterator[Linear]:
-    """Give the modules of a layer that carry an adapter.
-
-    Raises:
-        CheckError: Not all layers have the same.
-    """
-    for each in shape.linears:
-        names = [f"model.layers.{layer}.{each.name}" for layer in range(shape.layers)]
-        carry = sum(_is_target(name, targets) for name in names)
-        if 0 < carry < len(names):
-            raise CheckError(
-                "lora.target_modules",
-                f"{each.name} carries an adapter in {carry} of {len(names)} layers; "
-                "the plan counts layers that are alike",
-                "leave --gpu out",
-            )
-        if carry:
-            yield each
-
-
-def _is_target(name: str, targets: Any) -> bool:
-    if isinstance(targets, str):
-        return targets.lower() == "all-linear" or re.fullmatch(targets, name) is not None
-    return any(name.endswith(f".{target}") for target in targets or ())
-
-
-NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers with one absmax; absmaxes with one of their own
-NF4_TABLES = 4 * (16 + 256 + 1)  # of a module: NF4's values, those of the absmaxes, their mean
-SMALL_TENSOR = 4096  # numbers; smaller ones have their state in 32 bits
-STATE_BLOCK = 256  # numbers of an 8-bit state with one float32 absmax
-ADAPTER_BYTES = 4  # whatever is computed in, adapters are float32
-
-
-def weight_bytes(shape: ModelShape, setting: Setting) -> int:
+def weight_bytes(skeleton: Skeleton, setting: Setting) -> int:
     """Count the base's weights: packed two in a byte where they are quantized."""
-    others = (shape.numel_embeddings + shape.numel_small) * setting.weight_bytes
+    size = DTYPE_BYTES[setting.weights]
+    whole = size * sum(each.numel() for each in skeleton.model.parameters())
     if not setting.quantized:
-        return others + shape.numel_linear * setting.weight_bytes
-    return others + shape.layers * sum(-(-each.numel // 2) for each in shape.linears)
+        return whole
+    packed = [inputs * outputs for inputs, outputs in linears(skeleton)]
+    return whole - size * sum(packed) + sum(-(-each // 2) for each in packed)
 
 
-def constant_bytes(shape: ModelShape, setting: Setting) -> int:
+def constant_bytes(skeleton: Skeleton, setting: Setting) -> int:
     """Count what NF4 with double quantization keeps beside the packed weights."""
     if not setting.quantized:
         return 0
-    blocks = [-(-each.numel // NF4_BLOCK) for each in shape.linears]
+    blocks = [-(-inputs * outputs // NF4_BLOCK) for inputs, outputs in linears(skeleton)]
     nested = [4 * -(-count // NESTED_BLOCK) for count in blocks]
-    return shape.layers * (sum(blocks) + sum(nested) + NF4_TABLES * len(blocks))
+    return sum(blocks) + sum(nested) + NF4_TABLES * len(blocks)
 
 
-def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
+def adapter_bytes(skeleton: Skeleton, setting: Setting) -> int:
     """Count the adapters: what is trained, and what acts on a frozen context."""
     if setting.full:
         return 0
-    pairs = sum(each.inputs + each.outputs for each in setting.adapted)
-    context = setting.context_rank * pairs * shape.layers
-    return ADAPTER_BYTES * (context + sum(trained(shape, setting)))
+    pairs = sum(map(sum, linears(skeleton, setting.targets)))
+    return ADAPTER_BYTES * (setting.context_rank * pairs + sum(trained(skeleton, setting)))
 
 
-def gradient_bytes(shape: ModelShape, setting: Setting) -> int:
+def gradient_bytes(skeleton: Skeleton, setting: Setting) -> int:
     """Count the gradients of all that is trained."""
-    each = setting.weight_bytes if setting.full else ADAPTER_BYTES
-    return each * sum(trained(shape, setting))
+    each = DTYPE_BYTES[setting.weights] if setting.full else ADAPTER_BYTES
+    return each * sum(trained(skeleton, setting))
 
 
-def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
+def optimizer_bytes(skeleton: Skeleton, setting: Setting) -> int:
     """Count the optimizer's state."""
     whole, states = OPTIMIZERS[setting.optimizer]
-    sizes = list(trained(shape, setting))
+    sizes = list(trained(skeleton, setting))
     if not states:
         return whole * sum(sizes)
     small = sum(size for size in sizes if size < SMALL_TENSOR)
@@ -230,21 +307,13 @@ def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     return whole * small + states * (sum(sizes) - small + 4 * blocks)
 
 
-def trained(shape: ModelShape, setting: Setting) -> Iterator[int]:
-    """Give the number of numbers in each tensor that is trained."""
+def trained(skeleton: Skeleton, setting: Setting) -> Iterator[int]:
+    """Yield the number of numbers in each tensor that is trained."""
     if setting.full:
-        for _ in range(1 if shape.tied else 2):
-            yield shape.vocabulary * shape.hidden
-        yield shape.hidden
-        for _ in range(shape.layers):
-            yield from (each.numel for each in shape.linears)
-            yield from (each.outputs for each in shape.linears if each.bias)
-            yield from shape.norms
-            yield from shape.head_norms
+        yield from (each.numel() for each in skeleton.model.parameters())
         return
-    for _ in range(shape.layers):
-        for each in setting.adapted:
-            yield setting.rank * each.inputs
-            yield setting.rank * each.outputs
+    for sizes in linears(skeleton, setting.targets):
+        for rank in setting.ranks:
+            yield from (rank * size for size in sizes)
     if setting.trained_rows:
-        yield setting.trained_rows * shape.hidden
+        yield setting.trained_rows * skeleton.text.hidden_size

@@ -1,7 +1,8 @@
-"""The plan: how much memory each stage of a recipe needs on a GPU, part by part.
+"""The plan: how much memory each stage of a recipe needs on a GPU, part by part, and what fits.
 
-It is computed from the model's config alone. What is held is counted to the byte; what a batch
-needs is added up from what autograd keeps of each module (`plan_activations`).
+It is made from the model's config alone. What is held is counted to the byte (`held`), and a step
+of the model is run on torch's meta device to see what a batch needs (`trace`). torch is imported
+where it is used, so that a plan's printing stays light.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from typing import Any
 
 from sftkey.errors import RecipeError, shown
 from sftkey.memory_plan import held
-from sftkey.memory_plan.activations import Batch, passing
-from sftkey.memory_plan.held import DEFAULT_OPTIMIZER, Setting, setting_of
-from sftkey.memory_plan.shape import ModelShape, read_shape
+from sftkey.memory_plan.held import DEFAULT_OPTIMIZER, Setting, Skeleton, read_skeleton, setting_of
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe, StageSection
 
@@ -26,6 +25,19 @@ RESERVED_BYTES = GIB
 KEY_TOKENS = 128  # of a row's key, where no data were read
 MOST_ROWS = 1024
 LENGTH_STEP = 64
+SHORTEST = 256  # tokens; shorter rows hold hardly any reasoning
+EIGHT_BITS = {
+    "adamw_torch": "adamw_8bit",
+    "adamw_torch_fused": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_8bit",
+    "lion_32bit": "lion_8bit",
+    "paged_lion_32bit": "paged_lion_8bit",
+}
+
+Load = Callable[[Sequence[str]], Recipe]
+Fits = Callable[[Recipe], bool]
+Longest = Callable[[Recipe], int]
+Overrides = list[str]
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Tell whether every stage fits, beside what is set aside."""
+        """Whether every stage fits, beside what is set aside."""
         return all(each.peak_bytes + RESERVED_BYTES <= self.gpu_bytes for each in self.stages)
 
     def as_json(self) -> dict[str, Any]:
-        """Give the plan for `--json`."""
+        """Return the plan for `--json`."""
         return {
             "gpu_bytes": self.gpu_bytes,
             "reserved_bytes": RESERVED_BYTES,
@@ -114,62 +126,113 @@ def size_bytes(text: str) -> int:
     return round(size)
 
 
-def make_plan(recipe: Recipe, shape: ModelShape, gpu_bytes: int) -> Plan:
+def make_plan(recipe: Recipe, skeleton: Skeleton, gpu_bytes: int) -> Plan:
     """Plan all stages of a recipe on one GPU, for rows as long as the recipe allows.
 
     Raises:
         CheckError: The recipe asks for something that isn't planned.
+        ModelError: The model can't be run without weights.
     """
-    stages = (_stage_plan(recipe, stage, shape, gpu_bytes) for stage in recipe.stages)
+    room = gpu_bytes - RESERVED_BYTES
+    stages = (_Stage(recipe, stage, skeleton).plan(room) for stage in recipe.stages)
     return Plan(gpu_bytes, tuple(stages))
 
 
-def _stage_plan(
-    recipe: Recipe, stage: StageSection, shape: ModelShape, gpu_bytes: int
-) -> StagePlan:
-    setting = setting_of(recipe, stage, shape, "cuda")
-    long = trains_context(stage)
-    packed = recipe.data.packing and stage.context == "exact"
-    rows, length = batch_rows(recipe, stage), recipe.data.max_length
+class _Stage:
+    """One stage of a recipe on a GPU."""
 
-    def parts(rows: int, length: int) -> dict[str, int]:
+    def __init__(self, recipe: Recipe, stage: StageSection, skeleton: Skeleton) -> None:
+        self.stage, self.skeleton = stage, skeleton
+        self.setting = setting_of(recipe, stage, skeleton, "cuda")
+        self.rows, self.length = batch_rows(recipe, stage), recipe.data.max_length
+        self.packed = recipe.data.packing and stage.context == "exact"
+
+    def parts(self, rows: int, length: int) -> dict[str, int]:
+        """Return the bytes of each part at the peak of a batch of some size."""
+        from sftkey.memory_plan.trace import Batch
+
+        long = trains_context(self.stage)
         labelled = length if long else min(KEY_TOKENS, max(length - 2, 1))
-        padded = rows > 1 or packed
-        return parts_of(shape, setting, Batch(rows, length, labelled, padded))
+        batch = Batch(rows, length, labelled, rows > 1 or self.packed)
+        return parts_of(self.skeleton, self.setting, batch)
 
-    def fits(rows: int, length: int) -> bool:
-        return sum(parts(rows, length).values()) + RESERVED_BYTES <= gpu_bytes
+    def needed(self, rows: int, length: int) -> int:
+        """Return the bytes at the peak of a batch of some size."""
+        return sum(self.parts(rows, length).values())
 
-    steps = shape.most_tokens // LENGTH_STEP
-    longest = LENGTH_STEP * _most(lambda count: fits(rows, count * LENGTH_STEP), steps)
-    most_rows = _most(lambda count: fits(count, length), MOST_ROWS)
-    return StagePlan(
-        stage.name, stage.context, rows, length, parts(rows, length), longest, most_rows
-    )
+    def longest(self, room: int) -> int:
+        """Return the longest rows for which so many bytes suffice."""
+        steps = self.skeleton.most_tokens // LENGTH_STEP
+        return LENGTH_STEP * most(
+            lambda n: self.needed(self.rows, n * LENGTH_STEP),
+            room,
+            steps,
+            self.length // LENGTH_STEP,
+        )
+
+    def plan(self, room: int) -> StagePlan:
+        """Return the stage's plan with so many bytes for it."""
+        return StagePlan(
+            self.stage.name,
+            self.stage.context,
+            self.rows,
+            self.length,
+            self.parts(self.rows, self.length),
+            self.longest(room),
+            most(lambda rows: self.needed(rows, self.length), room, MOST_ROWS, self.rows),
+        )
 
 
-def parts_of(shape: ModelShape, setting: Setting, batch: Batch) -> dict[str, int]:
-    """Give the bytes of each part at the peak."""
-    needs = passing(shape, setting, batch)
+def parts_of(skeleton: Skeleton, setting: Setting, batch: Any) -> dict[str, int]:
+    """Return the bytes of each part at the peak; `batch` is a `trace.Batch`."""
+    from sftkey.memory_plan.trace import head_bytes, traced
+
+    needs, logits = traced(skeleton, setting, batch), head_bytes(skeleton, setting, batch)
+    peak = max(needs.kept + logits, needs.peak, needs.reading)
     return {
-        "weights": held.weight_bytes(shape, setting),
-        "quantization constants": held.constant_bytes(shape, setting),
-        "adapters": held.adapter_bytes(shape, setting),
-        "gradients": held.gradient_bytes(shape, setting),
-        "optimizer": held.optimizer_bytes(shape, setting),
-        "activations": round(needs.activations),
-        "logits": round(needs.logits),
-        "cache": round(needs.cache),
+        "weights": held.weight_bytes(skeleton, setting),
+        "quantization constants": held.constant_bytes(skeleton, setting),
+        "adapters": held.adapter_bytes(skeleton, setting),
+        "gradients": held.gradient_bytes(skeleton, setting),
+        "optimizer": held.optimizer_bytes(skeleton, setting),
+        "activations": peak - logits - needs.cache,
+        "logits": logits,
+        "cache": needs.cache,
     }
 
 
+def most(needed: Callable[[int], int], room: int, limit: int, start: int) -> int:
+    """Return the largest number from 1 to the limit that needs no more than the room; 0: none.
+
+    What is needed grows, mostly along a line: a line through two numbers says which to try next,
+    and halving makes sure that the search ends.
+
+    >>> most(lambda number: number**2, 50, 100, 20)
+    7
+    """
+    low, high = 0, limit + 1
+    tried: dict[int, int] = {}
+    numbers = [1, max(min(start, limit), 2)]
+    while True:
+        for number in numbers:
+            if low < number < high:
+                tried[number] = needed(number)
+                low, high = (number, high) if tried[number] <= room else (low, number)
+        if high - low <= 1:
+            return low
+        (one, least), (two, greatest) = list(tried.items())[-2:]
+        guess = one + (room - least) * (two - one) // ((greatest - least) or 1)
+        guess = max(low + 1, min(guess, high - 1))
+        numbers = [guess, guess + 1, (low + high) // 2]
+
+
 def batch_rows(recipe: Recipe, stage: StageSection) -> int:
-    """Give the rows of a stage's batch; 8 is upstream's default."""
+    """Return the rows of a stage's batch; 8 is upstream's default."""
     return int(recipe.stage_trainer(stage).get("per_device_train_batch_size", 8))
 
 
 def trains_context(stage: StageSection) -> bool:
-    """Tell whether the loss is on more than the key."""
+    """Whether the loss is on more than the key."""
     loss_on = stage.loss_on
     if isinstance(loss_on, str):
         return loss_on == "completion"
@@ -177,30 +240,7 @@ def trains_context(stage: StageSection) -> bool:
     return thinking > 0 or loss_on.get("prompt", 0) > 0
 
 
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """Give the largest number from 1 to the limit that fits; 0 if 1 doesn't."""
-    low, high = 0, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-SHORTEST = 256  # tokens; shorter rows hold hardly any reasoning
-EIGHT_BITS = {
-    "adamw_torch": "adamw_8bit",
-    "adamw_torch_fused": "adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_8bit",
-    "lion_32bit": "lion_8bit",
-    "paged_lion_32bit": "paged_lion_8bit",
-}
-
-Load = Callable[[Sequence[str]], Recipe]
-Planned = Callable[[Recipe], Plan]
-Overrides = list[str]
-
-
-def changes_that_fit(load: Load, shape: ModelShape, gpu_bytes: int) -> Overrides | None:
+def changes_that_fit(load: Load, skeleton: Skeleton, gpu_bytes: int) -> Overrides | None:
     """Find the simplest change that makes a recipe fit: one kind alone, or as few as it takes.
 
     The kinds are tried in the order of how little they change what is trained: activations computed
@@ -208,30 +248,37 @@ def changes_that_fit(load: Load, shape: ModelShape, gpu_bytes: int) -> Overrides
     context optimizes something else, and shorter rows leave some out.
 
     Args:
-        load: Gives the recipe with overrides.
-        shape: The model's.
+        load: Returns the recipe with overrides.
+        skeleton: The model's.
         gpu_bytes: What the GPU has.
 
     Returns:
         Overrides; none where it fits as it is, and None where all of them don't suffice.
     """
+    room = gpu_bytes - RESERVED_BYTES
 
-    def planned(recipe: Recipe) -> Plan:
-        return make_plan(recipe, shape, gpu_bytes)
+    def stages(recipe: Recipe) -> list[_Stage]:
+        return [_Stage(recipe, stage, skeleton) for stage in recipe.stages]
+
+    def fits(recipe: Recipe) -> bool:
+        return all(each.needed(each.rows, each.length) <= room for each in stages(recipe))
+
+    def longest(recipe: Recipe) -> int:
+        return min(each.longest(room) for each in stages(recipe))
 
     recipe = load([])
-    if planned(recipe).fits:
+    if fits(recipe):
         return []
     for kind in KINDS:
-        for overrides in kind(recipe, planned):
-            if planned(load(overrides)).fits:
+        for overrides in kind(recipe, longest):
+            if fits(load(overrides)):
                 return overrides
     taken: list[Overrides] = []
     for kind in KINDS:
         strongest: Overrides = []
-        for overrides in kind(load(_joined(taken)), planned):
-            if planned(load(_joined([*taken, overrides]))).fits:
-                return _without_idle([*taken, overrides], load, planned)
+        for overrides in kind(load(_joined(taken)), longest):
+            if fits(load(_joined([*taken, overrides]))):
+                return _without_idle([*taken, overrides], load, fits)
             strongest = overrides
         taken.append(strongest)
     return None
@@ -241,16 +288,16 @@ def _joined(taken: list[Overrides]) -> Overrides:
     return [each for overrides in taken for each in overrides]
 
 
-def _without_idle(taken: list[Overrides], load: Load, planned: Planned) -> Overrides:
+def _without_idle(taken: list[Overrides], load: Load, fits: Fits) -> Overrides:
     """Leave out what isn't needed beside the rest; what changes training most goes first."""
     for overrides in reversed(taken):
         fewer = [each for each in taken if each is not overrides]
-        if planned(load(_joined(fewer))).fits:
+        if fits(load(_joined(fewer))):
             taken = fewer
     return _joined(taken)
 
 
-def _checkpointing(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
+def _checkpointing(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Compute activations anew in the backward pass."""
     key = "gradient_checkpointing"
     kept = {
@@ -262,7 +309,7 @@ def _checkpointing(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
         yield _written(recipe, key, kept)
 
 
-def _batches(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
+def _batches(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Take fewer rows at a time, as many in a step."""
     stages = {stage.name: stage for stage in recipe.stages}
     rows = {name: batch_rows(recipe, stage) for name, stage in stages.items()}
@@ -284,11 +331,11 @@ def _batches(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
 
 
 def largest_part(total: int, most: int) -> int:
-    """Give the largest number up to a limit that a step's rows can be divided by."""
+    """Return the largest number up to a limit that a step's rows can be divided by."""
     return next(count for count in range(min(most, total), 0, -1) if total % count == 0)
 
 
-def _optimizer(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
+def _optimizer(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Hold the optimizer's state in 8 bits."""
     names = {
         stage.name: str(recipe.stage_trainer(stage).get("optim", DEFAULT_OPTIMIZER))
@@ -299,24 +346,24 @@ def _optimizer(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
         yield _written(recipe, "optim", smaller)
 
 
-def _quantization(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
+def _quantization(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Hold the weights in 4 bits, where they aren't trained."""
     if recipe.model.quantization == "none" and recipe.lora is not None:
         yield ["model.quantization=nf4"]
 
 
-def _context(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
+def _context(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Let no gradient through the context of the stages that train the key alone."""
     exact = [each for each in recipe.stages if each.context == "exact" and not trains_context(each)]
     if exact:
         yield [f"stages.{stage.name}.context=detached" for stage in exact]
 
 
-def _length(recipe: Recipe, planned: Planned) -> Iterator[Overrides]:
+def _length(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Take the longest rows that fit."""
-    longest = min(stage.longest for stage in planned(recipe).stages)
-    if longest < recipe.data.max_length:
-        yield [f"data.max_length={max(longest, SHORTEST)}"]
+    tokens = longest(recipe)
+    if tokens < recipe.data.max_length:
+        yield [f"data.max_length={max(tokens, SHORTEST)}"]
 
 
 KINDS = (_checkpointing, _batches, _optimizer, _quantization, _context, _length)
@@ -388,9 +435,9 @@ def fit(recipe: Path, overrides: Sequence[str], gpu: str) -> Fit:
         return load_recipe(recipe, [*overrides, *more])
 
     loaded = load([])
-    shape = read_shape(loaded.model)
-    plan = make_plan(loaded, shape, size)
-    return Fit(loaded.name, plan, changes_that_fit(load, shape, size))
+    skeleton = read_skeleton(loaded.model)
+    plan = make_plan(loaded, skeleton, size)
+    return Fit(loaded.name, plan, changes_that_fit(load, skeleton, size))
 
 
 def gib(size: int) -> str:

@@ -3,8 +3,8 @@
 Models of published shapes with random weights, float32 on the CPU, NF4 and bfloat16 on CUDA; a LoRA
 adapter on all linear modules. Each row takes a short step first, so that gradients and the
 optimizer's state are there, and then the measured one. `held` is what its tensors weigh; `peak` is
-by how much torch's allocator rises above it. Constants of the plan were fitted to the rows that are
-not marked as held out.
+by how much torch's allocator rises above it. The plan has one fitted constant, the copies of
+a tile of logits on a CPU; rows marked as held out have not been seen by it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from sides import PROMPT_SHARE, Batch, Sides
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
 
 from sftkey.data.collator import KeyCollator
-from sftkey.memory_plan import activations as plan_activations
-from sftkey.memory_plan import held as plan_held
-from sftkey.memory_plan.held import DEFAULT_OPTIMIZER, Kind, Setting
-from sftkey.memory_plan.shape import shape_of
+from sftkey.memory_plan import trace
+from sftkey.memory_plan.held import Kind, Setting, Skeleton
+from sftkey.memory_plan.plan import parts_of
 
 HELD_OUT_SHAPE, HELD_OUT_LENGTH = "1b", 1024
 LENGTHS = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}
@@ -108,37 +108,28 @@ def planned(
     device: Kind, shape: Shape, method: str, rows: Batch, num_labelled: int
 ) -> tuple[int, int]:
     """Give what the plan says is held, and what a batch needs beside."""
-    model = shape_of(shape.config, shape.name)
-    number_bytes = 2 if shape.quantized else 4
+    dtype = "bfloat16" if shape.quantized else "float32"
     setting = Setting(
         kind=device,
         quantized=shape.quantized,
-        weight_bytes=number_bytes,
-        compute_bytes=number_bytes,
-        mixed=shape.quantized,
-        attention="sdpa",
+        weights=dtype,
+        compute=dtype,
         context="detached" if method == "detached" else "exact",
         checkpointing=shape.checkpointing,
-        full=False,
-        adapted=model.linears,
-        rank=16,
+        ranks=(16,),
         dropout=shape.dropout > 0,
-        trained_rows=0,
-        members=1,
-        context_rank=0,
-        optimizer=DEFAULT_OPTIMIZER,
-        accumulated=True,
     )
-    held = (
-        plan_held.weight_bytes(model, setting)
-        + plan_held.constant_bytes(model, setting)
-        + plan_held.adapter_bytes(model, setting)
-        + plan_held.gradient_bytes(model, setting)
-        + plan_held.optimizer_bytes(model, setting)
-    )
-    batch = plan_activations.Batch(rows.num_rows, rows.length, num_labelled)
-    parts = plan_activations.passing(model, setting, batch)
-    return held, round(parts.activations + parts.logits + parts.cache)
+    batch = trace.Batch(rows.num_rows, rows.length, num_labelled)
+    parts = parts_of(skeleton(shape.name), setting, batch)
+    needed = sum(parts[name] for name in ("activations", "logits", "cache"))
+    return sum(parts.values()) - needed, needed
+
+
+@cache
+def skeleton(name: str) -> Skeleton:
+    """Build a shape's model without weights."""
+    (shape,) = (each for each in SHAPES.values() if each.name == name)
+    return Skeleton(AutoConfig.for_model(**shape.config))
 
 
 def labelled(rows: Batch, method: str) -> int:

@@ -19,11 +19,11 @@ from sftkey.memory_plan.held import (
     adapter_bytes,
     constant_bytes,
     optimizer_bytes,
+    read_skeleton,
     setting_of,
     weight_bytes,
 )
 from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, make_plan, size_bytes
-from sftkey.memory_plan.shape import read_shape
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model
 from sftkey.recipe.collection import RECIPES, recipe_files
@@ -94,30 +94,30 @@ def test_nf4_is_counted_as_bitsandbytes_holds_it(tiny_folder: Path) -> None:
             tensors = (state.absmax, state.code, *nested)
             constants += sum(each.numel() * each.element_size() for each in tensors)
     recipe = load_recipe(RECIPE, [f"model.name_or_path={tiny_folder}"])
-    shape = read_shape(section)
-    setting = setting_of(recipe, recipe.stages[0], shape, "cpu")
-    assert weight_bytes(shape, setting) == weights
-    assert constant_bytes(shape, setting) == constants
+    skeleton = read_skeleton(section)
+    setting = setting_of(recipe, recipe.stages[0], skeleton, "cpu")
+    assert weight_bytes(skeleton, setting) == weights
+    assert constant_bytes(skeleton, setting) == constants
 
 
 def test_8b_in_nf4_is_counted_by_hand(folder: Path) -> None:
     """The sums of the shape on paper: two numbers a byte, embeddings and head in bfloat16."""
     recipe = loader(folder)()
-    shape = read_shape(recipe.model)
-    setting = setting_of(recipe, recipe.stages[0], shape, "cuda")
+    skeleton = read_skeleton(recipe.model)
+    setting = setting_of(recipe, recipe.stages[0], skeleton, "cuda")
     layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 12288
     others = 2 * 151936 * 4096 + 36 * (2 * 4096 + 2 * 128) + 4096
-    assert weight_bytes(shape, setting) == 36 * layer // 2 + 2 * others
+    assert weight_bytes(skeleton, setting) == 36 * layer // 2 + 2 * others
     blocks = 36 * layer // 64
-    assert constant_bytes(shape, setting) == blocks + blocks // 256 * 4 + 36 * 7 * 1092
+    assert constant_bytes(skeleton, setting) == blocks + blocks // 256 * 4 + 36 * 7 * 1092
     pairs = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 12288) * 3
-    assert adapter_bytes(shape, setting) == 36 * 16 * pairs * 4
-    assert optimizer_bytes(shape, setting) == 2 * adapter_bytes(shape, setting)
+    assert adapter_bytes(skeleton, setting) == 36 * 16 * pairs * 4
+    assert optimizer_bytes(skeleton, setting) == 2 * adapter_bytes(skeleton, setting)
     eight = setting_of(
-        loader(folder)(["trainer.optim=adamw_8bit"]), recipe.stages[0], shape, "cuda"
+        loader(folder)(["trainer.optim=adamw_8bit"]), recipe.stages[0], skeleton, "cuda"
     )
-    state = optimizer_bytes(shape, eight)
-    assert state == pytest.approx(adapter_bytes(shape, setting) / 2, rel=0.02)
+    state = optimizer_bytes(skeleton, eight)
+    assert state == pytest.approx(adapter_bytes(skeleton, setting) / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("text", ["24GB", "24GiB", "24 gb", "24.0GB"])
@@ -211,13 +211,13 @@ def test_what_fits_is_the_most(folder: Path) -> None:
     """The longest rows and the largest batch fit as planned, and a little more doesn't."""
     load, size = loader(folder), size_bytes("12GB")
     recipe = load()
-    shape = read_shape(recipe.model)
-    for stage in make_plan(recipe, shape, size).stages:
+    skeleton = read_skeleton(recipe.model)
+    for stage in make_plan(recipe, skeleton, size).stages:
         rows, longest = stage.most_rows, stage.longest
         trainer = "trainer.per_device_train_batch_size"
 
         def fits(*overrides: str, name: str = stage.name) -> bool:
-            stages = make_plan(load(overrides), shape, size).stages
+            stages = make_plan(load(overrides), skeleton, size).stages
             needed = next(each.peak_bytes for each in stages if each.name == name)
             return needed + GIB <= size
 
@@ -247,36 +247,36 @@ def test_the_change_is_the_simplest_that_suffices(name: str, folder: Path) -> No
     """It is written as overrides, and with them the recipe fits by its own plan."""
     gpu, overrides, expected = CHANGES[name]
     load, size = loader(folder, *overrides), size_bytes(gpu)
-    shape = read_shape(load().model)
-    found = changes_that_fit(load, shape, size)
+    skeleton = read_skeleton(load().model)
+    found = changes_that_fit(load, skeleton, size)
     assert found == expected
-    assert make_plan(load(), shape, size).fits == (found == [])
+    assert make_plan(load(), skeleton, size).fits == (found == [])
     if found is not None:
-        assert make_plan(load(found), shape, size).fits
+        assert make_plan(load(found), skeleton, size).fits
 
 
 def test_several_changes_where_one_does_not_suffice(folder: Path) -> None:
     """None of them can be left out."""
     given = ["model.quantization=none", "trainer.per_device_train_batch_size=32"]
     load, size = loader(folder, *given, "data.max_length=4096"), size_bytes("12GB")
-    shape = read_shape(load().model)
-    found = changes_that_fit(load, shape, size)
+    skeleton = read_skeleton(load().model)
+    found = changes_that_fit(load, skeleton, size)
     assert found is not None
     assert "model.quantization=nf4" in found
     assert len(found) > 1
-    assert make_plan(load(found), shape, size).fits
+    assert make_plan(load(found), skeleton, size).fits
     keys = {each.partition("=")[0] for each in found}
     for key in keys - {"trainer.gradient_accumulation_steps"}:
         fewer = [each for each in found if each.partition("=")[0] != key]
-        assert not make_plan(load(fewer), shape, size).fits
+        assert not make_plan(load(fewer), skeleton, size).fits
 
 
 def test_a_detached_key_needs_less(folder: Path) -> None:
     """Its context leaves a cache, and no activations."""
     recipe = loader(folder, "trainer.gradient_checkpointing=false", "data.max_length=8192")
-    shape = read_shape(recipe().model)
-    exact = make_plan(recipe(), shape, 24 * GIB).stages[1]
-    detached = make_plan(recipe(["stages.key.context=detached"]), shape, 24 * GIB).stages[1]
+    skeleton = read_skeleton(recipe().model)
+    exact = make_plan(recipe(), skeleton, 24 * GIB).stages[1]
+    detached = make_plan(recipe(["stages.key.context=detached"]), skeleton, 24 * GIB).stages[1]
     assert exact.parts["cache"] == 0
     per_token = 2 * 36 * 1024 * 2  # keys and values of all layers, in bfloat16
     assert detached.parts["cache"] == pytest.approx(2 * 8192 * per_token, rel=0.001)
@@ -286,11 +286,11 @@ def test_a_detached_key_needs_less(folder: Path) -> None:
 def test_a_frozen_stage_holds_two_adapters(folder: Path) -> None:
     """One acts on the context, one is trained; a grid trains all of its own."""
     load = loader(folder, "stages.key.context=frozen")
-    shape = read_shape(load().model)
-    one, two = make_plan(load(), shape, 24 * GIB).stages
+    skeleton = read_skeleton(load().model)
+    one, two = make_plan(load(), skeleton, 24 * GIB).stages
     assert two.parts["adapters"] == 2 * one.parts["adapters"]
     assert two.parts["gradients"] == one.parts["gradients"]
-    grid = make_plan(load(["stages.key.grid={r: [16, 32]}"]), shape, 24 * GIB).stages[1]
+    grid = make_plan(load(["stages.key.grid={r: [16, 32]}"]), skeleton, 24 * GIB).stages[1]
     assert grid.parts["gradients"] == 3 * one.parts["gradients"]
     assert grid.parts["cache"] == 2 * two.parts["cache"]
 
