@@ -188,10 +188,13 @@ def read_skeleton(section: ModelSection) -> Skeleton:
             "its memory can't be planned: the weights come quantized",
             "leave --gpu out, or take the unquantized model",
         )
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
+    kind = fields.get("model_type")
     try:
-        config = AutoConfig.for_model(**fields)
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"transformers knows no model type {kind}")
+        config = CONFIG_MAPPING[kind].from_dict(fields)
         skeleton = Skeleton(config, section.attn_implementation, name)
         skeleton.model  # noqa: B018  # built, to see that it can be
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

@@ -33,7 +33,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
 }
 LENGTH = 96
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 32},
@@ -51,7 +50,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
     "gpt2": {},
     "gpt_neox": {},
-    "qwen3_moe": EXPERTS,
 }
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEASURED = BENCHMARKS / "plan_h100.jsonl"
