@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sftkey.errors import CheckError, ModelError, Problem, first_line
 from sftkey.models.source import model_source
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
-from sftkey.recipe.stages import members
+from sftkey.recipe.stages import key_adapter_specs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,7 +219,7 @@ def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Ki
     rows = lora.get("trainable_token_indices") or ()
     lists = rows.values() if isinstance(rows, dict) else [rows]
     frozen = stage.context == "frozen"
-    trained = [each.lora for each in members(recipe, stage)] if frozen else [lora]
+    trained = [each.lora for each in key_adapter_specs(recipe, stage)] if frozen else [lora]
     before = frozen and (recipe.stages.index(stage) > 0 or recipe.model.adapter is not None)
     full = recipe.lora is None and not frozen
     targets = trained[0].get("target_modules") or ()
