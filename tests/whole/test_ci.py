@@ -1,4 +1,4 @@
-"""`.ci/run` reads the README's own command, and a skip that hides a test is a failure there."""
+"""`.ci/test` reads the README's own command, and a skip that hides a test is a failure there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / ".ci" / "run"
+SCRIPT = ROOT / ".ci" / "test"
 TEST_COMMAND = 'python -m pip install -e ".[test]" && python -m pytest'
 
 PROBE = """
@@ -51,9 +51,9 @@ def test_the_script_reads_the_readmes_test_command() -> None:
 def test_a_readme_without_the_command_stops_the_script(tmp_path: Path) -> None:
     """CI can't pass because it found no tests to run."""
     (tmp_path / ".ci").mkdir()
-    shutil.copy(SCRIPT, tmp_path / ".ci" / "run")
+    shutil.copy(SCRIPT, tmp_path / ".ci" / "test")
     (tmp_path / "README.md").write_text("# sftkey\n")
-    done = subprocess.run(["bash", str(tmp_path / ".ci" / "run")], capture_output=True, text=True)
+    done = subprocess.run(["bash", str(tmp_path / ".ci" / "test")], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
         "README.md: expected a fenced command under the comment <!-- test command -->; got none\n"
