@@ -52,7 +52,7 @@ def test_the_merged_model_is_base_and_adapter(
     output = tmp_path / "merged"
     merge(folder, output, stage="completion")
     merged = AutoModelForCausalLM.from_pretrained(output)
-    renderer = sftkey.models.merging.probe_frame(
+    renderer = sftkey.models.merging.probe_renderer(
         AutoTokenizer.from_pretrained(output), recipe.response
     )
     cpu = Device("cpu", 0, torch.float32)

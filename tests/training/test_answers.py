@@ -146,11 +146,14 @@ def test_a_stage_without_thinkings_is_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that never closes its thinking has nothing to train the key on."""
-    monkeypatch.setattr(
-        own_thinking,
-        "generate_to_file",
-        lambda model, tokenizer, prompts, file, **rest: {i: Generation("so") for i in prompts},
-    )
+    answer = own_thinking.generate_to_file
+
+    def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
+        if file.parent.name == "evaluation":  # the test questions' answers are the model's own
+            return answer(model, tokenizer, prompts, file, **settings)
+        return {index: Generation("so") for index in prompts}
+
+    monkeypatch.setattr(own_thinking, "generate_to_file", write)
     with pytest.raises(DataError) as error:
         trained_rows(tiny_recipe(stages=[FIRST, own()]), tmp_path, monkeypatch)
     assert str(error.value) == (
