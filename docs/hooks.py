@@ -37,7 +37,11 @@ WORDS = {
     "Tags": "two texts",
     "LossOn": "`completion`, `key`, `answer` or weights",
     "Grid": "lists by name",
-    "Any": "",
+    **dict.fromkeys(
+        ["ModelSection", "DataSection", "ResponseSection", "StageSection", "OwnThinking"]
+        + ["EvalSection", "JudgeSection", "OwnStrategy", "Choice"],
+        "a section",
+    ),
 }
 
 
@@ -204,7 +208,7 @@ def _words(node: ast.expr) -> str:
             return _words(inner[0]) + _bounds(ast.unparse(node))
         return "a mapping" if outer == "dict" else f"a list, each {_words(inner[0])}"
     name = ast.unparse(node)
-    return WORDS[name] if name in WORDS else "a section"
+    return WORDS[name]
 
 
 def _bounds(annotation: str) -> str:

@@ -1,4 +1,4 @@
-"""README.md and docs/ say what is so: their examples run, their commands exist, nothing is stale."""
+"""README.md and docs/ say what is so: examples run, commands exist, nothing is stale."""
 
 from __future__ import annotations
 
