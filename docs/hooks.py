@@ -37,11 +37,9 @@ WORDS = {
     "Tags": "two texts",
     "LossOn": "`completion`, `key`, `answer` or weights",
     "Grid": "lists by name",
-    **dict.fromkeys(
-        ["ModelSection", "DataSection", "ResponseSection", "StageSection", "OwnThinking"]
-        + ["EvalSection", "JudgeSection", "OwnStrategy", "Choice"],
-        "a section",
-    ),
+    **dict.fromkeys(["ModelSection", "DataSection", "ResponseSection", "EvalSection"], "a section"),
+    **dict.fromkeys(["StageSection", "OwnThinking", "JudgeSection"], "a section"),
+    **dict.fromkeys(["OwnStrategy", "Choice"], "a section"),
 }
 
 
@@ -70,21 +68,21 @@ def readme() -> str:
 
 def recipe() -> str:
     """Describe every key of a recipe."""
-    from sftkey.recipe import Recipe
+    from sftkey.recipe.schema import Recipe
 
     return "\n".join(_sections(Recipe, "", "The top of the file"))
 
 
 def study() -> str:
     """Describe every key of a study."""
-    from sftkey.evaluation.study import Study
+    from sftkey.study.schema import Study
 
     return "\n".join(_sections(Study, "", "The top of a study's file"))
 
 
 def refused() -> str:
     """List the upstream fields that a recipe may not set."""
-    from sftkey import recipe_checks as rules
+    from sftkey.recipe import rules
 
     refusals = rules.REFUSED_TRAINER_KEYS, rules.REFUSED_LORA_KEYS, rules.REFUSED_KEY_LORA_KEYS
     lines = ["| key | why, or what to write |", "| --- | --- |"]
@@ -95,7 +93,7 @@ def refused() -> str:
 
 def strategies() -> str:
     """List the built-in strategies of a study with their stages."""
-    from sftkey.strategies import STRATEGIES
+    from sftkey.study.schema import STRATEGIES
 
     lines = ["| strategy | stages |", "| --- | --- |"]
     for name, strategy in STRATEGIES.items():

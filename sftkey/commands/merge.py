@@ -58,7 +58,7 @@ def _refuse_unmergeable(folder: Path, recipe: Recipe, number: int, adapter: Path
             "thinking's last token on, merged weights would act on every token and change the "
             "thinking",
             f"{context}, and serve {adapter} beside it as activated LoRA, where a server has that; "
-            "`sftkey generate` and the README's lines switch by themselves",
+            "`sftkey generate` and the lines in docs/library.md switch by themselves",
         )
     if recipe.lora is None:
         raise RunError(

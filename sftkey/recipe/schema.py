@@ -190,7 +190,7 @@ class ModelSection(Section):
     """The type of weights and matrix products; by default the one that the device computes well
     in."""
     attn_implementation: Text = "sdpa"
-    """transformers' attention: `sdpa`, `eager`, `flash_attention_2`, …"""
+    """transformers' attention: `sdpa`, `eager` or `flash_attention_2`, for some."""
     chat_template: Text | None = None
     """A Jinja file that is used in place of the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = {}

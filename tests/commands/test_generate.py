@@ -24,7 +24,7 @@ from sftkey.recipe.schema import DataSection
 from sftkey.training.stage_model import load_stage
 from tests.support.runs import STAGES, frame_of, ledger_of, made_run
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+LIBRARY = (Path(__file__).parents[2] / "docs" / "library.md").read_text(encoding="utf-8")
 SPECIAL = "<|endoftext|><|im_start|><|im_end|>"
 QUESTION = "How many legs do 3 cats have?"
 
@@ -208,12 +208,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_the_readmes_lines_write_what_the_command_writes(
+def test_the_docs_lines_write_what_the_command_writes(
     run: tuple[Path, Any], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Plain transformers and peft, run as the README has them, give the same text."""
+    """Plain transformers and peft, run as the docs have them, give the same text."""
     folder, recipe = run
-    section = README.partition("### Using what was trained\n")[2].partition("\n## ")[0]
+    section = LIBRARY.partition("## A frozen stage in plain transformers\n")[2].partition("\n## ")[
+        0
+    ]
     (lines,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     changes: dict[str, Callable[[], str] | str] = {
         '"</Thinking>"': repr(recipe.response.thinking[1]),
@@ -228,4 +230,4 @@ def test_the_readmes_lines_write_what_the_command_writes(
     assert len([line for line in lines.splitlines() if line]) <= 26
     expected = written(folder, recipe, 2, switching=True)
     assert printed.startswith(expected[:-1])
-    assert [stage["name"] for stage in STAGES] == ["completion", "key"]  # the README's folders
+    assert [stage["name"] for stage in STAGES] == ["completion", "key"]  # the docs' folders

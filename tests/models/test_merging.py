@@ -98,7 +98,7 @@ def test_a_frozen_stage_is_refused(run: tuple[Path, Any], tmp_path: Path) -> Non
     )
     way = (
         f", and serve {folder}/stages/{{}}-key/adapter beside it as activated LoRA, where a server "
-        "has that; `sftkey generate` and the README's lines switch by themselves"
+        "has that; `sftkey generate` and the lines in docs/library.md switch by themselves"
     )
     expected = f"{what}merge what it stands on with --stage completion{way.format(2)}"
     assert refusal(folder, tmp_path / "merged") == expected
@@ -112,8 +112,8 @@ def test_a_frozen_stage_on_the_base_is_refused(tmp_path: Path, tiny_folder: Path
         f"{folder}: key was trained with `context: frozen`: its adapter acts from the thinking's "
         "last token on, merged weights would act on every token and change the thinking\n"
         f"hint: take the base, and serve {folder}/stages/1-key/adapter beside it as activated "
-        "LoRA, where a server has that; `sftkey generate` and the README's lines switch by "
-        "themselves"
+        "LoRA, where a server has that; `sftkey generate` and the lines in docs/library.md switch "
+        "by themselves"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the README shows is what comes: the tokens of the demo, the script of a plain trainer."""
+"""What README and docs show is what comes: the tokens of the demo, the script of a trainer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from sftkey.study.summary import summarize
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+HELP = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
 FOLDER = '"out"'
 RESULTS = sorted(file.parent for file in ROOT.glob("recipes/*/results/*/results.json"))
 
 
-def test_the_readmes_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_docs_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     """Run as it stands (but on the CPU, and once), it trains on the key of its row and no more."""
-    section = README.partition("### In a trainer of your own\n")[2]
+    section = LIBRARY.partition("## In a trainer of your own\n")[2]
     script = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     assert script.count(FOLDER) == 1
     here = f"{str(tmp_path)!r}, use_cpu=True, bf16=False, max_steps=1, report_to='none'"
@@ -50,14 +52,21 @@ def test_the_readmes_row_is_the_demos(capsys: pytest.CaptureFixture[str]) -> Non
     assert example in capsys.readouterr().out
 
 
+def test_the_demos_figures_are_the_same_on_both_pages() -> None:
+    """The README's table has the figures of docs/does-it-help.md, row by row."""
+    rows = re.findall(r"^\| (?:base model|stage \d|instead).*$", README, re.MULTILINE)
+    assert len(rows) == 4
+    assert all(f"\n{row}\n" in HELP for row in rows)
+
+
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
-def test_the_readmes_results_are_those_of_the_files(folder: Path) -> None:
+def test_the_docs_results_are_those_of_the_files(folder: Path) -> None:
     """Its tables are what `sftkey study STUDY.yaml --report FOLDER` makes of the cells."""
     results = read_results_file(folder / "results.json")
     study = load_study(folder.parent.parent / f"study-{folder.name}.yaml")
     again = summarize(read_cells(folder), study.control, study.arms)
     assert list(_leaves(again.model_dump())) == list(map(_about, _leaves(results.model_dump())))
-    assert table(results, folder.name) in README
+    assert table(results, folder.name) in HELP
 
 
 def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
