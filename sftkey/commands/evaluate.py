@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftkey.commands.terminal import stdout_console
-from sftkey.errors import JudgeError, RunError
-from sftkey.evaluation.stage import grade_stage, refuse_unready_judge
-from sftkey.recipe.load import load_recipe
+from sftkey.pipeline import evaluate_run, evaluated_recipe
 
 if TYPE_CHECKING:
     from sftkey.training.run import Run
@@ -32,35 +30,12 @@ def evaluate(
         SFTKeyError: The folder is no run, or the file doesn't hold one answer a question.
         JudgeError: The judge can't be asked; raised after all is graded by the rule and printed.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise RunError(
-            str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"
-        )
-    recipe = load_recipe(folder / "recipe.yaml")
-    names = ["base", *(each.name for each in recipe.stages)]
-    if stage is not None and stage not in names:
-        raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {stage!r}")
-    if (generations is None) != (stage is None):
-        raise RunError(
-            str(folder),
-            "expected --generations and --stage together; got one without the other",
-            f"the stages are {', '.join(names)}",
-        )
-    refuse_unready_judge(recipe)
+    evaluated_recipe(folder, generations, stage)  # a wrong call is told before torch is imported
     from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()
-    from sftkey.training.run import start
-
-    run = start(recipe, folder)
-    failures = []
-    with run.progress:
-        for name in run.stages(train=False) if stage is None else [stage]:
-            try:
-                grade_stage(run, name, generations)
-            except JudgeError as error:
-                failures.append(error)
+    run, failures = evaluate_run(folder, generations, stage)
     print_table(run, alpha)
     if failures:
         raise failures[0]

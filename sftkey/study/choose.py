@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,8 @@ class StudyChoices:
         folder.parent.mkdir(parents=True, exist_ok=True)
         open_run(recipe, folder)
         take_over(Ledger(folder, recipe))
-        run = start(recipe, folder, read=lambda recipe: self._few_rows(choice, recipe))
-        run.grade = grade
+        rows = partial(self._few_rows, choice)
+        run = start(recipe, folder, read=rows, grade=grade)
         run.answers.asked = {recipe.stages[-1].name} if by_answers else ()
         try:
             with run.progress:

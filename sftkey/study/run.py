@@ -168,8 +168,7 @@ class StudyRun:
         self._refuse_changed(cell)
         open_run(cell.recipe, folder)
         take_over(Ledger(folder, cell.recipe))
-        run = start(cell.recipe, folder, read=self.rows)
-        run.grade, run.measures_gradients = grade, True
+        run = start(cell.recipe, folder, read=self.rows, grade=grade, measures_gradients=True)
         run.answers.asked = {BASE, cell.last}
         base, own = self._base(run, cell), run.ledger.generations(BASE)
         if base.exists() and not own.exists():

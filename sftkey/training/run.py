@@ -102,7 +102,7 @@ class Run:
         prepared: The rows.
         progress: What the person sees.
         packs: The training rows, packed, for the stages that read packs.
-        reports: What the hall wants of each stage's model beside its answers.
+        reports: Each makes what writes something more of each stage's model than its answers.
         grade: Tells whether an answer is right, for stages over the model's own thinking.
         measures_gradients: Whether the ledger is to say how strongly each segment pulls.
     """
@@ -113,9 +113,9 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     progress: RunProgress
+    grade: Grader
     packs: Dataset | None = None
-    reports: Sequence[StageReport] = ()
-    grade: Grader | None = None
+    reports: Sequence[Callable[[Run], StageReport]] = ()
     measures_gradients: bool = False
 
     @cached_property
@@ -156,7 +156,7 @@ class Run:
                 self._train(number, model if model is not None else self._load(number))
             model = None
             release_memory()
-            wanted = [self.answers, *(self.reports if train else ())]
+            wanted = [self.answers, *(make(self) for make in self.reports if train)]
             missing = [report for report in wanted if report.missing(record.name)]
             if missing:
                 model = self._load(number + 1)
@@ -182,7 +182,6 @@ class Run:
         rows = stage_rows(self.recipe, stage, self.prepared.train, self.packs)
         if stage.thinking == "own":
             folder = self.ledger.stage_folder(number)
-            assert self.grade is not None, "the hall hands it in"
             rows = make_own_rows(
                 self.recipe, stage, self.prepared, model, folder, self.progress, self.grade
             )
@@ -239,6 +238,10 @@ def start(
     folder: Path,
     fresh: bool = False,
     read: Callable[[Recipe], Prepared] = read_rows,
+    *,
+    grade: Grader,
+    reports: Sequence[Callable[[Run], StageReport]] = (),
+    measures_gradients: bool = False,
 ) -> Run:
     """Read the data and open the run folder; no weights are loaded yet.
 
@@ -249,7 +252,10 @@ def start(
         recipe: What is asked.
         folder: The run folder.
         fresh: Move a run that lies there aside, under a new name.
-        read: Gives the rows; the hall hands in the gate, which reads them and may refuse the run.
+        read: Gives the rows; `require_trainable` reads them and may refuse the run.
+        grade: As in `Run`, like what follows.
+        reports: What is written of each stage's model beside its answers.
+        measures_gradients: Whether the gradient of each segment is measured before each stage.
 
     Raises:
         SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
@@ -275,7 +281,18 @@ def start(
     if ledger.main:
         write_json(ledger.folder / "data.json", prepared.counts)
     progress = make_progress(ledger, device, prepared, packs)
-    return Run(recipe, ledger, device, prepared.renderer.tokenizer, prepared, progress, packs)
+    return Run(
+        recipe,
+        ledger,
+        device,
+        prepared.renderer.tokenizer,
+        prepared,
+        progress,
+        grade,
+        packs,
+        reports,
+        measures_gradients,
+    )
 
 
 def make_progress(

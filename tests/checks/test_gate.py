@@ -25,6 +25,7 @@ from sftkey.data.prepare import prepare_splits
 from sftkey.data.response import Example
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import CheckError, RecipeError
+from sftkey.evaluation.grading import grade
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import read_rows, start
 
@@ -709,7 +710,7 @@ def test_training_reads_its_rows_once(
     monkeypatch.setattr("sftkey.checks.gate.prepare_splits", counted)
     monkeypatch.setattr(sftkey.training.run, "prepare", None)
     recipe = load_recipe(recipe_of(), ["trainer.learning_rate=1"])
-    run = start(recipe, tmp_path / "runs" / "tiny", read=require_trainable)
+    run = start(recipe, tmp_path / "runs" / "tiny", read=require_trainable, grade=grade)
     assert len(times) == 1
     assert len(run.prepared.train) == 5
     assert capsys.readouterr().err.startswith(

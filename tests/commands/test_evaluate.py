@@ -13,6 +13,7 @@ import sftkey.training.stage_model
 from sftkey.commands.evaluate import evaluate
 from sftkey.commands.train import train
 from sftkey.errors import RunError
+from sftkey.evaluation.grading import grade
 from sftkey.evaluation.stage import note_thinking
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import start
@@ -117,7 +118,7 @@ def test_training_says_what_each_stage_did_to_the_thinking(
 
 def test_without_questions_the_losses_alone_are_told(run: Path) -> None:
     """A run that nobody asked anything still says that the thinking's loss rose."""
-    started = start(load_recipe(run / "recipe.yaml"), run)
+    started = start(load_recipe(run / "recipe.yaml"), run, grade=grade)
     started.ledger.stages[0].validation = {"start": {"thinking": 1.5}, "end": {"thinking": 1.501}}
     (run / "evaluation" / "key.json").unlink()
     with pytest.MonkeyPatch.context() as patch:

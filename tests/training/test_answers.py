@@ -74,8 +74,7 @@ def trained_rows(
 
     monkeypatch.setattr(module, "make_trainer", keep)
     loaded = load_recipe(recipe)
-    run = start(loaded, folder / loaded.name)
-    run.grade = grade
+    run = start(loaded, folder / loaded.name, grade=grade)
     list(run.stages())
     return run, rows
 
@@ -168,7 +167,7 @@ def test_a_killed_writing_goes_on_where_it_stopped(
     """What was written is not written again, and the same thinkings come out."""
     sections = {"eval": {"num_questions": 2, "max_new_tokens": 4, "batch_size": 5}}
     recipe = load_recipe(tiny_recipe(stages=[own()], **sections))
-    whole = start(recipe, tmp_path / "whole")
+    whole = start(recipe, tmp_path / "whole", grade=grade)
     model = whole._load(0)
 
     def thinkings(folder: Path) -> dict[int, Generation]:
@@ -204,7 +203,7 @@ def test_empty_thinking_asks_for_a_yes(
 ) -> None:
     """The run stops before such a stage, with all that was trained kept."""
     recipe = load_recipe(tiny_recipe(stages=[FIRST, own()]))
-    run = start(recipe, tmp_path / "run")
+    run = start(recipe, tmp_path / "run", grade=grade)
     file = tmp_path / "run" / "diagnosis" / "completion.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"own_thinking_is_empty": empty, "num_rows": 8}))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from sftkey.evaluation.grading import grade
 from sftkey.training.run import start
 from tests.support.families import FAMILIES
 from tests.support.recipe_rows import loaded
@@ -73,7 +74,7 @@ def test_recipe_runs_on_its_architecture(
     """Quantized or not, as the recipe says, both stages train and every stage answers."""
     save_tiny_model(name, tmp_path)
     recipe = loaded(f"{name}.yaml", tmp_path, monkeypatch, FEW_STEPS)
-    run = start(recipe, tmp_path / "run")
+    run = start(recipe, tmp_path / "run", grade=grade)
     assert list(run.stages()) == ["base", "completion", "key"]
     for record in run.ledger.stages:
         (log,) = run.ledger.folder.glob(f"stages/*-{record.name}/log.jsonl")

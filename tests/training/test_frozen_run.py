@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from sftkey.data.response import Segment
 from sftkey.errors import ModelError
+from sftkey.evaluation.grading import grade
 from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
@@ -117,7 +118,7 @@ def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> 
     save_file({name: each + 1 for name, each in load_file(file).items()}, file)
     (run.ledger.folder / "evaluation" / "key.jsonl").unlink()
     with pytest.raises(ModelError) as error:
-        list(start(run.recipe, run.ledger.folder).stages())
+        list(start(run.recipe, run.ledger.folder, grade=grade).stages())
     now = str(error.value).split("they are ")[1].split(" ")[0]
     assert str(error.value) == (
         f"{run.ledger.adapter(1)}: trained on the context of stages/1-completion/adapter with "

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
+from sftkey.evaluation.grading import grade
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
 from sftkey.training.checkpoints import newest_whole, seal
@@ -26,7 +27,7 @@ MakeRecipe = Callable[..., Path]
 def done(recipe: Path, runs: Path, *overrides: str, fresh: bool = False) -> Run:
     """Run all stages of a recipe."""
     loaded = load_recipe(recipe, overrides)
-    run = start(loaded, runs / loaded.name, fresh)
+    run = start(loaded, runs / loaded.name, fresh, grade=grade)
     list(run.stages())
     return run
 
@@ -132,7 +133,7 @@ def test_the_same_command_again_trains_nothing(
     """A finished run is read, not repeated: not even a model is loaded."""
     recipe, runs = again
     monkeypatch.setattr("sftkey.training.stage_model.load_model", None)
-    run = start(load_recipe(recipe), runs / "tiny")
+    run = start(load_recipe(recipe), runs / "tiny", grade=grade)
     assert list(run.stages()) == ["base", "completion", "key"]
 
 
@@ -143,7 +144,7 @@ def test_a_changed_recipe_is_refused_and_fresh_moves_the_old_run_aside(
     recipe, runs = again
     changes = ("trainer.max_steps=3", "stages.key.loss_on=answer")
     with pytest.raises(RunError) as caught:
-        start(load_recipe(recipe, changes), runs / "tiny")
+        start(load_recipe(recipe, changes), runs / "tiny", grade=grade)
     assert str(caught.value) == (
         f"{runs}/tiny: 2 problems\n"
         "  trainer.max_steps: was 4 when this run began; got 3\n"
@@ -238,7 +239,7 @@ def test_nothing_of_a_trainer_stays_between_stages(tiny_recipe: MakeRecipe, tmp_
         return len(parameters), len(optimizers)
 
     before = living()
-    run = start(load_recipe(tiny_recipe()), tmp_path / "runs" / "tiny")
+    run = start(load_recipe(tiny_recipe()), tmp_path / "runs" / "tiny", grade=grade)
     alive = [tuple(a - b for a, b in zip(living(), before, strict=True)) for _ in run.stages()]
     num_parameters, _ = alive[0]  # base and adapter, loaded to write the base model's answers
     assert num_parameters > 0
@@ -341,7 +342,7 @@ def test_an_evaluation_strategy_without_validation_rows_is_refused(
     """Otherwise transformers would evaluate on whatever rows it was given."""
     overrides = ("data.validation=null", "stages.key.trainer.eval_strategy=steps")
     with pytest.raises(RecipeError) as caught:
-        start(load_recipe(tiny_recipe(), overrides), tmp_path / "runs" / "tiny")
+        start(load_recipe(tiny_recipe(), overrides), tmp_path / "runs" / "tiny", grade=grade)
     assert str(caught.value) == (
         "tiny: 1 problem\n"
         "  stages.key.trainer.eval_strategy: 'steps' needs validation rows; got none\n"
@@ -371,7 +372,7 @@ def test_a_run_folder_without_permission_is_refused(
     recipe = load_recipe(tiny_recipe())
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(RunError) as caught:
-        start(recipe, tmp_path / "runs" / "tiny")
+        start(recipe, tmp_path / "runs" / "tiny", grade=grade)
     assert str(caught.value) == (
         f"{tmp_path}/runs/tiny: expected a folder that can be written; got 'Permission denied'\n"
         "hint: free the folder, or run where you may write"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sftkey.evaluation.comparison import ThinkingChange, thinking_change
+from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
 from sftkey.recipe.load import load_recipe
@@ -31,7 +32,7 @@ def arm(folder: Path, context: str) -> tuple[Run, ThinkingChange]:
     """Train the key behind a first stage that both arms share; say what became of the thinking."""
     first = "{name: completion, loss_on: completion}"
     stages = f"stages=[{first}, {{name: key, context: {context}, {KEY}}}]"
-    run = start(load_recipe(DEMO, (*SHORT, stages)), folder / context)
+    run = start(load_recipe(DEMO, (*SHORT, stages)), folder / context, grade=grade)
     take_over(run.ledger)
     run.answers.asked = ("completion", "key")  # the base model's are nobody's here
     for name in run.stages():

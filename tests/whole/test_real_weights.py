@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from sftkey.evaluation.grading import grade
 from sftkey.models.packaged import packaged_folder
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
@@ -35,7 +36,7 @@ def smollm2() -> Path:
 
 def answers(folder: Path, name: str, *overrides: str) -> tuple[Run, list[dict[str, Any]]]:
     """Train one short stage, and give what it answered."""
-    run = start(load_recipe(DEMO, (*SHORT, *overrides)), folder / name)
+    run = start(load_recipe(DEMO, (*SHORT, *overrides)), folder / name, grade=grade)
     assert list(run.stages()) == ["base", "completion"]
     text = run.ledger.generations("completion").read_text()
     return run, [json.loads(line) for line in text.splitlines()]
@@ -82,7 +83,7 @@ def test_a_base_model_learns_to_stop_where_the_end_of_turns_row_is_trained(
 def test_the_demo_runs_both_stages_in_nf4(tmp_path: Path) -> None:
     """The demo's own recipe, cut short: the losses fall, and the stages hand over."""
     overrides = ("data.num_rows=400", "trainer.max_steps=6", "eval.num_questions=4")
-    run = start(load_recipe(DEMO, overrides), tmp_path / "demo")
+    run = start(load_recipe(DEMO, overrides), tmp_path / "demo", grade=grade)
     assert list(run.stages()) == ["base", "completion", "key"]
     first, second = (record.validation for record in run.ledger.stages)
     assert first["end"]["thinking"] < first["start"]["thinking"] - 0.5
