@@ -15,7 +15,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FACE = {
+_FACE: dict[str, tuple[str, ...]] = {
     "errors": (
         *("CheckError", "DataError", "DeviceError", "FrameError", "JudgeError", "ModelError"),
         *("RecipeError", "RunError", "SFTKeyError"),
@@ -24,13 +24,18 @@ _FACE = {
     "recipe.schema": ("Recipe", "ResponseSection"),
     "data.response": ("Example", "Response", "Segment"),
     "data.labels": ("labels_for",),
-    "data.renderer": ("Renderer", "probe_renderer"),
-    "data.tokenization": ("tokenize",),
+    "data.renderer": ("Renderer",),
+    "data.prepare": ("tokenize",),
     "data.collator": ("KeyCollator",),
     "training.losses": ("token_losses",),
     "training.trainer": ("KeyTrainer",),
     "evaluation.grading": ("grade",),
+    "checks.gate": ("check_recipe",),
+    "diagnosis.run": ("diagnose_model",),
+    "pipeline": ("evaluate_run", "train_recipe"),
 }
+# A name that its module uses for something of its own is another there.
+_THERE = {"tokenize": "dataset_of"}
 _MODULES = {name: module for module, names in _FACE.items() for name in names}
 __all__ = sorted(_MODULES)
 
@@ -43,7 +48,7 @@ def __getattr__(name: str) -> Any:
     """
     if name not in _MODULES:
         raise AttributeError(f"module 'sftkey' has no attribute {name!r}")
-    return getattr(import_module(f"sftkey.{_MODULES[name]}"), name)
+    return getattr(import_module(f"sftkey.{_MODULES[name]}"), _THERE.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -157,8 +157,18 @@ def with_plan(
     return dataclasses.replace(report, findings=(*report.findings, *findings)), found
 
 
-def gate(recipe: Recipe) -> Report:
-    """Find what the planning wing finds, and what keeps graders from reading and judging."""
+def check_recipe(recipe: Recipe) -> Report:
+    """Find all that is wrong with a recipe and its rows, as `sftkey check` and `train` do.
+
+    No weights are loaded. What can't be read is a finding too, so nothing is raised for it.
+
+    Args:
+        recipe: A recipe of right form, from `load_recipe`.
+
+    Returns:
+        `findings`, of which `refusals` keep the recipe from being trained; `statistics`; and
+        `prepared`, the rows, where they could be made.
+    """
     from sftkey.checks.findings import of_error, of_rows
     from sftkey.evaluation.stage import refuse_unready_judge
 
@@ -198,7 +208,7 @@ def require_trainable(recipe: Recipe) -> Prepared:
     """
     from accelerate import PartialState
 
-    report = gate(recipe)
+    report = check_recipe(recipe)
     if PartialState().is_main_process:
         for finding in report.findings:
             if not finding.refuses:

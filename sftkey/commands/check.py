@@ -58,9 +58,9 @@ def check(
     if plan_only and gpu is not None:
         check_plan(recipe, overrides, gpu, as_json)
         return
-    from sftkey.checks.gate import gate, with_plan
+    from sftkey.checks.gate import check_recipe, with_plan
 
-    report, found = gate(checked), None
+    report, found = check_recipe(checked), None
     if gpu is not None:
         report, found = with_plan(report, recipe, overrides, gpu)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,8 +12,11 @@ import torch
 from datasets import Dataset
 
 from sftkey.data.labels import IGNORED, PADDING, labels_for, weights_by_segment
-from sftkey.errors import DataError, RecipeError
+from sftkey.errors import DataError, ModelError, RecipeError
 from sftkey.recipe.schema import Recipe, StageSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKEN_COLUMNS = ["input_ids", "segment_ids"]  # what a pack holds of its rows
 
@@ -111,7 +114,8 @@ class KeyCollator:
     anew keep their rows apart, provided that the model gets neither a mask nor a cache.
 
     Args:
-        pad_token_id: Fills up short rows. It may be the id of the end of turn.
+        pad_token_id: Fills up short rows: an id, which may be the end of turn's, or the tokenizer
+            that has it.
         loss_on: `completion`, `key`, `answer`, or weights by segment or group.
         pad_to_multiple_of: Lengthen the batch to a multiple of so many tokens.
         for_key_trainer: Also give `segment_ids` and `loss_weights`, which sftkey's trainer reads.
@@ -124,6 +128,7 @@ class KeyCollator:
         `position_ids` in place of the mask, and their padding is a row of its own.
 
     Raises:
+        ModelError: The tokenizer has no padding token.
         RecipeError: Weights other than 0 and 1 without sftkey's trainer.
 
     >>> rows = [
@@ -146,13 +151,14 @@ class KeyCollator:
     (['input_ids', 'position_ids', 'labels'], tensor([[0, 1, 2, 3, 4, 0, 1, 2]]))
     """
 
-    pad_token_id: int
+    pad_token_id: int | PreTrainedTokenizerBase
     loss_on: str | Mapping[str, float] = "key"
     pad_to_multiple_of: int | None = None
     for_key_trainer: bool = False
     one_line: bool = False
 
     def __post_init__(self) -> None:
+        self._fill = _fill_id(self.pad_token_id)
         if not self.for_key_trainer and not {0.0, 1.0}.issuperset(weights_by_segment(self.loss_on)):
             raise RecipeError(
                 "KeyCollator",
@@ -171,7 +177,7 @@ class KeyCollator:
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = _padded([row["input_ids"] for row in rows], length, self.pad_token_id)
+        input_ids = _padded([row["input_ids"] for row in rows], length, self._fill)
         segment_ids = _padded([row["segment_ids"] for row in rows], length, PADDING)
         labels, weights = labels_for(input_ids, segment_ids, self.loss_on)
         if packed:
@@ -186,6 +192,17 @@ class KeyCollator:
         if self.for_key_trainer:
             batch |= {"segment_ids": segment_ids, "loss_weights": weights}
         return batch
+
+
+def _fill_id(given: int | PreTrainedTokenizerBase) -> int:
+    """Return the id that fills up rows."""
+    if isinstance(given, int):
+        return given
+    number = given.pad_token_id
+    if not isinstance(number, int):
+        what = f"expected a tokenizer with a padding token, got {given.name_or_path} without one"
+        raise ModelError("KeyCollator", what, "set tokenizer.pad_token = tokenizer.eos_token")
+    return number
 
 
 def _positions(packs: Sequence[Sequence[int]], length: int) -> torch.Tensor:

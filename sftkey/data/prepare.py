@@ -28,7 +28,7 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.splits import NUM_SHOWN, Splits, load_splits
-from sftkey.data.tokenization import Refusal, Row, fit, refuse_long, tokenize_batches
+from sftkey.data.tokenization import Refusal, Row, fit, refuse_long, tokenize, tokenize_batches
 from sftkey.errors import DataError, Problem, RecipeError
 from sftkey.files import cache_folder, write_json
 from sftkey.recipe.schema import DataSection, Recipe
@@ -83,6 +83,31 @@ def _sources() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def dataset_of(examples: Sequence[Example], renderer: Renderer) -> Dataset:
+    """Tokenize examples to the rows of a data set, which `KeyCollator` makes batches of.
+
+    Args:
+        examples: Prompt, thinking and answer of each; rows have their order.
+        renderer: Of the model's tokenizer: `Renderer.read(tokenizer)`.
+
+    Returns:
+        `input_ids` and `segment_ids`, (T,) token ids and values of `Segment`, and `index`.
+
+    Raises:
+        DataError: Examples can't be a row; it names each by its place, from 0, and says why.
+        FrameError: The template drops or raises on a system message.
+    """
+    made = tokenize(examples, renderer)
+    problems = [
+        Problem(f"examples[{place}]", row.reason)
+        for place, row in enumerate(made)
+        if isinstance(row, Refusal)
+    ]
+    if problems:
+        raise DataError("examples", problems)
+    return Dataset(pa.Table.from_pylist([vars(row) for row in made], schema=SCHEMA))
 
 
 ROWS, ABOUT = "rows.arrow", "about.json"

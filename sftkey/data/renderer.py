@@ -14,12 +14,11 @@ from jinja2 import TemplateError
 
 from sftkey.data.response import Response
 from sftkey.errors import FrameError
+from sftkey.recipe.schema import ResponseSection
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-    from sftkey.recipe.schema import ResponseSection
 
 
 Messages = Sequence[Mapping[str, str]]
@@ -225,6 +224,25 @@ class Renderer:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     kind: Literal["chat", "plain"] = "chat"
     bos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def read(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        response: ResponseSection | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Renderer:
+        """Return the renderer of a tokenizer and its chat template.
+
+        Args:
+            tokenizer: A fast tokenizer.
+            response: The completion's tags; default a recipe's.
+            chat_template_kwargs: Handed to the template: `{"enable_thinking": False}`, for one.
+
+        Raises:
+            FrameError: The tokenizer or its template can't carry the response.
+        """
+        return probe_renderer(tokenizer, response or ResponseSection(), chat_template_kwargs)
 
     def prompt_text(self, prompt: str | Sequence[Mapping[str, str]]) -> str:
         """Give the text that inference feeds, up to where the model begins to write.

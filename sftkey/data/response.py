@@ -42,7 +42,7 @@ class Example:
     prompt: str | tuple[dict[str, str], ...]
     thinking: str
     answer: str
-    index: int
+    index: int = 0
 
 
 @dataclass(frozen=True)

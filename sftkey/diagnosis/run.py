@@ -61,6 +61,25 @@ def look(
     return found, recommend(found)
 
 
+def diagnose_model(
+    model: str, data: str, num_rows: int = NUM_ROWS
+) -> tuple[ConditionFigures, Recommendation]:
+    """Tell what limits a model's answers, without a recipe, as `sftkey diagnose MODEL` does.
+
+    Args:
+        model: A hub id, a folder, or `pypi:PACKAGE==VERSION`.
+        data: Rows: a file, a folder, a hub id or a built-in name.
+        num_rows: Rows that are asked at most.
+
+    Returns:
+        The figures of the three conditions, and what they speak for.
+
+    Raises:
+        SFTKeyError: The model or its rows can't be used.
+    """
+    return look(_foreign(model, data, num_rows))
+
+
 def _chosen(
     target: str, overrides: Sequence[str], data: str | None, stage: str | None, num_rows: int
 ) -> Callable[[], Subject]:

@@ -96,7 +96,7 @@ class KeyTrainer(SFTTrainer):
             model=model,
             args=args,
             data_collator=KeyCollator(
-                tokenizer.pad_token_id,
+                tokenizer,
                 loss_on,
                 multiple,
                 for_key_trainer=True,

@@ -14,7 +14,7 @@ import pytest
 import sftkey.training.stage_model
 from sftkey.checks.findings import Finding, Report
 from sftkey.checks.gate import _rows_report as check
-from sftkey.checks.gate import gate as gate_of
+from sftkey.checks.gate import check_recipe as gate_of
 from sftkey.checks.gate import require_trainable
 from sftkey.checks.mask_proof import Proof
 from sftkey.checks.masks import judged_findings

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import sftkey.training.stage_model
-from sftkey.checks.gate import gate
+from sftkey.checks.gate import check_recipe
 from sftkey.commands.evaluate import evaluate
 from sftkey.commands.study import study
 from sftkey.commands.train import train
@@ -488,7 +488,7 @@ def test_what_a_judge_lacks_here_is_said_before_anything_is_done(
     with pytest.raises(RecipeError) as caught:
         evaluate(run.folder)
     assert str(caught.value) == what
-    (finding,) = gate(load_recipe(run.recipe)).refusals
+    (finding,) = check_recipe(load_recipe(run.recipe)).refusals
     assert (finding.code, f"{finding.message}\nhint: {finding.hint}") == ("recipe", what)
     assert server.asked == []
 

@@ -6,10 +6,13 @@ import doctest
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import sftkey
+from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +40,53 @@ def test_reading_a_recipe_loads_no_torch() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_examples_become_rows_that_train_on_the_key(tiny_folder: Path) -> None:
+    """Renderer, rows and collator need no recipe; the rows have what any `Dataset` has."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    renderer = sftkey.Renderer.read(tokenizer)
+    rows = sftkey.tokenize([sftkey.Example("2 + 2?", "2 and 2 make 4.", "4")], renderer)
+    assert rows.column_names == ["input_ids", "segment_ids", "index"]
+    labels = sftkey.KeyCollator(tokenizer, loss_on="key")(list(rows))["labels"][0]
+    by_id = sftkey.KeyCollator(tokenizer.pad_token_id, loss_on="key")(list(rows))["labels"][0]
+    assert labels.tolist() == by_id.tolist()
+    assert tokenizer.decode(labels[labels != -100]) == "\n<Answer>\n4\n</Answer><|im_end|>"
+
+
+def test_examples_that_give_no_row_are_all_named(tiny_folder: Path) -> None:
+    """No example is dropped without a word: each has its place and its reason."""
+    renderer = sftkey.Renderer.read(AutoTokenizer.from_pretrained(tiny_folder))
+    examples = [sftkey.Example("2 + 2?", "so", text) for text in ("<|im_end|>", "4", "<|im_end|>")]
+    with pytest.raises(sftkey.DataError, match="special token") as refused:
+        sftkey.tokenize(examples, renderer)
+    assert [each.where for each in refused.value.problems] == ["examples[0]", "examples[2]"]
+
+
+def test_a_tokenizer_without_padding_is_refused(tiny_folder: Path) -> None:
+    """The collator says what to set before any batch is made."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.pad_token = None
+    with pytest.raises(sftkey.ModelError, match="expected a tokenizer with a padding token") as it:
+        sftkey.KeyCollator(tokenizer)
+    assert it.value.hint == "set tokenizer.pad_token = tokenizer.eos_token"
+
+
+def test_a_recipe_is_checked_trained_evaluated_and_its_model_diagnosed(
+    tiny_folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """What the commands compute is returned, and stdout stays empty."""
+    file = write_recipe(tmp_path, tiny_folder)
+    recipe = sftkey.load_recipe(file)
+    assert sftkey.check_recipe(recipe).refusals == []
+    run = sftkey.train_recipe(recipe, tmp_path / "run")
+    assert [stage.status for stage in run.ledger.stages] == ["trained", "trained"]
+    again, failures = sftkey.evaluate_run(tmp_path / "run")
+    assert (again.ledger.folder, failures) == (tmp_path / "run", [])
+    figures, verdict = sftkey.diagnose_model(str(tiny_folder), str(tmp_path / "rows.jsonl"), 3)
+    assert figures.num_rows == 3
+    assert verdict.sentence
+    assert capfd.readouterr().out == ""
 
 
 def test_the_doctest_holds() -> None:
