@@ -51,6 +51,8 @@ class GroupedByLength(LengthGroupedSampler):
 class KeyTrainer(SFTTrainer):
     """Trains one stage: the loss of a step is Σ wₜ·NLLₜ / Σ wₜ over its whole batch.
 
+    `token_weights` is the one method to override for other weights.
+
     The sums go over all micro-batches of an accumulated step and all processes, so that the way
     in which a batch is cut never changes the loss (Eq. 1 and Eq. 4 of arXiv 2512.21017, with a
     weight for each token).
@@ -130,12 +132,30 @@ class KeyTrainer(SFTTrainer):
         weights = inputs.pop("loss_weights")[:, 1:]
         losses = self._losses(model, inputs, segment_ids)
         self._count(losses.detach(), segment_ids, weights)
-        if self.loss == "dft":
-            losses = losses * torch.exp(-losses.detach())
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        losses = losses.view(-1, *weights.shape)  # of several copies of the batch
+        # What isn't trained, a pack's first token too, belongs to no segment.
+        trained = segment_ids[:, 1:].masked_fill(weights == 0, PADDING)
+        weighted = losses * self.token_weights(trained, losses.detach())
         # The processes' gradients are averaged, but their losses are parts of one sum.
-        weighted = losses.view(-1, *weights.shape) * weights  # of several copies of the batch
         return weighted.sum() / total * self.accelerator.num_processes
+
+    def token_weights(self, segment_ids: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """Return the weight of each token's loss; override it to try a weighting of your own.
+
+        The weighted losses are summed over the step, and divided by the sum of the weights that
+        `loss_on` gives to its tokens, whatever this method returns: as with `loss: dft`.
+
+        Args:
+            segment_ids: (B, T - 1) the `Segment` of each trained token, -1 where none is trained.
+            losses: (N, B, T - 1) nats, without gradient; N is 1 but for several key adapters.
+
+        Returns:
+            (B, T - 1), or (N, B, T - 1); 0 where no token is trained.
+        """
+        by_segment = (*self.segment_weights, 0.0)  # PADDING = -1 finds the last entry
+        weights = torch.tensor(by_segment, dtype=torch.float32, device=losses.device)[segment_ids]
+        return weights * torch.exp(-losses) if self.loss == "dft" else weights
 
     def _losses(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor

@@ -160,6 +160,32 @@ def test_loss_is_the_weighted_mean_over_the_whole_step(
     assert training_lines(trainer)[0]["loss"] == pytest.approx((above / below).item(), rel=EQUAL)
 
 
+class FocusedTrainer(KeyTrainer):
+    """Trains the answer's tokens by how badly they are known, and nothing else."""
+
+    def token_weights(self, segment_ids: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        return (segment_ids == Segment.ANSWER) * (1 - torch.exp(-losses))
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_subclass_weighs_tokens_as_it_likes(
+    tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    """The loss is Σ vₜ·NLLₜ / Σ wₜ: v is the method's, w is that of `loss_on`, over the step."""
+    rows = made_rows(len(tiny_tokenizer)).select(range(4))
+    above, below = torch.tensor(0.0), 0
+    for row, losses in zip(rows, direct_losses(tiny_model, rows), strict=True):
+        segments = torch.tensor(row["segment_ids"][1:])
+        of_answer = losses[segments == Segment.ANSWER]
+        above = above + (of_answer * (1 - torch.exp(-of_answer))).sum()
+        below += int((segments >= Segment.ANSWER_TAG).sum())
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    args = config(tmp_path, **settings)
+    trainer = FocusedTrainer(tiny_model, args, "key", tiny_tokenizer, rows, rows)
+    trainer.train()
+    assert training_lines(trainer)[0]["loss"] == pytest.approx((above / below).item(), rel=EQUAL)
+
+
 @pytest.mark.usefixtures("in_float64")
 def test_completion_equals_completion_only_loss_of_trl(tiny_tokenizer: Any, tmp_path: Path) -> None:
     """`loss_on: completion` takes the very steps of TRL's `completion_only_loss`."""
