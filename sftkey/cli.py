@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from sftkey.commands.terminal import log_to_stderr
 from sftkey.errors import SFTKeyError
 
 app = typer.Typer(
@@ -244,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report who uses them otherwise
+    log_to_stderr()
     try:
         app([word for word in words if word != "--debug"], prog_name="sftkey")
     except SFTKeyError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sftkey.memory_plan.plan import Fit
 
 
+LOGGER = logging.getLogger("sftkey")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -201,7 +202,7 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
 
 
 def require_trainable(recipe: Recipe) -> Prepared:
-    """Give the rows of a recipe that may be trained; what is worth knowing goes to stderr.
+    """Give the rows of a recipe that may be trained; what is worth knowing is logged.
 
     Raises:
         CheckError: Something refuses the recipe; it holds every finding that does.
@@ -212,7 +213,7 @@ def require_trainable(recipe: Recipe) -> Prepared:
     if PartialState().is_main_process:
         for finding in report.findings:
             if not finding.refuses:
-                print(f"note: {finding}", file=sys.stderr)
+                LOGGER.warning("%s", finding)
     if report.refusals or report.prepared is None:
         problems = [Problem(finding.code, str(finding)) for finding in report.refusals]
         raise CheckError(recipe.name, problems)

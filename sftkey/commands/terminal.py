@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -16,16 +17,32 @@ def stdout_console() -> Console:
     return Console(width=width, markup=False, highlight=False)
 
 
+class StderrHandler(logging.Handler):
+    """Prints what sftkey logs: a warning of the gate's as a note, the rest as it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line, to the stderr of this moment."""
+        note = "note: " if record.levelno >= logging.WARNING else ""
+        print(f"{note}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def log_to_stderr() -> None:
+    """Let a command show what the library logs; a second call changes nothing."""
+    logger = logging.getLogger("sftkey")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(each, StderrHandler) for each in logger.handlers):
+        logger.addHandler(StderrHandler())
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice off a run's progress; their warnings stay."""
-    import logging as standard
     import warnings
 
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     # On a CPU bitsandbytes advises to install a package that then asks the hub at run time.
-    standard.getLogger("bitsandbytes.backends.cpu.ops").setLevel(standard.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL switches gradient checkpointing on by its old name, which transformers reports.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 

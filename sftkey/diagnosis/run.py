@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -190,7 +190,7 @@ def _foreign(target: str, data: str, num_rows: int) -> Subject:
 
     foreign = read_foreign(target, data, SEED)
     for line in foreign.chosen:
-        print(f"{target}: {line}", file=sys.stderr)
+        logging.getLogger("sftkey").info("%s: %s", target, line)
     model = load_model(foreign.section, choose_device(foreign.section))
     chosen = drawn(len(foreign.rows), num_rows, SEED)
     renderer, stops = foreign.renderer, model.generation_config.eos_token_id

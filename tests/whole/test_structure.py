@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,27 @@ def test_no_import_is_circular() -> None:
     assert cycles(graph(PACKAGE)) == []
 
 
+def printing(root: Path) -> list[str]:
+    """List where a module below the commands prints, or ends the process.
+
+    `training/log.py` shows a run's progress with rich, which is no `print`.
+    """
+    found = []
+    for module, file in modules(root).items():
+        if module.split(".")[1:2] in (["commands"], ["cli"]):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if call in ("print", "exit", "sys.exit"):
+                found.append(f"{module}: {call}")
+    return sorted(found)
+
+
+def test_only_commands_print_and_exit() -> None:
+    """Whoever imports the library gets objects and errors, and a logger to listen to."""
+    assert printing(PACKAGE) == []
+
+
 def test_there_is_no_utils() -> None:
     """Everything has a place that says what it is for."""
     names = {file.stem for file in modules(PACKAGE).values()}
@@ -160,7 +182,7 @@ def crooked(tmp_path: Path) -> Path:
         "__init__.py": "",
         "recipe.py": "def load():\n    from sftkey.models import load\n",
         "models.py": "import torch\nfrom sftkey import recipe\n",
-        "utils.py": "if True:\n    import torch\n",
+        "utils.py": "if True:\n    import torch\n    print(1)\n    sys.exit(2)\n",
         "train.py": "from sftkey.models import load\n",
         "cli.py": "def ls():\n    import torch\n\ntry:\n    import yaml\nfinally:\n    pass\n",
         "long.py": "def long():\n" + "    pass\n" * 300,
@@ -178,6 +200,7 @@ def test_the_checkers_fail_on_a_crooked_package(crooked: Path) -> None:
         "sftkey.recipe imports models",
         "sftkey.utils: not in the list",
     ]
+    assert printing(crooked) == ["sftkey.utils: print", "sftkey.utils: sys.exit"]
     assert cycles(graph(crooked)) == [
         ["sftkey.models", "sftkey.recipe", "sftkey.models"],
         ["sftkey.recipe", "sftkey.models", "sftkey.recipe"],
