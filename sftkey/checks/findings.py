@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sftkey.data.splits import NUM_SHOWN
+from sftkey.data.refused import NUM_SHOWN, numbered
 from sftkey.errors import SFTKeyError
 
 if TYPE_CHECKING:
@@ -76,10 +76,3 @@ def of_rows(
 ) -> Finding:
     """Make a finding on rows; the message counts them all and names the first."""
     return Finding(code, tuple(rows[:NUM_SHOWN]), f"{what}: {numbered(rows)}", hint, refuses)
-
-
-def numbered(rows: Sequence[int], count: int | None = None) -> str:
-    """Count rows and name the first: `25 rows, 0, 1, …`."""
-    count = len(rows) if count is None else count
-    names = [str(row) for row in rows[:NUM_SHOWN]] + ["…"] * (count > len(rows[:NUM_SHOWN]))
-    return ", ".join([f"{count} row" + "s" * (count != 1), *names])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from sftkey.checks.findings import Finding, numbered, of_rows
+from sftkey.checks.findings import Finding, of_rows
+from sftkey.data.refused import left_out
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.splits import Splits
@@ -17,43 +18,6 @@ from sftkey.recipe.schema import DataSection
 
 THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Reason:
-    """A reason why rows are left out: how it reads, its code, and the recipe's key that allows it.
-
-    Args:
-        pattern: Found in the reason's text.
-        code: The finding's.
-        key: Of the `data` section; with the value `error` the finding refuses.
-        hint: What to do about such rows.
-    """
-
-    pattern: str
-    code: str
-    key: str
-    hint: str
-
-
-UNSPLIT_HINT = "mend these rows; data.unsplit_rows: drop leaves them out"
-REASONS = (
-    Reason("^prompt also in", "overlap", "overlap", "data.overlap: drop leaves these rows out"),
-    Reason(
-        "^longer than",
-        "too-long",
-        "too_long",
-        "raise data.max_length; data.too_long: drop leaves these rows out, trim_thinking shortens "
-        "their thinking",
-    ),
-    Reason("^the answer is empty", "no-key", "unsplit_rows", UNSPLIT_HINT),
-    Reason("holds the text of the special", "special-token-text", "unsplit_rows", UNSPLIT_HINT),
-    Reason("^the ids do not begin with", "prefix", "unsplit_rows", UNSPLIT_HINT),
-    Reason("^the chat template raises", "template", "unsplit_rows", UNSPLIT_HINT),
-    Reason("^the end of turn", "end-of-turn", "unsplit_rows", UNSPLIT_HINT),
-    Reason("^a special token arises", "unknown-character", "unsplit_rows", UNSPLIT_HINT),
-    Reason("", "unusable", "unsplit_rows", UNSPLIT_HINT),
-)
 
 
 def lenient(data: DataSection) -> DataSection:
@@ -67,15 +31,11 @@ def dropped_findings(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[
 
     Args:
         data: The recipe's section.
-        dropped: By "split: reason", `count` and the first `rows`, as `Prepared.counts` has them.
+        dropped: By "split: reason", as `Prepared.counts` has them.
     """
-    for where, counted in dropped.items():
-        text = where.partition(": ")[2]
-        reason = next(each for each in REASONS if re.search(each.pattern, text))
-        refuses = getattr(data, reason.key) == "error"
-        message = f"{where}: {numbered(counted['rows'], counted['count'])}"
-        rows = tuple(counted["rows"])
-        yield Finding(reason.code, rows, message, reason.hint if refuses else None, refuses)
+    for each in left_out(data, dropped):
+        message = f"{each.split}: {each.what}"
+        yield Finding(each.code, each.rows, message, each.hint, each.hint is not None)
 
 
 def frame_findings(renderer: Renderer) -> Iterator[Finding]:

@@ -17,7 +17,16 @@ FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
 
 
 class RowError(ValueError):
-    """One row can't be used; `make_examples` counts it."""
+    """One row can't be used; `make_examples` counts it.
+
+    Args:
+        reason: Why, for people.
+        code: The kind of reason, for programs.
+    """
+
+    def __init__(self, reason: str, code: str = "unusable") -> None:
+        self.code = code
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -163,10 +172,14 @@ Parts = tuple[Any, str, str]
 
 @dataclass(frozen=True)
 class Unsplit:
-    """A row that gives no example, with the reason; `index` is its place in the source, from 0."""
+    """A row that gives no example, with the reason; `index` is its place in the source, from 0.
+
+    `code` names the kind of reason, for programs.
+    """
 
     index: int
     reason: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -201,11 +214,11 @@ def make_examples(
         except RowError as error:
             outcomes = [error]
         for outcome in outcomes:
-            fault = str(outcome) if isinstance(outcome, RowError) else _fault(outcome, data.system)
-            if fault or isinstance(outcome, RowError):
-                loaded.unsplit.append(Unsplit(index, str(fault)))
+            try:
+                prompt, thinking, answer = _usable(outcome, data.system)
+            except RowError as error:
+                loaded.unsplit.append(Unsplit(index, str(error), error.code))
                 continue
-            prompt, thinking, answer = outcome
             if data.system is not None:
                 prompt = ({"role": "system", "content": data.system}, *_as_messages(prompt))
             loaded.examples.append(Example(prompt, thinking, answer, index))
@@ -335,20 +348,27 @@ def _as_messages(prompt: Any) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
 
 
-def _fault(parts: Parts, system: str | None) -> str | None:
-    """Say why this can't be trained on; None if it can."""
-    prompt, thinking, answer = parts
+def _usable(outcome: Parts | RowError, system: str | None) -> Parts:
+    """Return what can be trained on.
+
+    Raises:
+        RowError: It can't.
+    """
+    if isinstance(outcome, RowError):
+        raise outcome
+    prompt, thinking, answer = outcome
     messages = _as_messages(prompt)
     if not any(message["content"].strip() for message in messages):
-        return "the prompt is empty"
+        raise RowError("the prompt is empty")
     if not answer.strip():
-        return "the answer is empty"
+        raise RowError("the answer is empty", "no-key")
     if messages[-1]["role"] not in ("user", "tool"):
-        return f"the answer follows a message of the role {messages[-1]['role']!r}, not a user's"
+        role = messages[-1]["role"]
+        raise RowError(f"the answer follows a message of the role {role!r}, not a user's")
     if system is not None and messages[0]["role"] == "system":
-        return "`data.system` is set, but the row has a system message of its own"
+        raise RowError("`data.system` is set, but the row has a system message of its own")
     try:
         "".join([thinking, answer, *(message["content"] for message in messages)]).encode()
-    except UnicodeEncodeError:
-        return "half of a surrogate pair, which is no text"
-    return None
+    except UnicodeEncodeError as error:
+        raise RowError("half of a surrogate pair, which is no text") from error
+    return outcome

@@ -25,9 +25,10 @@ from datasets import Dataset
 
 from sftkey import __version__
 from sftkey.data.labels import weights_by_segment
+from sftkey.data.refused import NUM_SHOWN, refuse_left_out
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
-from sftkey.data.splits import NUM_SHOWN, Splits, load_splits
+from sftkey.data.splits import Splits, load_splits
 from sftkey.data.tokenization import Refusal, Row, fit, refuse_long, tokenize, tokenize_batches
 from sftkey.errors import DataError, Problem, RecipeError
 from sftkey.files import cache_folder, write_json
@@ -128,13 +129,13 @@ class CachedRows:
     """What became of examples; places count in them from 0.
 
     Args:
-        refused: Place and reason of each example that gave no row.
+        refused: Place, reason and code of each example that gave no row.
         long: Place and tokens of each row that was longer than the recipe allows.
         trimmed: The places of those that were shortened.
         tokens: The number of tokens in the rows by segment.
     """
 
-    refused: list[tuple[int, str]]
+    refused: list[tuple[int, str, str]]
     long: list[tuple[int, int]]
     trimmed: list[int]
     tokens: dict[str, int]
@@ -241,7 +242,7 @@ def _note(
         if isinstance(before, Row) and len(before.input_ids) > max_length:
             outcome.long.append((place, len(before.input_ids)))
         if isinstance(after, Refusal):
-            outcome.refused.append((place, after.reason))
+            outcome.refused.append((place, after.reason, after.code))
         elif after is not before:
             outcome.trimmed.append(place)
 
@@ -282,8 +283,8 @@ class Prepared:
         validation: The same columns; None where the recipe names no validation rows.
         test: Examples to answer; their prompts become ids with `Renderer.prompt_ids`.
         renderer: What stands around each completion.
-        counts: JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count` and
-            the first 20 `rows`; `tokens` by split and segment.
+        counts: JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count`, the
+            first 20 `rows` and, of what was dropped, `code`; `tokens` by split and segment.
         refusals: The rows of train and validation that were dropped here.
         validation_examples: Those that the rows of `validation` were made from, in their order.
         train_examples: The same of `train`.
@@ -309,7 +310,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
     """Load the recipe's data and tokenize what is trained and validated on.
 
     Raises:
-        DataError: The data can't be read or split as the recipe says, or no rows are left.
+        DataError: The data can't be read or split as the recipe says, a row can't be tokenized and
+            the recipe doesn't let such rows drop, or no rows are left.
         FrameError: The tokenizer or its template can't carry the response.
     """
     renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
@@ -321,7 +323,8 @@ def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepar
     """Tokenize what is trained and validated on, of rows that are loaded already.
 
     Raises:
-        DataError: No rows are left, or a stage finds nothing to train in them.
+        DataError: A row can't be tokenized and the recipe doesn't let such rows drop, no rows are
+            left, or a stage finds nothing to train in them.
         FrameError: The template drops or raises on a system message.
     """
     counts: dict[str, Any] = {"dropped": splits.dropped(), "trimmed": {}, "tokens": {}}
@@ -335,9 +338,10 @@ def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepar
             rows, outcome = _fitted_rows(examples, renderer, recipe.data)
             refused = _count_outcome(outcome, examples, recipe.data, name, counts)
             datasets[name], counts[name] = rows, len(rows)
-            places = {place for place, _ in outcome.refused}
+            places = {place for place, _, _ in outcome.refused}
             kept[name] = [each for place, each in enumerate(examples) if place not in places]
             refusals += refused
+    refuse_left_out(recipe.data, counts["dropped"])
     counts["test"] = len(splits.test)
     _check_stages(recipe, counts["tokens"]["train"])
     train, validation = datasets["train"], datasets["validation"]
@@ -366,9 +370,14 @@ def _count_outcome(
     counts: dict[str, Any],
 ) -> list[Refusal]:
     """Count what was dropped or trimmed, and give the refused rows."""
-    refusals = [Refusal(examples[n].index, reason, split) for n, reason in outcome.refused]
+    refusals = [
+        Refusal(examples[place].index, reason, code, split)
+        for place, reason, code in outcome.refused
+    ]
     for refusal in refusals:
-        _count(counts["dropped"], f"{split}: {refusal.reason}", refusal.index)
+        where = f"{split}: {refusal.reason}"
+        _count(counts["dropped"], where, refusal.index)
+        counts["dropped"][where]["code"] = refusal.code
     for place in outcome.trimmed:
         reason = f"{split}: longer than {data.max_length} tokens"
         _count(counts["trimmed"], reason, examples[place].index)
@@ -376,7 +385,8 @@ def _count_outcome(
     if len(refusals) == len(examples):
         reasons = Counter(refusal.reason for refusal in refusals).most_common()
         listed = "; ".join(f"{reason} ({count} of {len(examples)})" for reason, count in reasons)
-        hint = "raise data.max_length" if "longer than" in listed else None
+        too_long = any(refusal.code == "too-long" for refusal in refusals)
+        hint = "raise data.max_length" if too_long else None
         raise DataError(data.source, f"no rows are left in {split}: {listed}", hint)
     return refusals
 

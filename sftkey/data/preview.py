@@ -90,7 +90,7 @@ def _refused(prepared: Prepared) -> list[Refusal]:
     for where, counted in prepared.counts["dropped"].items():
         split, _, reason = where.partition(": ")
         refused += [
-            Refusal(index, reason, split)
+            Refusal(index, reason, counted["code"], split)
             for index in counted["rows"]
             if (split, index) not in known
         ]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftkey.data.examples import Loaded, Turns, Unsplit
+from sftkey.data.refused import NUM_SHOWN, numbered
 from sftkey.data.response import Example
 from sftkey.data.sources import MADE, has_splits, load_examples, with_defaults
 from sftkey.errors import DataError, Problem
 from sftkey.recipe.schema import DataSection
 
-NUM_SHOWN, NUM_LISTED = 20, 5  # row numbers in counts; lines in an error
+NUM_LISTED = 5  # lines in an error
 Amount = int | float | str | None
 
 
@@ -22,8 +23,9 @@ Amount = int | float | str | None
 class Splits:
     """The examples of each split, in source order, and what was dropped.
 
-    `counts` is JSON: `rows` (by split) and `dropped`, a list of `{split, reason, num_rows, rows}`,
-    where `rows` holds the first 20 row numbers, from 0.
+    `counts` is JSON: `rows` (by split) and `dropped`, a list of
+    `{split, reason, code, num_rows, rows}`, where `rows` holds the first 20 row numbers, from 0,
+    and `code` names the kind of reason.
     """
 
     train: list[Example]
@@ -32,9 +34,13 @@ class Splits:
     counts: dict[str, Any]
 
     def dropped(self) -> dict[str, Any]:
-        """Give what was dropped by "split: reason", with `count` and the first `rows`."""
+        """Give what was dropped by "split: reason", with `count`, the first `rows` and `code`."""
         return {
-            f"{item['split']}: {item['reason']}": {"count": item["num_rows"], "rows": item["rows"]}
+            f"{item['split']}: {item['reason']}": {
+                "count": item["num_rows"],
+                "rows": item["rows"],
+                "code": item["code"],
+            }
             for item in self.counts["dropped"]
         }
 
@@ -101,10 +107,10 @@ def _check_unsplit(loaded: Loaded, data: DataSection, split: str) -> list[dict[s
             if loaded.examples
             else "no row can be used; rows count from 0",
         )
-    reasons: dict[str, list[int]] = {}
+    reasons: dict[tuple[str, str], list[int]] = {}
     for row in loaded.unsplit:
-        reasons.setdefault(row.reason, []).append(row.index)
-    return [_dropped(split, reason, rows) for reason, rows in reasons.items()]
+        reasons.setdefault((row.reason, row.code), []).append(row.index)
+    return [_dropped(split, reason, code, rows) for (reason, code), rows in reasons.items()]
 
 
 def _listed(unsplit: Sequence[Unsplit]) -> str:
@@ -115,10 +121,11 @@ def _listed(unsplit: Sequence[Unsplit]) -> str:
     return "".join(lines)
 
 
-def _dropped(split: str, reason: str, rows: Sequence[int]) -> dict[str, Any]:
+def _dropped(split: str, reason: str, code: str, rows: Sequence[int]) -> dict[str, Any]:
     return {
         "split": split,
         "reason": reason,
+        "code": code,
         "num_rows": len(rows),
         "rows": list(rows[:NUM_SHOWN]),
     }
@@ -200,21 +207,19 @@ def _without_overlap(
             else:
                 kept[name].append(example)
         owners |= {key: owners.get(key, name) for key in keys}
-        repeated += [_dropped(name, f"prompt also in {o}", rows) for o, rows in also.items()]
+        repeated += [
+            _dropped(name, f"prompt also in {owner}", "overlap", rows)
+            for owner, rows in also.items()
+        ]
     if repeated and data.overlap == "error":
         problems = [
-            Problem(item["split"], f"{item['reason']}: {_rows(item['num_rows'])}, {_numbers(item)}")
+            Problem(item["split"], f"{item['reason']}: {numbered(item['rows'], item['num_rows'])}")
             for item in repeated
         ]
         raise DataError(
             data.source, problems, hint="rows count from 0; `data.overlap: drop` drops these rows"
         )
     return {name: kept[name] for name in splits}, repeated
-
-
-def _numbers(item: dict[str, Any]) -> str:
-    rows = [str(row) for row in item["rows"]]
-    return ", ".join(rows + ["…"] * (item["num_rows"] > len(rows)))
 
 
 def _rows(count: int) -> str:

@@ -111,11 +111,27 @@ class Row:
 
 @dataclass
 class Refusal:
-    """A row that can't be used: its place in source order, why, and the split it was meant for."""
+    """A row that can't be used.
+
+    Args:
+        index: Its place in source order.
+        reason: Why, for people.
+        code: The kind of reason, for programs.
+        split: The split that it was meant for.
+    """
 
     index: int
     reason: str
+    code: str = "unusable"
     split: str = ""
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Why a row can't be used: see `Refusal`."""
+
+    reason: str
+    code: str = "unusable"
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,7 @@ def tokenize_batches(
     """
     num_threads = _num_cores()
     batches = (examples[n : n + BATCH_SIZE] for n in range(0, len(examples), BATCH_SIZE))
-    waiting: deque[tuple[Sequence[Example], list[_Text | str], Future[_Encoded]]] = deque()
+    waiting: deque[tuple[Sequence[Example], list[_Text | _Fault], Future[_Encoded]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for batch in batches:
             written = [_write(example, renderer) for example in batch]
@@ -176,7 +192,7 @@ def _num_cores() -> int:
 
 def _rows(
     examples: Sequence[Example],
-    written: Sequence[_Text | str],
+    written: Sequence[_Text | _Fault],
     encoded: Future[_Encoded],
     renderer: Renderer,
 ) -> list[Row | Refusal]:
@@ -185,21 +201,22 @@ def _rows(
     rows: list[Row | Refusal] = []
     for example, text in zip(examples, written, strict=True):
         outcome = (
-            text if isinstance(text, str) else _row(text, next(prompts), next(wholes), renderer)
+            text if isinstance(text, _Fault) else _row(text, next(prompts), next(wholes), renderer)
         )
-        if isinstance(outcome, str):
-            rows.append(Refusal(example.index, outcome))
+        if isinstance(outcome, _Fault):
+            rows.append(Refusal(example.index, outcome.reason, outcome.code))
         else:
             rows.append(Row(*outcome, example.index))
     return rows
 
 
-def _write(example: Example, renderer: Renderer) -> _Text | str:
+def _write(example: Example, renderer: Renderer) -> _Text | _Fault:
     """Give the texts of a row, or why there are none."""
     for name, text in _texts(example, renderer):
         token = renderer.special_pattern.search(text)
         if token:
-            return f"the {name} holds the text of the special token {token[0]!r}"
+            what = f"the {name} holds the text of the special token {token[0]!r}"
+            return _Fault(what, "special-token-text")
     try:
         prompt = renderer.prompt_text(example.prompt)
     except FrameError as error:
@@ -207,7 +224,7 @@ def _write(example: Example, renderer: Renderer) -> _Text | str:
             raise
         if any(message["role"] == "system" for message in example.prompt):
             raise
-        return error.problems[0].what
+        return _Fault(error.problems[0].what, "template")
     pieces = renderer.response.pieces(example.thinking, example.answer)
     return _Text(
         prompt,
@@ -227,11 +244,11 @@ def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
 
 def _row(
     text: _Text, prompt: Encoding, whole: Encoding, renderer: Renderer
-) -> tuple[list[int], list[int]] | str:
+) -> tuple[list[int], list[int]] | _Fault:
     """Give ids and segments of a row, or why there are none."""
     lost = renderer.lost_character(text.rest)
     if lost:
-        return f"the completion holds {lost!r}, which the tokenizer would lose"
+        return _Fault(f"the completion holds {lost!r}, which the tokenizer would lose")
     prompt_ids, ids = prompt.ids, whole.ids
     start = len(prompt_ids)
     tokens = Tokens(ids[start:], whole, start)
@@ -243,9 +260,10 @@ def _row(
     if changed or swallowed or renderer.lost_character(text.prompt):
         apart = _apart(text, prompt_ids, None if swallowed else ids, renderer)
         if apart is None:
-            return (
+            return _Fault(
                 "the ids do not begin with the prompt's, "
-                "and the rest tokenized apart decodes to another text"
+                "and the rest tokenized apart decodes to another text",
+                "prefix",
             )
         tokens, pieces = apart, text.pieces
     fault = _fault(tokens, pieces, renderer)
@@ -273,24 +291,28 @@ def _apart(
     return None
 
 
-def _fault(tokens: Tokens, pieces: Sequence[tuple[Segment, str]], renderer: Renderer) -> str | None:
+def _fault(
+    tokens: Tokens, pieces: Sequence[tuple[Segment, str]], renderer: Renderer
+) -> _Fault | None:
     """Tell what is wrong with the special tokens behind the prompt, if anything is."""
     length = sum(len(text) for _, text in pieces)
     ids, token = tokens.ids, renderer.end_token
     if not ids or ids[-1] != renderer.end_id:
-        return f"the end of turn {token!r} is not the last token"
+        return _Fault(f"the end of turn {token!r} is not the last token", "end-of-turn")
     if tokens.span(len(ids) - 1) != (length - len(token), length):
-        return f"the end of turn {token!r} swallows white space before it"
+        what = f"the end of turn {token!r} swallows white space before it"
+        return _Fault(what, "end-of-turn")
     special = list(filter(renderer.special_lengths.__contains__, ids))
     if special != renderer.written_special_ids:
-        return "a special token arises that nobody wrote: a character is unknown to the tokenizer"
+        what = "a special token arises that nobody wrote: a character is unknown to the tokenizer"
+        return _Fault(what, "unknown-character")
     place = -1
     for number in special:
         place = ids.index(number, place + 1)
         start, stop = tokens.span(place)
         if stop - start != renderer.special_lengths[number]:
             swallowing = renderer.tokenizer.convert_ids_to_tokens(number)
-            return f"the special token {swallowing!r} swallows white space beside it"
+            return _Fault(f"the special token {swallowing!r} swallows white space beside it")
     return None
 
 
@@ -329,7 +351,7 @@ def fit(
     for place, row in enumerate(rows):
         if isinstance(row, Row) and len(row.input_ids) > max_length:
             if too_long == "drop":
-                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens")
+                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens", "too-long")
             else:
                 fitted[place] = _trim(row, examples[place], renderer, max_length)
     return fitted
@@ -357,7 +379,8 @@ def _trim(row: Row, example: Example, renderer: Renderer, max_length: int) -> Ro
     thinking = example.thinking
     while len(row.input_ids) > max_length:
         if not thinking:
-            return Refusal(row.index, f"longer than {max_length} tokens even without thinking")
+            what = f"longer than {max_length} tokens even without thinking"
+            return Refusal(row.index, what, "too-long")
         spans = renderer.encode([thinking])[0].offsets
         kept = max(len(spans) - (len(row.input_ids) - max_length), 0)
         cut = spans[kept][0] if spans else 0

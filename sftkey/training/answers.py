@@ -141,9 +141,9 @@ def own_rows(
     trim = recipe.data.too_long == "trim_thinking"
     rows, outcome = tokenized_rows(examples, prepared.renderer, recipe.data.max_length, trim=trim)
     if len(rows) == 0:
-        reason, _ = Counter(reason for _, reason in outcome.refused).most_common(1)[0]
+        reason, _ = Counter(reason for _, reason, _ in outcome.refused).most_common(1)[0]
         raise _none_left(stage, reason)
-    return rows, dict(Counter(reason for _, reason in outcome.refused))
+    return rows, dict(Counter(reason for _, reason, _ in outcome.refused))
 
 
 def _none_left(stage: StageSection, reason: str) -> DataError:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from sftkey.checks.gate import gate
+from sftkey.commands.diagnose import diagnose
 from sftkey.commands.show import show
+from sftkey.commands.train import train
+from sftkey.errors import CheckError, DataError
+from sftkey.recipe.load import load_recipe
+from sftkey.training.run import read_rows
 
 
 @pytest.fixture
@@ -66,3 +72,55 @@ def test_a_stop_that_nobody_published_is_said(
         f"note: {tmp_path}/weightless: stop not verified: no generation config says whether "
         "'<|im_end|>' (2) stops generation\n    hint: other engines need eos_token_id: 2\n"
     )
+
+
+@pytest.fixture
+def with_special(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    """Make a recipe over four rows, of which the second holds a special token."""
+    rows = [{"prompt": f"Q{n}", "thinking": "a", "answer": str(n)} for n in range(4)]
+    rows[1]["answer"] = "<|im_end|>"
+    file = tmp_path / "these.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny_recipe(data={"source": str(file)})
+
+
+def test_every_command_refuses_the_rows_that_training_refuses(
+    with_special: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What check says of a row, train, show, diagnose and evaluate say in the same words."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(with_special)
+    (finding,) = gate(recipe).refusals
+    assert finding.message == (
+        "train: the answer holds the text of the special token '<|im_end|>': 1 row, 1"
+    )
+    with pytest.raises(CheckError) as caught:
+        train(with_special)
+    assert str(caught.value) == f"tiny: 1 problem\n  special-token-text: {finding}"
+    readers: list[Callable[[], object]] = [
+        lambda: show(with_special),
+        lambda: diagnose(str(with_special)),
+        lambda: read_rows(recipe),  # evaluate's
+    ]
+    for read in readers:
+        with pytest.raises(DataError) as refused:
+            read()
+        assert str(refused.value) == (
+            f"{recipe.data.source}: 1 problem\n  {finding.message}\nhint: {finding.hint}"
+        )
+
+
+def test_rows_that_may_drop_are_the_same_everywhere(
+    with_special: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the recipe lets the row drop, show says why, and the gate hands on the others."""
+    drop = ["data.unsplit_rows=drop"]
+    show(with_special, drop, num_rows=9, as_json=True)
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    reason = "the answer holds the text of the special token '<|im_end|>'"
+    assert [row.get("refused") for row in shown] == [None, reason, None, None]
+    recipe = load_recipe(with_special, drop)
+    gated = gate(recipe).prepared
+    assert gated is not None
+    assert gated.train.to_dict() == read_rows(recipe).train.to_dict()
+    assert gated.train["index"] == [0, 2, 3]

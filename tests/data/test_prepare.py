@@ -78,9 +78,11 @@ def test_validation_may_be_missing(prepared: Write) -> None:
 def test_refused_rows_are_counted_by_reason(prepared: Write) -> None:
     """What can't be a row is dropped with its reason and number, and all the rest is trained."""
     odd = {"prompt": "Q", "thinking": "a <|im_end|>", "answer": "7"}
-    done = prepared([odd, *ROWS[:3], odd | {"prompt": "R"}])
+    done = prepared([odd, *ROWS[:3], odd | {"prompt": "R"}], "data.unsplit_rows=drop")
     reason = "train: the thinking holds the text of the special token '<|im_end|>'"
-    assert done.counts["dropped"] == {reason: {"count": 2, "rows": [0, 4]}}
+    assert done.counts["dropped"] == {
+        reason: {"count": 2, "rows": [0, 4], "code": "special-token-text"}
+    }
     assert [(row.index, row.split) for row in done.refusals] == [(0, "train"), (4, "train")]
     assert done.train["index"] == [1, 2, 3]
 
@@ -88,15 +90,17 @@ def test_refused_rows_are_counted_by_reason(prepared: Write) -> None:
 def test_counts_show_twenty_rows(prepared: Write) -> None:
     """The count is whole, the list of numbers short."""
     odd = [{"prompt": f"R{n}", "thinking": "<|im_end|>", "answer": "7"} for n in range(25)]
-    (entry,) = prepared([*odd, *ROWS]).counts["dropped"].values()
-    assert entry == {"count": 25, "rows": list(range(20))}
+    (entry,) = prepared([*odd, *ROWS], "data.unsplit_rows=drop").counts["dropped"].values()
+    assert entry == {"count": 25, "rows": list(range(20)), "code": "special-token-text"}
 
 
 def test_splits_own_drops_are_counted_too(prepared: Write) -> None:
     """Rows without a key that the recipe allows to be dropped stand beside the others."""
     empty = {"prompt": "E", "thinking": "a", "answer": ""}
     done = prepared([*ROWS, empty], "data.unsplit_rows=drop")
-    assert done.counts["dropped"] == {"train: the answer is empty": {"count": 1, "rows": [9]}}
+    assert done.counts["dropped"] == {
+        "train: the answer is empty": {"count": 1, "rows": [9], "code": "no-key"}
+    }
 
 
 def test_rows_without_a_key_are_refused(prepared: Write) -> None:
@@ -118,7 +122,7 @@ def test_long_rows_are_dropped_or_trimmed(prepared: Write) -> None:
     entry = {"count": 2, "rows": [7, 8]}
     reason = f"train: longer than {length} tokens"
     dropped = prepared(ROWS, f"data.max_length={length}")
-    assert dropped.counts["dropped"] == {reason: entry}
+    assert dropped.counts["dropped"] == {reason: entry | {"code": "too-long"}}
     assert dropped.train.num_rows == 7
     trimmed = prepared(ROWS, f"data.max_length={length}", "data.too_long=trim_thinking")
     assert trimmed.counts["trimmed"] == {reason: entry}

@@ -101,7 +101,9 @@ def test_rows_are_those_of_tokenizing_all_at_once(
     segments = [segment for row in kept for segment in row.segment_ids]
     assert list(outcome.tokens.values()) == [segments.count(number) for number in range(5)]
     assert [tuple(each) for each in outcome.refused] == [
-        (place, row.reason) for place, row in enumerate(fitted) if isinstance(row, Refusal)
+        (place, row.reason, row.code)
+        for place, row in enumerate(fitted)
+        if isinstance(row, Refusal)
     ]
     lengths = [len(row.input_ids) if isinstance(row, Row) else 0 for row in whole]
     assert [tuple(each) for each in outcome.long] == [
@@ -122,7 +124,7 @@ def test_second_start_reads(renderer: Renderer, folder: Path, made_batches: list
     assert contents(first) == contents(second)
     rows, outcome = second
     assert [row["index"] for row in rows] == [4, 6]
-    assert [place for place, _ in outcome.refused] == [1, 2]
+    assert [place for place, _, _ in outcome.refused] == [1, 2]
     (entry,) = folder.iterdir()
     assert rows.cache_files == [{"filename": str(entry / "rows.arrow")}]
 

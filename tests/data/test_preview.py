@@ -44,7 +44,7 @@ def made_recipe(
             lines = (json.dumps(row) + "\n" for row in ROWS)
             (tmp_path / f"{name}.jsonl").write_text("".join(lines).replace("Q", name))
         section = {"source": str(tmp_path / "six.jsonl"), **data}
-        recipe = load_recipe(tiny_recipe(data=section, stages=STAGES))
+        recipe = load_recipe(tiny_recipe(data=section, stages=STAGES), ["data.unsplit_rows=drop"])
         return recipe, prepare(recipe, tiny_tokenizer, need_test=False)
 
     return make
@@ -117,7 +117,9 @@ def test_statistics(made_recipe: Any) -> None:
     numbers = statistics(recipe, prepared)
     assert json.loads(json.dumps(numbers)) == numbers
     assert numbers["rows"] == {"train": 4, "validation": 1, "test": 0}
-    assert list(numbers["dropped"].values()) == [{"count": 1, "rows": [1]}]
+    assert list(numbers["dropped"].values()) == [
+        {"count": 1, "rows": [1], "code": "special-token-text"}
+    ]
     tokens = numbers["tokens"]["train"]
     key = tokens["ANSWER_TAG"] + tokens["ANSWER"] + tokens["END"]
     shares = numbers["loss_share"]

@@ -190,12 +190,14 @@ def test_rows_that_cannot_be_split_are_refused_or_counted(tmp_path: Path) -> Non
             {
                 "split": "train",
                 "reason": "the answer is empty",
+                "code": "no-key",
                 "num_rows": 13,
                 "rows": list(range(0, 25, 2)),
             },
             {
                 "split": "train",
                 "reason": "`answer` is null",
+                "code": "unusable",
                 "num_rows": 12,
                 "rows": list(range(1, 25, 2)),
             },
@@ -228,9 +230,27 @@ def test_prompts_in_two_splits_are_refused_or_dropped(tmp_path: Path) -> None:
     splits = load(train, overlap="drop", **named)
     assert indices(splits) == {"train": [2, 3], "validation": [1, 2], "test": [0, 1]}
     assert splits.counts["dropped"] == [
-        {"split": "validation", "reason": "prompt also in test", "num_rows": 1, "rows": [0]},
-        {"split": "train", "reason": "prompt also in validation", "num_rows": 1, "rows": [0]},
-        {"split": "train", "reason": "prompt also in test", "num_rows": 2, "rows": [1, 4]},
+        {
+            "split": "validation",
+            "reason": "prompt also in test",
+            "code": "overlap",
+            "num_rows": 1,
+            "rows": [0],
+        },
+        {
+            "split": "train",
+            "reason": "prompt also in validation",
+            "code": "overlap",
+            "num_rows": 1,
+            "rows": [0],
+        },
+        {
+            "split": "train",
+            "reason": "prompt also in test",
+            "code": "overlap",
+            "num_rows": 2,
+            "rows": [1, 4],
+        },
     ]
 
 

@@ -138,7 +138,7 @@ def test_bos_is_set_once_before_plain_prompts() -> None:
 def test_special_token_text_is_refused(example: tuple[str, str, str], reason: str) -> None:
     """Text that would become a special token is refused by name, and other rows go on."""
     rows = tokenize([Example(*example, 4), Example("Q", "", "7", 5)], framed("unigram", "chatml"))
-    assert rows[0] == Refusal(4, reason)
+    assert rows[0] == Refusal(4, reason, "special-token-text")
     assert isinstance(rows[1], Row)
 
 
@@ -174,7 +174,9 @@ def test_unknown_character_is_refused() -> None:
     renderer = probe_renderer(tokenizer, PLAIN)
     assert tokenize([Example("Q", "三", "7", 0)], renderer) == [
         Refusal(
-            0, "a special token arises that nobody wrote: a character is unknown to the tokenizer"
+            0,
+            "a special token arises that nobody wrote: a character is unknown to the tokenizer",
+            "unknown-character",
         )
     ]
 
@@ -219,7 +221,9 @@ def test_end_that_swallows_white_space_is_refused() -> None:
     """A blank at the answer's end that the end of turn takes in would be lost."""
     renderer = swallowing(lstrip=True)
     rows = tokenize([Example("Q", "x", "7 ", 0), Example("Q", "x", "7", 1)], renderer)
-    assert rows[0] == Refusal(0, "the end of turn '<|end|>' swallows white space before it")
+    assert rows[0] == Refusal(
+        0, "the end of turn '<|end|>' swallows white space before it", "end-of-turn"
+    )
     assert isinstance(rows[1], Row)
 
 
@@ -227,7 +231,7 @@ def test_end_that_melts_into_the_answer_is_refused() -> None:
     """A token that is one only between blanks is none behind a letter."""
     renderer = swallowing(single_word=True)
     rows = tokenize([Example("Q", "x", "7", 0), Example("Q", "x", "7.", 1)], renderer)
-    assert rows[0] == Refusal(0, "the end of turn '<|end|>' is not the last token")
+    assert rows[0] == Refusal(0, "the end of turn '<|end|>' is not the last token", "end-of-turn")
     assert isinstance(rows[1], Row)
 
 
@@ -280,6 +284,7 @@ def test_row_that_cannot_be_built_is_refused() -> None:
             0,
             "the ids do not begin with the prompt's, "
             "and the rest tokenized apart decodes to another text",
+            "prefix",
         )
     ]
 
@@ -291,7 +296,7 @@ def test_roles_that_the_template_raises_on_refuse_the_row() -> None:
         [Example(odd, "", "7", 0), Example("Q", "", "7", 1)], framed("unigram", "llama2")
     )
     assert rows[0] == Refusal(
-        0, "the chat template raises on a prompt of tool, user: only user and assistant"
+        0, "the chat template raises on a prompt of tool, user: only user and assistant", "template"
     )
     assert isinstance(rows[1], Row)
 

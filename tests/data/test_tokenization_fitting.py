@@ -45,7 +45,7 @@ def test_drop_refuses_long_rows(renderer: Renderer) -> None:
     assert isinstance(rows[1], Row)
     fitted = fit(rows, examples, renderer, len(rows[1].input_ids), "drop")
     longer = f"longer than {len(rows[1].input_ids)} tokens"
-    assert fitted == [Refusal(4, longer), rows[1], rows[2]]
+    assert fitted == [Refusal(4, longer, "too-long"), rows[1], rows[2]]
 
 
 def test_error_names_the_rows(renderer: Renderer) -> None:
@@ -68,7 +68,7 @@ def test_trimming_refuses_what_cannot_fit(renderer: Renderer) -> None:
     """Prompt and key alone may be too long: then the row goes, for the key is never cut."""
     rows = tokenize([LONG], renderer)
     assert fit(rows, [LONG], renderer, 10, "trim_thinking") == [
-        Refusal(4, "longer than 10 tokens even without thinking")
+        Refusal(4, "longer than 10 tokens even without thinking", "too-long")
     ]
 
 

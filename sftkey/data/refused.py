@@ -1,0 +1,91 @@
+"""Which rows that are left out refuse a recipe: one answer for reading rows and for the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sftkey.errors import DataError, Problem
+from sftkey.recipe.schema import DataSection
+
+NUM_SHOWN = 20  # row numbers in counts and messages
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What allows rows to be left out.
+
+    Args:
+        key: Of the `data` section; with the value `error` such rows refuse the recipe.
+        hint: What to do about them then.
+    """
+
+    key: str
+    hint: str
+
+
+UNSPLIT = Allowed("unsplit_rows", "mend these rows; data.unsplit_rows: drop leaves them out")
+# By the code of the rows' refusal; `unsplit_rows` decides on all others.
+OTHERS = {
+    "overlap": Allowed("overlap", "data.overlap: drop leaves these rows out"),
+    "too-long": Allowed(
+        "too_long",
+        "raise data.max_length; data.too_long: drop leaves these rows out, trim_thinking shortens "
+        "their thinking",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of one split that are left out for one reason.
+
+    Args:
+        code: Names the reason, for programs.
+        rows: The first row numbers, from 0.
+        split: The split that they were meant for.
+        what: The reason, how many rows there are, and the first numbers.
+        hint: What to do about them; None where the recipe allows them to be left out.
+    """
+
+    code: str
+    rows: tuple[int, ...]
+    split: str
+    what: str
+    hint: str | None
+
+
+def left_out(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[LeftOut]:
+    """Tell for each reason which rows are left out, and whether the recipe allows it.
+
+    Args:
+        data: The recipe's section.
+        dropped: By "split: reason", as `Prepared.counts` has them.
+    """
+    for where, counted in dropped.items():
+        split, _, reason = where.partition(": ")
+        allowed = OTHERS.get(counted["code"], UNSPLIT)
+        hint = allowed.hint if getattr(data, allowed.key) == "error" else None
+        what = f"{reason}: {numbered(counted['rows'], counted['count'])}"
+        yield LeftOut(counted["code"], tuple(counted["rows"]), split, what, hint)
+
+
+def refuse_left_out(data: DataSection, dropped: Mapping[str, Any]) -> None:
+    """Refuse rows that the recipe doesn't allow to be left out, if there are any.
+
+    Raises:
+        DataError: In the words of the gate's findings, with all reasons.
+    """
+    refused = [each for each in left_out(data, dropped) if each.hint]
+    if refused:
+        problems = [Problem(each.split, each.what) for each in refused]
+        hints = dict.fromkeys(each.hint for each in refused if each.hint)
+        raise DataError(data.source, problems, "; ".join(hints))
+
+
+def numbered(rows: Sequence[int], count: int | None = None) -> str:
+    """Count rows and name the first: `25 rows, 0, 1, …`."""
+    count = len(rows) if count is None else count
+    names = [str(row) for row in rows[:NUM_SHOWN]] + ["…"] * (count > len(rows[:NUM_SHOWN]))
+    return ", ".join([f"{count} row" + "s" * (count != 1), *names])
