@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.checks.gate import gate
+from sftkey.checks.gate import check_recipe
 from sftkey.commands.diagnose import diagnose
 from sftkey.commands.show import show
 from sftkey.commands.train import train
@@ -90,7 +90,7 @@ def test_every_command_refuses_the_rows_that_training_refuses(
     """What check says of a row, train, show, diagnose and evaluate say in the same words."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(with_special)
-    (finding,) = gate(recipe).refusals
+    (finding,) = check_recipe(recipe).refusals
     assert finding.message == (
         "train: the answer holds the text of the special token '<|im_end|>': 1 row, 1"
     )
@@ -120,7 +120,7 @@ def test_rows_that_may_drop_are_the_same_everywhere(
     reason = "the answer holds the text of the special token '<|im_end|>'"
     assert [row.get("refused") for row in shown] == [None, reason, None, None]
     recipe = load_recipe(with_special, drop)
-    gated = gate(recipe).prepared
+    gated = check_recipe(recipe).prepared
     assert gated is not None
     assert gated.train.to_dict() == read_rows(recipe).train.to_dict()
     assert gated.train["index"] == [0, 2, 3]
