@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,30 +43,87 @@ Overrides = list[str]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage needs, in bytes, with the largest batch that the recipe allows.
+    """What a stage needs on a GPU, in bytes, with the largest batch that the recipe allows.
+
+    A search for what would fit traces some ten batches, so it is made where it is asked for.
 
     Args:
-        name: The stage's.
-        context: The stage's.
-        rows: Of a batch.
-        length: Tokens of each row.
-        parts: What each part needs at the peak.
-        longest: The longest rows that fit, at so many a batch; 0: none.
-        most_rows: How many rows fit, of so many tokens; 0: none.
+        recipe: The stage's.
+        stage: The stage.
+        skeleton: The model's.
+        room: Bytes that the stage may take.
+
+    Raises:
+        CheckError: The recipe asks for something that isn't planned.
+        ModelError: The model can't be run without weights; raised by what traces it.
     """
 
-    name: str
-    context: str
-    rows: int
-    length: int
-    parts: dict[str, int]
-    longest: int
-    most_rows: int
+    recipe: Recipe
+    stage: StageSection
+    skeleton: Skeleton
+    room: int
+
+    def __post_init__(self) -> None:
+        self.setting  # noqa: B018  # what isn't planned is refused before anything is traced
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What decides over the stage's memory beside the size of its batches."""
+        return setting_of(self.recipe, self.stage, self.skeleton, "cuda")
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.stage.name
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return batch_rows(self.recipe, self.stage)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each row."""
+        return self.recipe.data.max_length
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """What each part needs at the peak."""
+        return self.parts_with(self.rows, self.length)
 
     @property
     def peak_bytes(self) -> int:
-        """Add up the parts."""
+        """The sum of the parts."""
         return sum(self.parts.values())
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest rows that fit, at so many a batch; 0: none."""
+        return LENGTH_STEP * most(
+            lambda n: self.needed(self.rows, n * LENGTH_STEP),
+            self.room,
+            self.skeleton.most_tokens // LENGTH_STEP,
+            self.length // LENGTH_STEP,
+        )
+
+    @cached_property
+    def most_rows(self) -> int:
+        """How many rows of so many tokens fit; 0: none."""
+        return most(lambda rows: self.needed(rows, self.length), self.room, MOST_ROWS, self.rows)
+
+    def parts_with(self, rows: int, length: int) -> dict[str, int]:
+        """Return the bytes of each part at the peak of a batch of some size."""
+        from sftkey.memory_plan.trace import Batch
+
+        long = trains_context(self.stage)
+        labelled = length if long else min(KEY_TOKENS, max(length - 2, 1))
+        packed = self.recipe.data.packing and self.stage.context == "exact"
+        batch = Batch(rows, length, labelled, rows > 1 or packed)
+        return parts_of(self.skeleton, self.setting, batch)
+
+    def needed(self, rows: int, length: int) -> int:
+        """Return the bytes at the peak of a batch of some size."""
+        return sum(self.parts_with(rows, length).values())
 
 
 @dataclass(frozen=True)
@@ -93,7 +151,7 @@ class Plan:
             "fits": self.fits,
             "stages": {
                 each.name: {
-                    "context": each.context,
+                    "context": each.stage.context,
                     "batch_rows": each.rows,
                     "max_length": each.length,
                     "parts": each.parts,
@@ -134,53 +192,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, gpu_bytes: int) -> Plan:
         ModelError: The model can't be run without weights.
     """
     room = gpu_bytes - RESERVED_BYTES
-    stages = (_Stage(recipe, stage, skeleton).plan(room) for stage in recipe.stages)
-    return Plan(gpu_bytes, tuple(stages))
-
-
-class _Stage:
-    """One stage of a recipe on a GPU."""
-
-    def __init__(self, recipe: Recipe, stage: StageSection, skeleton: Skeleton) -> None:
-        self.stage, self.skeleton = stage, skeleton
-        self.setting = setting_of(recipe, stage, skeleton, "cuda")
-        self.rows, self.length = batch_rows(recipe, stage), recipe.data.max_length
-        self.packed = recipe.data.packing and stage.context == "exact"
-
-    def parts(self, rows: int, length: int) -> dict[str, int]:
-        """Return the bytes of each part at the peak of a batch of some size."""
-        from sftkey.memory_plan.trace import Batch
-
-        long = trains_context(self.stage)
-        labelled = length if long else min(KEY_TOKENS, max(length - 2, 1))
-        batch = Batch(rows, length, labelled, rows > 1 or self.packed)
-        return parts_of(self.skeleton, self.setting, batch)
-
-    def needed(self, rows: int, length: int) -> int:
-        """Return the bytes at the peak of a batch of some size."""
-        return sum(self.parts(rows, length).values())
-
-    def longest(self, room: int) -> int:
-        """Return the longest rows for which so many bytes suffice."""
-        steps = self.skeleton.most_tokens // LENGTH_STEP
-        return LENGTH_STEP * most(
-            lambda n: self.needed(self.rows, n * LENGTH_STEP),
-            room,
-            steps,
-            self.length // LENGTH_STEP,
-        )
-
-    def plan(self, room: int) -> StagePlan:
-        """Return the stage's plan with so many bytes for it."""
-        return StagePlan(
-            self.stage.name,
-            self.stage.context,
-            self.rows,
-            self.length,
-            self.parts(self.rows, self.length),
-            self.longest(room),
-            most(lambda rows: self.needed(rows, self.length), room, MOST_ROWS, self.rows),
-        )
+    return Plan(gpu_bytes, tuple(StagePlan(recipe, each, skeleton, room) for each in recipe.stages))
 
 
 def parts_of(skeleton: Skeleton, setting: Setting, batch: Any) -> dict[str, int]:
@@ -255,16 +267,12 @@ def changes_that_fit(load: Load, skeleton: Skeleton, gpu_bytes: int) -> Override
     Returns:
         Overrides; none where it fits as it is, and None where all of them don't suffice.
     """
-    room = gpu_bytes - RESERVED_BYTES
-
-    def stages(recipe: Recipe) -> list[_Stage]:
-        return [_Stage(recipe, stage, skeleton) for stage in recipe.stages]
 
     def fits(recipe: Recipe) -> bool:
-        return all(each.needed(each.rows, each.length) <= room for each in stages(recipe))
+        return make_plan(recipe, skeleton, gpu_bytes).fits
 
     def longest(recipe: Recipe) -> int:
-        return min(each.longest(room) for each in stages(recipe))
+        return min(each.longest for each in make_plan(recipe, skeleton, gpu_bytes).stages)
 
     recipe = load([])
     if fits(recipe):
