@@ -7,32 +7,23 @@ from collections.abc import Mapping
 import torch
 
 from sftkey.data.response import Segment
+from sftkey.recipe.stages import GROUPS, loss_weights
 
 IGNORED = -100  # torch's cross-entropy skips labels of this value
 PADDING = -1  # the segment of a token that only fills up a batch
-
-COMPLETION = (Segment.THINKING, Segment.ANSWER_TAG, Segment.ANSWER, Segment.END)
-KEY = (Segment.ANSWER_TAG, Segment.ANSWER, Segment.END)  # everything after the thinking, Eq. 4
-GROUPS = {"completion": COMPLETION, "key": KEY}
+COMPLETION, KEY = (
+    tuple(Segment[name.upper()] for name in GROUPS[group]) for group in ("completion", "key")
+)
 
 
 def weights_by_segment(loss_on: str | Mapping[str, float]) -> tuple[float, ...]:
-    """Give the weight of each segment in the loss, by `Segment`'s number.
-
-    A group's weight goes to all of its segments; a segment that is named itself keeps its own.
+    """Return the weight of each segment in the loss, by `Segment`'s number.
 
     >>> weights_by_segment("key")
     (0.0, 0.0, 1.0, 1.0, 1.0)
-    >>> weights_by_segment({"thinking": 0.1, "key": 1.0, "end": 2.0})
-    (0.0, 0.1, 1.0, 1.0, 2.0)
     """
-    named = {loss_on: 1.0} if isinstance(loss_on, str) else dict(loss_on)
-    weights = dict.fromkeys(Segment, 0.0)
-    for group in sorted(GROUPS.keys() & named.keys()):  # completion before key, which lies in it
-        weights.update(dict.fromkeys(GROUPS[group], float(named.pop(group))))
-    for name, weight in named.items():
-        weights[Segment[name.upper()]] = float(weight)
-    return tuple(weights[segment] for segment in Segment)
+    weights = loss_weights(loss_on)
+    return tuple(weights[segment.name.lower()] for segment in Segment)
 
 
 def labels_for(

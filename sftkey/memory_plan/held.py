@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sftkey.errors import CheckError, ModelError, Problem, first_line
 from sftkey.models.source import model_source
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
-from sftkey.recipe.stages import key_adapter_specs
+from sftkey.recipe.stages import key_adapter_specs, lora_setting, trainer_setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,6 @@ OPTIMIZERS: dict[str, tuple[int, int]] = {
     "paged_lion_8bit": (4, 1),
     "sgd": (0, 0),
 }
-DEFAULT_OPTIMIZER = "adamw_torch_fused"  # transformers' choice; plain adamw_torch holds the same
 # Fields of LoraConfig that are counted here, or change nothing in memory.
 COUNTED = {
     "r",
@@ -45,7 +44,6 @@ COUNTED = {
     "init_lora_weights",
     "ensure_weight_tying",
 }
-DEFAULT_RANK = 8  # peft's
 NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers with one absmax; absmaxes with one of their own
 NF4_TABLES = 4 * (16 + 256 + 1)  # of a module: NF4's values, those of the absmaxes, their mean
 SMALL_TENSOR = 4096  # numbers; smaller ones have their state in 32 bits
@@ -85,11 +83,11 @@ class Setting:
     checkpointing: bool = False
     full: bool = False
     targets: str | tuple[str, ...] = "all-linear"
-    ranks: tuple[int, ...] = (DEFAULT_RANK,)
+    ranks: tuple[int, ...] = (8,)
     dropout: bool = False
     trained_rows: int = 0
     context_rank: int = 0
-    optimizer: str = DEFAULT_OPTIMIZER
+    optimizer: str = "adamw_torch_fused"
 
     @property
     def mixed(self) -> bool:
@@ -230,14 +228,14 @@ def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Ki
         compute=compute,
         attention=recipe.model.attn_implementation,
         context=stage.context,
-        checkpointing=bool(trainer.get("gradient_checkpointing", True)),
+        checkpointing=bool(trainer_setting(trainer, "gradient_checkpointing")),
         full=full,
         targets=targets if isinstance(targets, str) else tuple(targets),
-        ranks=() if full else tuple(int(each.get("r", DEFAULT_RANK)) for each in trained),
+        ranks=() if full else tuple(int(lora_setting(each, "r")) for each in trained),
         dropout=any(bool(each.get("lora_dropout")) for each in trained),
         trained_rows=0 if frozen else sum(map(len, lists)),
-        context_rank=int(lora.get("r", DEFAULT_RANK)) if before and lora else 0,
-        optimizer=str(trainer.get("optim", DEFAULT_OPTIMIZER)),
+        context_rank=int(lora_setting(lora, "r")) if before and lora else 0,
+        optimizer=str(trainer_setting(trainer, "optim")),
     )
 
 
@@ -245,7 +243,7 @@ def _uncounted(recipe: Recipe, stage: StageSection) -> Iterator[Problem]:
     for name, value in {**(recipe.lora or {}), **(stage.lora or {})}.items():
         if name not in COUNTED and value and value != "none":  # `bias: none` is the default
             yield Problem(f"lora.{name}", "what it adds to memory isn't planned")
-    optimizer = recipe.stage_trainer(stage).get("optim", DEFAULT_OPTIMIZER)
+    optimizer = trainer_setting(recipe.stage_trainer(stage), "optim")
     if optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         yield Problem("trainer.optim", f"{optimizer}: its state isn't planned; known are {known}")

@@ -16,9 +16,10 @@ from typing import Any
 
 from sftkey.errors import RecipeError, shown
 from sftkey.memory_plan import held
-from sftkey.memory_plan.held import DEFAULT_OPTIMIZER, Setting, Skeleton, read_skeleton, setting_of
+from sftkey.memory_plan.held import Setting, Skeleton, read_skeleton, setting_of
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.recipe.stages import trained_context, trainer_setting
 
 GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.
@@ -115,7 +116,7 @@ class StagePlan:
         """Return the bytes of each part at the peak of a batch of some size."""
         from sftkey.memory_plan.trace import Batch
 
-        long = trains_context(self.stage)
+        long = trained_context(self.stage.loss_on)
         labelled = length if long else min(KEY_TOKENS, max(length - 2, 1))
         packed = self.recipe.data.packing and self.stage.context == "exact"
         batch = Batch(rows, length, labelled, rows > 1 or packed)
@@ -239,17 +240,8 @@ def most(needed: Callable[[int], int], room: int, limit: int, start: int) -> int
 
 
 def batch_rows(recipe: Recipe, stage: StageSection) -> int:
-    """Return the rows of a stage's batch; 8 is upstream's default."""
-    return int(recipe.stage_trainer(stage).get("per_device_train_batch_size", 8))
-
-
-def trains_context(stage: StageSection) -> bool:
-    """Whether the loss is on more than the key."""
-    loss_on = stage.loss_on
-    if isinstance(loss_on, str):
-        return loss_on == "completion"
-    thinking = loss_on.get("thinking", loss_on.get("completion", 0))
-    return thinking > 0 or loss_on.get("prompt", 0) > 0
+    """Return the rows of a stage's batch."""
+    return int(trainer_setting(recipe.stage_trainer(stage), "per_device_train_batch_size"))
 
 
 def changes_that_fit(load: Load, skeleton: Skeleton, gpu_bytes: int) -> Overrides | None:
@@ -311,7 +303,7 @@ def _checkpointing(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     kept = {
         stage.name: "true"
         for stage in recipe.stages
-        if stage.context == "exact" and not recipe.stage_trainer(stage).get(key, True)
+        if stage.context == "exact" and not trainer_setting(recipe.stage_trainer(stage), key)
     }
     if kept:
         yield _written(recipe, key, kept)
@@ -323,7 +315,7 @@ def _batches(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     rows = {name: batch_rows(recipe, stage) for name, stage in stages.items()}
     accumulation = "gradient_accumulation_steps"
     total = {
-        name: rows[name] * int(recipe.stage_trainer(stage).get(accumulation, 1))
+        name: rows[name] * int(trainer_setting(recipe.stage_trainer(stage), accumulation))
         for name, stage in stages.items()
     }
     before = rows
@@ -346,7 +338,7 @@ def largest_part(total: int, most: int) -> int:
 def _optimizer(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Hold the optimizer's state in 8 bits."""
     names = {
-        stage.name: str(recipe.stage_trainer(stage).get("optim", DEFAULT_OPTIMIZER))
+        stage.name: str(trainer_setting(recipe.stage_trainer(stage), "optim"))
         for stage in recipe.stages
     }
     if any(name in EIGHT_BITS for name in names.values()):
@@ -362,7 +354,11 @@ def _quantization(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
 
 def _context(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Let no gradient through the context of the stages that train the key alone."""
-    exact = [each for each in recipe.stages if each.context == "exact" and not trains_context(each)]
+    exact = [
+        stage
+        for stage in recipe.stages
+        if stage.context == "exact" and not trained_context(stage.loss_on)
+    ]
     if exact:
         yield [f"stages.{stage.name}.context=detached" for stage in exact]
 

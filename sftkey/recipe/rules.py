@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
+from sftkey.recipe.stages import trained_context
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.yaml_io import Keys
 
@@ -226,12 +227,8 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
 
 
 def _trained_context(loss_on: Any) -> str:
-    """Name the parts before the key that a loss trains."""
-    weights = {"completion": 1.0} if loss_on == "completion" else loss_on
-    if not isinstance(weights, dict):
-        return ""
-    thinking = weights.get("thinking", weights.get("completion"))
-    found = {"prompt": as_number(weights.get("prompt")), "thinking": as_number(thinking)}
-    return " and ".join(
-        name for name, weight in found.items() if isinstance(weight, int | float) and weight > 0
-    )
+    """Name the parts before the key that a loss trains, as far as it holds weights."""
+    if isinstance(loss_on, dict):
+        numbers = {name: as_number(weight) for name, weight in loss_on.items()}
+        loss_on = {name: each for name, each in numbers.items() if isinstance(each, int | float)}
+    return " and ".join(trained_context(loss_on)) if isinstance(loss_on, str | dict) else ""

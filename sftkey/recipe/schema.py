@@ -10,10 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe import yaml_io
+from sftkey.recipe.stages import GROUPS, SEGMENTS
 from sftkey.recipe.upstream import as_number
 
-SEGMENTS = ("prompt", "thinking", "answer_tag", "answer", "end")
-GROUPS = ("completion", "key")
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sftkey.data.labels import KEY
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.evaluation.results import StageResult, read_result
@@ -181,9 +182,6 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(checkpoints)
 
 
-KEY_SEGMENTS = (Segment.ANSWER_TAG, Segment.ANSWER, Segment.END)
-
-
 def recipe_hash(recipe: Recipe) -> str:
     """Hash a resolved recipe as its run folder holds it."""
     return sha256(recipe.to_yaml().encode()).hexdigest()
@@ -254,7 +252,7 @@ def reference_lengths(run: Run) -> dict[str, list[int]]:
     for row in tokenize(examples, run.prepared.renderer):
         counted = Counter(row.segment_ids) if isinstance(row, Row) else Counter()
         lengths["thinking"].append(counted[Segment.THINKING])
-        lengths["key"].append(sum(counted[segment] for segment in KEY_SEGMENTS))
+        lengths["key"].append(sum(counted[segment] for segment in KEY))
     return lengths
 
 
