@@ -27,12 +27,12 @@ _FACE: dict[str, tuple[str, ...]] = {
     "data.renderer": ("Renderer",),
     "data.prepare": ("tokenize",),
     "data.collator": ("KeyCollator",),
-    "training.losses": ("token_losses",),
+    "training.losses": ("add_token_losses", "token_losses"),
     "training.trainer": ("KeyTrainer",),
     "evaluation.grading": ("grade",),
     "checks.gate": ("check_recipe",),
     "diagnosis.run": ("diagnose_model",),
-    "pipeline": ("evaluate_run", "train_recipe"),
+    "pipeline": ("TrainedRun", "evaluate_run", "open_run", "train_recipe"),
 }
 # A name that its module uses for something of its own is another there.
 _THERE = {"tokenize": "dataset_of"}

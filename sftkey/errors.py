@@ -28,6 +28,13 @@ class SFTKeyError(Exception):
         where: The file, folder, model or data set that is at fault.
         what: What was expected and what came, in one line; or every problem found there.
         hint: What to do about it.
+
+    >>> error = RecipeError("gsm8k.yaml", [Problem("lora.r", "expected a number; got many", 9)])
+    >>> print(error)
+    gsm8k.yaml: 1 problem
+      line 9, lora.r: expected a number; got many
+    >>> error.where, error.problems[0].line, error.hint
+    ('gsm8k.yaml', 9, None)
     """
 
     def __init__(self, where: str, what: str | Iterable[Problem], hint: str | None = None) -> None:

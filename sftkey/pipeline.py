@@ -1,24 +1,178 @@
-"""Train a recipe, or evaluate a run: all that the commands of these names compute.
+"""Train a recipe, evaluate a run, or ask it: all that the commands of these names compute.
 
 Nothing heavy is imported with this module, so that the form of what is asked is checked at once.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sftkey.errors import JudgeError, RunError
-from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
+from sftkey.training.run_folder import BASE, Ledger, run_recipe, trained_stage
 
 if TYPE_CHECKING:
-    from sftkey.training.run import Run
+    from sftkey.evaluation.results import StageResult
+
+LOGGER = logging.getLogger("sftkey")
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """What a stage has trained.
+
+    Args:
+        name: The stage's.
+        adapter: The folder of its adapter, or of its whole model under full fine-tuning.
+        seconds: What its steps took.
+        validation: Under `start` and `end` the loss of every segment, in nats a token.
+    """
+
+    name: str
+    adapter: Path
+    seconds: float
+    validation: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote to a question.
+
+    Args:
+        thinking: Text between the thinking's tags; None where no closing tag stands.
+        answer: Text of the answer; None where no answer was found.
+        text: All of it.
+        stopped: Whether the model ended it by itself, before `max_new_tokens`.
+    """
+
+    thinking: str | None
+    answer: str | None
+    text: str
+    stopped: bool
+
+
+class TrainedRun:
+    """A run folder: what its stages have trained, how their answers were graded, and their model.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        RunError: The folder is no run.
+
+    >>> run = sftkey.open_run("runs/gsm8k")
+    >>> run.stages["key"].adapter.as_posix()
+    'runs/gsm8k/stages/2-key/adapter'
+    >>> list(run.results)
+    ['base', 'completion', 'key']
+    >>> run.ask("2 + 2?", stage="key", max_new_tokens=4).stopped
+    False
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.recipe: Recipe = run_recipe(self.folder)
+        self._loaded: tuple[int, Any, Any] | None = None
+
+    @property
+    def stages(self) -> dict[str, TrainedStage]:
+        """The stages that are trained, by name, in their order."""
+        ledger = Ledger(self.folder, self.recipe, main=False)
+        return {
+            each.name: TrainedStage(
+                each.name, ledger.adapter(number), each.seconds, each.validation
+            )
+            for number, each in enumerate(ledger.stages)
+            if each.status == "trained"
+        }
+
+    @property
+    def results(self) -> dict[str, StageResult]:
+        """The graded answers of `base` and each stage, by name; empty where nothing is graded."""
+        from sftkey.evaluation.results import read_results
+
+        if not list((self.folder / "evaluation").glob("[!.]*.json")):
+            return {}
+        return {each.stage: each for each in read_results(self.folder)}
+
+    def ask(
+        self, question: str, stage: str | None = None, max_new_tokens: int | None = None
+    ) -> Reply:
+        """Let a stage's model answer a question, put as the recipe's data puts it.
+
+        The model is loaded for the first question and kept for the next ones to the same stage.
+
+        Args:
+            question: What stands in the data's question column.
+            stage: A trained stage, or `base`; default the last one that is trained.
+            max_new_tokens: Default the recipe's.
+
+        Raises:
+            SFTKeyError: The stage isn't trained, or its model can't be loaded.
+        """
+        from sftkey.data.renderer import stop_ids
+        from sftkey.data.sources import num_columns, question_prompt
+        from sftkey.generation.generate import generate
+        from sftkey.generation.key_switch import find_switch
+
+        number = trained_stage(self.folder, self.recipe, stage)
+        if (count := num_columns(self.recipe.data)) != 1:
+            what = f"data.prompt puts {count} columns together"
+            LOGGER.warning("%s; the question is taken as all of it", what)
+        model, renderer = self._model(number)
+        # Before a frozen stage stand key adapters that aren't trained yet.
+        frozen = number > 0 and self.recipe.stages[number - 1].context == "frozen"
+        written = generate(
+            model,
+            renderer.tokenizer,
+            [renderer.prompt_ids(question_prompt(self.recipe.data, question))],
+            stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
+            max_new_tokens=max_new_tokens or self.recipe.eval.max_new_tokens,
+            batch_size=1,
+            temperature=self.recipe.eval.temperature,
+            seed=self.recipe.seed,
+            switch=find_switch(model, renderer) if frozen else None,
+        )
+        _, generation = next(written)
+        parsed = renderer.response.parse(generation.text.removeprefix(renderer.assistant_prefix))
+        return Reply(parsed.thinking, parsed.answer, generation.text, bool(generation.stopped))
+
+    def _model(self, number: int) -> tuple[Any, Any]:
+        """Load the model after so many stages, and its renderer."""
+        from sftkey.data.renderer import probe_renderer
+        from sftkey.models.device import choose_device
+        from sftkey.models.loading import load_tokenizer
+        from sftkey.training.stage_model import load_stage
+
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = None  # two models at once may be too much for the device
+            recipe = self.recipe
+            tokenizer = load_tokenizer(recipe.model)
+            renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+            device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
+            ledger = Ledger(self.folder, recipe, main=False)
+            self._loaded = number, load_stage(recipe, ledger, device, renderer, number), renderer
+        return self._loaded[1:]
+
+
+def open_run(folder: str | Path) -> TrainedRun:
+    """Open a run folder.
+
+    Raises:
+        RunError: The folder is no run.
+
+    >>> open_run("runs/gsm8k").recipe.name
+    'tiny'
+    """
+    return TrainedRun(folder)
 
 
 def train_recipe(
     recipe: Recipe, folder: str | Path | None = None, fresh: bool = False, yes: bool = False
-) -> Run:
+) -> TrainedRun:
     """Pass the gate, train the stages that are still to be trained, and grade their answers.
 
     A judge that can't be asked stops no training: the rule grades, a line in the log says so, and
@@ -31,10 +185,14 @@ def train_recipe(
         yes: Go on to a stage over own thinking that shows no use.
 
     Returns:
-        The run, all of whose stages are trained.
+        The run folder, all of whose stages are trained.
 
     Raises:
         SFTKeyError: The recipe, its rows, the device or the folder can't be used.
+
+    >>> run = train_recipe(sftkey.load_recipe("gsm8k.yaml"), "runs/gsm8k")
+    >>> sorted(run.stages["key"].validation["end"])
+    ['answer', 'answer_tag', 'end', 'prompt', 'thinking']
     """
     from sftkey.checks.gate import require_trainable
     from sftkey.diagnosis.run import StageDiagnosis, refuse_empty_thinking
@@ -55,7 +213,7 @@ def train_recipe(
             note_thinking(run, stage)
             if not yes:
                 refuse_empty_thinking(run, stage)
-    return run
+    return TrainedRun(place)
 
 
 def evaluated_recipe(folder: Path, generations: Path | None, stage: str | None) -> Recipe:
@@ -64,12 +222,8 @@ def evaluated_recipe(folder: Path, generations: Path | None, stage: str | None) 
     Raises:
         RunError: The folder is no run, or `generations` and `stage` don't fit it or each other.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise RunError(
-            str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"
-        )
-    recipe = load_recipe(folder / "recipe.yaml")
-    names = ["base", *(each.name for each in recipe.stages)]
+    recipe = run_recipe(folder)
+    names = [BASE, *(each.name for each in recipe.stages)]
     if stage is not None and stage not in names:
         raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {stage!r}")
     if (generations is None) != (stage is None):
@@ -83,7 +237,7 @@ def evaluated_recipe(folder: Path, generations: Path | None, stage: str | None) 
 
 def evaluate_run(
     folder: str | Path, generations: Path | None = None, stage: str | None = None
-) -> tuple[Run, list[JudgeError]]:
+) -> tuple[TrainedRun, list[JudgeError]]:
     """Write and grade the answers that are missing, or grade a file of another engine's.
 
     Args:
@@ -96,6 +250,10 @@ def evaluate_run(
 
     Raises:
         SFTKeyError: The folder is no run, or the file doesn't hold one answer a question.
+
+    >>> run, failures = evaluate_run("runs/gsm8k")
+    >>> failures
+    []
     """
     from sftkey.evaluation.stage import grade_stage, refuse_unready_judge
 
@@ -112,4 +270,4 @@ def evaluate_run(
                 grade_stage(run, name, generations)
             except JudgeError as error:
                 failures.append(error)
-    return run, failures
+    return TrainedRun(folder), failures

@@ -169,6 +169,10 @@ def check_recipe(recipe: Recipe) -> Report:
     Returns:
         `findings`, of which `refusals` keep the recipe from being trained; `statistics`; and
         `prepared`, the rows, where they could be made.
+
+    >>> report = check_recipe(sftkey.load_recipe("gsm8k.yaml"))
+    >>> report.refusals, report.statistics["stages"]["key"]["steps"]
+    ([], 4)
     """
     from sftkey.checks.findings import of_error, of_rows
     from sftkey.evaluation.stage import refuse_unready_judge

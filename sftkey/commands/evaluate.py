@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sftkey.commands.terminal import stdout_console
-from sftkey.pipeline import evaluate_run, evaluated_recipe
-
-if TYPE_CHECKING:
-    from sftkey.training.run import Run
+from sftkey.pipeline import TrainedRun, evaluate_run, evaluated_recipe
 
 
 def evaluate(
@@ -41,17 +38,19 @@ def evaluate(
         raise failures[0]
 
 
-def print_table(run: Run, alpha: float | None = None) -> None:
+def print_table(run: TrainedRun, alpha: float | None = None) -> None:
     """Print the table of all graded stages on stdout, and what it shows (main process only)."""
+    from accelerate import PartialState
+
     from sftkey.diagnosis.run import diagnosed
     from sftkey.evaluation.comparison import compare_runs, render
 
-    if not run.ledger.main:
+    if not PartialState().is_main_process:
         return
-    if not list((run.ledger.folder / "evaluation").glob("*.json")):
-        run.progress.note(f"{run.ledger.folder}: nothing was evaluated, so there is no table")
+    if not run.results:
+        print(f"{run.folder}: nothing was evaluated, so there is no table", file=sys.stderr)
         return
     console = stdout_console()
-    console.print(render(compare_runs([run.ledger.folder], alpha)))
-    for line in diagnosed(run):
+    console.print(render(compare_runs([run.folder], alpha)))
+    for line in diagnosed(run.folder, run.recipe):
         console.print(line)

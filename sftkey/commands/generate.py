@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sftkey.errors import RunError
-from sftkey.training.run_folder import run_recipe, trained_stage
-
-if TYPE_CHECKING:
-    from sftkey.data.renderer import Renderer
-    from sftkey.generation.generate import Generation
-    from sftkey.recipe.schema import Recipe
+from sftkey.pipeline import open_run
+from sftkey.training.run_folder import trained_stage
 
 
 def generate(
@@ -36,8 +32,8 @@ def generate(
     Raises:
         SFTKeyError: There is no question, or the folder is no run, or the stage isn't trained.
     """
-    recipe = run_recipe(folder)
-    number = trained_stage(folder, recipe, stage)
+    run = open_run(folder)
+    trained_stage(folder, run.recipe, stage)  # a wrong call is told before torch is imported
     asked = (sys.stdin.read() if question is None else question).strip()
     if not asked:
         raise RunError(
@@ -49,59 +45,15 @@ def generate(
 
     use_all_cores()
     quiet_libraries()
-    limit = max_new_tokens or recipe.eval.max_new_tokens
-    generation, renderer = _write(folder, recipe, number, asked, limit)
-    parsed = renderer.response.parse(generation.text.removeprefix(renderer.assistant_prefix))
+    reply = run.ask(asked, stage, max_new_tokens)
     if as_json:
-        found = {
-            "thinking": parsed.thinking,
-            "answer": parsed.answer,
-            "text": generation.text,
-            "stopped": generation.stopped,
-        }
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(asdict(reply), ensure_ascii=False))
         return
-    if parsed.answer is None:
-        print(generation.text)
+    if reply.answer is None:
+        print(reply.text)
         print("note: no answer was found in this text", file=sys.stderr)
     else:
-        print(f"thinking:\n{parsed.thinking or ''}\n\nanswer:\n{parsed.answer}")
-    if not generation.stopped:
+        print(f"thinking:\n{reply.thinking or ''}\n\nanswer:\n{reply.answer}")
+    if not reply.stopped:
+        limit = max_new_tokens or run.recipe.eval.max_new_tokens
         print(f"note: it didn't stop within {limit} tokens", file=sys.stderr)
-
-
-def _write(
-    folder: Path, recipe: Recipe, number: int, question: str, max_new_tokens: int
-) -> tuple[Generation, Renderer]:
-    """Load the stage's model and let it answer."""
-    from sftkey.data.renderer import probe_renderer, stop_ids
-    from sftkey.data.sources import num_columns, question_prompt
-    from sftkey.generation.generate import generate
-    from sftkey.generation.key_switch import find_switch
-    from sftkey.models.device import choose_device
-    from sftkey.models.loading import load_tokenizer
-    from sftkey.training.run_folder import Ledger
-    from sftkey.training.stage_model import load_stage
-
-    tokenizer = load_tokenizer(recipe.model)
-    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
-    if (count := num_columns(recipe.data)) != 1:
-        what = f"data.prompt puts {count} columns together; the question is taken as all of it"
-        print(f"note: {what}", file=sys.stderr)
-    prompt = renderer.prompt_ids(question_prompt(recipe.data, question))
-    device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
-    model = load_stage(recipe, Ledger(folder, recipe, main=False), device, renderer, number)
-    # Before a frozen stage stand key adapters that aren't trained yet.
-    frozen = number > 0 and recipe.stages[number - 1].context == "frozen"
-    written = generate(
-        model,
-        tokenizer,
-        [prompt],
-        stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
-        max_new_tokens=max_new_tokens,
-        batch_size=1,
-        temperature=recipe.eval.temperature,
-        seed=recipe.seed,
-        switch=find_switch(model, renderer) if frozen else None,
-    )
-    return next(generation for _, generation in written), renderer

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from sftkey.data.response import Segment
-from sftkey.recipe.stages import GROUPS, loss_weights
+from sftkey.recipe.loss_on import GROUPS, loss_weights
 
 IGNORED = -100  # torch's cross-entropy skips labels of this value
 PADDING = -1  # the segment of a token that only fills up a batch

@@ -99,6 +99,11 @@ def dataset_of(examples: Sequence[Example], renderer: Renderer) -> Dataset:
     Raises:
         DataError: Examples can't be a row; it names each by its place, from 0, and says why.
         FrameError: The template drops or raises on a system message.
+
+    >>> examples = [sftkey.Example("2 + 2?", "2 and 2 make 4.", "4")]
+    >>> rows = sftkey.tokenize(examples, sftkey.Renderer.read(tokenizer))
+    >>> rows.column_names, len(rows)
+    (['input_ids', 'segment_ids', 'index'], 1)
     """
     made = tokenize(examples, renderer)
     problems = [

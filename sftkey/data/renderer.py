@@ -214,6 +214,10 @@ class Renderer:
         chat_template_kwargs: Handed to the template in training and inference alike.
         kind: `chat` renders prompts with the template, `plain` takes them as they are.
         bos_ids: Ids that the tokenizer sets before a plain text by itself.
+
+    >>> renderer = Renderer.read(tokenizer)
+    >>> renderer.end, len(renderer.prompt_ids("2 + 2?")) > 6
+    ('<|im_end|>', True)
     """
 
     tokenizer: PreTrainedTokenizerBase

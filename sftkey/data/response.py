@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Segment(IntEnum):
-    """The part of a row that a token belongs to; `segment_ids` hold these numbers."""
+    """The part of a row that a token belongs to; `segment_ids` hold these numbers.
+
+    >>> [segment.name for segment in Segment]
+    ['PROMPT', 'THINKING', 'ANSWER_TAG', 'ANSWER', 'END']
+    """
 
     PROMPT = 0
     THINKING = 1  # with its tags, and whatever the template puts between prompt and thinking
@@ -37,6 +41,9 @@ class Example:
         thinking: The reasoning, without tags.
         answer: The final answer, without tags.
         index: Row in the order of the source, before splitting.
+
+    >>> Example("What is 2 + 2?", "2 and 2 make 4.", "4").answer
+    '4'
     """
 
     prompt: str | tuple[dict[str, str], ...]

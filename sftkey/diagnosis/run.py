@@ -76,6 +76,10 @@ def diagnose_model(
 
     Raises:
         SFTKeyError: The model or its rows can't be used.
+
+    >>> figures, verdict = diagnose_model("my-sft", "rows.jsonl", num_rows=2)
+    >>> figures.num_rows
+    2
     """
     return look(_foreign(model, data, num_rows))
 
@@ -246,9 +250,9 @@ class StageDiagnosis:
         run.progress.note(_line(found))
 
 
-def diagnosed(run: Run) -> list[str]:
-    """Give the sentences of the stages that are diagnosed, in their order."""
-    files = [_file(run.ledger.folder, stage.name) for stage in run.recipe.stages]
+def diagnosed(folder: Path, recipe: Recipe) -> list[str]:
+    """Return the sentences of a run's diagnosed stages, in their order."""
+    files = [_file(folder, stage.name) for stage in recipe.stages]
     return [_line(json.loads(file.read_text())) for file in files if file.exists()]
 
 

@@ -123,6 +123,9 @@ def grade(answer: str | None, reference: str, grader: str) -> bool:
 
     Raises:
         RecipeError: `math` without the package that does it.
+
+    >>> grade("The answer is 1,200.", "1200", "number")
+    True
     """
     if answer is None:
         return False

@@ -18,8 +18,9 @@ from sftkey.errors import RecipeError, shown
 from sftkey.memory_plan import held
 from sftkey.memory_plan.held import Setting, Skeleton, read_skeleton, setting_of
 from sftkey.recipe.load import load_recipe
+from sftkey.recipe.loss_on import trained_context
 from sftkey.recipe.schema import Recipe, StageSection
-from sftkey.recipe.stages import trained_context, trainer_setting
+from sftkey.recipe.stages import trainer_setting
 
 GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.

@@ -32,6 +32,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: With every problem of the file and the overrides.
+
+    >>> recipe = load_recipe("gsm8k.yaml", ["trainer.learning_rate=1e-4"])
+    >>> recipe.trainer["learning_rate"]
+    0.0001
     """
     source = yaml_io.read(Path(path))
     for text in overrides:

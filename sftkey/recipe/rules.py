@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.recipe.stages import trained_context
+from sftkey.recipe.loss_on import trained_context
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.yaml_io import Keys
 

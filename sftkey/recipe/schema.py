@@ -10,31 +10,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe import yaml_io
-from sftkey.recipe.stages import GROUPS, SEGMENTS
+from sftkey.recipe.loss_on import checked_loss_on
 from sftkey.recipe.upstream import as_number
 
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
-
-
-def _loss_on(value: Any) -> Any:
-    words = ("completion", "key", "answer")
-    if isinstance(value, str) and value in words:
-        return value
-    if not isinstance(value, dict):
-        near = did_you_mean(value, words)
-        raise ValueError(f"expected completion, key, answer or weights; got {shown(value)}{near}")
-    known = (*SEGMENTS, *GROUPS)
-    weights = {name: as_number(weight) for name, weight in value.items()}
-    for name, weight in weights.items():
-        if name not in known:
-            near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-            raise ValueError(f"no segment or group has the name `{name}`{near}")
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or weight < 0:
-            got = shown(value[name])
-            raise ValueError(f"expected 0 or a number above as weight of `{name}`; got {got}")
-    if not any(weights.values()):
-        raise ValueError(f"expected a weight above 0, else nothing is trained; got {shown(value)}")
-    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _rows(given: Any) -> Any:
@@ -160,7 +139,7 @@ VariableName = Annotated[str, AfterValidator(_variable_name)]
 Rows = Annotated[int | float | str | None, PlainValidator(_rows)]
 Grid = Annotated[dict[str, list[Any]], PlainValidator(_grid)]
 LossOn = Annotated[
-    Literal["completion", "key", "answer"] | dict[str, float], PlainValidator(_loss_on)
+    Literal["completion", "key", "answer"] | dict[str, float], PlainValidator(checked_loss_on)
 ]
 
 
@@ -250,7 +229,11 @@ class DataSection(Section):
 
 
 class ResponseSection(Section):
-    """What stands around thinking and answer."""
+    """What stands around thinking and answer.
+
+    >>> ResponseSection(thinking=("<think>", "</think>"), answer=("", "")).frame
+    'chat'
+    """
 
     frame: Literal["chat", "plain"] = "chat"
     """`chat` writes rows with the model's chat template, `plain` without one (for base models)."""
@@ -355,7 +338,14 @@ class EvalSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe: `trainer` and `lora` hold upstream's own fields."""
+    """A whole recipe: `trainer` and `lora` hold upstream's own fields.
+
+    >>> recipe = sftkey.load_recipe("gsm8k.yaml")
+    >>> [(stage.name, stage.loss_on) for stage in recipe.stages]
+    [('completion', 'completion'), ('key', 'key')]
+    >>> recipe.stage_trainer(recipe.stages[1])["max_steps"]
+    4
+    """
 
     name: RunName
     """The run's name: it is kept in `runs/NAME`."""

@@ -1,4 +1,4 @@
-"""What follows from a recipe for its stages: trained segments, steps, and key adapters."""
+"""What follows from a recipe for its stages: steps, epochs, and a frozen stage's key adapters."""
 
 from __future__ import annotations
 
@@ -12,33 +12,6 @@ from sftkey.recipe.upstream import lora_config_fields, sft_config_fields
 
 if TYPE_CHECKING:
     from sftkey.recipe.schema import Recipe, StageSection
-
-
-# The parts of a row, in the order of `data.response.Segment`, and the groups that name several.
-SEGMENTS = ("prompt", "thinking", "answer_tag", "answer", "end")
-GROUPS = {"completion": SEGMENTS[1:], "key": SEGMENTS[2:]}  # key: all after the thinking, Eq. 4
-
-
-def loss_weights(loss_on: str | Mapping[str, float]) -> dict[str, float]:
-    """Return the weight of each segment in the loss, in the order of `SEGMENTS`.
-
-    A group's weight goes to all of its segments; a segment that is named itself keeps its own.
-
-    >>> loss_weights({"thinking": 0.1, "key": 1.0, "end": 2.0})
-    {'prompt': 0.0, 'thinking': 0.1, 'answer_tag': 1.0, 'answer': 1.0, 'end': 2.0}
-    """
-    named = {loss_on: 1.0} if isinstance(loss_on, str) else loss_on
-    weights = dict.fromkeys(SEGMENTS, 0.0)
-    for group, segments in GROUPS.items():  # completion before key, which lies in it
-        if group in named:
-            weights |= dict.fromkeys(segments, float(named[group]))
-    return weights | {name: float(named[name]) for name in SEGMENTS if name in named}
-
-
-def trained_context(loss_on: str | Mapping[str, float]) -> list[str]:
-    """Return the segments before the key that a loss trains."""
-    weights = loss_weights(loss_on)
-    return [name for name in SEGMENTS if weights[name] > 0 and name not in GROUPS["key"]]
 
 
 STEP_SETTINGS = (

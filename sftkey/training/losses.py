@@ -40,6 +40,12 @@ def token_losses(
     Returns:
         `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100. For
         several key adapters `(N * B, T - 1)`: one copy of the batch behind another.
+
+    >>> add_token_losses(model)
+    >>> ids = torch.tensor([[11, 12, 13, 14]])
+    >>> labels = torch.tensor([[-100, -100, 13, 14]])
+    >>> token_losses(model, {"input_ids": ids, "labels": labels}).shape
+    torch.Size([1, 3])
     """
     losses: torch.Tensor = model(**inputs, token_losses=context)
     return losses
@@ -57,6 +63,11 @@ def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None
     Raises:
         ModelError: The model keeps more of a context than keys and values; `exact` alone can
             have such a model.
+
+    >>> add_token_losses(model)
+    >>> ids = torch.tensor([[11, 12, 13, 14]])
+    >>> model(input_ids=ids, labels=ids, token_losses="exact").shape
+    torch.Size([1, 3])
     """
     if context != "exact":
         refuse_other_caches(model)

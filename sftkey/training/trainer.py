@@ -72,6 +72,17 @@ class KeyTrainer(SFTTrainer):
 
     Raises:
         ModelError: The model can't do `detached`.
+
+    >>> class OnHardTokens(KeyTrainer):
+    ...     def token_weights(self, segment_ids, losses):
+    ...         weights = super().token_weights(segment_ids, losses)
+    ...         return weights * (losses > 0.1)
+    >>> args = SFTConfig("out", max_steps=1, report_to="none", use_cpu=True, bf16=False,
+    ...     remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
+    >>> trainer = OnHardTokens(model, args, "completion", tokenizer, rows, rows)
+    >>> segment_ids, losses = torch.tensor([[1, 1, 4, -1]]), torch.tensor([[[0.05, 3, 0.2, 0]]])
+    >>> trainer.token_weights(segment_ids, losses)
+    tensor([[[0., 1., 1., 0.]]])
     """
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL types it as None

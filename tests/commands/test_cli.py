@@ -118,3 +118,10 @@ def test_no_telemetry_is_sent(
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     ended("ls", "--help")
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+def test_the_package_is_a_command() -> None:
+    """`python -m sftkey` is `sftkey`."""
+    command = [sys.executable, "-m", "sftkey", "ls", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: sftkey ls" in done.stdout

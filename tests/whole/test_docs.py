@@ -293,6 +293,7 @@ def test_every_message_of_the_faq_is_one_of_ours() -> None:
         assert any(pattern.search(each) for each in ours), message
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     """Without a warning: every link and anchor leads somewhere, and all that is made can be."""
     pytest.importorskip("material")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
+from trl import SFTConfig
 
 import sftkey
-from tests.support.tiny import write_recipe
+from tests.support.tiny import made_model, write_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,21 +74,66 @@ def test_a_tokenizer_without_padding_is_refused(tiny_folder: Path) -> None:
     assert it.value.hint == "set tokenizer.pad_token = tokenizer.eos_token"
 
 
-def test_a_recipe_is_checked_trained_evaluated_and_its_model_diagnosed(
-    tiny_folder: Path, tmp_path: Path, capfd: Any
-) -> None:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Path]:
+    """Be in a folder with a recipe, its rows, its trained run, and a model of somebody's."""
+    home = tmp_path_factory.mktemp("home")
+    write_recipe(home, tiny_folder).rename(home / "gsm8k.yaml")
+    (home / "my-sft").symlink_to(tiny_folder, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(home)
+        sftkey.train_recipe(sftkey.load_recipe("gsm8k.yaml"), "runs/gsm8k")
+        yield home
+
+
+def test_a_recipe_is_checked_trained_evaluated_and_its_model_asked(home: Path, capfd: Any) -> None:
     """What the commands compute is returned, and stdout stays empty."""
-    file = write_recipe(tmp_path, tiny_folder)
-    recipe = sftkey.load_recipe(file)
+    recipe = sftkey.load_recipe("gsm8k.yaml")
     assert sftkey.check_recipe(recipe).refusals == []
-    run = sftkey.train_recipe(recipe, tmp_path / "run")
-    assert [stage.status for stage in run.ledger.stages] == ["trained", "trained"]
-    again, failures = sftkey.evaluate_run(tmp_path / "run")
-    assert (again.ledger.folder, failures) == (tmp_path / "run", [])
-    figures, verdict = sftkey.diagnose_model(str(tiny_folder), str(tmp_path / "rows.jsonl"), 3)
+    run, failures = sftkey.evaluate_run(home / "runs" / "gsm8k")
+    assert (run.folder, failures) == (home / "runs" / "gsm8k", [])
+    assert list(run.stages) == ["completion", "key"]
+    assert all((each.adapter / "adapter_config.json").is_file() for each in run.stages.values())
+    assert run.results["key"].num_questions == len(run.results["key"].questions)
+    reply = run.ask("2 + 2?", max_new_tokens=5)
+    assert (reply.text, reply.stopped) == (run.ask("2 + 2?", "key", 5).text, False)
+    with pytest.raises(sftkey.RunError, match="expected one of base, completion, key"):
+        run.ask("2 + 2?", stage="keys")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_model_is_diagnosed(home: Path) -> None:
+    """From its name and rows alone."""
+    figures, verdict = sftkey.diagnose_model("my-sft", "rows.jsonl", 3)
     assert figures.num_rows == 3
     assert verdict.sentence
-    assert capfd.readouterr().out == ""
+
+
+def examples_of(name: str) -> list[doctest.DocTest]:
+    """Return the examples in a name's docstring; an error's stand in its base class."""
+    thing = getattr(sftkey, name)
+    if isinstance(thing, type) and issubclass(thing, sftkey.SFTKeyError):
+        thing = sftkey.SFTKeyError
+    found = doctest.DocTestFinder(recurse=False).find(thing, name)
+    return [each for each in found if each.examples]
+
+
+@pytest.mark.parametrize("name", sftkey.__all__)
+def test_the_example_of_every_name_holds(name: str, home: Path, tiny_tokenizer: Any) -> None:
+    """Each has one, which runs in a folder with a recipe, a model and a tokenizer."""
+    renderer = sftkey.Renderer.read(tiny_tokenizer)
+    examples = [sftkey.Example("2 + 2?", "2 and 2 make 4.", "4")]
+    found = examples_of(name)
+    assert found
+    for each in found:
+        each.globs |= {
+            "sftkey": sftkey,
+            "SFTConfig": SFTConfig,
+            "tokenizer": tiny_tokenizer,
+            "model": made_model(tiny_tokenizer),
+            "rows": sftkey.tokenize(examples, renderer),
+        }
+        assert doctest.DocTestRunner().run(each).failed == 0
 
 
 def test_the_doctest_holds() -> None:

@@ -33,6 +33,7 @@ ORDER = (
     "commands",
     "cli",
     "train",
+    "__main__",
 )
 RECIPES_LIBRARIES = {"pydantic", "pydantic_core", "yaml", *sys.stdlib_module_names}
 HEAVY = {
