@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DEMO = "recipes/smollm2-135m/demo.yaml"
-SFTKEY = [sys.executable, "-m", "sftkey.cli", "train"]
+SFTKEY = [sys.executable, "-m", "sftkey", "train"]
 MODULE = [sys.executable, "-m", "sftkey.train"]
 
 

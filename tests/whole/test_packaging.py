@@ -88,7 +88,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 
 def listed(python: str, folder: Path, **environment: str) -> str:
     """Give what `sftkey ls` prints in a folder that isn't the checkout."""
-    command = [python, "-m", "sftkey.cli", "ls"]
+    command = [python, "-m", "sftkey", "ls"]
     whole = {**os.environ, "PYTHONPATH": "", **environment}
     done = subprocess.run(command, cwd=folder, env=whole, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
