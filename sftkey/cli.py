@@ -237,6 +237,27 @@ def merge(
     merge(run, output, stage)
 
 
+@app.command()
+def prompts(
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A recipe's file, or a run's folder.")
+    ],
+    overrides: Overrides = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="train (default), validation or test (a run's default)."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With this stage's own.hint in the prompts."),
+    ] = None,
+) -> None:
+    """Write prompts as text and token ids, for another engine: one JSON object a question."""
+    from sftkey.commands.prompts import prompts
+
+    prompts(target, overrides or [], split, stage)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error that the user can mend ends it with exit code 2 and no traceback.
 

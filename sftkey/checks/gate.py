@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from sftkey.checks.findings import Finding, Report, of_error
 from sftkey.checks.masks import Masks, judged_findings, read_masks
 from sftkey.checks.recipe import recipe_findings, undecided
-from sftkey.checks.rows import dropped_findings, frame_findings, lenient, template_findings
+from sftkey.checks.rows import (
+    dropped_findings,
+    empty_findings,
+    frame_findings,
+    lenient,
+    template_findings,
+)
 from sftkey.checks.stop import stop_findings
 from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.labels import weights_by_segment
@@ -61,6 +67,7 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
     if splits is not None:
         dropped = splits.dropped() if prepared is None else prepared.counts["dropped"]
         findings += dropped_findings(recipe.data, dropped)
+        findings += empty_findings(splits.counts.get("empty_thinking", {}))
     if prepared is None:
         return Report(tuple(findings))
     _attempt(findings, refuse_evaluation_without_rows, recipe, prepared)
@@ -92,7 +99,8 @@ def _read_frame(recipe: Recipe) -> Renderer:
 
 def _read_splits(recipe: Recipe) -> Splits:
     need_test = recipe.data.test is not None
-    return load_splits(lenient(recipe.data), recipe.seed, need_test, recipe.response.turns)
+    turns, reasoning = recipe.response.turns, recipe.needs_reasoning
+    return load_splits(lenient(recipe.data), recipe.seed, need_test, turns, reasoning)
 
 
 def _read_rows(
@@ -104,7 +112,9 @@ def _read_rows(
     if not usable.train:
         return None
     findings += judged_findings(renderer, usable.train)
-    kind = recipe.model_copy(update={"data": lenient(recipe.data)})
+    # What was left out before is a finding already.
+    data = lenient(recipe.data).model_copy(update={"empty_thinking": "drop"})
+    kind = recipe.model_copy(update={"data": data})
     return _attempt(findings, prepare_splits, kind, usable, renderer)
 
 

@@ -38,6 +38,14 @@ def dropped_findings(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[
         yield Finding(each.code, each.rows, message, each.hint, each.hint is not None)
 
 
+def empty_findings(rows: Mapping[str, Sequence[int]]) -> Iterator[Finding]:
+    """Find the rows that are trained with an empty thinking, few enough to be let through."""
+    for split, numbers in rows.items():
+        hint = "data.empty_thinking: drop leaves these rows out"
+        what = f"{split}: the thinking is empty"
+        yield of_rows("empty-thinking", what, numbers, hint, refuses=False)
+
+
 def frame_findings(renderer: Renderer) -> Iterator[Finding]:
     """Find thinking that the template writes itself, beside the response's own."""
     if not THINK_TAG.search(renderer.assistant_prefix):

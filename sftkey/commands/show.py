@@ -41,5 +41,8 @@ def show(
         console = stdout_console()
         console.print(rendered_rows(rows))
         console.print(numbers)
+    if prepared.answers_only:
+        what = "these rows have no reasoning: the model writes it when a stage begins"
+        print(f"note: {what}", file=sys.stderr)
     if stop_ids_of(checked.model) is None:
         print(f"note: {not_verified(checked, prepared.renderer)}", file=sys.stderr)

@@ -191,7 +191,11 @@ class Loaded:
 
 
 def make_examples(
-    rows: Sequence[RawRow], data: DataSection, columns: Sequence[str], turns: Turns
+    rows: Sequence[RawRow],
+    data: DataSection,
+    columns: Sequence[str],
+    turns: Turns,
+    reasoning: bool = True,
 ) -> Loaded:
     """Make the examples of all rows.
 
@@ -201,11 +205,12 @@ def make_examples(
         columns: The columns that the source has.
         turns: `all`: an example for every assistant turn of a conversation, with the turns before
             it as prompt.
+        reasoning: Whether rows without a reasoning are refused; else it is empty.
 
     Raises:
         DataError: The section names columns that don't exist, or doesn't say what the answer is.
     """
-    read = _reader(data, columns, rows, turns)
+    read = _reader(data, columns, rows, turns, reasoning)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):
         outcomes: list[Parts | RowError]
@@ -226,16 +231,21 @@ def make_examples(
 
 
 def _reader(
-    data: DataSection, columns: Sequence[str], rows: Sequence[RawRow], turns: Turns
+    data: DataSection,
+    columns: Sequence[str],
+    rows: Sequence[RawRow],
+    turns: Turns,
+    reasoning: bool,
 ) -> Callable[[RawRow], Iterable[Parts | RowError]]:
     """Choose how a row is read: as a conversation, with a rule, or with three templates."""
     rule = make_rule(data.split_rule) if data.split_rule else None
     conversation = _conversation_column(data, columns, rows)
     if conversation is not None:
-        return lambda row: _conversation(row.get(conversation), rule, turns)
+        return lambda row: _conversation(row.get(conversation), rule, turns, reasoning)
     wanted = {"prompt": data.prompt}
     if data.response is None:
-        wanted |= {"thinking": data.thinking, "answer": data.answer}
+        absent = data.thinking is None and "thinking" not in columns and not reasoning
+        wanted |= {"thinking": "" if absent else data.thinking, "answer": data.answer}
         if rule:
             what = "data.response: expected the column that `data.split_rule` splits; got none"
             raise DataError(data.source, what)
@@ -291,6 +301,8 @@ def _templates(
     if problems:
         hint = "`data.prompt`, `data.thinking` and `data.answer` are templates over the columns"
         hint += ", or `data.response` is the one to split by `data.split_rule`"
+        if data.thinking is None and "thinking" not in columns and data.response is None:
+            hint += "; rows without a reasoning need `thinking: own` in every stage"
         raise DataError(data.source, problems, hint)
     return templates
 
@@ -310,7 +322,9 @@ def _by_rule(text: str, rule: Rule | None) -> tuple[str, str]:
     return parts
 
 
-def _conversation(value: Any, rule: Rule | None, turns: Turns) -> Iterator[Parts | RowError]:
+def _conversation(
+    value: Any, rule: Rule | None, turns: Turns, reasoning: bool
+) -> Iterator[Parts | RowError]:
     """Give the last assistant turn of a conversation, or every one, with the messages before it."""
     messages = _messages(value)
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -322,6 +336,8 @@ def _conversation(value: Any, rule: Rule | None, turns: Turns) -> Iterator[Parts
             # With a rule, an empty `reasoning_content` says nothing: the content may hold the tags.
             if turn.get("reasoning_content") or (rule is None and "reasoning_content" in turn):
                 thinking, answer = turn["reasoning_content"], turn["content"]
+            elif rule is None and not reasoning:
+                thinking, answer = "", turn["content"]
             else:
                 thinking, answer = _by_rule(turn["content"], rule)
         except RowError as error:

@@ -304,6 +304,11 @@ class Prepared:
     validation_examples: list[Example] = field(default_factory=list)
     train_examples: list[Example] = field(default_factory=list)
 
+    @property
+    def answers_only(self) -> bool:
+        """Whether no row of train has a reasoning: the model writes what the stages read."""
+        return not any(example.thinking.strip() for example in self.train_examples)
+
     def questions(self, recipe: Recipe) -> list[Example]:
         """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
         count = min(recipe.eval.num_questions, len(self.test))
@@ -320,7 +325,9 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
         FrameError: The tokenizer or its template can't carry the response.
     """
     renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
-    splits = load_splits(recipe.data, recipe.seed, need_test, recipe.response.turns)
+    splits = load_splits(
+        recipe.data, recipe.seed, need_test, recipe.response.turns, recipe.needs_reasoning
+    )
     return prepare_splits(recipe, splits, renderer)
 
 

@@ -28,6 +28,12 @@ class Allowed:
 UNSPLIT = Allowed("unsplit_rows", "mend these rows; data.unsplit_rows: drop leaves them out")
 # By the code of the rows' refusal; `unsplit_rows` decides on all others.
 OTHERS = {
+    "empty-thinking": Allowed(
+        "empty_thinking",
+        "what is trained behind an empty thinking stops reading it: give these rows a reasoning, "
+        "or leave data.thinking out and write `thinking: own` in every stage, so that the model "
+        "writes it; data.empty_thinking: drop leaves these rows out",
+    ),
     "overlap": Allowed("overlap", "data.overlap: drop leaves these rows out"),
     "too-long": Allowed(
         "too_long",

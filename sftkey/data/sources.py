@@ -125,7 +125,11 @@ def has_splits(data: DataSection) -> bool:
 
 
 def load_examples(
-    data: DataSection, seed: int, split: str = "train", turns: Turns = "last"
+    data: DataSection,
+    seed: int,
+    split: str = "train",
+    turns: Turns = "last",
+    reasoning: bool = True,
 ) -> Loaded:
     """Read one split and make its examples.
 
@@ -134,6 +138,7 @@ def load_examples(
         seed: What made rows depend on.
         split: The name of a split, or a file.
         turns: Which assistant turns of a conversation become examples.
+        reasoning: Whether rows without a reasoning are refused; else it is empty.
 
     Raises:
         DataError: The source can't be read, holds no rows, or lacks columns that the section names.
@@ -142,7 +147,7 @@ def load_examples(
     rows = load_rows(data, seed, split)
     # A row may lack what others have (JSON): the columns are all that occur, in their order.
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return make_examples(rows, data, columns, turns)
+    return make_examples(rows, data, columns, turns, reasoning)
 
 
 def load_rows(data: DataSection, seed: int, split: str) -> Rows:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftkey.data.examples import Loaded, Turns, Unsplit
-from sftkey.data.refused import NUM_SHOWN, numbered
+from sftkey.data.refused import NUM_SHOWN, OTHERS, numbered
 from sftkey.data.response import Example
 from sftkey.data.sources import MADE, has_splits, load_examples, with_defaults
 from sftkey.errors import DataError, Problem
 from sftkey.recipe.schema import DataSection
 
 NUM_LISTED = 5  # lines in an error
+MOST_EMPTY = 0.01  # share of rows whose thinking may be empty without a word in the recipe
 Amount = int | float | str | None
 
 
@@ -25,7 +26,8 @@ class Splits:
 
     `counts` is JSON: `rows` (by split) and `dropped`, a list of
     `{split, reason, code, num_rows, rows}`, where `rows` holds the first 20 row numbers, from 0,
-    and `code` names the kind of reason.
+    and `code` names the kind of reason. `empty_thinking`, where there are such rows, has the row
+    numbers by split of those that are kept.
     """
 
     train: list[Example]
@@ -46,7 +48,11 @@ class Splits:
 
 
 def load_splits(
-    data: DataSection, seed: int, need_test: bool = True, turns: Turns = "last"
+    data: DataSection,
+    seed: int,
+    need_test: bool = True,
+    turns: Turns = "last",
+    reasoning: bool = True,
 ) -> Splits:
     """Load the splits that the recipe names.
 
@@ -55,6 +61,7 @@ def load_splits(
         seed: What the choice of rows, and made rows, depend on.
         need_test: Whether a recipe without test rows is refused.
         turns: Which assistant turns of a conversation become examples.
+        reasoning: Whether a stage reads the rows' reasoning: then it may not be empty.
 
     Raises:
         DataError: A split is missing, empty or too large, a row can't be used, or a prompt
@@ -69,11 +76,17 @@ def load_splits(
             hint="`data.test: 200` keeps 200 rows of train for the test",
         )
     dropped: list[dict[str, Any]] = []
+    empty: dict[str, list[int]] = {}
 
     def load(name: str, split: str) -> list[Example]:
-        loaded = load_examples(data, seed, split, turns)
+        loaded = load_examples(data, seed, split, turns, reasoning)
         dropped.extend(_check_unsplit(loaded, data, name))
-        return loaded.examples
+        if not reasoning:
+            return loaded.examples
+        kept, left_out = _without_empty_thinking(loaded.examples, data, name)
+        dropped.extend(left_out)
+        empty[name] = [each.index for each in kept if not each.thinking.strip()]
+        return kept
 
     train = _sampled(load("train", data.train), data, seed)
     named = {
@@ -84,8 +97,30 @@ def load_splits(
     for name, examples in splits.items():
         if not examples and (name == "train" or amounts.get(name)):
             raise DataError(data.source, f"no rows are left in {name}", hint=_hint(repeated))
-    counts = {"rows": {name: len(examples) for name, examples in splits.items()}}
+    counts: dict[str, Any] = {"rows": {name: len(examples) for name, examples in splits.items()}}
+    if any(empty.values()):
+        counts["empty_thinking"] = {name: rows for name, rows in empty.items() if rows}
     return Splits(**splits, counts={**counts, "dropped": dropped + repeated})
+
+
+def _without_empty_thinking(
+    examples: list[Example], data: DataSection, split: str
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Leave out the rows whose thinking is empty, if they are many or the recipe says so.
+
+    Raises:
+        DataError: No row has a thinking.
+    """
+    rows = [example.index for example in examples if not example.thinking.strip()]
+    few = data.empty_thinking == "error" and len(rows) <= MOST_EMPTY * len(examples)
+    if not rows or few or data.empty_thinking == "keep":
+        return examples, []
+    reason = f"the thinking is empty in {len(rows) / len(examples):.0%} of the rows"
+    if len(rows) == len(examples):
+        what = f"{split}: {reason}"
+        raise DataError(data.source, what, OTHERS["empty-thinking"].hint)
+    kept = [example for example in examples if example.thinking.strip()]
+    return kept, [_dropped(split, reason, "empty-thinking", rows)]
 
 
 def _amounts(data: DataSection) -> dict[str, Amount]:

@@ -142,6 +142,12 @@ def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows:
             "data.validation: expected rows to diagnose on; got none",
             "data.validation=200 takes so many rows of train",
         )
+    if prepared.answers_only:
+        raise DataError(
+            target,
+            "expected rows with a reasoning, which the model's own is compared with; got answers",
+            "`sftkey evaluate` says how many thinkings are valid and how many answers are right",
+        )
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
     ledger = Ledger(folder, recipe, main=False)
     model = load_stage(recipe, ledger, device, prepared.renderer, number)
@@ -216,12 +222,16 @@ class StageDiagnosis:
     run: Run
 
     def missing(self, name: str) -> bool:
-        """Tell whether a stage is still to be diagnosed; no run without validation rows is."""
+        """Tell whether a stage is still to be diagnosed.
+
+        No run is without validation rows, or where these have no reasoning to compare with.
+        """
         from accelerate import PartialState
 
         from sftkey.training.answers import sharded
 
-        if self.run.prepared.validation is None or sharded():
+        prepared = self.run.prepared
+        if prepared.validation is None or prepared.answers_only or sharded():
             return False
         missing = not _file(self.run.ledger.folder, name).exists()
         PartialState().wait_for_everyone()  # before the main process may write it

@@ -211,11 +211,14 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
     if context == "frozen" and not last:
         what = "frozen, whose adapter acts on the key alone, leaves nothing for a stage after it"
         yield (*keys, "context"), f"{what}; make it the last one"
-    own = stage["thinking"] == "own"
-    if own and (trained := _trained_context(stage.get("loss_on"))):
+    own, how = stage["thinking"] == "own", stage["own"]
+    keeps_right = isinstance(how, dict) and how["keep"] == "right"
+    if own and not keeps_right and (trained := _trained_context(stage.get("loss_on"))):
         what = "own thinking is no reference, and loss_on trains it here"
-        yield (*keys, "thinking"), f"{what} ({trained}); write loss_on: key"
-    how = stage["own"]
+        yield (
+            (*keys, "thinking"),
+            f"{what} ({trained}); write loss_on: key, or own: {{keep: right}}",
+        )
     if not own and how is not None:
         yield (*keys, "own"), "only with `thinking: own`"
     if isinstance(how, dict) and how["keep"] == "mixed" and how["samples"] == 1:

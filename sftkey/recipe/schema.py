@@ -216,6 +216,11 @@ class DataSection(Section):
     unsplit_rows: Literal["error", "drop"] = "error"
     """What becomes of rows that can't be used, of which no reasoning and answer are found for
     one: `error` or `drop`."""
+    empty_thinking: Annotated[
+        Literal["error", "drop", "keep"], Field(exclude_if=lambda value: value == "error")
+    ] = "error"
+    """What becomes of rows whose reasoning is empty, where a stage reads the data's reasoning:
+    `error` above 1% of the rows, `drop`, or `keep`."""
     overlap: Literal["error", "drop"] = "error"
     """What becomes of a prompt that is in two splits: `error`, or `drop` (from train first)."""
     max_length: Count = 1024
@@ -256,9 +261,17 @@ class OwnThinking(Section):
     """How many thinkings the model writes for each training row."""
     temperature: Annotated[Number, Field(ge=0)] = 0.7
     """The temperature that they are sampled at; 0 is greedy."""
-    keep: Literal["all", "wrong", "mixed"] = "all"
-    """Which rows to train on: `all`, those whose answer after it was `wrong`, or `mixed` (right
-    once and wrong once)."""
+    keep: Literal["all", "right", "wrong", "mixed"] = "all"
+    """Which rows to train on: `all`, those whose own answer after it was `right` or `wrong`, or
+    `mixed` (right once and wrong once)."""
+    mix: Annotated[Number, Field(ge=0, lt=1, exclude_if=lambda mix: mix == 0)] = 0.0
+    """The share of rows with the data's reasoning among the rows that are trained, where there are
+    some."""
+    hint: Annotated[Literal["answer"] | None, Field(exclude_if=lambda hint: hint is None)] = None
+    """`answer` shows the model the reference's answer while it writes (arXiv 2203.14465); the rows
+    are trained without it."""
+    file: Annotated[Text | None, Field(exclude_if=lambda file: file is None)] = None
+    """A JSONL file of thinkings that another engine wrote to the prompts of `sftkey prompts`."""
 
 
 class StageSection(Section):
@@ -365,6 +378,13 @@ class Recipe(Section):
     """The training stages, in order; each starts from the weights of the one before."""
     eval: EvalSection = EvalSection()
     """How answers are judged before the stages and after each."""
+
+    @property
+    def needs_reasoning(self) -> bool:
+        """Whether a stage reads the data's reasoning, in tags of its own."""
+        return any(self.response.thinking) and any(
+            stage.thinking == "reference" for stage in self.stages
+        )
 
     def stage_trainer(self, stage: StageSection) -> dict[str, Any]:
         """Give the shared trainer settings with the stage's own laid over."""

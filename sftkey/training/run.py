@@ -25,10 +25,17 @@ from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.training.answers import Answers, Grader, make_own_rows
+from sftkey.training.answers import Answers
 from sftkey.training.checkpoints import SealCheckpoints, newest_whole
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log
+from sftkey.training.own_thinking import (
+    NUM_WITHOUT_VALIDATION,
+    Grader,
+    Writer,
+    make_own_rows,
+    own_validation,
+)
 from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.stage import (
     gradient_norms,
@@ -77,7 +84,6 @@ def explained_out_of_memory(folder: Path) -> Iterator[None]:
 
 BASE = "base"  # the model before all stages
 PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
-NUM_ROWS_WITHOUT_VALIDATION = 32  # training rows on which the hand-off is then measured
 
 
 class StageReport(Protocol):
@@ -120,10 +126,13 @@ class Run:
 
     @cached_property
     def validation(self) -> Dataset:
-        """Give the rows on which every stage is measured before and after it."""
+        """The rows on which every stage is measured before and after it.
+
+        Where no row has a reasoning, a stage's model puts its own there when it begins.
+        """
         if self.prepared.validation is not None:
             return self.prepared.validation
-        num_rows = min(NUM_ROWS_WITHOUT_VALIDATION, len(self.prepared.train))
+        num_rows = min(NUM_WITHOUT_VALIDATION, len(self.prepared.train))
         return self.prepared.train.select(range(num_rows))
 
     @cached_property
@@ -181,10 +190,7 @@ class Run:
         processes.wait_for_everyone()
         rows = stage_rows(self.recipe, stage, self.prepared.train, self.packs)
         if stage.thinking == "own":
-            folder = self.ledger.stage_folder(number)
-            rows = make_own_rows(
-                self.recipe, stage, self.prepared, model, folder, self.progress, self.grade
-            )
+            rows = self._own_rows(number, model)
         arguments = stage_arguments(self.recipe, stage, self.device, checkpoints, not checkpoint)
         log = StageLog(
             self.ledger, number, self.progress, handoff_tolerance(self.recipe, self.device)
@@ -210,6 +216,18 @@ class Run:
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"
         self.ledger.save()
+
+    def _own_rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
+        """Let the model write the thinkings of a stage, and of the validation rows without any."""
+        stage, renderer = self.recipe.stages[number], self.prepared.renderer
+        folders = self.ledger.stage_folder(0), self.ledger.stage_folder(number)
+        first, writer = (
+            Writer(self.recipe, renderer, model, folder, self.progress, stage.name)
+            for folder in folders
+        )
+        if self.prepared.answers_only:
+            self.__dict__["validation"] = own_validation(stage, self.prepared, first)
+        return make_own_rows(stage, self.prepared, writer, self.grade)
 
     def _save(self, trainer: KeyTrainer, number: int) -> None:
         """Write what the stage has trained, and what the run's end stands on."""

@@ -145,7 +145,7 @@ def test_all_rows_too_long_is_an_error(prepared: Write) -> None:
 def test_all_rows_refused_is_an_error(prepared: Write) -> None:
     """Every reason is named."""
     rows = [{"prompt": "Q", "thinking": "<|im_end|>", "answer": "7"}]
-    rows += [{"prompt": f"R{n}", "thinking": "", "answer": "<|im_start|>"} for n in range(2)]
+    rows += [{"prompt": f"R{n}", "thinking": "a", "answer": "<|im_start|>"} for n in range(2)]
     with pytest.raises(DataError) as raised:
         prepared(rows)
     assert str(raised.value).partition("these.jsonl: ")[2] == (

@@ -188,6 +188,7 @@ def test_unknown_columns_are_named_at_once_with_those_that_exist(tmp_path: Path)
         f"{file}: 2 problems\n"
         "  data.prompt: no column 'questoin'; the columns are question, answer\n"
         f"  data.thinking: no column 'thinking'; the columns are question, answer\n{hint}"
+        "; rows without a reasoning need `thinking: own` in every stage"
     )
     assert message_of(section(file, **{**HASHED, "response": "output"})) == (
         f"{file}: 1 problem\n"

@@ -444,7 +444,7 @@ def test_a_choice_over_own_thinking_reads_no_more_rows_than_it_may(
     file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
     asked: list[Any] = []
 
-    def own_rows(recipe: Any, stage: Any, prepared: Any, *_others: Any) -> Any:
+    def own_rows(stage: Any, prepared: Any, *_others: Any) -> Any:
         asked.append([each.index for each in prepared.train_examples])
         assert asked[-1] == prepared.train["index"][:]
         return prepared.train

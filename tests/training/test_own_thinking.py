@@ -18,8 +18,8 @@ from sftkey.generation import key_switch as writing
 from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import OwnThinking, StageSection
-from sftkey.training import answers as own_thinking
-from sftkey.training.answers import own_examples
+from sftkey.training import own_thinking
+from sftkey.training.own_thinking import Writer, own_examples
 from sftkey.training.run import read_rows, start
 from tests.training.test_run import Killed
 
@@ -46,12 +46,10 @@ def prepared(tiny_recipe: MakeRecipe) -> Prepared:
 def writes(monkeypatch: pytest.MonkeyPatch, thinking: str) -> list[dict[int, Any]]:
     """Let every model write this thinking and the answer 0; gives what it was asked."""
     asked: list[dict[int, Any]] = []
-    answer = own_thinking.generate_to_file
 
     def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
-        if file.parent.name == "evaluation":  # the test questions' answers are the model's own
-            return answer(model, tokenizer, prompts, file, **settings)
-        asked.append(dict(prompts))
+        if file.name.startswith("thinkings"):
+            asked.append(dict(prompts))
         text = f"<Thinking>\n{thinking}\n</Thinking>\n<Answer>\n0\n</Answer>"
         return {index: Generation(text, 9, True) for index in prompts}
 
@@ -104,13 +102,19 @@ def test_rows_hold_own_thinking_and_the_references_answer_as_key(
     prompts = {tuple(ids) for ids in asked[0].values()}
     assert prompts == {tuple(run.prepared.renderer.prompt_ids(e.prompt)) for e in examples.values()}
     counts = json.loads((run.ledger.stage_folder(1) / "thinkings.json").read_text())
-    assert counts == {"written": 24, "not closed": 0, "not kept": 0, "used": 24, "refused": {}}
+    seconds = counts.pop("seconds")
+    assert 0 < seconds < 60
+    assert counts == {
+        **{"written": 24, "not closed": 0, "empty": 0, "not kept": 0, "used": 24},
+        **{"refused": {}, "tokens": 24 * 9},
+    }
 
 
 @pytest.mark.parametrize(
     ("how", "kept"),
     [
         ({"samples": 2, "keep": "all"}, ["a", "b", "c", "d"]),
+        ({"samples": 2, "keep": "right"}, ["a"]),
         ({"samples": 2, "keep": "wrong"}, ["b", "c", "d"]),
         ({"samples": 2, "keep": "mixed"}, ["a", "b"]),
     ],
@@ -130,12 +134,14 @@ def test_thinkings_are_kept_by_what_they_led_to(
     ):
         texts[key] = f"<Thinking>\n{thinking}\n</Thinking>\n<Answer>\n{answer}\n</Answer>"
     written = {key: Generation(text) for key, text in texts.items()}
+    written[2] = Generation("<Thinking>\n \n</Thinking>\n<Answer>\n4\n</Answer>")
     used, counts = own_examples(stage(**how), prepared, written, "exact", grade)
     assert [example.thinking for example in used] == kept
     assert all(isinstance(example, Example) for example in used)
     assert counts == {
         "written": 2 * num,
-        "not closed": 2 * num - 4,
+        "not closed": 2 * num - 5,
+        "empty": 1,
         "not kept": 4 - len(kept),
         "used": len(kept),
     }
@@ -145,16 +151,32 @@ def test_a_stage_without_thinkings_is_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that never closes its thinking has nothing to train the key on."""
-    answer = own_thinking.generate_to_file
+    asked = []
 
     def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
-        if file.parent.name == "evaluation":  # the test questions' answers are the model's own
-            return answer(model, tokenizer, prompts, file, **settings)
-        return {index: Generation("so") for index in prompts}
+        asked.append(file.name)
+        return {index: Generation("so", 1, index > 2) for index in prompts}
 
     monkeypatch.setattr(own_thinking, "generate_to_file", write)
     with pytest.raises(DataError) as error:
         trained_rows(tiny_recipe(stages=[FIRST, own()]), tmp_path, monkeypatch)
+    assert str(error.value) == (
+        "stages.key: thinking: own: expected a model that thinks; 0 of 8 thinkings are valid "
+        "(closed with '\\n</Thinking>' and not empty), 3 answers never stopped\n"
+        "hint: train a stage on whole completions with a reasoning first; or write the model's own "
+        "tags as response.thinking (now ['<Thinking>\\n', '\\n</Thinking>']), or raise "
+        "eval.max_new_tokens"
+    )
+    assert set(asked) == {"probe.part0of1.jsonl"}  # a few questions told so, before all were asked
+
+
+def test_nothing_kept_is_refused(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model thinks, and no answer is right."""
+    writes(monkeypatch, "so")
+    with pytest.raises(DataError) as error:
+        trained_rows(tiny_recipe(stages=[own(own={"keep": "right"})]), tmp_path, monkeypatch)
     assert str(error.value) == (
         "stages.key: thinking: own leaves no row to train on: no thinking was closed and kept\n"
         "hint: write own.keep: all, or train an earlier stage for longer"
@@ -172,9 +194,9 @@ def test_a_killed_writing_goes_on_where_it_stopped(
 
     def thinkings(folder: Path) -> dict[int, Generation]:
         folder.mkdir(exist_ok=True)
-        return own_thinking.write_thinkings(
-            recipe, recipe.stages[0], whole.prepared, model, folder, whole.progress
-        )
+        renderer, progress = whole.prepared.renderer, whole.progress
+        writer = Writer(recipe, renderer, model, folder, progress, "key")
+        return own_thinking.write_thinkings(recipe.stages[0], whole.prepared, writer)
 
     expected = thinkings(tmp_path / "once")
     assert len({each.text for each in expected.values()}) > 1  # sampled
@@ -227,7 +249,7 @@ def test_empty_thinking_asks_for_a_yes(
         (
             {"loss_on": "completion"},
             "stages[0].thinking: own thinking is no reference, and loss_on trains it here "
-            "(thinking); write loss_on: key",
+            "(thinking); write loss_on: key, or own: {keep: right}",
         ),
         ({"thinking": "reference", "own": {}}, "stages[0].own: only with `thinking: own`"),
         (

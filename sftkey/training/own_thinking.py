@@ -1,0 +1,394 @@
+"""The thinkings that a stage's model writes for itself, and the rows that they become."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sftkey.data.prepare import Prepared, tokenized_rows
+from sftkey.data.renderer import Renderer, stop_ids
+from sftkey.data.response import Example
+from sftkey.errors import DataError, Problem
+from sftkey.files import write_json
+from sftkey.generation.generate import Generation, generate_to_file
+from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.training.log import RunProgress
+
+Grader = Callable[[str | None, str, str], bool]  # answer, reference, grader
+
+NUM_PROBED = 16  # questions that are asked before all others
+LEAST_VALID = 0.5  # share of thinkings that are closed and not empty
+HINT = (
+    "\n\n(The right answer is: {answer}\nWrite the reasoning that leads to it from the question, "
+    "as if you had not been told.)"
+)
+# What a thinking says that speaks of the hint: its own words, and those that stand for it.
+OF_HINT = re.compile(
+    r"(?:right|correct|given|provided|stated|known|expected) answer (?:is|was)\b"
+    r"|\b(?:the|a|this|your) (?:hint|given answer|provided answer|stated answer)\b"
+    r"|\b(?:i|we) (?:was|were|am|are|have been|had been|'ve been) (?:told|given)\b"
+    r"|\bas if\b.{0,20}\bnot been told\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Lets a model answer questions, each process its share, row by row into files.
+
+    Args:
+        recipe: Its `eval` says how long an answer may be, and how many are written at a time.
+        renderer: Writes the prompts.
+        model: As the stage finds it.
+        folder: The stage's; the answers go there.
+        progress: What the person sees.
+        stage: What the progress calls it.
+    """
+
+    recipe: Recipe
+    renderer: Renderer
+    model: PreTrainedModel | PeftModel
+    folder: Path
+    progress: RunProgress
+    stage: str
+
+    def write(
+        self, name: str, examples: Sequence[Example], samples: int, temperature: float
+    ) -> dict[int, Generation]:
+        """Write each example's answer some times.
+
+        Returns:
+            Sample `s` of the example at place `p` of N under `s * N + p`, from all processes.
+        """
+        processes = PartialState()
+        rank, world = processes.process_index, processes.num_processes
+        asked = {
+            sample * len(examples) + place: self.renderer.prompt_ids(example.prompt)
+            for sample in range(samples)
+            for place, example in enumerate(examples)
+        }
+        settings: dict[str, Any] = {
+            "stop_ids": stop_ids(self.renderer, self.model.generation_config.eos_token_id),
+            "max_new_tokens": self.recipe.eval.max_new_tokens,
+            "batch_size": self.recipe.eval.batch_size,
+            "temperature": temperature,
+            "seed": self.recipe.seed,
+            "report": partial(self.progress.answers, f"{self.stage}: own thinking"),
+        }
+        files = [self.folder / f"{name}.part{each}of{world}.jsonl" for each in range(world)]
+        tokenizer = self.renderer.tokenizer
+        mine = dict(list(asked.items())[rank::world])
+        generate_to_file(self.model, tokenizer, mine, files[rank], **settings)
+        processes.wait_for_everyone()
+        settings["report"] = None
+        written: dict[int, Generation] = {}
+        for number, file in enumerate(files):  # all are there: this reads them
+            share = dict(list(asked.items())[number::world])
+            written |= generate_to_file(self.model, tokenizer, share, file, **settings)
+        return written
+
+
+def write_thinkings(
+    stage: StageSection, prepared: Prepared, writer: Writer
+) -> dict[int, Generation]:
+    """Let the model answer each training question as often as the stage says.
+
+    Returns:
+        Sample `s` of the example at place `p` of N under `s * N + p`.
+    """
+    own, asked = stage.own_thinking, prepared.train_examples
+    if own.hint:
+        asked = [with_hint(example) for example in asked]
+    return writer.write("thinkings", asked, own.samples, own.temperature)
+
+
+def require_thinking(stage: StageSection, prepared: Prepared, writer: Writer) -> None:
+    """Ask the model a few questions before it is asked all.
+
+    Raises:
+        DataError: Fewer than half of the thinkings are valid.
+    """
+    asked = (prepared.validation_examples or prepared.train_examples)[:NUM_PROBED]
+    require_valid(stage, prepared, writer.write("probe", asked, 1, 0.0))
+
+
+def with_hint(example: Example) -> Example:
+    """Return an example whose prompt tells the answer."""
+    hint = HINT.format(answer=example.answer.strip())
+    if isinstance(example.prompt, str):
+        return replace(example, prompt=example.prompt + hint)
+    *before, last = example.prompt
+    return replace(example, prompt=(*before, {**last, "content": last["content"] + hint}))
+
+
+def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[int, Generation]:
+    """Read thinkings that another engine wrote.
+
+    Args:
+        file: JSONL of objects with `index`, the row's number, and `text`, what was written after
+            the prompt; a row may come as often as `own.samples` says, and be missing. `prompt`,
+            as `sftkey prompts` writes it, is compared if it is there.
+        stage: Says how many samples there are.
+        prepared: The rows.
+
+    Returns:
+        As `write_thinkings` does.
+
+    Raises:
+        DataError: With every line that can't be used.
+    """
+    examples = prepared.train_examples
+    places: dict[int, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(example.index, []).append(place)
+    written: dict[int, Generation] = {}
+    seen: Counter[int] = Counter()
+    problems = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(file), f"can't be read: {error}", "see stages.own.file") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            place = _asked_place(row, places, examples, prepared.renderer)
+            if seen[place] >= stage.own_thinking.samples:
+                raise ValueError(f"row {row['index']} comes more often than own.samples says")
+            written[seen[place] * len(examples) + place] = Generation(row["text"])
+            seen[place] += 1
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            problems.append(Problem("", f"{type(error).__name__}: {error}", number))
+    if problems:
+        shown = problems[:20]
+        what = f"expected `index` and `text` in each line; {len(problems)} lines can't be used"
+        raise DataError(str(file), [Problem("", what), *shown], "write it anew: sftkey prompts")
+    return written
+
+
+def _asked_place(
+    row: Mapping[str, Any],
+    places: Mapping[int, list[int]],
+    examples: Sequence[Example],
+    renderer: Renderer,
+) -> int:
+    """Find the training example that a line belongs to."""
+    if not isinstance(row["text"], str):
+        raise TypeError("`text` is no text")
+    found = places.get(row["index"], [])
+    if not found:
+        raise ValueError(f"row {row['index']} is no row of train")
+    turn = row.get("turn", 0)
+    if turn not in range(len(found)):
+        raise ValueError(f"row {row['index']} has no turn {turn}")
+    place = found[turn]
+    if row.get("prompt", None) not in (None, renderer.prompt_text(examples[place].prompt)):
+        raise ValueError(f"row {row['index']}: its `prompt` is another one than the recipe's")
+    return place
+
+
+def is_valid(thinking: str | None) -> bool:
+    """Tell whether a thinking was closed and isn't empty."""
+    return thinking is not None and bool(thinking.strip())
+
+
+def require_valid(
+    stage: StageSection, prepared: Prepared, written: Mapping[int, Generation]
+) -> None:
+    """Refuse a stage whose model doesn't think.
+
+    Raises:
+        DataError: Fewer than half of the thinkings are closed and not empty.
+    """
+    response = prepared.renderer.response
+    thinkings = [_parsed(prepared.renderer, each).thinking for each in written.values()]
+    num_valid = sum(map(is_valid, thinkings))
+    if num_valid >= LEAST_VALID * len(thinkings):
+        return
+    endless = sum(each.stopped is False for each in written.values())
+    raise DataError(
+        f"stages.{stage.name}",
+        f"thinking: own: expected a model that thinks; {num_valid} of {len(thinkings)} thinkings "
+        f"are valid (closed with {response.thinking_close!r} and not empty), {endless} answers "
+        "never stopped",
+        "train a stage on whole completions with a reasoning first; or write the model's own tags "
+        f"as response.thinking (now {[response.thinking_open, response.thinking_close]}), or raise "
+        "eval.max_new_tokens",
+    )
+
+
+def _parsed(renderer: Renderer, written: Generation) -> Any:
+    return renderer.response.parse(written.text.removeprefix(renderer.assistant_prefix))
+
+
+def own_examples(
+    stage: StageSection,
+    prepared: Prepared,
+    written: Mapping[int, Generation],
+    grader: str,
+    grade: Grader,
+) -> tuple[list[Example], dict[str, int]]:
+    """Put the reference's answer behind each thinking that is valid and kept.
+
+    Args:
+        stage: `own.keep`: all; right or wrong: those whose own answer was; mixed: those of
+            questions that were answered right once and wrong once.
+        prepared: The rows.
+        written: From `write_thinkings`.
+        grader: The recipe's.
+        grade: Tells whether an answer is right.
+
+    Returns:
+        The examples, and how many thinkings were written, not closed, empty, with a hint also how
+        many spoke of it, not kept, and used.
+    """
+    examples, own = prepared.train_examples, stage.own_thinking
+    counts = dict.fromkeys(("written", "not closed", "empty", "of the hint", "not kept", "used"), 0)
+    counts["written"] = len(written)
+    valid: dict[int, list[tuple[str, bool]]] = {}
+    for key in sorted(written):
+        place = key % len(examples)
+        parsed = _parsed(prepared.renderer, written[key])
+        if parsed.thinking is None:
+            counts["not closed"] += 1
+        elif not parsed.thinking.strip():
+            counts["empty"] += 1
+        elif own.hint and OF_HINT.search(parsed.thinking):
+            counts["of the hint"] += 1
+        else:
+            right = bool(grade(parsed.answer, examples[place].answer, grader))
+            valid.setdefault(place, []).append((parsed.thinking, right))
+    used = []
+    for place, thinkings in valid.items():
+        mixed = len({right for _, right in thinkings}) > 1
+        for thinking, right in thinkings:
+            if {"all": True, "right": right, "wrong": not right, "mixed": mixed}[own.keep]:
+                used.append(replace(examples[place], thinking=thinking))
+    counts["used"] = len(used)
+    counts["not kept"] = sum(map(len, valid.values())) - len(used)
+    if not own.hint:
+        del counts["of the hint"]
+    return used, counts
+
+
+def with_references(
+    stage: StageSection, prepared: Prepared, used: list[Example], seed: int
+) -> list[Example]:
+    """Add rows with the data's reasoning, until they are the share that `own.mix` says.
+
+    Raises:
+        DataError: No row has a reasoning.
+    """
+    mix = stage.own_thinking.mix
+    if not mix:
+        return used
+    pool = [example for example in prepared.train_examples if example.thinking.strip()]
+    if not pool:
+        what = "own.mix: expected rows with a reasoning; got none"
+        raise DataError(f"stages.{stage.name}", what, "leave own.mix out")
+    count = min(round(mix / (1 - mix) * len(used)), len(pool))
+    drawn = random.Random(f"{seed} {stage.name}").sample(range(len(pool)), count)
+    return [*used, *(pool[place] for place in sorted(drawn))]
+
+
+def own_rows(
+    recipe: Recipe, stage: StageSection, prepared: Prepared, examples: list[Example]
+) -> tuple[Dataset, dict[str, int]]:
+    """Tokenize the examples as the run's rows are.
+
+    Returns:
+        The rows, and how many examples gave none, by reason.
+
+    Raises:
+        DataError: No row is left to train on.
+    """
+    if not examples:
+        raise _none_left(stage, "no thinking was closed and kept")
+    trim = recipe.data.too_long == "trim_thinking"
+    rows, outcome = tokenized_rows(examples, prepared.renderer, recipe.data.max_length, trim=trim)
+    if len(rows) == 0:
+        reason, _ = Counter(reason for _, reason, _ in outcome.refused).most_common(1)[0]
+        raise _none_left(stage, reason)
+    return rows, dict(Counter(reason for _, reason, _ in outcome.refused))
+
+
+def _none_left(stage: StageSection, reason: str) -> DataError:
+    return DataError(
+        f"stages.{stage.name}",
+        f"thinking: own leaves no row to train on: {reason}",
+        "write own.keep: all, or train an earlier stage for longer",
+    )
+
+
+def make_own_rows(
+    stage: StageSection, prepared: Prepared, writer: Writer, grade: Grader
+) -> Dataset:
+    """Return the rows of a stage over the model's own thinking, and write down their counts.
+
+    `thinkings.json` in the stage's folder says what was written, dropped and used, how many tokens
+    that took, and the seconds of this process.
+
+    Raises:
+        DataError: Too few thinkings are valid, the file of thinkings can't be used, or no row is
+            left to train on.
+    """
+    processes, recipe, start = PartialState(), writer.recipe, time.monotonic()
+    if file := stage.own_thinking.file:
+        written = read_thinkings(Path(file), stage, prepared)
+    else:
+        require_thinking(stage, prepared, writer)
+        written = write_thinkings(stage, prepared, writer)
+    require_valid(stage, prepared, written)
+    examples, counts = own_examples(stage, prepared, written, recipe.eval.grader, grade)
+    examples = with_references(stage, prepared, examples, recipe.seed) if examples else examples
+    with processes.main_process_first():
+        rows, refused = own_rows(recipe, stage, prepared, examples)
+    cost = {
+        "tokens": sum(each.num_tokens or 0 for each in written.values()),
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    if processes.is_main_process:
+        write_json(writer.folder / "thinkings.json", {**counts, "refused": refused, **cost})
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items())
+    writer.progress.note(
+        f"{stage.name}: own thinking: {shown}; {cost['tokens']} tokens, {cost['seconds']:.0f} s"
+    )
+    return rows
+
+
+def own_validation(stage: StageSection, prepared: Prepared, writer: Writer) -> Dataset:
+    """Return validation rows behind the model's own thinking, for data without any reasoning.
+
+    All stages of a run are measured on those that its first stage's model wrote.
+
+    Raises:
+        DataError: Too few thinkings are valid.
+    """
+    examples = prepared.validation_examples or prepared.train_examples[:NUM_WITHOUT_VALIDATION]
+    written = writer.write("validation", examples, 1, 0.0)
+    require_valid(stage, prepared, written)
+    thinkings = {
+        place: _parsed(prepared.renderer, each).thinking for place, each in written.items()
+    }
+    valid = [
+        replace(examples[place], thinking=thinking)
+        for place, thinking in sorted(thinkings.items())
+        if is_valid(thinking)
+    ]
+    rows, _ = own_rows(writer.recipe, stage, prepared, valid)
+    return rows
+
+
+NUM_WITHOUT_VALIDATION = 32  # training rows on which stages are then measured
