@@ -6,7 +6,6 @@ is. It needs neither torch nor transformers.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -115,10 +114,10 @@ class Response:
         if boundary and not any(self._tags(strip=True)):
             before, found, after = text.strip().rpartition(boundary)
             return Parsed(before if found else None, after, strict=bool(found))
-        for space, tags in (("", self._tags(strip=False)), (r"\s*", self._tags(strip=True))):
-            match = re.fullmatch(_pattern(tags, space), text, flags=re.DOTALL)
-            if match and not any(self._holds_tag(part) for part in match.groups()):
-                return Parsed(match["thinking"], match["answer"], strict=True)
+        for strip in (False, True):
+            parts = _split(text, self._tags(strip), strip)
+            if parts and not any(map(self._holds_tag, parts)):
+                return Parsed(*parts, strict=True)
         return Parsed(self._last_thinking(text), self._last_answer(text), strict=False)
 
     def _tags(self, strip: bool) -> tuple[str, ...]:
@@ -150,9 +149,25 @@ class Response:
         return (after.partition(closing)[0] if closing else after).strip()
 
 
-def _pattern(tags: tuple[str, ...], space: str) -> str:
-    opening, closing, answer_open, answer_close = (re.escape(tag) for tag in tags)
-    return (
-        f"{space}{opening}{space}(?P<thinking>.*?){space}{closing}"
-        f"{space}{answer_open}{space}(?P<answer>.*?){space}{answer_close}{space}"
-    )
+def _split(text: str, tags: tuple[str, ...], strip: bool) -> tuple[str, str] | None:
+    """Take thinking and answer out of a text that is nothing else; None where it is more or less.
+
+    The first closing tag is where they part: a thinking that holds a tag is refused afterwards. So
+    one pass is enough, while a pattern would try every closing tag and every blank around it.
+    """
+    opening, closing, answer_open, answer_close = tags
+    text = text.strip() if strip else text
+    if not text.startswith(opening):
+        return None
+    text = text[len(opening) :]
+    boundary = closing + answer_open
+    thinking, found, answer = text.partition(boundary) if boundary else ("", "", text)
+    if strip and closing and answer_open:  # white space may stand between the two
+        thinking, found, rest = text.partition(closing)
+        answer = rest.lstrip()
+        found = found if answer.startswith(answer_open) else ""
+        answer = answer.removeprefix(answer_open)
+    if (boundary and not found) or not answer.endswith(answer_close):
+        return None
+    answer = answer.removesuffix(answer_close)
+    return (thinking.strip(), answer.strip()) if strip else (thinking, answer)

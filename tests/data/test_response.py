@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from sftkey.data import response as module
 from sftkey.data.response import Parsed, Response, Segment
 from sftkey.recipe.schema import ResponseSection
+from tests.support.timing import takes_linear_time
 from tests.support.tokenizers import TEXT
 
 DEFAULT = Response.from_section(ResponseSection())
@@ -68,6 +69,11 @@ def test_texts_with_tags_build_and_nothing_is_stripped(thinking: str, answer: st
         ("<Thinking>a</Thinking><Answer>7", Parsed("a", "7", False)),
         ("<Answer>6</Answer> no, <Answer>", Parsed(None, "6", False)),
         ("<Thinking>a and a", Parsed(None, None, False)),
+        (
+            "<Thinking>a</Thinking>b</Thinking><Answer>7</Answer>",
+            Parsed("a</Thinking>b", "7", False),
+        ),
+        ("<Thinking>\n a \n</Thinking>\n<Answer>\n 7 \n</Answer>", Parsed(" a ", " 7 ", True)),
         ("7", Parsed(None, None, False)),
         ("", Parsed(None, None, False)),
     ],
@@ -98,6 +104,28 @@ def test_strict_is_the_whole_form_and_else_the_last_answer_counts(
 def test_tags_may_be_empty(response: Response, text: str, parsed: Parsed) -> None:
     """Native thinking, a prompt that has opened it, and marks before the answer parse alike."""
     assert response.parse(text) == parsed
+
+
+TAGS = [*DEFAULT.render("|", "|").split("|"), "<Thinking>", "</Thinking>", "<Answer>", "</Answer>"]
+
+
+@pytest.mark.parametrize("response", [DEFAULT, NATIVE, OPENED, HASH, LINES])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "<Thinking>\n{}\n</Thinking>\n<Answer>\n{}\n</Answer>",
+        "<Thinking>{}</Thinking>{}<Answer>7</Answer>",
+    ],
+)
+def test_parsing_takes_linear_time(response: Response, form: str) -> None:
+    """Four times the length takes four times as long, whatever a model repeats."""
+    for piece in [" ", "\n", "7", "<", "#", "<think>\n", "\n</think>\n\n", *TAGS]:
+        assert takes_linear_time(
+            lambda length, piece=piece: response.parse(
+                form.replace("{}", piece * (length // len(piece)))
+            )
+        ), piece
 
 
 def test_module_needs_no_torch() -> None:
