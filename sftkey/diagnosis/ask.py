@@ -321,10 +321,10 @@ def _outcome(
     """Judge a whole response: what stood before the generation, and what was generated."""
     ids = [*before.before[len(asked.prompt) :], *generation.ids]
     text = _text(renderer.tokenizer, ids).removeprefix(renderer.assistant_prefix)
-    answer = renderer.response.parse(text).answer
+    verdict = grade(renderer.response.parse(text).answer, asked.answer, settings.grader)
     return Outcome(
-        right=grade(answer, asked.answer, settings.grader),
-        parsed=answer is not None,
+        right=verdict.right,
+        parsed=verdict.read is not None,
         stopped=bool(generation.stopped),
         nats=nats,
         num_tokens=len(before.key or asked.reference.key),

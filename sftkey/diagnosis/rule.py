@@ -10,7 +10,7 @@ from typing import Literal
 
 from scipy.stats import t as student
 
-from sftkey.evaluation.grading import normalize
+from sftkey.evaluation.statement import normalize
 from sftkey.evaluation.statistics import paired_difference, wilson
 
 CONDITIONS = ("own", "reference", "none")  # the thinking that stands before the answer
@@ -22,7 +22,7 @@ class Outcome:
 
     Args:
         right: Whether the answer is.
-        parsed: An answer was found.
+        parsed: An answer was found, and the grader could read it.
         stopped: The model ended the response by itself.
         nats: Loss of the reference's key after this thinking; None where the thinking never ended.
         num_tokens: Of that key.

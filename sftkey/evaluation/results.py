@@ -109,7 +109,7 @@ class Question(BaseModel):
     index: int
     correct: bool
     strict: bool  # thinking, answer and nothing else
-    parsed: bool  # there was an answer
+    parsed: bool  # there was an answer, and the grader could read it
     stopped: bool | None
     thinking_right: bool | None = None
     thinking_hash: str | None = None  # equal where two stages wrote the same thinking
@@ -140,14 +140,18 @@ def graded(
 ) -> tuple[Question, ...]:
     """Grade answers; the arguments are those of `score`."""
     written = [found.thinking for found in answers.parsed]
+    grades = [
+        grade(found.answer, example.answer, grader)
+        for found, example in zip(answers.parsed, answers.examples, strict=True)
+    ]
     right = judge_thinkings(written, answers.examples, grader, made)
     follows = follow_thinkings(answers.parsed, answers.examples, grader)
     return tuple(
         Question(
             index=example.index,
-            correct=grade(found.answer, example.answer, grader),
+            correct=grades[place].right,
             strict=found.strict,
-            parsed=found.answer is not None,
+            parsed=grades[place].read is not None,
             stopped=generation.stopped,
             thinking_right=right[place],
             thinking_hash=thinking_hash(text, response),

@@ -8,14 +8,9 @@ from fractions import Fraction
 from hashlib import sha256
 
 from sftkey.data.response import Example, Parsed, Response
-from sftkey.evaluation.grading import (
-    first_number,
-    grade,
-    last_number,
-    normalize,
-    plain,
-    same_number,
-)
+from sftkey.evaluation.grading import grade, read_number
+from sftkey.evaluation.numbers import first_number, last_number, plain, same_number
+from sftkey.evaluation.statement import normalize
 
 ARRIVING = 0.9  # from this share of references on, thinkings of a task end in its answers
 
@@ -86,9 +81,11 @@ def references_keep(rule: Callable[[str, str], bool], examples: Sequence[Example
 
 def arrives(thinking: str, answer: str) -> bool:
     """Tell whether a thinking ends in the answer: its last number, or its last result."""
-    wanted, _, result = last_number(answer), *thinking.rpartition("=")[1:]
+    stated, (_, _, result) = read_number(answer), thinking.rpartition("=")
     found = [last_number(thinking), first_number(result) if "=" in thinking else None]
-    return wanted is not None and any(number and same_number(number, wanted) for number in found)
+    return stated is not None and any(
+        number and same_number(number, stated.numbers[-1]) for number in found
+    )
 
 
 def thinking_hash(text: str, response: Response) -> str:
@@ -166,7 +163,7 @@ def follow_thinkings(
 
         def follows(thinking: str, answer: str) -> bool:
             named = last_named(thinking, choices)
-            return named is not None and grade(answer, named, grader)
+            return named is not None and grade(answer, named, grader).right
     else:
         return nothing
     if not references_keep(follows, examples):

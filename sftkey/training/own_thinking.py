@@ -27,7 +27,8 @@ from sftkey.generation.generate import Generation, generate_to_file
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.log import RunProgress
 
-Grader = Callable[[str | None, str, str], bool]  # answer, reference, grader
+# Of an answer, a reference and the grader's name; what it returns is true for a right answer.
+Grader = Callable[[str | None, str, str], object]
 
 NUM_PROBED = 16  # questions that are asked before all others
 LEAST_VALID = 0.5  # share of thinkings that are closed and not empty

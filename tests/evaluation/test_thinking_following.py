@@ -28,7 +28,8 @@ LETTERS = examples(("B has a mistake, so (A).", "A"), ("It has a crown: B", "B")
         ("2 + 3 = 5, of 7", "The answer is 5.0", True),  # the last result
         ("2 + 3 = 5, of 7", "7", True),  # the last number
         ("no number", "5", False),
-        ("2 + 3 = 5", "five", False),
+        ("2 + 3 = 5", "five", True),
+        ("2 + 3 = 5", "5 or 6", False),
         (None, "5", None),
         ("2 + 3 = 5", None, None),
     ],

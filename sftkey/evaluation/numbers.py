@@ -1,0 +1,381 @@
+"""Which number, or which numbers, a text states: in digits or words, with signs, powers, units.
+
+A text is read clause by clause. What stands between two numbers says how they belong together:
+"4 + 16 = 20" states its result, "5 to 10" two numbers, "16 legs on 4 cows" the one that no
+preposition precedes, "9, not 8" the one that isn't denied. Where this leaves two numbers to choose
+from, nothing is stated: no rule picks one, so none is right by luck.
+"""
+
+# ruff: noqa: RUF001  (minus, times and fraction signs as models write them)
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_DIGITS = 4_000  # below Python's own limit; more than that is a model that repeats itself
+TOLERANCE = Fraction(1, 10**6)  # relative, where one side is a rounded decimal
+
+
+class Number(NamedTuple):
+    """A number that stood in a text; `rounded` if it was written with decimals."""
+
+    value: Fraction
+    rounded: bool
+    percent: bool
+
+
+class Stated(NamedTuple):
+    """The numbers that a text states, mostly one; `ordered` if (2, 1) isn't (1, 2)."""
+
+    numbers: tuple[Number, ...]
+    ordered: bool
+    text: str  # as they were written
+
+
+_SCALES = {
+    "hundred": 100,
+    "dozen": 12,
+    **dict.fromkeys(["thousand", "k", "K"], 10**3),
+    "lakh": 10**5,
+    **dict.fromkeys(["million", "M", "mn"], 10**6),
+    "crore": 10**7,
+    **dict.fromkeys(["billion", "B", "bn"], 10**9),
+    "trillion": 10**12,
+}
+_SMALL = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen
+"""
+_UNITS = {word: value for value, word in enumerate(_SMALL.split())}
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_UNITS |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
+_PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4}
+_PARTS |= {"fourth": 4, "fourths": 4, "fifth": 5, "fifths": 5, "eighth": 8, "eighths": 8}
+_MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august"]
+_MONTHS += ["september", "october", "november", "december"]
+
+_WHOLE = r"\d+(?:,\d{3})*"
+_TOKEN = re.compile(
+    rf"""
+    (?<![^\W_])(?<!\d[.,:/])(?:                # no part of a name such as CO2, no rest of 1.2.3
+      (?P<several>\d{{4}}-\d\d-\d\d|\d+(?:(?::|\ :\ )\d+)+|\d{{1,2}}/\d{{1,2}}/\d{{2,4}})(?![\d/-])
+    | (?:(?P<mixed>{_WHOLE})\ )?(?P<above>{_WHOLE})\ ?/\ ?(?P<below>{_WHOLE})(?![\d/,])
+    | (?P<plain>\d{{1,3}}(?:\ \d{{3}})+(?:[.,]\d+)?(?![\d,.]*\d)|\d+(?:[.,]\d+)*|\.\d+)
+      (?:[eE](?P<power>[+-]?\d+)(?!\w)|\ ?(?:\^|\*\*)\ ?[{{(]?(?P<raised>[+-]?\d+)[}})]?)?
+    )
+    (?:(?P<factorial>!)|(?P<ordinal>st|nd|rd|th)\b)?
+    (?:\ ?(?P<scale>hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illion|mn|bn|[kKMB])\b)?
+    (?P<percent>\ ?(?:%|percent\b|per\ cent\b))?
+    """,
+    re.VERBOSE,
+)
+_WORDS = "|".join([*_UNITS, "hundred", "thousand", "million", "billion", "dozen"])
+_SPELLED = re.compile(
+    rf"(?<!\d[ ])\b(?:(?:a|an)[ ](?=hundred|thousand|million|billion|dozen))?(?:{_WORDS})\b"
+    rf"(?:(?:[ ]?-[ ]?|[ ]and[ ]|[ ])(?:{_WORDS})\b)*"
+    rf"(?:[ -](?:{'|'.join(_PARTS)})\b)?|\b(?:a[ ])?(?:half|third|quarter)\b",
+    re.IGNORECASE,
+)
+
+
+def last_number(text: str) -> Number | None:
+    """Find the last number of a text, whatever stands around it; None without one.
+
+    Read are signs, thousands separators, decimals, powers, fractions (3/4, ½, LaTeX's), mixed
+    numbers and percent; currencies and units around a number don't matter.
+
+    >>> last_number("The answer is $1,234.50.").value
+    Fraction(2469, 2)
+    """
+    found = list(_found(plain(text)))
+    return found[-1].numbers[-1] if found and found[-1].numbers else None
+
+
+def first_number(text: str) -> Number | None:
+    """Find the first number of a text, read as `last_number` does; None without one."""
+    found = next(_found(plain(text)), None)
+    return found.numbers[0] if found and found.numbers else None
+
+
+def same_number(answer: Number, reference: Number) -> bool:
+    """Compare exactly, or within a millionth of the reference where one side has decimals.
+
+    A percent sign on one side only may be there or not: 25% is as right as 25 and as 0.25.
+    """
+    pairs = [(answer.value, reference.value)]
+    if answer.percent and not reference.percent:
+        pairs.append((answer.value / 100, reference.value))
+    if reference.percent and not answer.percent:
+        pairs.append((answer.value, reference.value / 100))
+    rounded = answer.rounded or reference.rounded
+    return any(abs(a - b) <= (TOLERANCE * abs(b) if rounded else 0) for a, b in pairs)
+
+
+def same_numbers(answer: Stated, reference: Stated) -> bool:
+    """Compare number by number; a list of them in any order, where neither side is ordered."""
+    sides = [list(answer.numbers), list(reference.numbers)]
+    if not (answer.ordered or reference.ordered):
+        sides = [sorted(side) for side in sides]
+    return len(sides[0]) == len(sides[1]) and all(map(same_number, *sides))
+
+
+def stated_numbers(text: str) -> Stated | None:
+    """Read what a text states; None without a number, and where it leaves a choice.
+
+    >>> [int(each.value) for each in stated_numbers("20, because 4 + 16 = 20").numbers]
+    [20]
+    >>> stated_numbers("5 feet 3 inches") is None
+    True
+    """
+    text = _spelled_out(plain(text))
+    text = re.sub(r"\((-?\d+),(?=-?\d+\))", r"(\1, ", text)  # the point (2,5)
+    outside = re.sub(r"(?<=\S) (?:\([^()]*\)|\[[^\[\]]*\])", "", text)  # 20 (4 times 5); 8 [1]
+    readings: list[Stated | None] = []
+    for clause in re.split(
+        r"\n+|(?<!\d)[.!?;] |(?<=\d)[.?;] ", outside if _TOKEN.search(outside) else text
+    ):
+        found = list(_found(clause))
+        if not found:
+            continue
+        reading = _read(clause, found)
+        if reading and not readings and not found[0].gap.strip(_AROUND):
+            return reading  # it opens with its number; what follows explains
+        readings.append(reading)
+    told = [each for each in readings if each]
+    agree = bool(told) and all(same_numbers(each, told[0]) for each in told)
+    return told[0] if agree and len(told) == len(readings) else None
+
+
+class _Found(NamedTuple):
+    """One match of `_TOKEN`, and the text between it and the match before."""
+
+    match: re.Match[str]
+    gap: str
+    numbers: tuple[Number, ...]  # none where it can't be read; several in a date or a ratio
+
+
+_AROUND = " $€£¥₹*`\"'“”{}_~([:"
+_NEARLY = r"(?: ?(?:about|around|approximately|roughly|only|just|exactly|the|an?|all|each))*\W*$"
+_DENIED = re.compile(rf"(?:\b(?:not|never|than|instead of|except|cannot be)|n't){_NEARLY}")
+_RESULT = re.compile(rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes|gives|totals)){_NEARLY}")
+_ASIDE = re.compile(
+    r"\b(?:with|per|for|(?<!total )(?<!sum )of|in|on|at|by|from|after|before|among|every|within"
+    rf"|between|during|into|until){_NEARLY}"
+)
+_REASON = re.compile(r"\b(?:because|since|as|due to|given|if|when|where|while|see|confidence)\b")
+_JOIN = re.compile(
+    r"^(?:[^\W\d]+\.?)?(?: [^\W\d]+\.?)? ?"  # units
+    r"(?P<join>,|;|&|-|(?:, ?)?\b(?:and|or)|\bto|\bthrough)[ $€£¥₹(]*$"
+)
+_OPENS = re.compile(r"(?:[=:,(\[<>*/]|\b(?:is|be|to|and|or|of)) ?$")
+_UNREAD_BEFORE = re.compile(
+    r"(?:[√±<>≤≥≠∞^\\] ?[({]?|\w ?[*+·×÷/]|\w-|\)|\b(?:log|ln|sin|cos|tan) ?\(?) ?$"
+)
+_UNREAD_BEHIND = re.compile(r" ?(?:[π√±∞^\\(]|[+*×·÷-] ?[a-z(√π]|[xyznabij]\b(?! ?\d))|pi\b|\+")
+
+
+def _read(clause: str, found: list[_Found]) -> Stated | None:
+    """Read one clause by what stands before each number; see the module's docstring."""
+    stated: list[_Found] = []
+    asides: list[_Found] = []
+    before: list[_Found] | None = None  # the left side of "20 = 4 + 16"
+    place, ordered, unread = stated, False, False
+    for one in found:
+        gap = one.gap.lower()
+        join = _JOIN.search(gap) if one is not found[0] else None
+        if stated and _REASON.search(gap):
+            break
+        if _DENIED.search(gap):
+            place = []
+        elif _RESULT.search(gap):
+            before = stated if not unread else None
+            stated, unread, place = [], False, []
+            place = stated
+        elif _ASIDE.search(gap):
+            place = asides
+        elif join:
+            ordered |= join["join"] in ("to", "-", "through")
+        else:
+            unread |= bool(stated)
+            place = stated
+        place.append(one)
+        if place is stated:
+            ordered |= len(one.numbers) > 1 or gap.rstrip().endswith("(")
+            unread |= bool(_UNREAD_BEFORE.search(gap)) or not one.numbers
+            unread |= bool(_UNREAD_BEHIND.match(clause, one.match.end()))
+    if unread and before and len(before) == 1:
+        stated, unread = before, False
+    if not stated and len(asides) == 1:
+        stated = asides
+    if unread or not stated:
+        return None
+    numbers = tuple(number for one in stated for number in one.numbers)
+    return Stated(numbers, ordered, ", ".join(map(_written, stated)))
+
+
+def _written(one: _Found) -> str:
+    sign = "-" if one.numbers[0].value < 0 and not one.match[0].startswith("-") else ""
+    return sign + one.match[0]
+
+
+def _found(text: str) -> Iterator[_Found]:
+    end = 0
+    for match in _TOKEN.finditer(text):
+        gap = text[end : match.start()]
+        sign, gap = _sign(gap, first=end == 0)
+        numbers = tuple(_numbers(match))
+        if sign < 0 and numbers:
+            numbers = (numbers[0]._replace(value=-numbers[0].value), *numbers[1:])
+        yield _Found(match, gap, numbers)
+        end = match.end()
+
+
+def _sign(gap: str, first: bool) -> tuple[int, str]:
+    """Tell a number's sign from a dash, a hyphen or a difference; and the gap without it."""
+    if word := re.search(r"\b(?:minus|negative) ?$", gap, re.IGNORECASE):
+        head = gap[: word.start()]
+        return (-1, head) if first or head.strip() else (1, gap)
+    mark = max(gap.rfind("-"), gap.rfind("+"))
+    if mark < 0 or gap[mark + 1 :].strip(" $€£¥₹"):
+        return 1, gap
+    head, spaced = gap[:mark], gap[mark + 1 : mark + 2] == " "
+    alone = not head.strip(_AROUND)
+    if (alone and first) or _OPENS.search(head) or (not alone and not spaced and head[-1] == " "):
+        return (-1 if gap[mark] == "-" else 1), head
+    return 1, gap
+
+
+def _numbers(match: re.Match[str]) -> list[Number]:
+    if len(match[0]) > MAX_DIGITS:
+        return []
+    percent = bool(match["percent"])
+    if match["several"]:
+        return [Number(Fraction(each), False, False) for each in re.findall(r"\d+", match[0])]
+    if match["plain"] is None:
+        mixed, above, below = (
+            int((match[name] or "0").replace(",", "")) for name in ("mixed", "above", "below")
+        )
+        return [Number(mixed + Fraction(above, below), False, percent)] if below else []
+    values = _decimals(match["plain"])
+    if len(values) == 1:
+        value = _scaled(Fraction(values[0]), match)
+        return [] if value is None else [Number(value, "." in values[0], percent)]
+    return [Number(Fraction(value), "." in value, percent) for value in values]
+
+
+def _scaled(value: Fraction, match: re.Match[str]) -> Fraction | None:
+    """Raise and multiply a number as its match says; None where that is no number, or too long."""
+    power, raised = int(match["power"] or 0), int(match["raised"] or 1)
+    longest = max(len(str(value.numerator)), len(str(value.denominator)))
+    if abs(power) + longest * abs(raised) > MAX_DIGITS or (value == 0 and raised < 0):
+        return None
+    value = value**raised * Fraction(10) ** power
+    if match["factorial"]:
+        if value.denominator != 1 or not 0 <= value <= 1000:
+            return None
+        value = Fraction(math.factorial(int(value)))
+    return value * _SCALES.get(match["scale"] or "", 1)
+
+
+def _decimals(written: str) -> list[str]:
+    """Write a number with a decimal point alone: 1.234,5 as 1234.5, but 1,2,3 as three numbers."""
+    written = written.replace(" ", "")
+    mark = max(",.", key=written.rfind)
+    whole, _, decimals = written.rpartition(mark)
+    other = "." if mark == "," else ","
+    if other in whole:
+        groups = whole.split(other)
+        return ["".join(groups) + "." + decimals] if _in_thousands(groups) else []
+    groups = written.split(mark)
+    if len(groups) == 1 or ((mark == "," or len(groups) > 2) and _in_thousands(groups)):
+        return ["".join(groups)]
+    if len(groups) == 2:
+        return [".".join(groups)]
+    return groups if mark == "," else []
+
+
+def _in_thousands(groups: list[str]) -> bool:
+    first, *between, last = groups
+    european = len(first) <= 3 and all(len(group) == 3 for group in between)
+    indian = len(first) <= 2 and between != [] and all(len(group) == 2 for group in between)
+    return first.strip("0") != "" and len(last) == 3 and (european or indian)
+
+
+_SYMBOLS = {"times": "×", "cdot": "·", "pi": "π", "pm": "±", "approx": "≈", "sim": "~", "div": "÷"}
+_SYMBOLS |= {"sqrt": "√", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "lt": "<", "gt": ">"}
+_SYMBOLS |= {"neq": "≠", "ne": "≠", "infty": "∞", "rightarrow": "→", "degree": "°"}
+_WRAPPERS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox", "fbox", "boxed"]
+_SYMBOLS |= dict.fromkeys([*_WRAPPERS, "left", "right", "quad", "qquad"], " ")
+
+
+def plain(text: str) -> str:
+    """Write a text's numbers with ASCII signs, such as `1/2` for `½` and `e5` for `x 10^5`."""
+    text = re.sub("[\u200b\u2060\ufeff\u00ad]|<<[^<>]*>>", "", text)  # GSM8K: <<2+3=5>>
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub(r"(⁻?[⁰¹²³⁴-⁹]+)", r"^\1", text)
+    # Separators of thousands other than the comma; NFKC would turn most of them into blanks.
+    separator = r"(?:\{,\}|,?\\[,!]|[\u00a0\u202f\u2009'’_])"
+    text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄", "---/"))
+    text = re.sub(r"[^\S\n]+", " ", text).replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
+    text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
+    text = re.sub(r"\\[()\[\],;:!> ]", " ", text)  # LaTeX's own brackets and spaces
+    text = re.sub(r"(?<=\d)\s*\\([dtc]?frac)", r" \\\1", text)
+    number = r"\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}"
+    text = re.sub(rf"\\[dtc]?frac\s*(?:{number}|(\d)\s*(\d))", r"\1\3/\2\4", text)
+    text = re.sub(r"√ ?(?:[({] ?(\d{1,40}) ?[)}]|(\d{1,40})(?!\d))", _root, text)
+    ten = r"(?<=\d)\s*[x*×·]\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?"
+    text = re.sub(ten, r"e\1", text)
+    text = re.sub(r"\*\*(?!\d)|(?<!\d)\*\*", "", text)  # bold
+    return re.sub(r"(?<=[^\W\d])(\}?)\^\s*\{?-?\d+\}?", r"\1", text)  # cm^2: no number of its own
+
+
+def _root(match: re.Match[str]) -> str:
+    value = int(match[1] or match[2])
+    root = math.isqrt(value)
+    return str(root) if root * root == value else match[0]
+
+
+def _spelled_out(text: str) -> str:
+    """Write words for numbers as digits, currency names away and dates as 2020-01-05."""
+    text = re.sub(r"\b(?:usd|eur|gbp|rs|inr|chf)\.? ?(?=[\d-])", "", text, flags=re.IGNORECASE)
+    months = "|".join(_MONTHS)
+    text = re.sub(
+        rf"\b({months}) (\d\d?)(?:st|nd|rd|th)?,? (\d{{4}})\b", _date(1, 2, 3), text, flags=re.I
+    )
+    text = re.sub(rf"\b(\d\d?)\.? ({months}) (\d{{4}})\b", _date(2, 1, 3), text, flags=re.I)
+    text = _SPELLED.sub(_in_digits, text)
+    return re.sub(r"(\d) and (\d{1,3}/\d)", r"\1 \2", text)  # two and a half
+
+
+def _date(month: int, day: int, year: int) -> Callable[[re.Match[str]], str]:
+    def written(match: re.Match[str]) -> str:
+        number = _MONTHS.index(match[month].lower()) + 1
+        return f"{match[year]}-{number:02}-{int(match[day]):02}"
+
+    return written
+
+
+def _in_digits(match: re.Match[str]) -> str:
+    """Write a number in words as digits; words that make no number together, one by one."""
+    total = current = 0
+    words = re.findall(r"[a-z]+", match[0].lower())
+    for word in words:
+        small = _UNITS.get(word)
+        if small is not None:
+            tens = current % 10 == 0 and current % 100 >= 20 and 0 < small < 10
+            if current % 100 and not tens:
+                return re.sub(r"[a-z]+", _in_digits, match[0])
+            current += small
+        elif word in ("hundred", "dozen"):
+            current = (current or 1) * _SCALES[word]
+        elif word in _SCALES:
+            total, current = total + (current or 1) * _SCALES[word], 0
+        elif word in _PARTS:
+            return f"{total + current or 1}/{_PARTS[word]}"
+    return str(total + current)

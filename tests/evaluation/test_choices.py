@@ -1,0 +1,107 @@
+"""Choices: which option an answer names, by its label or by its text."""
+
+# ruff: noqa: RUF001  (dashes and letters as models write them)
+
+from __future__ import annotations
+
+import pytest
+
+from sftkey.evaluation.grading import grade
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *["B", "b", "(B)", "[B]", "<B>", "{B}", "B.", "b)", "B,", "“B”", "B!", "Ｂ", "B\n"],
+        *["B) Paris", "B: Paris", "B - Paris", "B – Paris", "(B) Paris.", "B Paris", "B\nIt is."],
+        *["**B**", "**B.** Paris", "\\boxed{B}", "$\\boxed{\\text{B}}$", "\\boxed B", "\\(B\\)"],
+        *["\\boxed{\\textbf{(B)}\\ Paris}", "\\boxed{B}, since (A) is in Spain", "\\text{B}"],
+        *["Option B", "choice (B)", "B is right", "B because A is in Spain", "B, not A", "B 👍"],
+        *["The answer is (B).", "the correct choice is B", "Answer → B", "ans: b", "### Answer\nB"],
+        *["So, the answer is: **B**.", "The answer would be B, as A is in Spain.", "It must be B"],
+        *["I choose (B), since it fits.", "I would take B - it fits.", "It is (b)", "Hence B"],
+        *["Not A but B", "A is wrong, so B", "(A) cannot be, (B) can", "A. No, wait: B"],
+        *["B) is better than (A)", "First A looks good, but the answer is B"],
+        *[
+            "Antwort: B",
+            "La réponse est B",
+            "La respuesta es (B)",
+            "答案：B",
+            "答案是B。",
+            "Ответ: B",
+        ],
+        *["B</Answer>", "B<|im_end|>"],
+    ],
+)
+def test_choice_reads_a_letter(answer: str) -> None:
+    """Every usual way to name option B is right for B and wrong for A."""
+    assert grade(answer, "B", "choice").read == "B"
+    assert grade(answer, "B", "choice")
+    assert grade(answer, "(B) Paris", "choice")
+    assert not grade(answer, "A", "choice")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *["A dog", "I think so", "A or B", "(A) or (B)", "A/B", "either A or else B", "not A"],
+        *["It isn't A", "None", "", "A is wrong", "neither A nor B", "maybe (A), maybe (B)"],
+    ],
+)
+def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None:
+    """A word isn't a letter, and of two letters none is taken."""
+    for reference in "ABI":
+        assert grade(answer, reference, "choice").read is None
+        assert not grade(answer, reference, "choice")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("True", "true", True),
+        ("The answer is true.", "true", True),
+        ("True, because it rained.", "true", True),
+        ("The claim is true", "true", True),
+        ("It is not true.", "true", False),
+        ("It is not true.", "false", False),
+        ("True or false", "true", False),
+        ("Yes.", "yes", True),
+        ("Yes it did", "yes", True),
+        ("Yes - it rained", "yes", True),
+        ("Yes\nIt rained.", "yes", True),
+        ("No, it did not", "no", True),
+        ("yes", "no", False),
+        ("Yes and no", "yes", False),
+        ("yes, and no", "yes", False),
+        ("No. Yes is wrong.", "yes", False),
+        ("Paris", "B) Paris", True),
+        ("B) Paris", "Paris", True),
+        ("Paris, in France", "Paris", True),
+        ("It is Paris.", "Paris", True),
+        ("not Paris", "Paris", False),
+        ("Parisian", "Paris", False),
+        ("A) Paris", "B) Paris", False),
+        ("Paris", "B", False),
+        ("neutral", "entailment", False),
+        ("not neutral", "neutral", False),
+        ("Not neutral.", "not neutral", True),
+        ("(2)", "2", True),
+        ("2. a dog", "2", True),
+        ("Option 3", "2", False),
+        ("1", "true", False),
+        ("D. Both A and B", "D", True),
+        ("D. Both A and B", "A", False),
+        ("B and C", "B", False),
+        ("B and C", "C, B", True),
+        ("BC", "B, C", True),
+        ("B, C", "BC", True),
+        ("B", "B, C", False),
+        ("R", "R", True),
+        ("(R)", "R", True),
+        ("", "yes", False),
+        ("", "", False),
+    ],
+)
+def test_choice_compares(answer: str, reference: str, right: bool) -> None:
+    """Labels count where the reference has one, else texts; an ambiguous answer is wrong."""
+    assert grade(answer, reference, "choice").right is right

@@ -1,0 +1,109 @@
+"""Formulas: which forms are equal, and that none is evaluated for ever."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from sftkey.errors import RecipeError
+from sftkey.evaluation import formulas
+from sftkey.evaluation.grading import Grade, grade
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("\\frac{1}{2}", "0.5", True),
+        ("$x^2 + 1$", "1 + x^{2}", True),
+        ("The answer is $\\frac12$.", "1/2", True),
+        ("The answer is 42.", "42", True),
+        ("x = 5", "5", True),
+        ("(1, 2)", "(1,2)", True),
+        ("\\$42", "42", True),
+        ("42 euros", "42", True),
+        ("They have 42 apples together.", "42", True),
+        ("42 cm^2", "42", True),
+        ("\\boxed{42", "42", True),
+        ("\\boxed{4} and \\boxed{2}", "2, 4", True),
+        ("$42$, because $40 + 2 = 42$", "42", True),
+        ("3*pi/2", "\\frac{3\\pi}{2}", True),
+        ("exp(3) + sqrt(5)", "e^3 + \\sqrt{5}", True),
+        ("2√5 + x²", "x^2 + 2\\sqrt{5}", True),
+        ("2 1/4", "2.25", True),
+        ("0.1\\overline{6}", "\\frac{1}{6}", True),
+        ("3 + -1.0i", "3 - i", True),
+        ("4 < x < 9", "(4, 9)", True),
+        ("e^{-x^2}", "\\exp(-x^2)", True),
+        ("3\\sqrt{2}", "3", False),
+        ("\\frac{1}{3^{50}}", "\\frac{1}{3^{51}}", False),
+        ("10^{-20}", "10^{-21}", False),
+        ("hello", "5", False),
+        ("", "5", False),
+        ("", "", False),
+    ],
+)
+def test_math_compares(answer: str, reference: str, right: bool) -> None:
+    """Equal forms of one value are right, with and without LaTeX's marks."""
+    assert grade(answer, reference, "math").right is right
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "8^{8^{8^8}}",
+        "8^{8^{8}}",
+        "(8^{9999})^{9999}",
+        "(300000)!",
+        "9999!!",
+        "\\binom{90000000}{40000000}",
+        "3" * 5000,
+        "\\frac{1}{" * 100 + "2" + "}" * 100,
+        "{" * 400,
+        "x + " * 200 + "x",
+    ],
+)
+def test_what_would_be_evaluated_for_ever_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, endless: str
+) -> None:
+    """Such a text doesn't reach math-verify, on either side; equal texts are right all the same."""
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr("math_verify.parse", None)
+    assert grade(endless, "5", "math") == Grade(False, None)
+    assert not grade("5", endless, "math")
+    assert grade(endless, endless, "math")
+
+
+def test_whatever_math_verify_raises_is_a_text_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error in sympy, or in its parser, doesn't end an evaluation."""
+    pytest.importorskip("math_verify")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr("math_verify.verify", fail)
+    assert grade("x + 1", "x", "math") == Grade(False, None)
+
+
+def test_math_grades_in_any_thread() -> None:
+    """Only the main thread can have math-verify's timeout; the others go without."""
+    pytest.importorskip("math_verify")
+    grades: list[Grade] = []
+    thread = threading.Thread(target=lambda: grades.append(grade("1/2", "0.5", "math")))
+    thread.start()
+    thread.join()
+    assert grades == [Grade(True, "$1/2$")]
+
+
+def test_math_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the extra that brings math-verify."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(RecipeError) as caught:
+        formulas.same_formula("1", "1")
+    assert str(caught.value) == (
+        "eval.grader: `math` needs the package math-verify, which isn't installed\n"
+        'hint: python -m pip install "sftkey[math]"'
+    )
