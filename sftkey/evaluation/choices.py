@@ -18,7 +18,7 @@ _FOLLOWS = (
 )
 _LETTER = re.compile(
     rf"[(\[<] ?([A-Za-z]) ?[)\]>]|\b(?:[Oo]ption|[Cc]hoice) ([A-Za-z])\b"
-    rf"|(?<![\w'’-])(?:([B-HJ-Z])(?![\w'’])|([AI])(?![\w'’])(?:(?! [a-z])|{_FOLLOWS})"
+    rf"|(?<![\w'’-])(?:([B-HJ-Z])(?![\w'’+#])|([AI])(?![\w'’+#])(?:(?! [a-z])|{_FOLLOWS})"
     r"|(A)(?= (?:would|must|has|will|can|cannot)\b))"
     r"|\A([a-z])(?=[).:\],;]|\Z|\n)"
 )
@@ -34,9 +34,11 @@ _WRONG = re.compile(
     r"|eliminated|impossible)\b|isn\b|cannot\b|can ?n.t\b|fails\b|doesn\b|would be wrong)",
     re.IGNORECASE,
 )
-_AND = re.compile(r" ?(?:,|&|;|,? ?\band) ?", re.IGNORECASE)
+_AND = re.compile(r" ?(?:,|&|;|,? ?\band)? ?", re.IGNORECASE)
 _OR = re.compile(r" ?(?:/|,? ?\bor|,? ?\bnor) ?", re.IGNORECASE)
-_STATEMENT = re.compile(r"(?:it|this|that|the [^.,;:]{1,60}?)(?: ?'s| is| was| must be| would be) ")
+_STATEMENT = re.compile(
+    r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| is| was| must be| would be) "
+)
 _STOP = re.compile(
     r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- |(?: (?:because|since|as|it|that|this|they)\b))"
 )

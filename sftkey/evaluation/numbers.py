@@ -68,7 +68,7 @@ _TOKEN = re.compile(
       (?:[eE](?P<power>[+-]?\d+)(?!\w)|\ ?(?:\^|\*\*)\ ?[{{(]?(?P<raised>[+-]?\d+)[}})]?)?
     )
     (?:(?P<factorial>!)|(?P<ordinal>st|nd|rd|th)\b)?
-    (?:\ ?(?P<scale>hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illion|mn|bn|[kKMB])\b)?
+    (?P<scale>(?:\ ?(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illion|mn|bn)|[kKMB])\b)?
     (?P<percent>\ ?(?:%|percent\b|per\ cent\b))?
     """,
     re.VERBOSE,
@@ -132,6 +132,7 @@ def stated_numbers(text: str) -> Stated | None:
     True
     """
     text = _spelled_out(plain(text))
+    text = re.sub(r" ?\n[ \n]*(= ?)?", lambda found: " = " if found[1] else "\n", text)
     text = re.sub(r"\((-?\d+),(?=-?\d+\))", r"(\1, ", text)  # the point (2,5)
     outside = re.sub(r"(?<=\S) (?:\([^()]*\)|\[[^\[\]]*\])", "", text)  # 20 (4 times 5); 8 [1]
     readings: list[Stated | None] = []
@@ -160,7 +161,9 @@ class _Found(NamedTuple):
 
 _AROUND = " $€£¥₹*`\"'“”{}_~([:"
 _NEARLY = r"(?: ?(?:about|around|approximately|roughly|only|just|exactly|the|an?|all|each))*\W*$"
-_DENIED = re.compile(rf"(?:\b(?:not|never|than|instead of|except|cannot be)|n't){_NEARLY}")
+_DENIED = re.compile(
+    rf"(?:\b(?:not|never|than|instead of|except|cannot be|at least|at most|up to)|n't){_NEARLY}"
+)
 _RESULT = re.compile(rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes|gives|totals)){_NEARLY}")
 _ASIDE = re.compile(
     r"\b(?:with|per|for|(?<!total )(?<!sum )of|in|on|at|by|from|after|before|among|every|within"
@@ -175,7 +178,10 @@ _OPENS = re.compile(r"(?:[=:,(\[<>*/]|\b(?:is|be|to|and|or|of)) ?$")
 _UNREAD_BEFORE = re.compile(
     r"(?:[√±<>≤≥≠∞^\\] ?[({]?|\w ?[*+·×÷/]|\w-|\)|\b(?:log|ln|sin|cos|tan) ?\(?) ?$"
 )
-_UNREAD_BEHIND = re.compile(r" ?(?:[π√±∞^\\(]|[+*×·÷-] ?[a-z(√π]|[xyznabij]\b(?! ?\d))|pi\b|\+")
+_UNREAD_BEHIND = re.compile(
+    r" ?(?:[π√±∞^\\(‰]|/ ?\d|[+*×·÷] ?[a-z(√π]|[xyzn]\b(?! ?\d))"
+    r"|[abij]\b|-(?:[xyzn]\b|[(√π])|pi\b|\+"
+)
 
 
 def _read(clause: str, found: list[_Found]) -> Stated | None:
@@ -278,7 +284,7 @@ def _scaled(value: Fraction, match: re.Match[str]) -> Fraction | None:
         if value.denominator != 1 or not 0 <= value <= 1000:
             return None
         value = Fraction(math.factorial(int(value)))
-    return value * _SCALES.get(match["scale"] or "", 1)
+    return value * _SCALES.get((match["scale"] or "").strip(), 1)
 
 
 def _decimals(written: str) -> list[str]:

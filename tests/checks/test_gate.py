@@ -628,7 +628,7 @@ def test_answers_that_the_grader_cannot_read_are_found(
     recipe_of: Callable[..., Path],
 ) -> None:
     """Only the questions that will be asked count; every answer to these would be wrong."""
-    rows = [{**row, "answer": "seven"} for row in ROWS]
+    rows = [{**row, "answer": "Paris"} for row in ROWS]
     recipe = load_recipe(recipe_of(rows))
     report = gate_of(recipe)
     assert report.prepared is not None
