@@ -67,6 +67,7 @@ def test_texts_with_tags_build_and_nothing_is_stripped(thinking: str, answer: st
             Parsed("a", "7", False),
         ),
         ("<Thinking>a</Thinking><Answer>7", Parsed("a", "7", False)),
+        ("<Thinking>a</Thinking>7</Answer>", Parsed("a", None, False)),
         ("<Answer>6</Answer> no, <Answer>", Parsed(None, "6", False)),
         ("<Thinking>a and a", Parsed(None, None, False)),
         (

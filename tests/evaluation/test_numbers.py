@@ -166,6 +166,9 @@ def test_first_number_reads() -> None:
         ("4/5/6", None),
         ("4‰", None),
         ("version 1.2.3", None),
+        ("9^99999", None),
+        ("1e-99999", None),
+        ("2000!", None),
         ("no idea", None),
     ],
 )
