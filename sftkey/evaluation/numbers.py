@@ -295,7 +295,8 @@ def _decimals(written: str) -> list[str]:
     other = "." if mark == "," else ","
     if other in whole:
         groups = whole.split(other)
-        return ["".join(groups) + "." + decimals] if _in_thousands(groups) else []
+        thousands = mark not in whole and _in_thousands(groups)
+        return ["".join(groups) + "." + decimals] if thousands else []
     groups = written.split(mark)
     if len(groups) == 1 or ((mark == "," or len(groups) > 2) and _in_thousands(groups)):
         return ["".join(groups)]

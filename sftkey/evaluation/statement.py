@@ -18,7 +18,7 @@ _IS = (
     r"(?:is|are|was|would be|must be|should be|will be|seems to be|appears to be|has to be"
     r"|est|es|ist|lautet|è|é)(?![^\W_])"
 )
-_EASTERN = r"(?:答案|答え|答|답)\s?(?:[:：]|是|为|は|은|는)"
+_EASTERN = r"(?:答案|回答|正解|答え|答|답)\s?(?:[:：]|是|为|は|은|는)"
 _CORRECTION = (
     r"\b(?:(?:wait|sorry|correction|actually)\s?[,:;.!—–-]|scratch that\b|i mean\b)(?:\s?no\b)?"
 )

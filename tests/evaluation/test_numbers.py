@@ -166,6 +166,8 @@ def test_first_number_reads() -> None:
         ("4/5/6", None),
         ("4‰", None),
         ("version 1.2.3", None),
+        ("1.2,3,4", None),
+        ("1,2.3", None),
         ("9^99999", None),
         ("1e-99999", None),
         ("2000!", None),
