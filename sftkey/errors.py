@@ -88,6 +88,10 @@ class RunError(SFTKeyError, RuntimeError):
     """A run folder can't be used as the command asks."""
 
 
+class DivergedError(RunError):
+    """A loss became infinite or no number, which ends the training."""
+
+
 def first_line(error: BaseException) -> str:
     """Give the first line of an error's text, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -41,9 +41,11 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
     run = study_run(checked, file)
     if plan_only:
         from sftkey.commands.terminal import stdout_console
-        from sftkey.study.plan import plan, rendered, to_choose
+        from sftkey.study.plan import plan, promised, rendered, to_choose
 
-        stdout_console().print(rendered(plan(run), to_choose(run)))
+        planned = plan(run)
+        notes = to_choose(run) + promised(run, planned)
+        stdout_console().print(rendered(planned, notes))
         return
     for _ in run.run():
         write_figures(checked, run.folder.root)
@@ -55,7 +57,7 @@ def write_figures(checked: Study, folder: Path) -> StudyResults:
     from sftkey.study.results import read_cells, write_results
     from sftkey.study.summary import summarize
 
-    results = summarize(read_cells(folder), checked.control, checked.arms)
+    results = summarize(read_cells(folder), checked.control, checked.arms, checked.primary)
     write_results(folder, results)
     return results
 

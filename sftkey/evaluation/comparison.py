@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,16 @@ from rich.text import Text
 
 from sftkey.evaluation.judge import judge_sentence
 from sftkey.evaluation.results import StageResult, read_results
-from sftkey.evaluation.statistics import chance_of_worse, discordant, mcnemar, paired_difference
+from sftkey.evaluation.statistics import (
+    chance_of_worse,
+    discordant,
+    holm,
+    paired_difference,
+    paired_p,
+)
 
 MOST_LOSS = 0.02  # nats a token by which the thinking's validation loss may rise
-CHANCE = 0.05  # one-sided p, below which more turned wrong than right by more than chance
+CHANCE = 0.05  # p below which a difference, or more turned wrong than right, isn't chance
 REMEDY = (
     "In a key stage `loss_on: {thinking: 0.1, key: 1.0}` holds the thinking, and `context: frozen` "
     "can't change it."
@@ -184,7 +190,8 @@ def _change_cells(result: StageResult, change: ThinkingChange) -> list[str]:
 class Difference:
     """How much more of the same questions `after` has right than `before`.
 
-    `difference` and its 95% interval are shares of the questions; `p` is McNemar's.
+    `difference` and its 95% interval are shares of the questions; `p` is the smallest alpha whose
+    interval excludes 0, `p_holm` is corrected for the number of such differences.
     """
 
     before: str
@@ -193,6 +200,7 @@ class Difference:
     difference: float
     interval: tuple[float, float]
     p: float
+    p_holm: float
 
     def points(self) -> str:
         """Give the interval in percentage points."""
@@ -259,7 +267,19 @@ def compare(runs: Mapping[str, Sequence[StageResult]], alpha: float | None = Non
             between.append(difference)
         else:
             warnings.append(_unpaired(lasts[0], row))
-    return Comparison(tuple(rows), tuple(between), (*warnings, *_unlike(rows)))
+    within = _corrected(row.difference for row in rows)
+    rows = [replace(row, difference=each) for row, each in zip(rows, within, strict=True)]
+    told = tuple(each for each in _corrected(between) if each)
+    return Comparison(tuple(rows), told, (*warnings, *_unlike(rows)))
+
+
+def _corrected(differences: Iterable[Difference | None]) -> list[Difference | None]:
+    """Correct the p of all differences of one kind, from stage to stage or from run to run."""
+    found = list(differences)
+    ps = holm({str(place): each.p for place, each in enumerate(found) if each})
+    return [
+        replace(each, p_holm=ps[str(place)]) if each else None for place, each in enumerate(found)
+    ]
 
 
 def compare_runs(folders: Iterable[Path], alpha: float | None = None) -> Comparison:
@@ -319,7 +339,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """Say whether each difference is clear of 0, what a judge finds, and what is in the way."""
+    """Say what each difference shows, what a judge finds, and what is in the way."""
     within = [row.difference for row in comparison.rows if row.difference]
     said = [_sentence(difference, "this run doesn't") for difference in within]
     said += [_sentence(difference, "these runs don't") for difference in comparison.between_runs]
@@ -352,6 +372,12 @@ def _sentence(difference: Difference, unshown: str) -> str:
     )
     if low <= 0 <= high:
         return f"{head}includes 0, so {unshown} show that {after} answers better or worse."
+    if difference.p_holm >= CHANCE:
+        return (
+            f"{head}is clear of 0, but among so many differences chance alone gives such a one "
+            f"(corrected p {difference.p_holm:.3f}), so {unshown} show that {after} answers better "
+            "or worse."
+        )
     better = "better" if low > 0 else "worse"
     return (
         f"{head}is clear of 0, so on questions like these {after} answers {better} than {before}."
@@ -365,7 +391,8 @@ def _difference(before: StageRow, result: StageResult, name: str) -> Difference 
     old = [question.correct for question in before.result.questions]
     new = [question.correct for question in result.questions]
     difference, low, high = paired_difference(old, new)
-    return Difference(before.name, name, len(old), difference, (low, high), mcnemar(old, new))
+    p = paired_p(old, new)
+    return Difference(before.name, name, len(old), difference, (low, high), p, p)
 
 
 def _unpaired(before: StageRow, after: StageRow) -> str:

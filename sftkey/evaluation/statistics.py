@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 
 from scipy.optimize import brentq
+from scipy.special import ndtr
 from scipy.stats import binomtest
 
 Z_95 = 1.959963984540054  # the normal quantile at 0.975: every interval here is a 95% one
@@ -54,12 +55,28 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     return estimate, low, high
 
 
-def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Give the two-sided p of McNemar's exact test of gains against losses."""
+def paired_p(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Return the two-sided p of the difference: the smallest alpha whose interval excludes 0.
+
+    Under no difference Tango's score is McNemar's without a correction, which holds what it
+    promises almost everywhere and wastes less than the exact one (Fagerland, Lydersen and Laake
+    2013, BMC Medical Research Methodology 13:91).
+    """
     gains, losses = discordant(before, after)
-    if gains + losses == 0:
-        return 1.0
-    return float(binomtest(gains, gains + losses, 0.5).pvalue)
+    return float(2 * ndtr(-abs(_tango_score(0.0, gains, losses, len(before)))))
+
+
+def holm(ps: Mapping[str, float]) -> dict[str, float]:
+    """Correct the p of several comparisons (Holm 1979), so that any by chance is one in twenty.
+
+    scipy has only the corrections of the false discovery rate, which promise less.
+    """
+    corrected: dict[str, float] = {}
+    largest = 0.0
+    for place, name in enumerate(sorted(ps, key=lambda name: ps[name])):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[name]))
+        corrected[name] = largest
+    return {name: corrected[name] for name in ps}
 
 
 def chance_of_worse(before: Sequence[bool], after: Sequence[bool]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,17 @@ from sftkey.recipe.schema import (
 from sftkey.recipe.yaml_io import Keys
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    replaced: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Read a recipe file, lay the overrides (`stages.key.trainer.max_steps=9`) over it, check it.
+
+    Args:
+        path: The file.
+        overrides: As on the command line.
+        replaced: Whole sections that a program puts in the place of the file's.
 
     Raises:
         RecipeError: With every problem of the file and the overrides.
@@ -40,6 +49,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     source = yaml_io.read(Path(path))
     for text in overrides:
         yaml_io.override(source, text)
+    for name, section in (replaced or {}).items():
+        yaml_io.replace(source, name, section)
     findings = [*check_upstream(source.data), *check_together(_with_defaults(source.data))]
     recipe = None
     try:

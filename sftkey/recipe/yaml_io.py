@@ -93,6 +93,13 @@ def read(path: Path) -> RecipeSource:
     return source
 
 
+def replace(source: RecipeSource, name: str, section: Any) -> None:
+    """Put a section of the program's own in the place of the source's; it stands on no line."""
+    source.data[name] = section
+    for old in [old for old in source.origins if old[:1] == (name,)]:
+        del source.origins[old]
+
+
 def override(source: RecipeSource, text: str) -> None:
     """Lay one `key=value` over the source; what can't be laid is added to its problems."""
     names, equals, value_text = text.partition("=")

@@ -15,7 +15,7 @@ from typing import Any
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
-from sftkey.errors import DataError, RunError
+from sftkey.errors import DataError, DivergedError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_generations, score
 from sftkey.files import write_json
@@ -161,9 +161,7 @@ class StudyChoices:
         try:
             with run.progress:
                 list(run.stages())
-        except RunError as error:
-            if "expected a finite loss" not in str(error):
-                raise
+        except DivergedError:
             return {"loss": None}
         remove_checkpoints(folder)
         losses = run.ledger.stages[-1].validation["end"]

@@ -13,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
-from sftkey.study.cells import Cell, prefix_key
+from sftkey.study.cells import Cell, hashed, prefix_key
+from sftkey.study.results import FinishedCell
 from sftkey.study.run import StudyRun
-from sftkey.study.summary import stated
+from sftkey.study.seeds import MOST_SEEDS, Supposed, seeds_needed
+from sftkey.study.summary import stated, supposed_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class PlannedCell:
     stages: tuple[PlannedStage, ...]
     seconds: float | None
     num_questions: int
+    questions_sha256: str
 
     @property
     def num_steps(self) -> int:
@@ -68,8 +71,9 @@ def plan(run: StudyRun) -> list[PlannedCell]:
             seen.add(key)
         done = cell in finished
         seconds = 0.0 if done else pace.seconds(cell, stages)
-        num_questions = len(prepared.questions(cell.recipe))
-        planned.append(PlannedCell(cell, done, tuple(stages), seconds, num_questions))
+        asked = prepared.questions(cell.recipe)
+        questions = hashed([(each.index, each.prompt, each.answer) for each in asked])
+        planned.append(PlannedCell(cell, done, tuple(stages), seconds, len(asked), questions))
     return planned
 
 
@@ -130,12 +134,12 @@ def to_choose(run: StudyRun) -> list[str]:
     ]
 
 
-def rendered(planned: list[PlannedCell], choosing: Sequence[str] = ()) -> RenderableType:
-    """Give the plan as a table and sentences.
+def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> RenderableType:
+    """Return the plan as a table and sentences.
 
     Args:
         planned: The cells.
-        choosing: What has to be chosen first.
+        notes: What has to be chosen first, and what such a study can show.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in ("task", "arm", "seed", "stages and their steps"):
@@ -154,23 +158,46 @@ def rendered(planned: list[PlannedCell], choosing: Sequence[str] = ()) -> Render
         f"{sum(each.num_steps for each in left)} steps and "
         f"{sum(each.num_tokens for each in left)} tokens to train; time: {_time(known)}"
     )
-    return Group(table, *map(Text, (sentence, *choosing, *promised(planned))))
+    return Group(table, *map(Text, (sentence, *notes)))
 
 
-def promised(planned: list[PlannedCell]) -> list[str]:
-    """State by task which difference the study can show, before anybody has looked."""
-    lines = []
-    for task in dict.fromkeys(each.cell.task for each in planned):
-        own = [each for each in planned if each.cell.task == task]
-        seeds, arms = ({getattr(each.cell, name) for each in own} for name in ("seed", "arm"))
-        num_questions = min(each.num_questions for each in own)
-        found = stated(task, num_questions, len(seeds), max(len(arms) - 1, 1))
-        lines.append(
-            f"{task}: {num_questions} questions, seeds: {len(seeds)}, comparisons: "
-            f"{found.num_arms}; a difference of {100 * found.difference:.1f} points would be shown "
-            "by four of five such studies"
-        )
-    return lines
+def promised(run: StudyRun, planned: list[PlannedCell]) -> list[str]:
+    """State by task which difference the study can show, and how many seeds its wish needs.
+
+    What is supposed comes from the study's finished cells, as soon as an arm has two seeds.
+    """
+    return [
+        _promised(run, task, [each for each in planned if each.cell.task == task])
+        for task in dict.fromkeys(each.cell.task for each in planned)
+    ]
+
+
+def _promised(run: StudyRun, task: str, planned: list[PlannedCell]) -> str:
+    study, num_seeds = run.study, len(run.study.seeds)
+    records = [run.folder.record(each.cell) for each in planned if each.finished]
+    cells = [FinishedCell.model_validate_json(file.read_bytes()) for file in records]
+    supposed = supposed_of(cells, study.control)
+    num_questions = min(each.num_questions for each in planned)
+    same = len({each.questions_sha256 for each in planned}) == 1
+    num_arms = 1 if study.primary else max(len(study.arms) - 1, 1)
+    found = stated(task, num_questions, num_seeds, num_arms, supposed, same)
+    line = f"{task}: {num_questions} questions, seeds: {num_seeds}, comparisons: {num_arms}; "
+    if found.difference is None:
+        line += "one seed shows nothing of the ways of training"
+    else:
+        line += f"a difference of {100 * found.difference:.1f} points would be shown by four of "
+        line += "five such studies"
+    used, source = (
+        (supposed, "estimated from finished cells") if supposed else (Supposed(), "a guess")
+    )
+    needed = seeds_needed(
+        study.wish / 100, num_questions, supposed, num_arms=num_arms, same_questions=same
+    )
+    return (
+        f"{line}; for a difference of {study.wish:g} points it takes "
+        f"{needed or f'more than {MOST_SEEDS}'} seeds (supposing that the difference varies by "
+        f"{100 * used.between_seeds:.1f} points from seed to seed: {source})"
+    )
 
 
 def _stage(stage: PlannedStage) -> str:

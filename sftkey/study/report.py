@@ -49,9 +49,10 @@ def report(
 
 
 NOTES = (
-    "Intervals are 95% ones over seeds and questions; n is questions x seeds. p is that of a "
-    "permutation of arm and control within questions, Holm-corrected over the arms. A difference "
-    "counts as shown if its interval is clear of 0 and p is below 0.05. Tokens are the trained "
+    "Intervals are 95% ones over seeds and questions; n is questions x seeds. p is the smallest "
+    "alpha whose interval excludes 0, Holm-corrected over the arms; a primary comparison is tested "
+    "first, and alone. A difference counts as shown if p is below 0.05 and there are two seeds or "
+    "more. Tokens are the trained "
     "ones and time that of training, of all stages, the mean over seeds; the time of those on the "
     "first one's hardware.",
 )
@@ -105,13 +106,17 @@ def _row(arm: ArmFigures) -> list[str]:
 def said(results: StudyResults, task: str) -> list[str]:
     """Say of one task what was shown and what wasn't, against which control."""
     sentences = [_stated(each) for each in results.detectable_difference if each.task == task]
+    if results.primary:
+        sentences.append(f"The primary comparison, tested first, is that of {results.primary}.")
     arms = [arm for arm in results.arms if arm.task == task and arm.difference_to_control]
-    shown, unshown = [], []
+    shown, unshown, runs = [], [], []
     for arm in arms:
         difference = arm.difference_to_control
         if difference and difference.shown:
             word = "better" if difference.difference > 0 else "worse"
             shown.append(f"{arm.name} answers {word} than {results.control} {_figures(difference)}")
+        elif difference and difference.num_seeds == 1:
+            runs.append(f"{arm.name} against {results.control} {_figures(difference)}")
         elif difference:
             unshown.append(f"{arm.name} {_figures(difference)}")
     if shown:
@@ -123,20 +128,28 @@ def said(results: StudyResults, task: str) -> list[str]:
         )
     if not arms:
         sentences.append(f"Nothing is compared: {results.control} has no cell beside another arm.")
-    if any(arm.num_seeds == 1 for arm in arms):
-        sentences.append("With one seed the intervals say nothing of what another seed would give.")
+    if runs:
+        sentences.append(
+            f"Of one seed, so of these two runs and not of two ways of training: {'; '.join(runs)}."
+            " Interval and p say nothing of what another seed would give."
+        )
     return sentences
 
 
 def _stated(stated: Detectable) -> str:
     seeds = f"{stated.num_seeds} seed{'s' * (stated.num_seeds != 1)}"
     comparisons = f"{stated.num_arms} comparison{'s' * (stated.num_arms != 1)}"
+    if stated.difference is None:
+        return (
+            f"{stated.num_questions} questions and one seed show nothing of the ways of training."
+        )
+    source = "estimated from these cells" if stated.estimated else "supposed"
     return (
-        f"Before any result: {stated.num_questions} questions, {seeds} and "
-        f"{comparisons} show a difference of {100 * stated.difference:.1f} points in four of five "
-        f"studies (supposing that two runs differ on {stated.differing:.0%} of the questions, "
-        f"{stated.by_question:.0%} of it alike in all seeds, and that seeds differ by "
-        f"{100 * stated.between_seeds:.1f} points); smaller ones are likely missed."
+        f"{stated.num_questions} questions, {seeds} and {comparisons} show a difference of "
+        f"{100 * stated.difference:.1f} points in four of five studies ({source}: two runs differ "
+        f"on {stated.differing:.0%} of the questions, {stated.by_question:.0%} of it alike in all "
+        f"seeds, and their difference by {100 * stated.between_seeds:.1f} points from seed to "
+        "seed); smaller ones are likely missed."
     )
 
 

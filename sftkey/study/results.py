@@ -49,7 +49,8 @@ class SeedFigures(Figures):
 class DifferenceToControl(Figures):
     """How much more an arm has right than the control, paired by seed and question.
 
-    `shown`: the interval is clear of 0, and the Holm-corrected p is below 0.05.
+    `p` is the smallest alpha whose interval excludes 0, `p_holm` is corrected for the number of
+    arms. `shown`: that one is below 0.05, of two seeds or more.
     """
 
     control: str
@@ -128,16 +129,21 @@ class ArmFigures(Figures):
 
 
 class Detectable(Figures):
-    """The difference that four of five such studies would show, and what that supposes."""
+    """The difference that four of five such studies would show, and what that supposes.
+
+    `difference` is None with one seed, which shows none; `estimated`: what is supposed was
+    estimated from finished cells.
+    """
 
     task: str
     num_questions: int
     num_seeds: int
     num_arms: int
-    difference: float
+    difference: float | None
     differing: float
     by_question: float
     between_seeds: float
+    estimated: bool = False
 
 
 class StudyResults(Figures):
@@ -145,6 +151,7 @@ class StudyResults(Figures):
 
     tasks: tuple[str, ...]
     control: str
+    primary: str | None = None
     detectable_difference: tuple[Detectable, ...]
     arms: tuple[ArmFigures, ...]
     commit: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sftkey.errors import Problem, RecipeError, did_you_mean
+from sftkey.errors import RecipeError, did_you_mean
 from sftkey.recipe import yaml_io as yaml_source
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.messages import found_by_models
@@ -98,11 +97,11 @@ def strategy_recipe(
         settings = stage["trainer"] if "trainer" in stage else recipe.stages[number].trainer
         picked = chosen[number] if number < len(chosen) else {}
         stages.append(_with_choice({**stage, "trainer": dict(settings)}, picked))
-    laid.append(f"stages={json.dumps(stages)}")
+    replaced: dict[str, Any] = {"stages": stages}
     if strategy.response is not None:
         response = {**recipe.response.model_dump(mode="json"), **strategy.response}
-        laid.append(f"response={json.dumps(response)}")
-    return load_recipe(file, laid)
+        replaced["response"] = response
+    return load_recipe(file, laid, replaced)
 
 
 def _with_choice(stage: dict[str, Any], picked: Mapping[str, float]) -> dict[str, Any]:
@@ -164,6 +163,11 @@ class Study(StudySection):
     """The seeds that every arm is trained with."""
     control: Text
     """The arm that every other arm is compared with."""
+    primary: Text | None = None
+    """The arm whose comparison with the control is tested first, uncorrected; the others are
+    tested only if it is shown. Name it before the first result is there."""
+    wish: Positive = 5.0
+    """The difference in points for which `--plan` says how many seeds would show it."""
     arms: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     """What is compared: names of built-in strategies, or of those below `strategies`."""
     strategies: dict[RunName, OwnStrategy] = {}
@@ -220,6 +224,9 @@ def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
     control = data.get("control")
     if isinstance(control, str) and arms and control not in arms:
         yield ("control",), f"expected one of the arms; got '{control}'"
+    primary = data.get("primary")
+    if isinstance(primary, str) and arms and primary not in set(arms) - {control}:
+        yield ("primary",), f"expected one of the arms beside the control; got '{primary}'"
     for name in own:
         if name in STRATEGIES:
             yield ("strategies", name), "this name is a built-in strategy's; write another"
@@ -276,8 +283,4 @@ def arm_recipe(
     try:
         return strategy_recipe(file, strategy, overrides, chosen)
     except RecipeError as error:
-        problems = [
-            Problem("", each.what, each.line) if "stages=[" in each.where else each
-            for each in error.problems
-        ]
-        raise RecipeError(f"{file}, arm {arm}", problems, error.hint) from None
+        raise RecipeError(f"{file}, arm {arm}", error.problems, error.hint) from None

@@ -8,21 +8,22 @@ than as many questions; an interval over questions alone, or over seeds alone, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
-from sftkey.evaluation.statistics import Z_95
+from sftkey.evaluation.statistics import holm
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-FLIPS = 9_999
 CHANCE = 0.05
+LEAST_LOG_P = -100.0  # the logarithm of the smallest p that is told apart from 0
+MOST_SEEDS = 50  # that are looked at for a wish
 # Questions that nobody asked, which keep a width where all flags agree: of shares two right and
 # two wrong (Agresti and Coull 1998), of paired differences one half of each kind (Agresti and Min
 # 2005), whose squares sum to 1.
@@ -74,41 +75,33 @@ def difference_estimate(arm: Any, control: Any, same_questions: bool = True) -> 
     return Estimate(value, (low, high), *np.shape(arm))
 
 
-def sign_flip_p(
-    arm: Any, control: Any, same_questions: bool = True, num_flips: int = FLIPS, seed: int = 0
-) -> float:
-    """Give the two-sided p of a permutation test of flags `(S, Q)`.
+def difference_p(arm: Any, control: Any, same_questions: bool = True) -> Floats:
+    """Return the two-sided p `(…)` of the difference of flags `(…, S, Q)`.
 
-    With 3 seeds there are 8 ways of swapping whole runs, so that no p below 0.25 could come. So
-    the labels of arm and control are swapped question by question, in all seeds at once, since
-    the seeds' flags of one question hang together. Where seeds make no difference this is exact.
-    Where they do, questions aren't exchangeable by themselves; the statistic is therefore
-    the difference over its own half width, which holds the seeds' spread (studentized: Janssen
-    1997; Chung and Romano 2013), and tests simulate that it is kept then too.
+    It is the smallest alpha whose interval (`difference_interval` is that of 0.05) excludes 0, so
+    p and interval say the same, and both take seeds and questions as drawn by chance.
     """
     values = _with(_difference(arm, control), _ADDED_TO_DIFFERENCES)
-    num_seeds, num_columns = values.shape
-    dice = np.random.default_rng(seed)
-    shape = (num_flips, num_columns) if same_questions else (num_seeds, num_flips, num_columns)
-    signs = 1.0 - 2.0 * dice.integers(0, 2, size=shape, dtype=np.int8).astype(np.float32)
-    signs[..., -len(_ADDED_TO_DIFFERENCES) :] = 1.0
-    means = np.einsum("...fq,sq->fs" if same_questions else "sfq,sq->fs", signs, values)
-    flipped = _ratio(means / num_columns, values, same_questions)
-    observed = _ratio(values.mean(1)[None], values, same_questions)[0]
-    return float((1 + (flipped >= observed * (1 - 1e-9)).sum()) / (num_flips + 1))
+    centre = values.mean((-2, -1))
+    parts = _parts(values, same_questions)
+    low, high = np.full_like(centre, LEAST_LOG_P), np.zeros_like(centre)
+    for _ in range(60):  # the half width falls as alpha grows: bisect its logarithm
+        middle = (low + high) / 2
+        excluded = parts.half(np.exp(middle)) < np.abs(centre)
+        low, high = np.where(excluded, low, middle), np.where(excluded, middle, high)
+    return np.exp(high)
 
 
-def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """Correct the p of several arms against one control (Holm 1979).
+def corrected(ps: Mapping[str, float], primary: str | None = None) -> dict[str, float]:
+    """Correct the p of several arms by Holm; the primary one is tested first, and alone.
 
-    scipy has only the corrections of the false discovery rate, which promise less.
+    The others count only after it, so theirs is never below its own: the chance that any is
+    called different by chance stays the same, and the primary one pays nothing for the others.
     """
-    corrected: dict[str, float] = {}
-    largest = 0.0
-    for place, name in enumerate(sorted(ps, key=lambda name: ps[name])):
-        largest = max(largest, min(1.0, (len(ps) - place) * ps[name]))
-        corrected[name] = largest
-    return {name: corrected[name] for name in ps}
+    if primary is None or primary not in ps:
+        return holm(ps)
+    others = holm({name: p for name, p in ps.items() if name != primary})
+    return {name: max(ps[primary], others.get(name, 0.0)) for name in ps}
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,34 @@ class Supposed:
 
     differing: float = 0.25
     by_question: float = 0.3
-    between_seeds: float = 0.01
+    between_seeds: float = 0.02
+
+
+def observed(tables: Sequence[tuple[Any, Any, bool]]) -> Supposed | None:
+    """Estimate what to suppose of a study from arms and controls that are trained already.
+
+    Args:
+        tables: Of each arm its flags `(S, Q)`, its control's, and whether all seeds answered the
+            same questions; what is found is the mean over those with two seeds or more.
+
+    Returns:
+        None where no arm has two seeds.
+    """
+    found = []
+    for arm, control, same_questions in tables:
+        values = _difference(arm, control)
+        num_seeds, num_questions = values.shape
+        if num_seeds < 2 or num_questions < 2:
+            continue
+        parts, num_flags = _parts(values, same_questions), values.size
+        by_seed = max(float(parts.by_seed - parts.noise), 0.0) * num_seeds
+        by_question = max(float(parts.by_question - parts.noise), 0.0) * num_flags / num_seeds
+        found.append(((values**2).mean(), by_question, by_seed))
+    if not found:
+        return None
+    differing, by_question, by_seed = np.mean(found, axis=0)
+    shared = by_question / differing if differing else 0.0
+    return Supposed(float(differing), float(min(shared, 1.0)), sqrt(by_seed))
 
 
 def detectable_difference(
@@ -134,12 +154,11 @@ def detectable_difference(
     num_arms: int = 1,
     same_questions: bool = True,
     power: float = 0.85,
-) -> float:
-    """Give the difference that is shown in at least four of five studies, as a share.
+) -> float | None:
+    """Return the difference that is shown in at least four of five studies, as a share.
 
-    Shown is one whose interval is clear of 0 and whose Holm-corrected p is below 0.05. The means
-    are taken as normal and their squares as chi-squared, which real flags are not quite: so `power`
-    is above 0.8.
+    Shown is one whose Holm-corrected p is below 0.05. The means are taken as normal and their
+    squares as chi-squared, which real flags are not quite: so `power` is above 0.8.
 
     Args:
         num_questions: Of each seed.
@@ -148,14 +167,33 @@ def detectable_difference(
         num_arms: How many are compared with the control; the worst case of Holm's correction.
         same_questions: Whether all seeds answer the same ones.
         power: Share of drawn studies that show it.
+
+    Returns:
+        None with one seed, which shows nothing of the ways of training.
     """
-    supposed = supposed or Supposed()
+    if num_seeds == 1:
+        return None
     dice = np.random.default_rng(0)
-    drawn, halves = _drawn(num_questions, num_seeds, supposed, same_questions, dice)
-    without = Supposed(supposed.differing, supposed.by_question, 0.0)
-    swapped, swapped_halves = _drawn(num_questions, num_seeds, without, same_questions, dice)
-    wanted = np.quantile(np.abs(swapped) / swapped_halves, 1 - CHANCE / num_arms)
-    return float(min(1.0, np.quantile(max(1.0, wanted) * halves - drawn, power)))
+    drawn, parts = _drawn(num_questions, num_seeds, supposed or Supposed(), same_questions, dice)
+    return float(min(1.0, np.quantile(parts.half(CHANCE / num_arms) - drawn, power)))
+
+
+def seeds_needed(
+    difference: float,
+    num_questions: int,
+    supposed: Supposed | None = None,
+    *,
+    num_arms: int = 1,
+    same_questions: bool = True,
+) -> int | None:
+    """Return the fewest seeds whose `detectable_difference` is as small; None: over MOST_SEEDS."""
+    for num_seeds in range(2, MOST_SEEDS + 1):
+        found = detectable_difference(
+            num_questions, num_seeds, supposed, num_arms=num_arms, same_questions=same_questions
+        )
+        if found is not None and found <= difference:
+            return num_seeds
+    return None
 
 
 def _drawn(
@@ -164,9 +202,9 @@ def _drawn(
     supposed: Supposed,
     same_questions: bool,
     dice: np.random.Generator,
-    num_draws: int = 40_000,
-) -> tuple[Floats, Floats]:
-    """Draw differences of studies without a true one, and the half widths of their intervals."""
+    num_draws: int = 20_000,
+) -> tuple[Floats, _Parts]:
+    """Draw differences of studies without a true one, and the parts of their intervals."""
     question = supposed.differing * supposed.by_question if same_questions else 0.0
     rest = supposed.differing - question
     seed = num_questions * supposed.between_seeds**2
@@ -175,67 +213,71 @@ def _drawn(
 
     def mean_square(expected: float, degrees: int) -> Floats:
         degrees = max(degrees, 1)  # of one question alone
-        return expected * dice.chisquare(degrees, num_draws) / degrees
+        return expected / num_flags * dice.chisquare(degrees, num_draws) / degrees
 
-    by_seed = mean_square(rest + seed, num_seeds - 1) if num_seeds > 1 else np.zeros(num_draws)
-    if num_seeds == 1 or not same_questions:
+    by_seed = mean_square(rest + seed, num_seeds - 1)
+    if not same_questions:
         by_question = noise = mean_square(rest + question, num_seeds * (num_questions - 1))
     else:
         noise = mean_square(rest, (num_seeds - 1) * (num_questions - 1))
         by_question = mean_square(rest + num_seeds * question, num_questions - 1)
-    squared = _squared_half(by_seed, by_question, noise, num_seeds, num_flags)
-    return dice.normal(0.0, sqrt(variance), num_draws), np.sqrt(squared)
+    parts = _Parts(by_seed, by_question, noise, num_seeds)
+    return dice.normal(0.0, sqrt(variance), num_draws), parts
 
 
-def _squared_half(
-    by_seed: Any, by_question: Any, noise: Any, num_seeds: int, num_flags: int
-) -> Any:
-    """Give the square of the half width from the mean squares of a table seeds x questions.
-
-    The parts of the seeds and of the questions are added as squared half widths, each with its
-    own quantile: with few seeds Student's is large, and the sum is never too short for
-    normal parts (Banerjee 1960). The noise is in both mean squares, and counts in one. What the
-    questions alone give is the least that there can be.
-    """
-    quantile = student.ppf(1 - CHANCE / 2, num_seeds - 1) if num_seeds > 1 else 0.0
-    seeds = quantile**2 * by_seed
-    questions = Z_95**2 * by_question
-    both = seeds + np.maximum(questions - Z_95**2 * noise, 0.0)
-    return np.maximum(both, questions) / num_flags
-
-
-def _from_means(means: Any, values: Any, same_questions: bool) -> Any:
-    """Give squared half widths of flags whose means by seed are `means`.
+@dataclass(frozen=True)
+class _Parts:
+    """What the half width of an interval is made of: variances of a mean of S x Q flags `(…)`.
 
     Args:
-        means: `(…, S)`.
-        values: `(…, S, Q)`, or one table whose signs alone differ from those of the means.
-        same_questions: Whether all seeds answered the same questions.
+        by_seed: Of the seeds, with the noise in it.
+        by_question: Of the questions, with the noise in it.
+        noise: Of single flags.
+        num_seeds: How many the first was estimated from.
     """
+
+    by_seed: Any
+    by_question: Any
+    noise: Any
+    num_seeds: int
+
+    def half(self, alpha: Any) -> Any:
+        """Return the half width of the interval that misses the truth with chance alpha.
+
+        The parts of the seeds and of the questions are added as squared half widths, each with its
+        own quantile: with few seeds Student's is large, and the sum is never too short for
+        normal parts (Banerjee 1960). The noise is in both variances, and counts in one. What the
+        questions alone give is the least that there can be.
+        """
+        degrees = self.num_seeds - 1
+        seeds = stdtrit(degrees, alpha / 2) ** 2 * self.by_seed if degrees else 0.0
+        normal = ndtri(alpha / 2) ** 2
+        both = seeds + normal * np.maximum(self.by_question - self.noise, 0.0)
+        return np.sqrt(np.maximum(both, normal * self.by_question))
+
+
+def _parts(values: Any, same_questions: bool) -> _Parts:
+    """Return the parts of flags `(…, S, Q)`, from the mean squares of a table seeds x questions."""
     num_seeds, num_questions = values.shape[-2:]
     num_flags = num_seeds * num_questions
+    means = values.mean(-1)
     centre = means.mean(-1)
     squares = (values**2).sum((-2, -1))
     seeds = num_questions * ((means - centre[..., None]) ** 2).sum(-1)
     left = np.maximum(squares - num_flags * centre**2 - seeds, 0.0)
-    by_seed = seeds / max(num_seeds - 1, 1)
+    by_seed = seeds / max(num_seeds - 1, 1) / num_flags
     if num_seeds == 1 or not same_questions:  # a question's flag is one of its own
-        noise = left / (num_seeds * (num_questions - 1))
-        return _squared_half(by_seed, noise, noise, num_seeds, num_flags)
+        noise = left / (num_seeds * (num_questions - 1)) / num_flags
+        return _Parts(by_seed, noise, noise, num_seeds)
     shared = num_seeds * (values.mean(-2) ** 2).sum(-1) - num_flags * centre**2
-    noise = np.maximum(left - shared, 0.0) / ((num_seeds - 1) * (num_questions - 1))
-    by_question = shared / (num_questions - 1)
-    return _squared_half(by_seed, by_question, noise, num_seeds, num_flags)
+    noise = np.maximum(left - shared, 0.0) / ((num_seeds - 1) * (num_questions - 1)) / num_flags
+    return _Parts(by_seed, shared / (num_questions - 1) / num_flags, noise, num_seeds)
 
 
 def _ends(values: Any, same_questions: bool) -> tuple[Any, Any]:
-    half = np.sqrt(_from_means(values.mean(-1), values, same_questions))
+    half = _parts(values, same_questions).half(CHANCE)
     centre = values.mean((-2, -1))
     return centre - half, centre + half
-
-
-def _ratio(means: Any, values: Any, same_questions: bool) -> Any:
-    return np.abs(means.mean(-1)) / np.sqrt(_from_means(means, values, same_questions))
 
 
 def _difference(arm: Any, control: Any) -> Any:

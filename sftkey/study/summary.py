@@ -31,11 +31,12 @@ from sftkey.study.results import (
 from sftkey.study.seeds import (
     CHANCE,
     Supposed,
+    corrected,
     detectable_difference,
     difference_estimate,
-    holm,
+    difference_p,
     mean_estimate,
-    sign_flip_p,
+    observed,
 )
 
 NUM_BUCKETS = 4
@@ -187,13 +188,16 @@ def _means(by_stage: dict[str, list[dict[str, float]]]) -> Shares:
 BASE = "base"
 
 
-def summarize(cells: Cells, control: str, arms: Sequence[str] = ()) -> StudyResults:
+def summarize(
+    cells: Cells, control: str, arms: Sequence[str] = (), primary: str | None = None
+) -> StudyResults:
     """Gather the results of all cells that are finished.
 
     Args:
         cells: As `read_cells` gives them.
         control: The arm that the others are compared with.
         arms: The order of the arms; those that it doesn't name follow.
+        primary: The arm whose comparison is tested first.
 
     Raises:
         RunError: Arms of one seed answered other questions.
@@ -201,11 +205,14 @@ def summarize(cells: Cells, control: str, arms: Sequence[str] = ()) -> StudyResu
     tasks = {task: list(group) for task, group in groupby(cells, key=lambda cell: cell.task)}
     figures: list[ArmFigures] = []
     for group in tasks.values():
-        figures += _task(group, control, arms)
+        figures += _task(group, control, arms, primary)
     return StudyResults(
         tasks=tuple(tasks),
         control=control,
-        detectable_difference=tuple(_stated(task, group) for task, group in tasks.items()),
+        primary=primary,
+        detectable_difference=tuple(
+            _stated(task, group, control, primary) for task, group in tasks.items()
+        ),
         arms=tuple(figures),
         commit=_joined(cell.commit for cell in cells),
         hardware=_joined(cell.hardware for cell in cells),
@@ -217,58 +224,93 @@ def summarize(cells: Cells, control: str, arms: Sequence[str] = ()) -> StudyResu
     )
 
 
-def stated(task: str, num_questions: int, num_seeds: int, num_arms: int) -> Detectable:
-    """State which difference a study can show, from its size alone.
+def stated(
+    task: str,
+    num_questions: int,
+    num_seeds: int,
+    num_arms: int,
+    supposed: Supposed | None = None,
+    same_questions: bool = True,
+) -> Detectable:
+    """State which difference a study can show, whatever it finds.
 
     Args:
         task: Its task.
         num_questions: Of each seed.
         num_seeds: Of each arm.
-        num_arms: How many are compared with the control.
+        num_arms: How many are compared with the control, or 1 of a primary comparison.
+        supposed: What finished cells say of it; None: what is supposed without any.
+        same_questions: Whether all seeds answer the same ones.
     """
-    supposed = Supposed()
-    difference = detectable_difference(num_questions, num_seeds, supposed, num_arms=num_arms)
+    used = supposed or Supposed()
+    difference = detectable_difference(
+        num_questions, num_seeds, used, num_arms=num_arms, same_questions=same_questions
+    )
     return Detectable(
         task=task,
         num_questions=num_questions,
         num_seeds=num_seeds,
         num_arms=num_arms,
         difference=difference,
-        **asdict(supposed),
+        estimated=supposed is not None,
+        **asdict(used),
     )
 
 
-def _stated(task: str, cells: Cells) -> Detectable:
-    num_seeds, num_arms = len({cell.seed for cell in cells}), len({cell.arm for cell in cells})
-    return stated(task, len(cells[0].questions), num_seeds, max(num_arms - 1, 1))
+def _stated(task: str, cells: Cells, control: str, primary: str | None) -> Detectable:
+    by_arm = _by_arm(cells)
+    num_arms = 1 if primary in by_arm else max(len(by_arm) - 1, 1)
+    num_seeds = len({cell.seed for cell in cells})
+    same = all(map(same_questions, by_arm.values()))
+    num_questions = len(cells[0].questions)
+    return stated(task, num_questions, num_seeds, num_arms, supposed_of(cells, control), same)
 
 
-def _task(cells: Cells, control: str, order: Sequence[str]) -> Iterator[ArmFigures]:
-    by_arm: dict[str, list[FinishedCell]] = {}
-    for name in (*order, *(cell.arm for cell in cells)):
-        by_arm.setdefault(name, [cell for cell in cells if cell.arm == name])
-    by_arm = {name: group for name, group in by_arm.items() if group}
-    differences = _differences(by_arm, control)
+def supposed_of(cells: Cells, control: str) -> Supposed | None:
+    """Estimate from a task's finished cells what `stated` supposes; None of less than two seeds."""
+    return observed(list(_tables(_by_arm(cells), control).values()))
+
+
+def _by_arm(cells: Cells, order: Sequence[str] = ()) -> dict[str, Cells]:
+    by_arm = {
+        name: [cell for cell in cells if cell.arm == name]
+        for name in dict.fromkeys((*order, *(cell.arm for cell in cells)))
+    }
+    return {name: group for name, group in by_arm.items() if group}
+
+
+def _task(
+    cells: Cells, control: str, order: Sequence[str], primary: str | None
+) -> Iterator[ArmFigures]:
+    by_arm = _by_arm(cells, order)
+    differences = _differences(by_arm, control, primary)
     if base := _base(cells):
         yield base
     for name, group in by_arm.items():
         yield _arm(group, by_arm, by_arm.get(control, []), differences.get(name))
 
 
-def _differences(by_arm: Mapping[str, Cells], control: str) -> dict[str, DifferenceToControl]:
-    """Compare every arm with the control, and correct the p for their number."""
+def _tables(by_arm: Mapping[str, Cells], control: str) -> dict[str, tuple[Any, Any, bool]]:
+    """Return by arm its flags, its control's, and whether all seeds answered the same questions."""
     tables = {}
     for name, cells in by_arm.items():
         pairs = paired(cells, by_arm.get(control, ())) if name != control else []
         if pairs:
-            flags = [table_of(each, "correct") for each in zip(*pairs, strict=True)]
-            tables[name] = (*flags, same_questions(cells))
-    ps = {name: sign_flip_p(*table) for name, table in tables.items()}
-    corrected = holm(ps)
+            arm, other = (table_of(each, "correct") for each in zip(*pairs, strict=True))
+            tables[name] = (arm, other, same_questions(cells))
+    return tables
+
+
+def _differences(
+    by_arm: Mapping[str, Cells], control: str, primary: str | None
+) -> dict[str, DifferenceToControl]:
+    """Compare every arm with the control, and correct the p for their number."""
+    tables = _tables(by_arm, control)
+    ps = {name: float(difference_p(*table)) for name, table in tables.items()}
+    for_all = corrected(ps, primary)
     found = {}
     for name, table in tables.items():
         estimate = difference_estimate(*table)
-        clear = not estimate.interval[0] <= 0 <= estimate.interval[1]
         found[name] = DifferenceToControl(
             control=control,
             num_seeds=estimate.num_seeds,
@@ -276,8 +318,8 @@ def _differences(by_arm: Mapping[str, Cells], control: str) -> dict[str, Differe
             difference=estimate.value,
             interval=estimate.interval,
             p=ps[name],
-            p_holm=corrected[name],
-            shown=clear and corrected[name] < CHANCE,
+            p_holm=for_all[name],
+            shown=for_all[name] < CHANCE and estimate.num_seeds > 1,
         )
     return found
 

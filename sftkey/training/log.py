@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from sftkey.errors import RunError
+from sftkey.errors import DivergedError, RunError
 from sftkey.files import write_text
 from sftkey.training.run_folder import Ledger
 
@@ -219,7 +219,7 @@ class StageLog(TrainerCallback):
             "tokens_per_second": round(logs["tokens"] / seconds, 1),
         }
         if not math.isfinite(logs["loss"]):
-            raise RunError(
+            raise DivergedError(
                 f"{self.record.name}, step {state.global_step}",
                 f"expected a finite loss; got {logs['loss']}",
                 "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); "

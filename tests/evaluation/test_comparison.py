@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from scipy.stats import norm
 
 from sftkey.data.response import Example, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
 from sftkey.evaluation.results import StageResult, score, write_result
-from sftkey.evaluation.statistics import mcnemar, paired_difference
+from sftkey.evaluation.statistics import paired_difference, paired_p
 from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
@@ -70,7 +72,7 @@ def test_differences_are_to_the_stage_before() -> None:
     after = [question.correct for question in KEY.questions]
     assert (last.difference, *last.interval) == paired_difference(before, after)
     assert last.difference == pytest.approx(0.02)
-    assert last.p == mcnemar(before, after)
+    assert last.p == last.p_holm == paired_p(before, after)
     assert (last.after, last.num_questions) == ("key", 100)
 
 
@@ -112,7 +114,7 @@ def test_the_table_fits_a_terminal() -> None:
         "               [0.022, 0.112]",
         "completion 100          0.600 1.000 0.720      0      10    2.0 +55.0, p<0.001",
         "               [0.502, 0.691]                                   [+45.2, +64.4]",
-        "key        100          0.620 1.000 0.734      0      10    2.0  +2.0, p 0.688",
+        "key        100          0.620 1.000 0.734      0      10    2.0  +2.0, p 0.414",
         "               [0.522, 0.709]                                     [-3.6, +8.2]",
     ]
 
@@ -222,6 +224,23 @@ def test_runs_are_paired_by_their_last_stages() -> None:
     assert comparison.warnings == ()
 
 
+def test_the_more_runs_the_more_a_difference_must_be() -> None:
+    """Nine gains and two losses: alone they are shown, beside four other runs they aren't."""
+    first, better = result("key", 1, range(50)), result("key", 1, range(2, 59))
+    others = {f"c{number}": [first] for number in range(4)}
+    alone = compare({"a": [first], "b": [better]})
+    assert "is clear of 0, so on questions like these b key answers better" in sentences(alone)[0]
+    several = compare({"a": [first], "b": [better], **others})
+    found = several.between_runs[0]
+    assert found.p == alone.between_runs[0].p == pytest.approx(0.0348, abs=1e-4)
+    assert found.p_holm == pytest.approx(5 * found.p)
+    assert sentences(several)[0] == (
+        "The difference between a key and b key is +7.0 points [+0.6, +14.6] on 100 questions: the "
+        "interval is clear of 0, but among so many differences chance alone gives such a one "
+        "(corrected p 0.174), so these runs don't show that b key answers better or worse."
+    )
+
+
 def test_other_questions_are_not_paired() -> None:
     """Runs on other questions stand in one table, without a difference, and it is said."""
     other = result("key", 1, range(30), num_questions=50)
@@ -267,7 +286,8 @@ def test_json_holds_what_the_table_shows() -> None:
         "num_questions": 100,
         "difference": pytest.approx(0.55),
         "interval": pytest.approx([0.4524, 0.6439], abs=1e-4),
-        "p": pytest.approx(2 * 0.5**55),
+        "p": pytest.approx(2 * norm.sf(sqrt(55))),
+        "p_holm": pytest.approx(2 * norm.sf(sqrt(55))),
     }
     assert (second["run"], second["stage"], second["acc"]) == ("demo", "completion", 0.6)
     assert (second["alpha"], second["score"]) == (0.5, pytest.approx(0.8))

@@ -11,7 +11,6 @@ import sftkey.evaluation.thinking as module
 from sftkey.data.response import Example, Response
 from sftkey.evaluation.comparison import ThinkingChange, Turned, thinking_change
 from sftkey.evaluation.results import StageResult, score
-from sftkey.evaluation.statistics import mcnemar
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
 from sftkey.generation.generate import Generation
 
@@ -191,8 +190,6 @@ def test_more_turned_wrong_than_by_chance_is_harm(wrong: int, warned: bool) -> N
     before, after = result("one", set(range(20))), result("two", set(range(wrong, 20)))
     change = thinking_change(before, after)
     assert bool(change.warnings()) is warned
-    flags = [[bool(q.thinking_right) for q in each.questions] for each in (before, after)]
-    assert mcnemar(*flags) > 0.05
     if warned:
         assert change.warnings() == [
             "two harmed the thinking: 5 right ones turned wrong, 0 wrong right (one-sided "

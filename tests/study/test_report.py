@@ -22,9 +22,9 @@ from sftkey.study.summary import summarize
 from tests.support.cells import made_cells
 
 STATED = (
-    "Before any result: 200 questions, 3 seeds and 2 comparisons show a difference of 7.1 points "
-    "in four of five studies (supposing that two runs differ on 25% of the questions, 30% of it "
-    "alike in all seeds, and that seeds differ by 1.0 points); smaller ones are likely missed."
+    "200 questions, 3 seeds and 2 comparisons show a difference of 7.1 points in four of five "
+    "studies (supposed: two runs differ on 25% of the questions, 30% of it alike in all seeds, and "
+    "their difference by 1.0 points from seed to seed); smaller ones are likely missed."
 )
 HEAD = "| arm | n | Acc [95%] | Fmt | points more than sft_tag [95%] | p | tokens | time |"
 
@@ -77,7 +77,7 @@ def made_results(*arms: ArmFigures, **more: Any) -> StudyResults:
         "control": "sft_tag",
         "detectable_difference": (
             Detectable(task="orders", num_seeds=3, num_arms=2, difference=0.0712, **stated),
-            Detectable(task="sums", num_seeds=1, num_arms=1, difference=0.31, **stated),
+            Detectable(task="sums", num_seeds=2, num_arms=1, difference=0.31, **stated),
         ),
         "arms": (*arms, other),
         "commit": "0123456789ab",
@@ -146,18 +146,35 @@ def test_sentences_say_what_is_shown_and_what_is_not() -> None:
 
 
 def test_without_a_pair_nothing_is_compared() -> None:
-    """The sentence says so, and one of a single seed and comparison has no plural."""
+    """The sentence says so, and one of a single comparison has no plural."""
     first, last = said(made_results(BETTER), "sums")
-    assert first.startswith("Before any result: 200 questions, 1 seed and 1 comparison show a ")
+    assert first.startswith("200 questions, 2 seeds and 1 comparison show a difference of 31.0 ")
     assert last == "Nothing is compared: sft_tag has no cell beside another arm."
 
 
 def test_one_seed_says_nothing_of_another() -> None:
     """The sentence stands where an arm that is compared has one seed, and only there."""
-    sentence = "With one seed the intervals say nothing of what another seed would give."
-    one = BETTER.model_copy(update={"num_seeds": 1})
-    assert said(made_results(CONTROL, one), "orders")[-1] == sentence
-    assert sentence not in said(made_results(CONTROL, BETTER), "orders")
+    difference = gain(0.15, 0.1, 0.2, 0.0002, False).model_copy(update={"num_seeds": 1})
+    one = made_arm("sftkey", num_seeds=1, difference_to_control=difference)
+    (stated,) = made_results().detectable_difference[:1]
+    stated = stated.model_copy(update={"num_seeds": 1, "difference": None})
+    results = made_results(CONTROL, one, detectable_difference=(stated,))
+    assert said(results, "orders") == [
+        "200 questions and one seed show nothing of the ways of training.",
+        "Of one seed, so of these two runs and not of two ways of training: sftkey against sft_tag "
+        "(+15.0 points [+10.0, +20.0], p <0.001). Interval and p say nothing of what another seed "
+        "would give.",
+    ]
+
+
+def test_what_is_estimated_and_what_comes_first_is_said() -> None:
+    """Cells that tell how much runs vary are named as the source, and so is a primary arm."""
+    (stated,) = made_results().detectable_difference[:1]
+    stated = stated.model_copy(update={"estimated": True})
+    results = made_results(CONTROL, BETTER, detectable_difference=(stated,), primary="sftkey")
+    first, second, _ = said(results, "orders")
+    assert "four of five studies (estimated from these cells: two runs differ on 25%" in first
+    assert second == "The primary comparison, tested first, is that of sftkey."
 
 
 def test_missing_seeds_and_several_commits_are_warned_of() -> None:

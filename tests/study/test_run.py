@@ -298,7 +298,11 @@ def test_without_a_finished_cell_the_time_is_unknown(
     monkeypatch.chdir(tmp_path)
     study(write_study(tmp_path, tiny_folder, seeds=[1]), plan_only=True)
     *_, last, promise = capsys.readouterr().out.splitlines()
-    assert promise.startswith("task: 3 questions, seeds: 1, comparisons: 1; a difference of ")
+    assert promise.startswith(
+        "task: 3 questions, seeds: 1, comparisons: 1; one seed shows nothing of the ways of "
+        "training; for a difference of 5 points it takes more than 50 seeds (supposing that the "
+        "difference varies by 2.0 points from seed to seed: a guess)"
+    )
     assert last.startswith(f"2 cells, 0 of them finished; {3 * STEPS} steps and ")
     assert last.endswith(" tokens to train; time: unknown")
     assert not (tmp_path / "runs").exists()

@@ -6,17 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from scipy.stats import t as student
 
 from sftkey.study.seeds import (
     Supposed,
+    corrected,
     detectable_difference,
     difference_estimate,
     difference_interval,
-    holm,
+    difference_p,
     mean_estimate,
     mean_interval,
-    sign_flip_p,
+    observed,
+    seeds_needed,
 )
 
 EASY, BY_QUESTION = 0.85, 0.2  # of a question, how often it is answered; how much an arm changes it
@@ -95,14 +98,8 @@ def test_shares_near_one_are_covered(share: float) -> None:
 
 
 def shown(arm: Any, control: Any, same: bool) -> float:
-    """Give the share of studies that show a difference: by their interval and by p."""
-    _, low, high = difference_interval(arm, control, same)
-    clear = (low > 0) | (high < 0)
-    found = [
-        bool(away) and sign_flip_p(*flags, same, num_flips=199) < 0.05
-        for *flags, away in zip(arm, control, clear, strict=True)
-    ]
-    return float(np.mean(found))
+    """Return the share of studies that show a difference."""
+    return float((difference_p(arm, control, same) < 0.05).mean())
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.03])
@@ -118,47 +115,79 @@ def test_the_detectable_difference_is_found(same: bool, spread: float) -> None:
     assert shown(*control_like, same) <= 0.05
 
 
-def test_the_detectable_difference_of_one_seed_is_found() -> None:
-    """One seed says nothing of others; its questions alone show what they can."""
-    control_like = studies(500, 1, 200, same=True, spread=0.0)
-    differing = float((control_like[0] != control_like[1]).mean())
-    gain = detectable_difference(200, 1, Supposed(differing, 0.3, 0.0))
-    assert 0.05 < gain < 0.2
-    assert shown(*studies(500, 1, 200, same=True, spread=0.0, gain=gain), True) >= 0.8
-    assert shown(*control_like, True) <= 0.05
-
-
 def test_the_detectable_difference_shrinks_with_questions_and_seeds() -> None:
     """More of either find less; more arms, or seeds that differ more, need more."""
-    plain = detectable_difference(500, 3)
-    assert detectable_difference(2000, 3) < plain
-    assert detectable_difference(500, 5) < plain
-    assert detectable_difference(500, 3, num_arms=6) > plain
-    assert detectable_difference(500, 3, Supposed(between_seeds=0.03)) > plain
-    assert detectable_difference(2000, 1) < detectable_difference(500, 1) < 0.1
-    assert detectable_difference(1, 1) == 1.0
+    plain = detectable_difference(500, 3) or 0.0
+    assert (detectable_difference(2000, 3) or 1.0) < plain
+    assert (detectable_difference(500, 5) or 1.0) < plain
+    assert (detectable_difference(500, 3, num_arms=6) or 0.0) > plain
+    assert (detectable_difference(500, 3, Supposed(between_seeds=0.05)) or 0.0) > plain
+    assert detectable_difference(1, 3) == 1.0
 
 
-def test_the_permutation_test_is_exact_where_seeds_make_no_difference() -> None:
-    """Labels of questions that mean nothing give p below 0.05 in about 5% of studies."""
-    arm, control = studies(400, 3, 100, same=True, spread=0.0)
-    ps = [sign_flip_p(*flags, num_flips=199) for flags in zip(arm, control, strict=True)]
-    assert 0.02 <= np.mean(np.array(ps) <= 0.05) <= 0.085
+def test_one_seed_detects_nothing() -> None:
+    """Of two runs no number of questions tells what other runs would give."""
+    assert detectable_difference(100_000, 1) is None
 
 
-def test_one_seed_is_a_sign_test() -> None:
-    """With one seed, 8 gains and no loss have the p of eight coins that fall alike."""
+def test_a_wish_says_how_many_seeds_it_needs() -> None:
+    """One fewer finds less than was wished; a wish that is too small has no answer."""
+    found = seeds_needed(0.05, 500, num_arms=5)
+    assert found is not None
+    assert (detectable_difference(500, found, num_arms=5) or 1.0) <= 0.05
+    assert (detectable_difference(500, found - 1, num_arms=5) or 0.0) > 0.05
+    assert seeds_needed(0.0001, 50) is None
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same questions", "other questions"])
+def test_what_is_supposed_is_estimated_from_trained_arms(same: bool) -> None:
+    """Over many studies the estimates' means are what the flags were drawn with."""
+    arm, control = studies(200, 6, 300, same=same, spread=0.05)
+    tables = [(*flags, same) for flags in zip(arm, control, strict=True)]
+    found = observed(tables)
+    assert found is not None
+    assert found.between_seeds == pytest.approx(0.05, abs=0.005)
+    assert found.differing == pytest.approx((arm != control).mean())
+    expected = BY_QUESTION**2 / 4 / found.differing if same else 0.0
+    assert found.by_question == pytest.approx(expected, abs=0.02)
+    assert observed([(arm[0, :1], control[0, :1], same)]) is None
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same questions", "other questions"])
+@pytest.mark.parametrize("num_seeds", [1, 2, 3, 6])
+def test_p_is_the_smallest_alpha_whose_interval_excludes_zero(num_seeds: int, same: bool) -> None:
+    """Below 0.05 where the shown interval is clear of 0, and only there; Student's by hand."""
+    arm, control = studies(400, num_seeds, 100, same=same, spread=0.03, gain=0.06)
+    ps = difference_p(arm, control, same)
+    _, low, high = difference_interval(arm, control, same)
+    clear = (low > 0) | (high < 0)
+    assert 0 < clear.mean() < 1
+    assert ((ps < 0.05) == clear).all()
+
+
+def test_p_is_students_where_only_seeds_differ() -> None:
+    """Three gains of 0.10, 0.12 and 0.14 (of the flags and two added ones): two degrees left."""
+    arm = np.arange(98) < np.array([[10], [12], [14]])
+    p = float(difference_p(arm, np.zeros_like(arm), same_questions=False))
+    values = np.array([0.10, 0.12, 0.14])
+    assert p == pytest.approx(2 * student.sf(0.12 / (values.std(ddof=1) / np.sqrt(3)), 2))
+
+
+def test_p_of_one_seed_is_that_of_its_questions() -> None:
+    """Eight gains of 40 and the two added halves, against their own spread."""
     control = np.zeros((1, 40), dtype=bool)
     arm = control.copy()
     arm[0, :8] = True
-    assert sign_flip_p(arm, control) == pytest.approx(2 / 2**8, abs=0.004)
-    assert sign_flip_p(arm, arm) == 1.0
+    values = np.array([1.0] * 8 + [0.0] * 32 + [np.sqrt(0.5), -np.sqrt(0.5)])
+    z = values.mean() / (values.std(ddof=1) / np.sqrt(42))
+    assert float(difference_p(arm, control)) == pytest.approx(2 * norm.sf(z))
+    assert float(difference_p(arm, arm)) == 1.0
 
 
 def test_no_p_is_zero() -> None:
-    """Where no swap comes near, the labels as they are count still: one of 100."""
+    """Where all seeds and questions say the same, p is tiny and above 0."""
     arm, control = np.ones((3, 100), dtype=bool), np.zeros((3, 100), dtype=bool)
-    assert sign_flip_p(arm, control, num_flips=99) == 1 / 100
+    assert 0 < float(difference_p(arm, control)) < 1e-6
 
 
 def test_seeds_that_disagree_are_no_evidence() -> None:
@@ -170,9 +199,10 @@ def test_seeds_that_disagree_are_no_evidence() -> None:
     assert low < 0 < high
 
 
-def test_holm_by_hand() -> None:
-    """0.01 x 4, 0.02 x 3, 0.022 x 2 which can't be below the one before it, 0.9."""
-    ps = {"d": 0.9, "a": 0.01, "c": 0.022, "b": 0.02}
-    assert holm(ps) == pytest.approx({"d": 0.9, "a": 0.04, "c": 0.06, "b": 0.06})
-    assert list(holm(ps)) == ["d", "a", "c", "b"]
-    assert holm({"a": 0.8, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+def test_a_primary_arm_is_tested_first_and_alone() -> None:
+    """Its own p stays; the others are corrected among themselves, and never fall below it."""
+    ps = {"a": 0.03, "b": 0.004, "c": 0.2}
+    assert corrected(ps) == pytest.approx({"a": 0.06, "b": 0.012, "c": 0.2})
+    assert corrected(ps, "a") == pytest.approx({"a": 0.03, "b": 0.03, "c": 0.2})
+    assert corrected(ps, "c") == pytest.approx({"a": 0.2, "b": 0.2, "c": 0.2})
+    assert corrected(ps, "not there") == corrected(ps)

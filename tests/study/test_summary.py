@@ -14,10 +14,10 @@ from sftkey.study.results import ArmFigures, DifferenceToControl, FinishedCell, 
 from sftkey.study.seeds import (
     detectable_difference,
     difference_estimate,
+    difference_p,
     mean_estimate,
-    sign_flip_p,
 )
-from sftkey.study.summary import summarize
+from sftkey.study.summary import summarize, supposed_of
 from tests.support.cells import COMMAND, COMMIT, HARDWARE, answered, cell, made_cells, made_flags
 
 Z = 1.959964
@@ -192,16 +192,29 @@ def test_a_true_gain_is_shown_and_none_is_not() -> None:
 
 
 def test_p_is_corrected_for_the_number_of_arms() -> None:
-    """Six gains without a loss have the p of six coins: alone shown, beside a second arm not."""
-    cells = [cell(right(num=40), "sft_tag"), cell(right(range(6), num=40))]
-    coins = pytest.approx(2 / 2**6, abs=0.005)
+    """Seven gains of 40 in each of two seeds: alone shown, beside a second arm not."""
+    cells = [
+        cell(right(each, num=40), arm, seed)
+        for seed in (1, 2)
+        for arm, each in [("sft_tag", range(0)), ("sftkey", range(7 + seed))]
+    ]
     alone = compared(summed(cells))
-    assert (alone.p, alone.p_holm, alone.shown) == (coins, alone.p, True)
-    results = summed([*cells, cell(right(range(1), num=40), "sft_twice")])
-    both = compared(results)
+    assert 0.025 < alone.p < 0.05
+    assert (alone.p_holm, alone.shown) == (alone.p, True)
+    cells += [cell(right(range(1), num=40), "sft_twice", seed) for seed in (1, 2)]
+    both = compared(summed(cells))
     assert (both.p, both.p_holm, both.shown) == (alone.p, 2 * alone.p, False)
     assert both.interval[0] > 0
-    assert compared(results, "sft_twice").p == compared(results, "sft_twice").p_holm == 1.0
+    parsed = [FinishedCell.model_validate(each) for each in cells]
+    first = compared(summarize(parsed, "sft_tag", primary="sftkey"))
+    assert (first.p_holm, first.shown) == (alone.p, True)
+
+
+def test_one_seed_shows_nothing_of_the_ways_of_training() -> None:
+    """However sure two runs differ, other runs may differ otherwise."""
+    found = compared(summed([cell([False] * 100, "sft_tag"), cell([True] * 100)]))
+    assert found.p < 1e-6
+    assert not found.shown
 
 
 def test_intervals_count_seeds_and_questions() -> None:
@@ -216,7 +229,7 @@ def test_intervals_count_seeds_and_questions() -> None:
     by_seed, at_once = summed(cells), summed(pooled)
     assert compared(by_seed).difference == pytest.approx(compared(at_once).difference)
     assert width(compared(by_seed).interval) > 2 * width(compared(at_once).interval)
-    assert (compared(by_seed).shown, compared(at_once).shown) == (False, True)
+    assert compared(at_once).p < 0.001 < 0.05 < compared(by_seed).p
     intervals = [named(results, "sftkey").acc_interval for results in (by_seed, at_once)]
     assert width(intervals[0]) > 2 * width(intervals[1])
 
@@ -240,7 +253,7 @@ def test_questions_of_seeds_are_the_same_only_where_they_are(same: bool) -> None
     assert arm.acc_interval != mean_estimate(flags["sftkey"], not same).interval
     assert found.interval == difference_estimate(*both, same).interval
     assert found.interval != difference_estimate(*both, not same).interval
-    assert found.p == sign_flip_p(*both, same)
+    assert found.p == difference_p(*both, same)
 
 
 def test_a_study_says_what_it_is_made_of() -> None:
@@ -248,14 +261,18 @@ def test_a_study_says_what_it_is_made_of() -> None:
     cells = [*made_cells(num_questions=40), *made_cells({"sftkey": 0.0}, (1,), 20, task="sums")]
     cells[-1].update(commit="fedcba987654", versions={"torch": "2.11.0"}, hardware="H100")
     results = summed(cells)
+    supposed = supposed_of(
+        [FinishedCell.model_validate(each) for each in cells if each["task"] == "orders"], "sft_tag"
+    )
     assert (results.tasks, results.control) == (("orders", "sums"), "sft_tag")
     assert [
         (each.task, each.num_questions, each.num_seeds, each.num_arms, each.difference)
         for each in results.detectable_difference
     ] == [
-        ("orders", 40, 3, 2, detectable_difference(40, 3, num_arms=2)),
-        ("sums", 20, 1, 1, detectable_difference(20, 1)),
+        ("orders", 40, 3, 2, detectable_difference(40, 3, supposed, num_arms=2)),
+        ("sums", 20, 1, 1, None),
     ]
+    assert [each.estimated for each in results.detectable_difference] == [True, False]
     assert results.commit == f"{COMMIT}, fedcba987654"
     assert results.hardware == f"{HARDWARE}, H100"
     assert (results.versions, results.command) == ({"torch": "2.13.0, 2.11.0"}, COMMAND)
