@@ -93,13 +93,19 @@ def refused() -> str:
 
 def strategies() -> str:
     """List the built-in strategies of a study with their stages."""
-    from sftkey.study.schema import STRATEGIES
+    from sftkey.study.schema import OWN_KEYS, STRATEGIES
 
     lines = ["| strategy | stages |", "| --- | --- |"]
     for name, strategy in STRATEGIES.items():
-        stages = [{key: each[key] for key in each if key != "name"} for each in strategy.stages]
+        stages = [
+            {key: each[key] for key in each if key not in ("name", *OWN_KEYS)}
+            for each in strategy.stages
+        ]
         more = f", tags {_flow(dict(strategy.response))}" if strategy.response else ""
         more += ", as many trained tokens as the key stage" if strategy.matched else ""
+        owned = {key for each in strategy.stages for key in OWN_KEYS if each.get(key)}
+        more += ", as long as two stages, with one schedule" if "long" in owned else ""
+        more += ", with the weight that makes the key half of all" if "balanced" in owned else ""
         lines.append(
             f"| `{name}` | {', then '.join(f'`{_flow(each)}`' for each in stages)}{more} |"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -21,7 +21,7 @@ from sftkey.evaluation.results import read_generations, score
 from sftkey.files import write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
-from sftkey.study.schema import WEIGHTED, Choice, Study, arm_recipe
+from sftkey.study.schema import Choice, Study, arm_recipe, has_weight
 from sftkey.training.run import Run, start
 from sftkey.training.run_folder import Ledger, open_run
 
@@ -81,16 +81,16 @@ class StudyChoices:
         return picked
 
     def num_left(self) -> int:
-        """Count the runs that are still to be trained before everything is chosen."""
+        """Count the runs that are still to be trained, where no grid is widened."""
         choice = self.study.choose
         if choice is None:
             return 0
         stages = self._record(choice)["stages"]
         sizes = {
-            self._key(arm, number): math.prod(map(len, _grid(choice, arm).values()))
+            self._key(arm, number): math.prod(map(len, grid.values()))
             for arm in self.arms
-            if _grid(choice, arm)
             for number in range(len(self.study.strategy(arm).stages))
+            if (grid := self._grid(choice, arm, number))
         }
         return sum(size for key, size in sizes.items() if key not in stages)
 
@@ -107,11 +107,21 @@ class StudyChoices:
         strategy = self.study.strategy(arm)
         last = number == len(strategy.stages) - 1
         way = [list(map(dict, strategy.stages[: number + 1])), dict(strategy.response or {})]
-        rest = [list(strategy.overrides), strategy.matched and last, arm == WEIGHTED]
+        rest = [
+            list(strategy.overrides),
+            strategy.matched and last,
+            has_weight(strategy.stages[number]),
+        ]
         return hashed([way, rest])[:16]
 
+    def _grid(self, choice: Choice, arm: str, number: int) -> dict[str, tuple[float, ...]]:
+        """Return the values of what is chosen for a stage of an arm."""
+        weight = choice.weight if has_weight(self.study.strategy(arm).stages[number]) else ()
+        grid = {"learning_rate": choice.learning_rate, "weight": weight}
+        return {name: values for name, values in grid.items() if values}
+
     def _record(self, choice: Choice) -> dict[str, Any]:
-        asked = choice.model_dump(mode="json")
+        asked = choice.model_dump(mode="json", exclude={"max_rounds"})
         path = self.folder.choices(self.file.stem)
         if not path.exists():
             return {"choose": asked, "stages": {}}
@@ -126,24 +136,37 @@ class StudyChoices:
 
     def _choose(self, choice: Choice, arm: str, number: int, before: Picked) -> dict[str, Any]:
         """Try all values of one stage."""
-        grid, tried = _grid(choice, arm), []
-        for values in product(*grid.values()):
-            point = dict(zip(grid, values, strict=True))
-            figures = self._try(choice, arm, [*before, point]) if point else {"loss": None}
-            tried.append({**point, **figures})
+        grid = self._grid(choice, arm, number)
+        tried: list[ChoiceFigures] = []
+        values: dict[str, list[float]] = {name: [] for name in grid}
         names = [str(stage["name"]) for stage in self.study.strategy(arm).stages[: number + 1]]
-        finite = [each for each in tried if each["loss"] is not None]
-        if not finite and grid:
-            raise RunError(
-                f"{self.file}, arm {arm}, {names[-1]}", "the loss diverged with every value"
-            )
-        best = min(finite, key=_rank) if finite else tried[0]
-        chosen = {name: best[name] for name in grid}
-        edge = [name for name in grid if chosen[name] in (min(grid[name]), max(grid[name]))]
-        shown = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if value)
-        note = f"{self.file.stem}, {arm}, {' > '.join(names)}: {shown or 'nothing'} chosen"
+        where = f"{self.file.stem}, {arm}, {' > '.join(names)}"
+        points = [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
+        for rounds_left in range(choice.max_rounds, -1, -1):
+            for point in points:
+                figures = self._try(choice, arm, [*before, point]) if point else {"loss": None}
+                tried.append({**point, **figures})
+                for name, value in point.items():
+                    values[name].append(value)
+            chosen = self._best(tried, grid, f"arm {arm}, {names[-1]}")
+            points = widened(values, chosen)
+            if not points or not rounds_left:
+                break
+            self.note(f"{where}: at an edge; tried too: {'; '.join(map(_shown, points))}")
+        edge = [name for name in grid if chosen[name] in (min(values[name]), max(values[name]))]
+        note = f"{where}: {_shown(chosen) or 'nothing'} chosen"
         self.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
         return {"stages": names, "tried": tried, "chosen": chosen, "at_edge": edge}
+
+    def _best(
+        self, tried: Sequence[ChoiceFigures], names: Collection[str], what: str
+    ) -> dict[str, float]:
+        """Return the values that did best, of those whose loss is a number."""
+        finite = [each for each in tried if each["loss"] is not None]
+        if not finite and names:
+            raise RunError(f"{self.file}, {what}", "the loss diverged with every value")
+        best = min(finite, key=_rank) if finite else tried[0]
+        return {name: value for name in names if (value := best[name]) is not None}
 
     def _try(self, choice: Choice, arm: str, picked: Picked) -> ChoiceFigures:
         """Train up to the stage that is chosen for; its loss is None where it diverges."""
@@ -182,11 +205,30 @@ class StudyChoices:
         )
 
 
-def _grid(choice: Choice, arm: str) -> dict[str, tuple[float, ...]]:
-    """Give the values of what is chosen for an arm's stages."""
-    weight = choice.weight if arm == WEIGHTED else ()
-    grid = {"learning_rate": choice.learning_rate, "weight": weight}
-    return {name: values for name, values in grid.items() if values}
+def _shown(point: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in point.items() if value)
+
+
+def widened(
+    tried: Mapping[str, Sequence[float]], chosen: Mapping[str, float]
+) -> list[dict[str, float]]:
+    """Return what to try where the chosen values lie at the ends of those that were tried.
+
+    The step beyond an end is the one before it, as a ratio; the other values stay as chosen.
+
+    >>> widened({"learning_rate": [1.0, 4.0, 8.0]}, {"learning_rate": 8.0})
+    [{'learning_rate': 16.0}]
+    """
+    points = []
+    for name, values in tried.items():
+        values = sorted(set(values))
+        end, next_to_it = values[-1], values[-2:][0]
+        if chosen[name] == values[0]:
+            end, next_to_it = values[0], values[:2][-1]
+        if len(values) > 1 and chosen[name] == end:
+            beyond = float(f"{end * end / next_to_it:.3g}")
+            points.append({**chosen, name: beyond})
+    return points
 
 
 def _rank(tried: ChoiceFigures) -> tuple[float, float]:

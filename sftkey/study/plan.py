@@ -124,11 +124,17 @@ def _own_seconds(record: dict[str, Any]) -> float:
 
 def to_choose(run: StudyRun) -> list[str]:
     """Say by task how many runs choose before the cells are trained."""
-    num_rows = run.study.choose.num_rows if run.study.choose else 0
+    choice = run.study.choose
+    num_rows = choice.num_rows if choice else 0
+    more = (
+        f"; where a value at the grid's edge is best, up to {choice.max_rounds} more rounds"
+        if choice and choice.max_rounds
+        else ""
+    )
     left = {file.stem: run.choices(file).num_left() for file in run.files}
     return [
         f"{task}: {count} more runs, on up to {num_rows} rows each, choose on the validation rows "
-        "first"
+        f"first{more}"
         for task, count in left.items()
         if count
     ]

@@ -89,7 +89,7 @@ class StudyRun:
         )
 
     def cell(self, file: Path, arm: str, seed: int, picked: Picked) -> Cell:
-        """Make one cell, with the number of steps that a matched stage needs."""
+        """Make one cell, with what a stage takes from the rows: steps, or a weight."""
         matched = self.matched(file, arm, seed)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=True)]
         recipe = arm_recipe(self.study, file, arm, seed, laid)
@@ -98,12 +98,23 @@ class StudyRun:
         return Cell(file.stem, arm, seed, recipe, chosen)
 
     def matched(self, file: Path, arm: str, seed: int, num_rows: int | None = None) -> Picked:
-        """Give by stage the `max_steps` that train as many tokens as a key stage; else nothing."""
+        """Return by stage what the rows decide.
+
+        That is the `max_steps` that train as many tokens as a key stage, or the `weight` of the
+        key that makes it half of all.
+        """
         strategy = self.study.strategy(arm)
         laid: Picked = [{} for _ in strategy.stages]
+        balanced = [bool(stage.get("balanced")) for stage in strategy.stages]
+        if not strategy.matched and not any(balanced):
+            return laid
+        recipe = arm_recipe(self.study, file, arm, seed)
+        prepared = self.rows(recipe)
+        for values, wanted in zip(laid, balanced, strict=True):
+            if wanted:
+                thinking, key = (trained_tokens(name, prepared) for name in ("thinking", "key"))
+                values["weight"] = round(thinking / key, 6)
         if strategy.matched:
-            recipe = arm_recipe(self.study, file, arm, seed)
-            prepared = self.rows(recipe)
             trainer = recipe.stage_trainer(recipe.stages[-1])
             laid[-1] = {"max_steps": matched_steps(trainer, prepared, num_rows)}
         return laid
@@ -225,8 +236,8 @@ def matched_steps(trainer: dict[str, object], prepared: Prepared, num_rows: int 
     return max(1, min(steps, num_stage_steps(trainer, rows, 1)))
 
 
-def trained_tokens(loss_on: str, prepared: Prepared) -> float:
-    """Give the mean number of tokens a training row that a loss is on."""
-    weights, tokens = weights_by_segment(loss_on), prepared.counts["tokens"]["train"]
+def trained_tokens(group: str, prepared: Prepared) -> float:
+    """Return the mean number of tokens a training row that a segment or group has."""
+    weights, tokens = weights_by_segment({group: 1.0}), prepared.counts["tokens"]["train"]
     trained = sum(tokens[segment.name] for segment in Segment if weights[segment])
     return float(trained / len(prepared.train))

@@ -15,6 +15,7 @@ from sftkey.recipe import yaml_io as yaml_source
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.messages import found_by_models
 from sftkey.recipe.schema import Count, Number, Recipe, RunName, Text
+from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.yaml_io import Keys
 
 Stage = Mapping[str, Any]
@@ -22,7 +23,12 @@ Stage = Mapping[str, Any]
 COMPLETION: Stage = {"name": "completion", "loss_on": "completion"}
 KEY: Stage = {"name": "key", "loss_on": "key"}
 WEIGHT = 5.0  # of the key in `weighted`, where none is chosen
-WEIGHTED = "weighted"
+WEIGHTED: Stage = {"name": "weighted", "loss_on": {"completion": 1.0, "key": WEIGHT}}
+BALANCED: Stage = {"name": "balanced", "loss_on": {"completion": 1.0, "key": 1.0}, "balanced": True}
+AGAIN: Stage = {"name": "again", "loss_on": "completion"}
+
+
+OWN_KEYS = ("long", "balanced")  # of a strategy's stage, beside those of a recipe's
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class Strategy:
     """Stages as a recipe has them; where one has no `trainer`, the recipe's at its place serves.
 
     Args:
-        stages: In their order.
+        stages: In their order. Two keys are a study's own: `long: true` trains for as long as the
+            recipe's first two stages together, with one schedule; `balanced: true` gives the key
+            the weight that makes thinking and key each half of all weights.
         response: The tags, where they aren't the recipe's.
         matched: Whether the last stage trains as many tokens as a key stage would in its place.
         overrides: Laid over the recipe, as on the command line.
@@ -50,12 +58,23 @@ STRATEGIES: dict[str, Strategy] = {
     "sft_tag": Strategy((COMPLETION,)),
     "key_tag": Strategy((KEY,)),
     "sftkey": Strategy((COMPLETION, KEY)),
-    "sft_twice": Strategy((COMPLETION, {"name": "again", "loss_on": "completion"})),
+    "sft_twice": Strategy((COMPLETION, AGAIN)),
+    "sft_long": Strategy(({**COMPLETION, "long": True},)),
     "sft_matched": Strategy(
         (COMPLETION, {"name": "matched", "loss_on": "completion"}), matched=True
     ),
-    WEIGHTED: Strategy(({"name": "weighted", "loss_on": {"completion": 1.0, "key": WEIGHT}},)),
+    "weighted": Strategy((WEIGHTED,)),
+    "weighted_long": Strategy(({**WEIGHTED, "long": True},)),
+    "weighted_twice": Strategy((WEIGHTED, {**WEIGHTED, "name": "weighted-again"})),
+    "weighted_then_sft": Strategy((WEIGHTED, AGAIN)),
+    "balanced": Strategy((BALANCED,)),
     "dft": Strategy(({"name": "dft", "loss_on": "completion", "loss": "dft"},)),
+    "rft": Strategy(
+        (
+            COMPLETION,
+            {**COMPLETION, "name": "rft", "thinking": "own", "own": {"keep": "right"}},
+        )
+    ),
     "sftkey_detached": Strategy((COMPLETION, {**KEY, "context": "detached"})),
     "sftkey_own": Strategy((COMPLETION, {**KEY, "thinking": "own"})),
     "sftkey_anchored": Strategy((COMPLETION, {**KEY, "loss_on": {"thinking": 0.1, "key": 1.0}})),
@@ -83,25 +102,51 @@ def strategy_recipe(
     """
     laid = [*overrides, *strategy.overrides]
     recipe = load_recipe(file, laid)
-    if len(recipe.stages) < len(strategy.stages) and any(
-        "trainer" not in stage for stage in strategy.stages[len(recipe.stages) :]
-    ):
+    needed = [n + 1 for n, stage in enumerate(strategy.stages) if "trainer" not in stage]
+    needed += [2 for stage in strategy.stages if stage.get("long")]
+    if len(recipe.stages) < max(needed, default=0):
         raise RecipeError(
             str(file),
-            f"expected {len(strategy.stages)} stages, whose trainer settings the strategy's stages "
+            f"expected {max(needed)} stages, whose trainer settings the strategy's stages "
             f"take over; got {len(recipe.stages)}",
             "write a second stage into the recipe",
         )
     stages = []
     for number, stage in enumerate(strategy.stages):
         settings = stage["trainer"] if "trainer" in stage else recipe.stages[number].trainer
+        length = _length_of_both(file, recipe) if stage.get("long") else {}
+        plain = {key: value for key, value in stage.items() if key not in OWN_KEYS}
         picked = chosen[number] if number < len(chosen) else {}
-        stages.append(_with_choice({**stage, "trainer": dict(settings)}, picked))
+        stages.append(_with_choice({**plain, "trainer": {**settings, **length}}, picked))
     replaced: dict[str, Any] = {"stages": stages}
     if strategy.response is not None:
         response = {**recipe.response.model_dump(mode="json"), **strategy.response}
         replaced["response"] = response
     return load_recipe(file, laid, replaced)
+
+
+def _length_of_both(file: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the setting that trains as long as the recipe's first two stages together."""
+    trainers = [recipe.stage_trainer(stage) for stage in recipe.stages[:2]]
+    steps = [trainer_setting(trainer, "max_steps") for trainer in trainers]
+    if all(each > 0 for each in steps):
+        return {"max_steps": sum(steps)}
+    if any(each > 0 for each in steps):
+        raise RecipeError(
+            str(file),
+            "a strategy with `long: true` adds the lengths of two stages; expected max_steps in "
+            f"both or in none; got {steps}",
+            "write num_train_epochs or max_steps into both stages' trainer",
+        )
+    epochs = [trainer_setting(trainer, "num_train_epochs") for trainer in trainers]
+    return {"num_train_epochs": sum(epochs)}
+
+
+def has_weight(stage: Stage) -> bool:
+    """Tell whether the key of a stage has a weight of its own beside the completion's."""
+    loss_on = stage.get("loss_on")
+    weighted = isinstance(loss_on, Mapping) and {"completion", "key"} <= loss_on.keys()
+    return weighted and not stage.get("balanced")
 
 
 def _with_choice(stage: dict[str, Any], picked: Mapping[str, float]) -> dict[str, Any]:
@@ -127,7 +172,9 @@ class OwnStrategy(StudySection):
     """A strategy that isn't built in; its stages stand as in a recipe."""
 
     stages: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)]
-    """The arm's stages, as a recipe writes them; one without `trainer` takes the recipe's."""
+    """The arm's stages, as a recipe writes them; one without `trainer` takes the recipe's. With
+    `long: true` one trains as long as the recipe's first two together, with `balanced: true` the
+    key gets the weight that makes it half of all."""
     overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Changes to the recipe in this arm, as on the command line."""
 
@@ -142,9 +189,13 @@ class Choice(StudySection):
     learning_rate: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     """The learning rates to choose from."""
     weight: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
-    """The weights of the key to choose from, in the arm `weighted`."""
+    """The weights of the key to choose from, in stages whose `loss_on` weighs completion and
+    key."""
     seed: Seed = 1
     """The seed of these runs."""
+    max_rounds: Annotated[int, Field(ge=0)] = 2
+    """How often the values may be widened where the best one is the smallest or the largest: each
+    time by one value more, as far from it as the next one is."""
     num_rows: Count = 500
     """How many training rows each of these runs reads."""
     by: Literal["accuracy", "key", "completion"] = "accuracy"
@@ -169,7 +220,8 @@ class Study(StudySection):
     wish: Positive = 5.0
     """The difference in points for which `--plan` says how many seeds would show it."""
     arms: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-    """What is compared: names of built-in strategies, or of those below `strategies`."""
+    """What is compared: names of built-in strategies, or of those below `strategies`, or one of
+    your own as it stands: `{name: mine, stages: [...]}`."""
     strategies: dict[RunName, OwnStrategy] = {}
     """Strategies of your own, by name."""
     overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
@@ -193,6 +245,7 @@ def load_study(path: Path) -> Study:
         RecipeError: With every problem of the file.
     """
     source = yaml_source.read(path)
+    _name_arms(source)
     study, findings = None, list(_check(source.data))
     try:
         study = Study.model_validate(source.data)
@@ -202,6 +255,20 @@ def load_study(path: Path) -> Study:
     if study is None or problems:
         raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
     return study
+
+
+def _name_arms(source: yaml_source.RecipeSource) -> None:
+    """Move arms that are written out under `arms` to `strategies`, where they have a name."""
+    own = source.data.get("strategies", {})
+    for number, arm in enumerate(_listed(source.data, "arms")):
+        name = arm.get("name") if isinstance(arm, dict) else None
+        if not isinstance(name, str) or not isinstance(own, dict) or name in own:
+            continue
+        own[name] = {key: value for key, value in arm.items() if key != "name"}
+        source.data["arms"][number], source.data["strategies"] = name, own
+        for keys, origin in list(source.origins.items()):
+            if keys[:2] == ("arms", number):
+                source.origins[("strategies", name, *keys[2:])] = origin
 
 
 def _known_keys(keys: Keys) -> Iterable[str]:
@@ -234,14 +301,20 @@ def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
             yield ("strategies", name), "no arm has this name"
     choose = data.get("choose")
     if isinstance(choose, dict):
-        yield from _check_choice(choose, arms)
+        yield from _check_choice(choose, arms, own)
 
 
-def _check_choice(choose: dict[str, Any], arms: Sequence[Any]) -> Iterator[tuple[Keys, str]]:
+def _check_choice(
+    choose: dict[str, Any], arms: Sequence[Any], own: Mapping[Any, Any]
+) -> Iterator[tuple[Keys, str]]:
     if not choose.get("learning_rate") and not choose.get("weight"):
         yield ("choose",), "expected values of learning_rate or weight to choose from; got none"
-    if choose.get("weight") and WEIGHTED not in arms:
-        yield ("choose", "weight"), f"only the arm `{WEIGHTED}` has a weight to choose"
+    stages = [stage for arm in arms if arm in STRATEGIES for stage in STRATEGIES[arm].stages]
+    for strategy in own.values():
+        stages += _listed(strategy, "stages") if isinstance(strategy, dict) else []
+    if choose.get("weight") and not any(isinstance(s, Mapping) and has_weight(s) for s in stages):
+        what = "no stage of the arms weighs completion and key, as the arm `weighted` does"
+        yield ("choose", "weight"), what
 
 
 def _listed(data: dict[str, Any], key: str) -> list[Any]:

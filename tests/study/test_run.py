@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sftkey.commands.study import study, study_run
 from sftkey.errors import RecipeError, RunError
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
+from sftkey.recipe.stages import num_stage_steps
 from sftkey.study.cells import prefix_key, take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
@@ -316,7 +318,7 @@ def test_choices_are_made_on_validation_rows_alone(
 ) -> None:
     """The lowest loss of the key is taken, from the same grid for all; no question is asked."""
     monkeypatch.chdir(tmp_path)
-    choose = {"learning_rate": [1e-9, 1e-1], "num_rows": 6, "by": "key"}
+    choose = {"learning_rate": [1e-9, 1e-1], "num_rows": 6, "by": "key", "max_rounds": 0}
     arms = ["sft_tag", "sft_twice", "sftkey"]
     file = write_study(tmp_path, tiny_folder, choose=choose, seeds=[1], arms=arms)
     run = study_run(load_study(file), file)
@@ -345,7 +347,13 @@ def test_choices_are_made_on_validation_rows_alone(
     changed = study_run(load_study(other), other)
     with pytest.raises(RunError) as caught:
         changed.choices(changed.files[0]).of("sft_tag")
-    asked = {"learning_rate": [1e-9, 1e-1], "weight": [], "seed": 1, "num_rows": 6, "by": "key"}
+    asked: dict[str, Any] = {
+        "learning_rate": [1e-9, 1e-1],
+        "weight": [],
+        "seed": 1,
+        "num_rows": 6,
+        "by": "key",
+    }
     assert str(caught.value) == (
         "runs/small/choices/task.json: expected the values that were chosen from, "
         f"{asked}; got { {**asked, 'num_rows': 7} }\n"
@@ -368,7 +376,7 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
     """The most right answers win, of equal ones the lower loss; no test row is asked."""
     monkeypatch.chdir(tmp_path)
     rates = [1e-9, 1e-1]
-    choose = {"learning_rate": rates, "num_rows": 6}
+    choose = {"learning_rate": rates, "num_rows": 6, "max_rounds": 0}
     file = write_study(tmp_path, tiny_folder, choose=choose, arms=["sftkey", "sft_twice"])
     run = study_run(load_study(file), file)
     prepared = run.rows(arm_recipe(run.study, run.files[0], "sftkey", 1))
@@ -421,12 +429,76 @@ def test_a_choice_at_either_edge_of_the_grid_is_told(
         return {"loss": float(picked[-1]["learning_rate"] != best)}
 
     monkeypatch.setattr(StudyChoices, "_try", tried)
-    choose = {"learning_rate": [1e-4, 1e-5, 1e-3], "num_rows": 6}
+    choose = {"learning_rate": [1e-4, 1e-5, 1e-3], "num_rows": 6, "max_rounds": 0}
     file = write_study(tmp_path, tiny_folder, choose=choose)
     run = study_run(load_study(file), file)
     assert run.choices(run.files[0]).of("sftkey") == [{"learning_rate": best}] * 2
     stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
     assert [each["at_edge"] for each in stages] == [["learning_rate"] if edge else []] * 2
+
+
+@pytest.mark.parametrize(
+    ("best", "rounds", "tried_too", "edge"),
+    [
+        (1e-4, 2, [], False),
+        (1e-2, 2, [1e-2, 1e-1], False),  # the second shows that the first is no edge
+        (1e-6, 1, [1e-6], True),
+        (1e-9, 2, [1e-6, 1e-7], True),
+    ],
+)
+def test_a_grid_widens_until_its_best_lies_inside(
+    best: float,
+    rounds: int,
+    tried_too: list[float],
+    edge: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One value a round, a step beyond the edge, and no more rounds than asked; each is told."""
+    monkeypatch.chdir(tmp_path)
+    rates: list[float] = []
+
+    def tried(self: StudyChoices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        rates.append(picked[-1]["learning_rate"])
+        return {"loss": abs(math.log(rates[-1] / best))}
+
+    monkeypatch.setattr(StudyChoices, "_try", tried)
+    choose = {"learning_rate": [1e-5, 1e-4, 1e-3], "max_rounds": rounds}
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=["sft_tag", "sft_twice"])
+    run = study_run(load_study(file), file)
+    (picked,) = run.choices(run.files[0]).of("sft_tag")
+    assert rates == pytest.approx([1e-5, 1e-4, 1e-3, *tried_too])
+    assert picked["learning_rate"] == min(rates, key=lambda rate: abs(math.log(rate / best)))
+    (stage,) = json.loads((tmp_path / "runs/small/choices/task.json").read_text())[
+        "stages"
+    ].values()
+    assert stage["at_edge"] == (["learning_rate"] if edge else [])
+    assert capsys.readouterr().err.count("at an edge; tried too: ") == len(tried_too)
+
+
+def test_a_weight_is_chosen_where_a_stage_has_one(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `weighted_then_sft` the first stage has one, and shares it with `weighted`."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[list[dict[str, float]]] = []
+
+    def tried(self: StudyChoices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        asked.append(picked)
+        return {"loss": abs(picked[0]["weight"] - 5.0)}
+
+    monkeypatch.setattr(StudyChoices, "_try", tried)
+    choose = {"learning_rate": [1e-4], "weight": [2.0, 5.0, 10.0]}
+    arms = ["sft_twice", "weighted", "weighted_then_sft"]
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
+    run = study_run(load_study(file), file)
+    choices = run.choices(run.files[0])
+    first = {"learning_rate": 1e-4, "weight": 5.0}
+    assert choices.of("weighted") == [first]
+    assert choices.of("weighted_then_sft") == [first, {"learning_rate": 1e-4}]
+    assert len(asked) == 3 + 1
 
 
 def test_a_choice_weighs_segments_by_their_tokens() -> None:
@@ -486,8 +558,18 @@ STAGES: dict[str, list[tuple[Any, ...]]] = {
     "sft_twice": [("completion", "completion"), ("again", "completion")],
     "sft_matched": [("completion", "completion"), ("matched", "completion")],
     "weighted": [("weighted", {"completion": 1.0, "key": 5.0})],
+    "weighted_twice": [
+        ("weighted", {"completion": 1.0, "key": 5.0}),
+        ("weighted-again", {"completion": 1.0, "key": 5.0}),
+    ],
+    "weighted_then_sft": [
+        ("weighted", {"completion": 1.0, "key": 5.0}),
+        ("again", "completion"),
+    ],
+    "balanced": [("balanced", {"completion": 1.0, "key": 1.0})],
     "dft": [("dft", "completion")],
     "sftkey_detached": [("completion", "completion"), ("key", "key")],
+    "rft": [("completion", "completion"), ("rft", "completion")],
     "sftkey_anchored": [("completion", "completion"), ("key", {"thinking": 0.1, "key": 1.0})],
     "sftkey_frozen": [("completion", "completion"), ("key", "key")],
 }
@@ -555,7 +637,60 @@ def test_a_shared_stage_brings_its_answers_along(
 
 def test_every_strategy_of_the_issue_is_there() -> None:
     """The table above leaves out none but the one whose key comes later."""
-    assert STRATEGIES.keys() == {*STAGES, "sftkey_own"}
+    assert STRATEGIES.keys() == {*STAGES, *LONG, "sftkey_own"}
+
+
+LONG = {"sft_long": ("completion", "completion"), "weighted_long": STAGES["weighted"][0]}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_stage_is_one_schedule_over_the_length_of_two(name: str, task: Path) -> None:
+    """Two and two steps make four, epochs as well; all else is as in the first stage."""
+    (stage,) = strategy_recipe(task, STRATEGIES[name]).stages
+    assert (stage.name, stage.loss_on) == LONG[name]
+    assert stage.trainer == {"max_steps": 2 * STEPS}
+    epochs = ["trainer.max_steps=-1", "stages.key.trainer.num_train_epochs=2"]
+    recipe = strategy_recipe(task, STRATEGIES[name], epochs)
+    assert recipe.stages[0].trainer == {"num_train_epochs": 5.0}  # upstream's 3 and 2
+    twice = strategy_recipe(task, STRATEGIES["sft_twice"], epochs)
+    steps = [num_stage_steps(twice.stage_trainer(stage), 24, 1) for stage in twice.stages]
+    assert num_stage_steps(recipe.stage_trainer(recipe.stages[0]), 24, 1) == sum(steps)
+    with pytest.raises(RecipeError, match=r"expected max_steps in both or in none; got \[2, -1\]"):
+        strategy_recipe(task, STRATEGIES[name], ["stages.key.trainer.max_steps=-1"])
+
+
+def test_a_balanced_stage_weighs_thinking_and_key_alike(
+    task: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight times the key's tokens is the number of the thinking's, over the training rows."""
+    monkeypatch.chdir(task.parent)
+    file = write_study(task.parent, tiny_folder, arms=["sft_twice", "balanced"])
+    run = study_run(load_study(file), file)
+    cell = run.cell(run.files[0], "balanced", 1, [{}])
+    tokens = run.rows(cell.recipe).counts["tokens"]["train"]
+    weights = cell.recipe.stages[0].loss_on
+    assert isinstance(weights, dict)
+    key = sum(tokens[name] for name in ("ANSWER_TAG", "ANSWER", "END"))
+    assert weights["completion"] == 1.0
+    assert weights["key"] * key == pytest.approx(tokens["THINKING"], rel=1e-5)
+    assert weights["key"] != 1.0
+
+
+def test_arms_may_be_written_out_where_they_are_named(task: Path, tiny_folder: Path) -> None:
+    """One under `arms` is what it would be under `strategies`, and its errors have its line."""
+    mine = {"stages": [{"name": "one", "loss_on": "answer", "trainer": {}}]}
+    inline = {"arms": ["sft_twice", {"name": "mine", **mine}]}
+    file = write_study(task.parent, tiny_folder, **inline)
+    study = load_study(file)
+    assert study.arms == ("sft_twice", "mine")
+    named = {"arms": ["sft_twice", "mine"], "strategies": {"mine": mine}}
+    assert load_study(write_study(task.parent, tiny_folder, **named)) == study
+    inline["arms"][1] = {"name": "mine", "stagse": []}
+    with pytest.raises(RecipeError) as caught:
+        load_study(write_study(task.parent, tiny_folder, **inline))
+    text = file.read_text().splitlines()
+    number = next(n for n, line in enumerate(text, 1) if "stagse" in line)
+    assert f"line {number}, strategies.mine.stagse: unknown key" in str(caught.value)
 
 
 def test_a_recipe_without_a_second_stage_has_no_settings_for_one(task: Path) -> None:
@@ -578,8 +713,8 @@ def test_an_arm_that_a_recipe_cannot_do_is_named(task: Path, tiny_folder: Path) 
     with pytest.raises(RecipeError) as caught:
         run.cell(run.files[0], "mine", 1, [{}, {}])
     assert str(caught.value) == (
-        f"{task}, arm mine: stages[1].loss_on: expected completion, key, answer or weights; "
-        "got 'anwser'; did you mean `answer`?"
+        f"{task}, arm mine: 1 problem\n  stages[1].loss_on: expected completion, key, answer or "
+        "weights; got 'anwser'; did you mean `answer`?"
     )
 
 
@@ -640,12 +775,12 @@ Sections = dict[str, Any]
         ({"overides": []}, "overides: unknown key; did you mean `overrides`?"),
         ({"choose": {"seed": 1}}, "choose: expected values of learning_rate or weight to choose "
          "from; got none"),
-        ({"choose": {"weight": [2]}}, "choose.weight: only the arm `weighted` has a weight to "
-         "choose"),
+        ({"choose": {"weight": [2]}}, "choose.weight: no stage of the arms weighs completion and "
+         "key, as the arm `weighted` does"),
         ({"choose": {"learning_rate": [0.0]}}, "choose.learning_rate[0]: expected a number above "
          "0; got 0.0"),
         ({"choose": {"learning_rate": [1e-4], "zzz": 3}}, "choose.zzz: unknown key; the keys "
-         "here are learning_rate, weight, seed, num_rows, by"),
+         "here are learning_rate, weight, seed, max_rounds, num_rows, by"),
         ({"strategies": {"dft": {"stages": [{}]}}}, "strategies.dft: this name is a built-in "
          "strategy's; write another"),
         ({"strategies": {"mine": {"stages": [{}]}}}, "strategies.mine: no arm has this name"),
