@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,13 @@ from sftkey.study.schema import Study, load_study
 if TYPE_CHECKING:
     from sftkey.study.results import StudyResults
     from sftkey.study.run import StudyRun
+
+
+SCREENING = "a screening: each arm once, on validation rows; it shows nothing"
+NEXT = (
+    "screened: name the arms that go on under `confirm` in the study's file, before any test "
+    "question is read; the same command then runs them"
+)
 
 
 def study(file: Path, plan_only: bool = False, report_folder: Path | None = None) -> None:
@@ -38,18 +46,36 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
 
     use_all_cores()
     quiet_libraries()
-    run = study_run(checked, file)
+    runs = phases(checked, file)
     if plan_only:
         from sftkey.commands.terminal import stdout_console
         from sftkey.study.plan import plan, promised, rendered, to_choose
 
-        planned = plan(run)
-        notes = to_choose(run) + promised(run, planned)
-        stdout_console().print(rendered(planned, notes))
+        for run in runs:
+            planned = plan(run)
+            notes = [SCREENING] if run.test_seeds else promised(run, planned)
+            choosing = to_choose(run) if run is runs[0] else []  # phases share their choices
+            stdout_console().print(rendered(planned, choosing + notes))
         return
-    for _ in run.run():
-        write_figures(checked, run.folder.root)
-    write_report(checked, run.folder.root)
+    for run in runs:
+        if checked.screen is not None and not run.test_seeds:
+            run.keep_confirmed()
+        for _ in run.run():
+            write_figures(run.study, run.folder.root)
+        write_report(run.study, run.folder.root)
+    if checked.confirming() is None:
+        print(NEXT, file=sys.stderr)
+
+
+def phases(checked: Study, file: Path) -> list[StudyRun]:
+    """Return the runs of a study's phases, in their order: a screening, and what is confirmed."""
+    runs = []
+    if checked.screen is not None:
+        whole = study_run(checked.screening(), file)
+        runs.append(replace(whole, folder=whole.folder.screening(), test_seeds=checked.seeds))
+    if (confirming := checked.confirming()) is not None:
+        runs.append(study_run(confirming, file))
+    return runs
 
 
 def write_figures(checked: Study, folder: Path) -> StudyResults:

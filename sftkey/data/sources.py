@@ -102,7 +102,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 MADE: dict[str, Callable[[DataSection, int], Any]] = {
     "reasoning_gym": made_rows,
-    synthetic.SOURCE: synthetic.order_rows,
+    synthetic.SOURCE: synthetic.task_rows,
 }
 SHARD = re.compile(r"-\d+-of-\d+\Z")
 

@@ -11,7 +11,6 @@ from sftkey.errors import DataError
 from sftkey.recipe.schema import DataSection
 
 SOURCE = "made"
-TASK = "orders"
 GOODS = (
     *("bells", "boxes", "cups", "drums", "eggs", "flags", "gloves", "hats", "jars", "kites"),
     *("lamps", "maps", "nets", "pens", "rings", "seeds", "tiles", "umbrellas", "vases", "wheels"),
@@ -21,61 +20,78 @@ QUESTIONS = {
     "dearest": "Which line costs the most?",
     "rest": "How much of 100 is left?",
 }
-# Option: its default, and what it may be.
-OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "num_lines": (3, tuple(range(2, 9))),
-    "most": (9, tuple(range(3, 100))),
-    "ask": ("total", tuple(QUESTIONS)),
+CHANGES = {
+    "spread": "How far apart are the highest and the lowest balance?",
+    "highest": "What is the highest balance?",
+    "ends": "What do the first and the last balance add up to?",
 }
+Row = dict[str, str]
 
 
-def order_rows(data: DataSection, seed: int) -> list[dict[str, str]]:
-    """Make rows with the columns prompt, thinking and answer, no prompt twice.
-
-    Of `3 kites at 4, 7 lamps at 6. What is the total?` the thinking is `3 kites: 12` and
-    `7 lamps: 42`, a line each, and the answer 54.
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes the rows of one task.
 
     Args:
-        data: `task_options` are `num_lines`, `most` (the largest number and price) and `ask`
-            (total, dearest, rest).
+        make: Makes one row from dice and options; None where its question has no one answer.
+        options: Each option's default, and what it may be.
+    """
+
+    make: Callable[..., Row | None]
+    options: dict[str, tuple[Any, tuple[Any, ...]]]
+
+
+def task_rows(data: DataSection, seed: int) -> list[Row]:
+    """Make rows with the columns prompt, thinking and answer, no prompt twice.
+
+    Of the order `3 kites at 4, 7 lamps at 6. What is the total?` the thinking is `3 kites: 12` and
+    `7 lamps: 42`, a line each, and the answer 54. Of the ledger `Start: 40. In 12, out 7. How far
+    apart are the highest and the lowest balance?` it is `40 + 12 = 52` and `52 - 7 = 45`, and the
+    answer 12.
+
+    Args:
+        data: `task_options` are `num_lines`, `most` (the largest number) and `ask` (what is asked).
         seed: Of the numbers.
 
     Raises:
-        DataError: There is no such task or option, or there are fewer orders than rows.
+        DataError: There is no such task or option, or there are fewer such rows than are wanted.
     """
-    if data.task != TASK:
-        raise DataError(data.source, f"data.task: expected {TASK}; got {data.task!r}")
-    options = _options(data)
+    maker = MAKERS.get(str(data.task))
+    if maker is None:
+        known = " or ".join(MAKERS)
+        raise DataError(data.source, f"data.task: expected {known}; got {data.task!r}")
+    options = _options(data, maker)
     if data.num_rows is None:
         raise DataError(data.source, "data.num_rows: expected how many rows to make; got none")
     dice = random.Random(seed)
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, Row] = {}
     for _ in range(20 * data.num_rows):
-        row = _order(dice, **options)
+        row = maker.make(dice, **options)
         if row is not None:
             rows.setdefault(row["prompt"], row)
         if len(rows) == data.num_rows:
             return list(rows.values())
-    what = f"data.num_rows: expected fewer rows, there are too few such orders; got {data.num_rows}"
-    raise DataError(data.source, what, "raise data.task_options.most or num_lines")
+    what = f"data.num_rows: expected fewer rows, there are too few such {data.task}"
+    hint = "raise data.task_options.most or num_lines"
+    raise DataError(data.source, f"{what}; got {data.num_rows}", hint)
 
 
-def _options(data: DataSection) -> dict[str, Any]:
+def _options(data: DataSection, maker: Maker) -> dict[str, Any]:
     for name, value in data.task_options.items():
-        if name not in OPTIONS:
-            hint = f"{TASK} has {', '.join(OPTIONS)}"
+        if name not in maker.options:
+            hint = f"{data.task} has {', '.join(maker.options)}"
             raise DataError(data.source, f"data.task_options.{name}: unknown option", hint=hint)
-        allowed = OPTIONS[name][1]
+        allowed = maker.options[name][1]
         if value not in allowed or isinstance(value, bool):
             shown = (
                 ", ".join(allowed) if name == "ask" else f"a number {allowed[0]} to {allowed[-1]}"
             )
             what = f"data.task_options.{name}: expected {shown}; got {value!r}"
             raise DataError(data.source, what)
-    return {name: default for name, (default, _) in OPTIONS.items()} | data.task_options
+    return {name: default for name, (default, _) in maker.options.items()} | data.task_options
 
 
-def _order(dice: random.Random, num_lines: int, most: int, ask: str) -> dict[str, str] | None:
+def _order(dice: random.Random, num_lines: int, most: int, ask: str) -> Row | None:
     """Make one order; None where its question has no one answer."""
     goods = dice.sample(GOODS, num_lines)
     lines = [(dice.randint(2, most), good, dice.randint(2, most)) for good in goods]
@@ -95,6 +111,51 @@ def _order(dice: random.Random, num_lines: int, most: int, ask: str) -> dict[str
         ),
         "answer": answer,
     }
+
+
+def _ledger(dice: random.Random, num_lines: int, most: int, ask: str) -> Row | None:
+    """Make one ledger; None where its balance would fall below 0."""
+    balances = [dice.randint(1, most)]
+    changes, lines = [], []
+    for _ in range(num_lines):
+        change = dice.choice((-1, 1)) * dice.randint(1, most)
+        before, after = balances[-1], balances[-1] + change
+        if after < 0:
+            return None
+        balances.append(after)
+        changes.append(f"{'in' if change > 0 else 'out'} {abs(change)}")
+        lines.append(f"{before} {'+' if change > 0 else '-'} {abs(change)} = {after}")
+    answers = {
+        "spread": max(balances) - min(balances),
+        "highest": max(balances),
+        "ends": balances[0] + balances[-1],
+    }
+    listed = ", ".join(changes)
+    return {
+        "prompt": f"Start: {balances[0]}. {listed.capitalize()}. {CHANGES[ask]}",
+        "thinking": "\n".join(lines),
+        "answer": str(answers[ask]),
+    }
+
+
+MAKERS = {
+    "orders": Maker(
+        _order,
+        {
+            "num_lines": (3, tuple(range(2, 9))),
+            "most": (9, tuple(range(3, 100))),
+            "ask": ("total", tuple(QUESTIONS)),
+        },
+    ),
+    "ledger": Maker(
+        _ledger,
+        {
+            "num_lines": (12, tuple(range(2, 31))),
+            "most": (20, tuple(range(3, 1000))),
+            "ask": ("spread", tuple(CHANGES)),
+        },
+    ),
+}
 
 
 def gsm_symbolic(entry: dict[str, Any]) -> str:

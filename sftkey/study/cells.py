@@ -62,9 +62,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Where a study's runs, choices and finished cells lie: below `runs/<study>`."""
+    """Where a study's runs, choices and finished cells lie: below `runs/<study>`.
+
+    A screening has a folder of its own in it, and the study's choices.
+    """
 
     root: Path
+    chosen: Path | None = None
+
+    def screening(self) -> StudyFolder:
+        """Return the folder of the study's screening."""
+        return StudyFolder(self.root / "screen", self.root)
 
     def runs(self, task: str) -> Path:
         """Give the folder of a task's runs."""
@@ -80,7 +88,7 @@ class StudyFolder:
 
     def choices(self, task: str) -> Path:
         """Give the file of what was chosen on a task's validation rows."""
-        return self.root / "choices" / f"{task}.json"
+        return (self.chosen or self.root) / "choices" / f"{task}.json"
 
 
 def hashed(value: Any) -> str:

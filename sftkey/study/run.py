@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
-from sftkey.data.response import Segment
+from sftkey.data.response import Example, Segment
 from sftkey.errors import DataError, RunError
 from sftkey.evaluation.grading import grade
-from sftkey.files import write_text
+from sftkey.files import write_json, write_text
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
 from sftkey.study.cells import (
@@ -38,6 +38,7 @@ OTHER_STUDY = (
     "another `name` begins another study; without its run's folder and its file in cells/ "
     "a cell is run anew"
 )
+CONFIRM = "confirm.json"
 NUM_KEPT = 4  # sets of rows in memory: those of one seed on a few tasks
 
 
@@ -53,6 +54,8 @@ class StudyRun:
         grade: Grades a stage's answers in its run folder.
         note: Says a line to the person.
         command: The command that began the study, for the record.
+        test_seeds: Of a screening, which asks validation rows: the study's seeds. Rows that one of
+            these takes for its test questions aren't asked.
     """
 
     study: Study
@@ -62,7 +65,9 @@ class StudyRun:
     grade: GradeStage
     note: Callable[[str], None]
     command: str
+    test_seeds: tuple[int, ...] = ()
     _rows: dict[str, Prepared] = field(default_factory=dict)
+    _questions: dict[str, Sequence[Example]] = field(default_factory=dict)
 
     def cells(self, choose: bool = True) -> Iterator[Cell]:
         """Give all cells in the order in which they are run: one that others start from is first.
@@ -123,10 +128,34 @@ class StudyRun:
         """Give a recipe's rows; arms of one seed share them."""
         key = rows_key(recipe)
         if key not in self._rows:
-            self._rows[key] = self.read(recipe)
+            self._rows[key] = self._read(recipe)
             for old in list(self._rows)[:-NUM_KEPT]:
                 del self._rows[old]
         return self._rows[key]
+
+    def _read(self, recipe: Recipe) -> Prepared:
+        prepared = self.read(recipe)
+        if not self.test_seeds:
+            return prepared
+        tested = {
+            repr(question.prompt)
+            for seed in self.test_seeds
+            for question in self._tested(recipe.model_copy(update={"seed": seed}))
+        }
+        rows = prepared.validation_examples
+        asked = [example for example in rows if repr(example.prompt) not in tested]
+        if not asked:
+            what = "a screening asks validation rows that are test questions of no seed"
+            got = f"got {len(rows)} validation rows, all of them such"
+            raise DataError(recipe.name, f"{what}; {got}", "raise data.validation in the recipe")
+        return replace(prepared, test=asked)
+
+    def _tested(self, recipe: Recipe) -> Sequence[Example]:
+        """Return the test questions of one of the study's seeds; arms share them."""
+        key = rows_key(recipe)
+        if key not in self._questions:
+            self._questions[key] = self.read(recipe).questions(recipe)
+        return self._questions[key]
 
     def run(self) -> Iterator[Cell]:
         """Run what isn't finished; yield each cell when its file lies there.
@@ -150,10 +179,29 @@ class StudyRun:
                 cell = Cell(file.stem, arm, self.study.seeds[0], recipe, {})
                 if self.folder.record(cell).exists():
                     continue
-                prepared = self._rows.setdefault(rows_key(recipe), self.read(recipe))
+                prepared = self._rows.setdefault(rows_key(recipe), self._read(recipe))
                 if not prepared.questions(recipe):
                     what = "a study asks test questions; expected test rows, got none"
                     raise DataError(str(file), what, "write data.test into the recipe")
+
+    def keep_confirmed(self) -> None:
+        """Write down which arms the screening let through, before any test question is read.
+
+        Raises:
+            RunError: Others were written down before.
+        """
+        file = self.folder.root / CONFIRM
+        wanted = {"control": self.study.control, "confirm": sorted(self.study.confirm)}
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, wanted)
+        elif (kept := json.loads(file.read_text())) != wanted:
+            raise RunError(
+                str(file),
+                f"expected the arms that were confirmed before any answer was seen, {kept}; "
+                f"got {wanted}",
+                OTHER_STUDY,
+            )
 
     def finished(self, cell: Cell) -> bool:
         """Tell whether a cell is done; one of another recipe is refused.

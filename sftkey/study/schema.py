@@ -219,6 +219,12 @@ class Study(StudySection):
     tested only if it is shown. Name it before the first result is there."""
     wish: Positive = 5.0
     """The difference in points for which `--plan` says how many seeds would show it."""
+    screen: Seed | None = None
+    """The seed of a screening before the study: every arm once, answering validation rows. It
+    reads no test question and shows nothing; it says which arms are worth more seeds."""
+    confirm: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """The arms that the screening lets through to the test questions, beside the control. Until
+    some are named here, a study with `screen` ends with the screening."""
     arms: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     """What is compared: names of built-in strategies, or of those below `strategies`, or one of
     your own as it stands: `{name: mine, stages: [...]}`."""
@@ -228,6 +234,18 @@ class Study(StudySection):
     """Changes to all recipes, as on the command line."""
     choose: Choice | None = None
     """Settings that are chosen on the validation rows before the arms are trained."""
+
+    def screening(self) -> Study:
+        """Return the screening as a study of its own: all arms with its seed."""
+        assert self.screen is not None
+        return self.model_copy(update={"seeds": (self.screen,), "primary": None})
+
+    def confirming(self) -> Study | None:
+        """Return what reads test questions; None where the screening must come first."""
+        if self.screen is None:
+            return self
+        kept = tuple(arm for arm in self.arms if arm in (self.control, *self.confirm))
+        return self.model_copy(update={"arms": kept}) if self.confirm else None
 
     def strategy(self, arm: str) -> Strategy:
         """Give the strategy of an arm."""
@@ -291,6 +309,7 @@ def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
     control = data.get("control")
     if isinstance(control, str) and arms and control not in arms:
         yield ("control",), f"expected one of the arms; got '{control}'"
+    yield from _check_phases(data, arms, seeds)
     primary = data.get("primary")
     if isinstance(primary, str) and arms and primary not in set(arms) - {control}:
         yield ("primary",), f"expected one of the arms beside the control; got '{primary}'"
@@ -302,6 +321,24 @@ def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
     choose = data.get("choose")
     if isinstance(choose, dict):
         yield from _check_choice(choose, arms, own)
+
+
+def _check_phases(
+    data: dict[str, Any], arms: Sequence[Any], seeds: Sequence[Any]
+) -> Iterator[tuple[Keys, str]]:
+    """Check that the study's phases fit together."""
+    confirm, screen = _listed(data, "confirm"), data.get("screen")
+    if screen is not None and screen in seeds:
+        yield ("screen",), f"expected a seed that isn't among `seeds`; got {screen}"
+    if confirm and screen is None:
+        yield ("confirm",), "only after a screening: write `screen`, a seed"
+    others = [arm for arm in arms if arm != data.get("control")]
+    for number, arm in enumerate(confirm):
+        if arm not in others:
+            yield ("confirm", number), f"expected one of the arms beside the control; got {arm!r}"
+    yield from _twice("confirm", confirm)
+    if confirm and data.get("primary", confirm[0]) not in confirm:
+        yield ("primary",), "expected one of the arms in `confirm`"
 
 
 def _check_choice(

@@ -1,4 +1,4 @@
-"""Orders: every figure in a row follows from its prompt, and options are held to."""
+"""Orders and ledgers: every figure in a row follows from its prompt, and options are held to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sftkey.data.synthetic import order_rows
+from sftkey.data.synthetic import task_rows
 from sftkey.errors import DataError
 from sftkey.recipe.schema import DataSection
 
@@ -19,7 +19,7 @@ def section(**fields: object) -> DataSection:
 @pytest.mark.parametrize("ask", ["total", "dearest", "rest"])
 def test_thinking_and_answer_follow_from_the_prompt(ask: str) -> None:
     """Each line of the thinking is a product of the prompt; the answer takes the step that asks."""
-    rows = order_rows(section(task_options={"ask": ask, "num_lines": 4, "most": 12}), seed=3)
+    rows = task_rows(section(task_options={"ask": ask, "num_lines": 4, "most": 12}), seed=3)
     assert len({row["prompt"] for row in rows}) == 60
     for row in rows:
         lines = re.findall(r"(\d+) (\w+) at (\d+)", row["prompt"])
@@ -33,15 +33,40 @@ def test_thinking_and_answer_follow_from_the_prompt(ask: str) -> None:
         assert row["answer"] == expected[ask]
 
 
+@pytest.mark.parametrize("ask", ["spread", "highest", "ends"])
+def test_a_ledger_is_written_out_balance_by_balance(ask: str) -> None:
+    """Each line begins where the last one ended; the answer takes a step over all of them."""
+    options = {"ask": ask, "num_lines": 12}
+    rows = task_rows(section(task="ledger", task_options=options), seed=3)
+    assert len({row["prompt"] for row in rows}) == 60
+    for row in rows:
+        (start,) = map(int, re.findall(r"Start: (\d+)\.", row["prompt"]))
+        changes = re.findall(r"(in|out) (\d+)", row["prompt"].lower())
+        assert len(changes) == 12
+        balances, lines = [start], []
+        for word, amount in changes:
+            balances.append(balances[-1] + (1 if word == "in" else -1) * int(amount))
+            sign = "+" if word == "in" else "-"
+            lines.append(f"{balances[-2]} {sign} {amount} = {balances[-1]}")
+        assert row["thinking"] == "\n".join(lines)
+        assert min(balances) >= 0
+        expected = {
+            "spread": max(balances) - min(balances),
+            "highest": max(balances),
+            "ends": balances[0] + balances[-1],
+        }
+        assert row["answer"] == str(expected[ask])
+
+
 def test_seed_decides_the_rows() -> None:
     """The same seed gives the same rows, another one others."""
-    assert order_rows(section(), 1) == order_rows(section(), 1) != order_rows(section(), 2)
+    assert task_rows(section(), 1) == task_rows(section(), 1) != task_rows(section(), 2)
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"task": "menus"}, "made: data.task: expected orders; got 'menus'"),
+        ({"task": "menus"}, "made: data.task: expected orders or ledger; got 'menus'"),
         (
             {"task_options": {"lines": 3}},
             "made: data.task_options.lines: unknown option\nhint: orders has num_lines, most, ask",
@@ -49,6 +74,10 @@ def test_seed_decides_the_rows() -> None:
         (
             {"task_options": {"most": 1}},
             "made: data.task_options.most: expected a number 3 to 99; got 1",
+        ),
+        (
+            {"task": "ledger", "task_options": {"num_lines": 31}},
+            "made: data.task_options.num_lines: expected a number 2 to 30; got 31",
         ),
         (
             {"task_options": {"ask": "sum"}},
@@ -65,5 +94,5 @@ def test_seed_decides_the_rows() -> None:
 def test_what_cannot_be_made_is_refused(fields: dict[str, object], expected: str) -> None:
     """Each mistake has one error."""
     with pytest.raises(DataError) as error:
-        order_rows(section(**fields), 1)
+        task_rows(section(**fields), 1)
     assert str(error.value) == expected
