@@ -35,6 +35,7 @@ WORDS = {
     "SplitRule": "a rule",
     "Rows": "a count, a share, a split or a file",
     "Tags": "two texts",
+    "Weights": "a mapping",
     "LossOn": "`completion`, `key`, `answer` or weights",
     "Grid": "lists by name",
     **dict.fromkeys(["ModelSection", "DataSection", "ResponseSection", "EvalSection"], "a section"),

@@ -29,6 +29,19 @@ def loss_weights(loss_on: str | Mapping[str, float]) -> dict[str, float]:
     return weights | {name: float(named[name]) for name in SEGMENTS if name in named}
 
 
+def annealed(
+    loss_on: str | Mapping[str, float], anneal: Mapping[str, float] | None
+) -> str | Mapping[str, float]:
+    """Return the weights that a stage ends with: those of `loss_on`, but what `anneal` names.
+
+    >>> annealed({"thinking": 1.0, "key": 1.0}, {"key": 5.0})
+    {'thinking': 1.0, 'key': 5.0}
+    """
+    if not anneal:
+        return loss_on
+    return ({loss_on: 1.0} if isinstance(loss_on, str) else dict(loss_on)) | dict(anneal)
+
+
 def trained_context(loss_on: str | Mapping[str, float]) -> list[str]:
     """Return the segments before the key that a loss trains."""
     weights = loss_weights(loss_on)

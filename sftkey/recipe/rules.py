@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.recipe.loss_on import trained_context
+from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.yaml_io import Keys
 
@@ -205,6 +205,7 @@ def _check_stages(stages: list[dict[str, Any]], full: bool) -> Iterator[Finding]
 
 def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Finding]:
     context = stage["context"]
+    yield from _check_anneal(stage, keys)
     if context in ("detached", "frozen") and (trained := _trained_context(stage.get("loss_on"))):
         what = f"{context} gives no gradient to what `loss_on` trains here: {trained}"
         yield (*keys, "context"), f"{what}; write exact, or loss_on: key"
@@ -229,9 +230,26 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
             yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"
 
 
+def _check_anneal(stage: dict[str, Any], keys: Keys) -> Iterator[Finding]:
+    """Check that a stage trains the same segments from its first step to its last."""
+    loss_on, anneal = (_numbers(stage.get(key)) for key in ("loss_on", "anneal"))
+    if not anneal or isinstance(anneal, str):
+        return
+    first, last = (loss_weights(each) for each in (loss_on, annealed(loss_on, anneal)))
+    changed = [name for name in first if (first[name] > 0) != (last[name] > 0)]
+    if changed:
+        what = f"{' and '.join(changed)}: expected a weight above 0 at both ends, or at none"
+        yield (*keys, "anneal"), what
+
+
+def _numbers(loss_on: Any) -> Any:
+    """Return weights as far as they are numbers; a word stays as it is, anything else is none."""
+    if not isinstance(loss_on, dict):
+        return loss_on if isinstance(loss_on, str) else {}
+    numbers = {name: as_number(weight) for name, weight in loss_on.items()}
+    return {name: each for name, each in numbers.items() if isinstance(each, int | float)}
+
+
 def _trained_context(loss_on: Any) -> str:
     """Name the parts before the key that a loss trains, as far as it holds weights."""
-    if isinstance(loss_on, dict):
-        numbers = {name: as_number(weight) for name, weight in loss_on.items()}
-        loss_on = {name: each for name, each in numbers.items() if isinstance(each, int | float)}
-    return " and ".join(trained_context(loss_on)) if isinstance(loss_on, str | dict) else ""
+    return " and ".join(trained_context(_numbers(loss_on)))

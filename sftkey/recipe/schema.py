@@ -16,6 +16,19 @@ from sftkey.recipe.upstream import as_number
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
 
 
+def _loss(value: str) -> str:
+    if value in ("nll", "dft") or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        return value
+    near = did_you_mean(value, ("nll", "dft"))
+    raise ValueError(f"expected nll, dft or module:function; got {shown(value)}{near}")
+
+
+def _weights(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected weights by segment or group; got {shown(value)}")
+    return checked_loss_on(value)
+
+
 def _rows(given: Any) -> Any:
     value = as_number(given)
     share = isinstance(value, float) and 0 < value < 1
@@ -138,6 +151,7 @@ BaseUrl = Annotated[str, AfterValidator(_base_url)]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 Rows = Annotated[int | float | str | None, PlainValidator(_rows)]
 Grid = Annotated[dict[str, list[Any]], PlainValidator(_grid)]
+Weights = Annotated[dict[str, float], PlainValidator(_weights)]
 LossOn = Annotated[
     Literal["completion", "key", "answer"] | dict[str, float], PlainValidator(checked_loss_on)
 ]
@@ -295,9 +309,11 @@ class StageSection(Section):
     model writes first."""
     own: OwnThinking | None = None
     """How the model writes its own thinking; only with `thinking: own`."""
-    loss: Literal["nll", "dft"] = "nll"
+    anneal: Annotated[Weights | None, Field(exclude_if=lambda weights: weights is None)] = None
+    """Weights that those of `loss_on` move to, linearly from the stage's first step to its last."""
+    loss: Annotated[str, AfterValidator(_loss)] = "nll"
     """`nll` is cross-entropy; `dft` also weights each token's loss with its probability (arXiv
-    2508.05629)."""
+    2508.05629); `module:function` with what a function of yours returns."""
     trainer: dict[str, Any] = {}
     """`trl.SFTConfig` fields that replace the recipe's in this stage."""
 

@@ -234,6 +234,7 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
         "wall_seconds": round(wall_seconds, 3),
         "shared_from": {record.name: record.shared_from for record in records},
         "chosen": cell.chosen,
+        "own_losses": run.ledger.facts["own_losses"],
         "recipe_sha256": recipe_hash(cell.recipe),
         "questions_sha256": last.questions_sha256,
         "commit": commit(),

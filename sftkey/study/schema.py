@@ -25,6 +25,11 @@ KEY: Stage = {"name": "key", "loss_on": "key"}
 WEIGHT = 5.0  # of the key in `weighted`, where none is chosen
 WEIGHTED: Stage = {"name": "weighted", "loss_on": {"completion": 1.0, "key": WEIGHT}}
 BALANCED: Stage = {"name": "balanced", "loss_on": {"completion": 1.0, "key": 1.0}, "balanced": True}
+ANNEALED: Stage = {
+    "name": "annealed",
+    "loss_on": {"completion": 1.0, "key": 1.0},
+    "anneal": {"key": WEIGHT},
+}
 AGAIN: Stage = {"name": "again", "loss_on": "completion"}
 
 
@@ -68,6 +73,7 @@ STRATEGIES: dict[str, Strategy] = {
     "weighted_twice": Strategy((WEIGHTED, {**WEIGHTED, "name": "weighted-again"})),
     "weighted_then_sft": Strategy((WEIGHTED, AGAIN)),
     "balanced": Strategy((BALANCED,)),
+    "annealed": Strategy((ANNEALED,)),
     "dft": Strategy(({"name": "dft", "loss_on": "completion", "loss": "dft"},)),
     "rft": Strategy(
         (
@@ -146,7 +152,7 @@ def has_weight(stage: Stage) -> bool:
     """Tell whether the key of a stage has a weight of its own beside the completion's."""
     loss_on = stage.get("loss_on")
     weighted = isinstance(loss_on, Mapping) and {"completion", "key"} <= loss_on.keys()
-    return weighted and not stage.get("balanced")
+    return weighted and not stage.get("balanced") and not stage.get("anneal")
 
 
 def _with_choice(stage: dict[str, Any], picked: Mapping[str, float]) -> dict[str, Any]:

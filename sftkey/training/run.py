@@ -46,6 +46,7 @@ from sftkey.training.stage import (
 )
 from sftkey.training.stage_model import load_stage, stands_on
 from sftkey.training.trainer import KeyTrainer
+from sftkey.training.weighting import own_losses
 
 CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
 
@@ -292,6 +293,7 @@ def start(
         "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
         "world_size": processes.num_processes,
         "versions": {name: version(name) for name in PACKAGES},
+        "own_losses": own_losses(recipe),
     }
     ledger.save()
     if packs is not None:

@@ -24,6 +24,7 @@ from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.losses import token_losses
 from sftkey.training.stage_model import refuse_mixed_rows
 from sftkey.training.trainer import KeyTrainer
+from sftkey.training.weighting import stage_settings
 
 # What sftkey takes where the recipe says nothing; all else is TRL's own default.
 DEFAULTS: dict[str, Any] = {
@@ -139,7 +140,7 @@ def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTra
         stage: What is to be trained.
         settings: `KeyTrainer`'s, but for what the stage says.
     """
-    settings |= {"loss_on": stage.loss_on, "loss": stage.loss}
+    settings |= stage_settings(stage)
     if stage.context == "frozen":
         return FrozenTrainer(key_adapter_specs(recipe, stage), **settings)
     return KeyTrainer(context=stage.context, **settings)

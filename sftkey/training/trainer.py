@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from trl import SFTConfig, SFTTrainer
 from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.response import Segment
+from sftkey.recipe.loss_on import annealed
 from sftkey.recipe.schema import LossOn
 from sftkey.training.losses import Context, add_token_losses, token_losses
+from sftkey.training.weighting import find_weighting
 
 
 class GroupedByLength(LengthGroupedSampler):
@@ -68,10 +70,12 @@ class KeyTrainer(SFTTrainer):
         context: What gradient flows through prompt and thinking. `exact`: all that there is;
             `detached`: none (`sftkey.training.detached`), and `loss_on` trains neither.
         loss: `dft` weighs each token's loss with the token's probability, through which no
-            gradient flows (arXiv 2508.05629).
+            gradient flows (arXiv 2508.05629); `module:function` with what that returns.
+        anneal: Weights that those of `loss_on` move to, linearly from the first step to the last.
 
     Raises:
         ModelError: The model can't do `detached`.
+        RecipeError: There is no such function.
 
     >>> class OnHardTokens(KeyTrainer):
     ...     def token_weights(self, segment_ids, losses):
@@ -97,12 +101,15 @@ class KeyTrainer(SFTTrainer):
         eval_dataset: Dataset,
         callbacks: list[Any] | None = None,
         context: Context = "exact",
-        loss: Literal["nll", "dft"] = "nll",
+        loss: str = "nll",
+        anneal: Mapping[str, float] | None = None,
     ) -> None:
         # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        self.segment_weights = weights_by_segment(loss_on)
-        self.context, self.loss = context, loss
+        self.segment_weights = weights_by_segment(annealed(loss_on, anneal))  # at the end
+        self._first_weights = weights_by_segment(loss_on)
+        self._step_weights = self._first_weights
+        self.context, self.loss, self._weighting = context, loss, find_weighting(loss)
         self._window = torch.zeros(0)
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
         super().__init__(
@@ -127,9 +134,7 @@ class KeyTrainer(SFTTrainer):
             # Else every checkpoint asks the hub whether the base's vocabulary was resized.
             quiet = partial(model.save_pretrained, save_embedding_layers=False)
             model.save_pretrained = quiet  # type: ignore[method-assign]
-        for name, parameter in model.named_parameters():
-            if name in exact and parameter.dtype != exact[name].dtype:
-                parameter.data = exact[name].to(parameter.device)
+        _restore(model, exact)
 
     def compute_loss(  # type: ignore[override]  # the count is always the tensor made below
         self,
@@ -164,9 +169,16 @@ class KeyTrainer(SFTTrainer):
         Returns:
             (B, T - 1), or (N, B, T - 1); 0 where no token is trained.
         """
-        by_segment = (*self.segment_weights, 0.0)  # PADDING = -1 finds the last entry
-        weights = torch.tensor(by_segment, dtype=torch.float32, device=losses.device)[segment_ids]
-        return weights * torch.exp(-losses) if self.loss == "dft" else weights
+        weights = self._weights_of(segment_ids)
+        return (
+            weights if self._weighting is None else weights * self._weighting(segment_ids, losses)
+        )
+
+    def _weights_of(self, segment_ids: torch.Tensor) -> torch.Tensor:
+        """Return the step's weights of tokens whose segment is -1 where none is trained."""
+        by_segment = (*self._step_weights, 0.0)  # PADDING = -1 finds the last entry
+        table = torch.tensor(by_segment, dtype=torch.float32, device=segment_ids.device)
+        return table[segment_ids]
 
     def _losses(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
@@ -177,8 +189,17 @@ class KeyTrainer(SFTTrainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor:
-        """Sum the weights of a step's trained tokens, over its micro-batches and all processes."""
-        total = torch.stack([batch["loss_weights"][:, 1:].sum() for batch in batch_samples]).sum()
+        """Sum the weights of a step's trained tokens, over its micro-batches and all processes.
+
+        It is called once a step, before the first micro-batch: annealed weights are set here.
+        """
+        sums = [batch["loss_weights"][:, 1:].sum() for batch in batch_samples]
+        if self._first_weights != self.segment_weights:
+            done = min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
+            ends = zip(self._first_weights, self.segment_weights, strict=True)
+            self._step_weights = tuple(first + done * (last - first) for first, last in ends)
+            sums = [self._weights_of(_trained(batch)).sum() for batch in batch_samples]
+        total = torch.stack(sums).sum()
         return self.accelerator.reduce(total.to(device), reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
@@ -282,6 +303,18 @@ class KeyTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send none."""
+
+
+def _restore(model: torch.nn.Module, exact: Mapping[str, torch.Tensor]) -> None:
+    """Put weights back that were rounded to another type."""
+    for name, parameter in model.named_parameters():
+        if name in exact and parameter.dtype != exact[name].dtype:
+            parameter.data = exact[name].to(parameter.device)
+
+
+def _trained(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the segments `(B, T - 1)` of a batch's trained tokens, -1 for all others."""
+    return batch["segment_ids"][:, 1:].masked_fill(batch["loss_weights"][:, 1:] == 0, PADDING)
 
 
 def segment_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:

@@ -402,11 +402,14 @@ RULE = (
         ("lora.lora_alfa=1", "unknown key; did you mean `lora_alpha`?"),
         ("lora.zzz=1", "unknown key; it is no field of peft.LoraConfig"),
         ("eval.num_question=1", "unknown key; did you mean `num_questions`?"),
-        ("stages.key.loss=dtf", "expected nll or dft; got 'dtf'; did you mean `dft`?"),
+        (
+            "stages.key.loss=dtf",
+            "expected nll, dft or module:function; got 'dtf'; did you mean `dft`?",
+        ),
         (
             "stages.key.zzz=1",
             "unknown key; the keys here are name, loss_on, context, lora, grid, thinking, own, "
-            "loss, trainer",
+            "anneal, loss, trainer",
         ),
         (
             "trainr.max_steps=1",

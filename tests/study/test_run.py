@@ -566,6 +566,7 @@ STAGES: dict[str, list[tuple[Any, ...]]] = {
         ("weighted", {"completion": 1.0, "key": 5.0}),
         ("again", "completion"),
     ],
+    "annealed": [("annealed", {"completion": 1.0, "key": 1.0})],
     "balanced": [("balanced", {"completion": 1.0, "key": 1.0})],
     "dft": [("dft", "completion")],
     "sftkey_detached": [("completion", "completion"), ("key", "key")],
