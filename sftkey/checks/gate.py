@@ -212,7 +212,8 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
     from sftkey.evaluation.grading import unreadable
 
     questions = prepared.questions(recipe)
-    return unreadable({each.index: each.answer for each in questions}, recipe.eval.grader)
+    places = unreadable({n: each.answer for n, each in enumerate(questions)}, recipe.eval.grader)
+    return list(dict.fromkeys(questions[place].index for place in places))
 
 
 def require_trainable(recipe: Recipe) -> Prepared:

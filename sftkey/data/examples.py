@@ -218,7 +218,7 @@ def make_examples(
             outcomes = list(read(row))
         except RowError as error:
             outcomes = [error]
-        for outcome in outcomes:
+        for turn, outcome in enumerate(outcomes):
             try:
                 prompt, thinking, answer = _usable(outcome, data.system)
             except RowError as error:
@@ -226,7 +226,7 @@ def make_examples(
                 continue
             if data.system is not None:
                 prompt = ({"role": "system", "content": data.system}, *_as_messages(prompt))
-            loaded.examples.append(Example(prompt, thinking, answer, index))
+            loaded.examples.append(Example(prompt, thinking, answer, index, turn))
     return loaded
 
 

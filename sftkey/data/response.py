@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from sftkey.recipe.schema import ResponseSection
@@ -28,6 +28,18 @@ class Segment(IntEnum):
     END = 4  # the end of turn
 
 
+class QuestionKey(NamedTuple):
+    """Which question an example asks: what was generated and graded is kept under this.
+
+    Args:
+        row: In the order of the source, before splitting.
+        turn: Which of the row's assistant turns is asked for, from 0; `turns: last` has one a row.
+    """
+
+    row: int
+    turn: int = 0
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a data set, before any tokenizer has seen it.
@@ -40,6 +52,7 @@ class Example:
         thinking: The reasoning, without tags.
         answer: The final answer, without tags.
         index: Row in the order of the source, before splitting.
+        turn: Which of the row's assistant turns this is, from 0.
 
     >>> Example("What is 2 + 2?", "2 and 2 make 4.", "4").answer
     '4'
@@ -49,6 +62,12 @@ class Example:
     thinking: str
     answer: str
     index: int = 0
+    turn: int = 0
+
+    @property
+    def key(self) -> QuestionKey:
+        """Row and turn."""
+        return QuestionKey(self.index, self.turn)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sftkey.evaluation.conversations import difference_with_interval, one_sided_p, two_sided_p
 from sftkey.evaluation.judge import judge_sentence
-from sftkey.evaluation.results import StageResult, read_results
-from sftkey.evaluation.statistics import (
-    chance_of_worse,
-    discordant,
-    holm,
-    paired_difference,
-    paired_p,
-)
+from sftkey.evaluation.results import Question, StageResult, read_results
+from sftkey.evaluation.statistics import discordant, holm
 
 MOST_LOSS = 0.02  # nats a token by which the thinking's validation loss may rise
 CHANCE = 0.05  # p below which a difference, or more turned wrong than right, isn't chance
@@ -130,7 +125,7 @@ def thinking_change(
         num_identical=sum(old == new for old, new in hashes) if known else None,
         mean_lengths=(before.mean_thinking_length, after.mean_thinking_length),
         unit=after.thinking_unit,
-        turned=_turned([(old.thinking_right, new.thinking_right) for old, new in pairs]),
+        turned=_turned(pairs),
     )
 
 
@@ -161,13 +156,17 @@ def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> T
     return grid
 
 
-def _turned(flags: Iterable[tuple[bool | None, bool | None]]) -> Turned | None:
-    judged = [(old, new) for old, new in flags if old is not None and new is not None]
+def _turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
+    judged = [
+        (old.thinking_right, new.thinking_right, old.index)
+        for old, new in pairs
+        if old.thinking_right is not None and new.thinking_right is not None
+    ]
     if not judged:
         return None
-    before, after = [old for old, _ in judged], [new for _, new in judged]
+    before, after, rows = (list(each) for each in zip(*judged, strict=True))
     gains, losses = discordant(before, after)
-    p = chance_of_worse(before, after)
+    p = one_sided_p(before, after, rows)
     return Turned(len(judged), sum(before), sum(after), losses, gains, p)
 
 
@@ -191,7 +190,9 @@ class Difference:
     """How much more of the same questions `after` has right than `before`.
 
     `difference` and its 95% interval are shares of the questions; `p` is the smallest alpha whose
-    interval excludes 0, `p_holm` is corrected for the number of such differences.
+    interval excludes 0, `p_holm` is corrected for the number of such differences. They go over
+    conversations where some have several questions, whose p is that of swapping whole ones; their
+    number is None where none has.
     """
 
     before: str
@@ -201,6 +202,7 @@ class Difference:
     interval: tuple[float, float]
     p: float
     p_holm: float
+    num_conversations: int | None = None
 
     def points(self) -> str:
         """Give the interval in percentage points."""
@@ -349,10 +351,17 @@ def sentences(comparison: Comparison) -> list[str]:
             "another difference."
         )
     said += _judged(comparison.rows)
+    said += _clustered(comparison.rows)
     if len(comparison.rows) == 1:
         (row,) = comparison.rows
         said.append(f"{row.name} is the only one evaluated: there is nothing to compare it with.")
     return [*said, *comparison.warnings]
+
+
+def _clustered(rows: Iterable[StageRow]) -> Iterator[str]:
+    asked = {_asked(row.result) for row in rows if row.result.num_conversations is not None}
+    for each in sorted(asked):
+        yield f"There are {each}: intervals and p take a conversation as one."
 
 
 def _judged(rows: Iterable[StageRow]) -> Iterator[str]:
@@ -368,7 +377,7 @@ def _sentence(difference: Difference, unshown: str) -> str:
     low, high = difference.interval
     head = (
         f"The difference between {before} and {after} is {100 * difference.difference:+.1f} points "
-        f"{difference.points()} on {difference.num_questions} questions: the interval "
+        f"{difference.points()} on {_asked(difference)}: the interval "
     )
     if low <= 0 <= high:
         return f"{head}includes 0, so {unshown} show that {after} answers better or worse."
@@ -384,15 +393,22 @@ def _sentence(difference: Difference, unshown: str) -> str:
     )
 
 
+def _asked(asked: Difference | StageResult) -> str:
+    conversations = asked.num_conversations
+    of = "" if conversations is None else f" of {conversations} conversations"
+    return f"{asked.num_questions} questions{of}"
+
+
 def _difference(before: StageRow, result: StageResult, name: str) -> Difference | None:
     """Pair two results by their questions; None where these aren't the same ones."""
     if before.result.questions_sha256 != result.questions_sha256:
         return None
     old = [question.correct for question in before.result.questions]
     new = [question.correct for question in result.questions]
-    difference, low, high = paired_difference(old, new)
-    p = paired_p(old, new)
-    return Difference(before.name, name, len(old), difference, (low, high), p, p)
+    difference, low, high = difference_with_interval(old, new, result.rows)
+    p = two_sided_p(old, new, result.rows)
+    num = result.num_conversations
+    return Difference(before.name, name, len(old), difference, (low, high), p, p, num)
 
 
 def _unpaired(before: StageRow, after: StageRow) -> str:

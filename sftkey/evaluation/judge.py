@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from sftkey.data.response import Example
+from sftkey.data.response import Example, QuestionKey
 from sftkey.errors import JudgeError, RecipeError, first_line
 from sftkey.files import cache_folder
 from sftkey.recipe.schema import JudgeSection
@@ -193,7 +193,7 @@ class Judge:
 
     def flags(
         self, examples: Sequence[Example], answers: Sequence[str | None]
-    ) -> dict[int, bool | None]:
+    ) -> dict[QuestionKey, bool | None]:
         """Judge answers, as many at once as the recipe says.
 
         Args:
@@ -201,20 +201,20 @@ class Judge:
             answers: The Q answers to them; None, where none was found, is wrong without asking.
 
         Returns:
-            By the question's index; None where the reply was neither yes nor no, which is asked
-            again the next time. An index that isn't there wasn't judged: `failure` says why.
+            By the question's key; None where the reply was neither yes nor no, which is asked
+            again the next time. A key that isn't there wasn't judged: `failure` says why.
         """
         pairs = list(zip(examples, answers, strict=True))
         prompts = {
-            example.index: judge_prompt(example, answer)
+            example.key: judge_prompt(example, answer)
             for example, answer in pairs
             if answer is not None
         }
         verdicts = self._verdicts(dict.fromkeys(prompts.values()))
-        flags: dict[int, bool | None] = {
-            example.index: False for example, answer in pairs if answer is None
+        flags: dict[QuestionKey, bool | None] = {
+            example.key: False for example, answer in pairs if answer is None
         }
-        judged = {i: verdicts[prompt] for i, prompt in prompts.items() if prompt in verdicts}
+        judged = {key: verdicts[prompt] for key, prompt in prompts.items() if prompt in verdicts}
         return flags | judged
 
     def _verdicts(self, prompts: Iterable[str]) -> dict[str, bool | None]:

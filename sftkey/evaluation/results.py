@@ -9,29 +9,33 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from sftkey.data.response import Example, Parsed, Response
+from sftkey.data.response import Example, Parsed, QuestionKey, Response
 from sftkey.errors import DataError, Problem, RunError
+from sftkey.evaluation.conversations import num_conversations, share_interval
 from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
-from sftkey.evaluation.statistics import score_of, wilson
+from sftkey.evaluation.statistics import score_of
 from sftkey.evaluation.thinking import follow_thinkings, judge_thinkings, thinking_hash
 from sftkey.files import write_text
-from sftkey.generation.generate import Generation
+from sftkey.generation.generate import Generation, by_row, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_generations(file: Path, expected: Collection[int]) -> dict[int, Generation]:
+def read_generations(
+    file: Path, expected: Collection[QuestionKey]
+) -> dict[QuestionKey, Generation]:
     """Read one generation for each question from JSONL, in any order.
 
-    A row is an object with `index` and `text`; `num_tokens` and `stopped` may stand in it.
+    A row is an object with `index` and `text`; `num_tokens` and `stopped` may stand in it, and
+    `turn` must where several turns of one conversation are asked.
 
     Args:
         file: As another engine wrote it, or a run's own `evaluation/<stage>.jsonl`.
-        expected: The index of each question.
+        expected: Row and turn of each question.
 
     Raises:
         DataError: With all rows that are no generations, stand twice or belong to no question,
@@ -42,42 +46,62 @@ def read_generations(file: Path, expected: Collection[int]) -> dict[int, Generat
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(str(file), f"can't be read: {error.strerror}", hint) from None
-    generations: dict[int, Generation] = {}
-    first_lines: dict[int, int] = {}
-    problems = []
+    generations: dict[QuestionKey, Generation] = {}
+    first_lines: dict[QuestionKey, int] = {}
+    problems, asked = [], by_row(expected)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            index, generation = _row(line)
+            index, turn, generation = _row(line)
         except ValueError as error:
             problems.append(Problem("", str(error), number))
             continue
-        if index in first_lines:
-            what = f"expected once; it stands in line {first_lines[index]} already"
-            problems.append(Problem(f"index {index}", what, number))
-        elif index not in expected:
+        try:
+            key = key_of(asked.get(index, []), turn)
+        except ValueError as error:
+            problems.append(Problem(f"index {index}", str(error), number))
+            hint = _OF_ONE_TURN
+            continue
+        where = _named(key or QuestionKey(index, turn or 0), asked)
+        if key is None:
             what = f"expected the index of one of the {len(expected)} questions"
-            problems.append(Problem(f"index {index}", what, number))
+            problems.append(Problem(where, what, number))
+        elif key in first_lines:
+            what = f"expected once; it stands in line {first_lines[key]} already"
+            problems.append(Problem(where, what, number))
         else:
-            generations[index] = generation
-        first_lines.setdefault(index, number)
-    missing = [index for index in expected if index not in generations]
-    problems += [Problem(f"index {index}", "expected a generation; got none") for index in missing]
+            generations[key] = generation
+            first_lines[key] = number
+    missing = [key for key in expected if key not in generations]
+    what = "expected a generation; got none"
+    problems += [Problem(_named(key, asked), what) for key in missing]
     if problems:
         raise DataError(str(file), shortened(problems), hint)
     return generations
 
 
+_OF_ONE_TURN = (
+    'with `turns: all` a row is {"index": 7, "turn": 0, "text": "…"}; a file that an older '
+    "version wrote lacks answers: move it aside, and `sftkey evaluate` asks again"
+)
+
+
+def _named(key: QuestionKey, asked: Mapping[int, Sequence[QuestionKey]]) -> str:
+    turn = f", turn {key.turn}" if key.turn or len(asked.get(key.row, ())) > 1 else ""
+    return f"index {key.row}{turn}"
+
+
 _FIELDS = {
     "index": ((int,), "an integer"),
+    "turn": ((int, type(None)), "an integer"),
     "text": ((str,), "a text"),
     "num_tokens": ((int, type(None)), "an integer"),
     "stopped": ((bool, type(None)), "true or false"),
 }
 
 
-def _row(line: bytes) -> tuple[int, Generation]:
+def _row(line: bytes) -> tuple[int, int | None, Generation]:
     """Check one row; a ValueError's text says what was expected."""
     try:
         row = json.loads(line)
@@ -88,7 +112,8 @@ def _row(line: bytes) -> tuple[int, Generation]:
     for key, (types, name) in _FIELDS.items():
         if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
             raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
-    return row["index"], Generation(row["text"], row.get("num_tokens"), row.get("stopped"))
+    generation = Generation(row["text"], row.get("num_tokens"), row.get("stopped"))
+    return row["index"], row.get("turn"), generation
 
 
 T = TypeVar("T")
@@ -107,6 +132,7 @@ class Question(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     index: int
+    turn: int = 0  # of a conversation whose turns are all asked
     correct: bool
     strict: bool  # thinking, answer and nothing else
     parsed: bool  # there was an answer, and the grader could read it
@@ -115,6 +141,21 @@ class Question(BaseModel):
     thinking_hash: str | None = None  # equal where two stages wrote the same thinking
     follows: Judged[bool] = None  # the answer is what the thinking arrives at
     judged: Judged[bool] = None
+
+
+Q = TypeVar("Q", bound=Sequence[Any])
+
+
+def each_once(questions: Q) -> Q:
+    """Refuse questions of which two have one key, for pydantic.
+
+    Before turns were told apart, each turn of a conversation was graded with the answers to
+    another one.
+    """
+    if len({(each.index, each.turn) for each in questions}) < len(questions):
+        what = "an older version wrote this, which took the turns of a conversation for one another"
+        raise ValueError(what)
+    return questions
 
 
 class GradedAnswers(NamedTuple):
@@ -149,6 +190,7 @@ def graded(
     return tuple(
         Question(
             index=example.index,
+            turn=example.turn,
             correct=grades[place].right,
             strict=found.strict,
             parsed=grades[place].read is not None,
@@ -164,15 +206,16 @@ def graded(
     )
 
 
-# Gives flags by index, of questions and their answers; None stands for an answer that wasn't found.
-Flags = Callable[[Sequence[Example], Sequence[str | None]], Mapping[int, bool | None]]
+# Gives flags by key, of questions and their answers; None stands for an answer that wasn't found.
+Flags = Callable[[Sequence[Example], Sequence[str | None]], Mapping[QuestionKey, bool | None]]
 
 
 class StageResult(BaseModel):
     """The figures of one stage, as `evaluation/<stage>.json` holds them.
 
     `acc` and `fmt` are shares of all questions: an answer that wasn't found is wrong. Intervals
-    are Wilson's at 95%. `num_never_stopped` is None where another engine didn't say;
+    are Wilson's at 95%, over conversations where some have several questions: `num_conversations`
+    is None where none has. `num_never_stopped` is None where another engine didn't say;
     `mean_thinking_length` is over the generations with thinking, None if there was none.
     `num_thinking_right` is of the `num_thinking_judged` that a rule can judge, `num_following` of
     the `num_judged_following` answers of which a rule tells whether they are what their thinking
@@ -187,6 +230,7 @@ class StageResult(BaseModel):
     stage: str
     position: int  # 0 is the base model, stages follow in their order
     num_questions: int
+    num_conversations: Judged[int] = None
     acc: float
     acc_interval: tuple[float, float]
     fmt: float
@@ -206,7 +250,12 @@ class StageResult(BaseModel):
     num_unclear: Judged[int] = None
     settings: dict[str, Any]
     questions_sha256: str  # of prompts and reference answers: equal where questions are the same
-    questions: tuple[Question, ...]
+    questions: Annotated[tuple[Question, ...], AfterValidator(each_once)]
+
+    @property
+    def rows(self) -> list[int]:
+        """The conversation of each question."""
+        return [question.index for question in self.questions]
 
     def score_at(self, alpha: float) -> float:
         """Give alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
@@ -214,7 +263,7 @@ class StageResult(BaseModel):
 
 
 def score(
-    generations: Mapping[int, Generation],
+    generations: Mapping[QuestionKey, Generation],
     examples: Sequence[Example],
     response: Response,
     *,
@@ -233,7 +282,7 @@ def score(
     """Grade the generations of one stage.
 
     Args:
-        generations: By the index of their example; every example has one.
+        generations: By the key of their example; every example has one.
         examples: The questions with their reference answers.
         response: The tags by which answers are found.
         stage: The stage's name.
@@ -253,12 +302,12 @@ def score(
     """
     if not examples:
         raise DataError("test rows", "expected at least one question; got none")
-    in_order = sorted(examples, key=lambda example: example.index)
-    answered = [generations[example.index] for example in in_order]
+    in_order = sorted(examples, key=lambda example: example.key)
+    answered = [generations[example.key] for example in in_order]
     texts = [each.text.removeprefix(assistant_prefix).removesuffix(end) for each in answered]
     parsed = [response.parse(text) for text in texts]
     flags = judge(in_order, [found.answer for found in parsed]) if judge else None
-    second = [(flags or {}).get(example.index) for example in in_order]
+    second = [(flags or {}).get(example.key) for example in in_order]
     rows = GradedAnswers(in_order, answered, texts, parsed, second)
     questions = graded(rows, response, grader, made)
     return StageResult(
@@ -282,13 +331,15 @@ def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
     """Give what the questions' flags add up to."""
     num_right = sum(question.correct for question in questions)
     num_strict = sum(question.strict for question in questions)
+    rows = [question.index for question in questions]
     acc, fmt = num_right / len(questions), num_strict / len(questions)
     unstopped = [not question.stopped for question in questions if question.stopped is not None]
     return {
+        "num_conversations": num_conversations(rows),
         "acc": acc,
-        "acc_interval": wilson(num_right, len(questions)),
+        "acc_interval": share_interval([question.correct for question in questions], rows),
         "fmt": fmt,
-        "fmt_interval": wilson(num_strict, len(questions)),
+        "fmt_interval": share_interval([question.strict for question in questions], rows),
         "alpha": alpha,
         "score": score_of(acc, fmt, alpha),
         "num_unparsed": sum(not question.parsed for question in questions),
@@ -357,5 +408,6 @@ def read_results(run_folder: Path) -> list[StageResult]:
 
 def _fingerprint(examples: Sequence[Example]) -> str:
     """Hash what makes questions the same: their rows, prompts and reference answers."""
-    rows = sorted((example.index, example.prompt, example.answer) for example in examples)
+    in_order = sorted(examples, key=lambda example: example.key)
+    rows = [(example.index, example.prompt, example.answer) for example in in_order]
     return sha256(json.dumps(rows).encode()).hexdigest()

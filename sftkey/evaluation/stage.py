@@ -35,7 +35,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
     judge = stage_judge(run, stage)
     about = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
     result = score(
-        read_generations(file, [example.index for example in questions]),
+        read_generations(file, [example.key for example in questions]),
         questions,
         renderer.response,
         stage=stage,

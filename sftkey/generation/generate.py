@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from sftkey.data.response import QuestionKey
 from sftkey.errors import Problem, RunError
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sftkey.generation.key_switch import Switch
+
+
+Key = TypeVar("Key", int, QuestionKey)  # a plain number where no question of the data is meant
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,22 @@ def generate(
 def generate_to_file(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[int, Sequence[int]],
+    prompts: Mapping[Key, Sequence[int]],
     file: Path,
     *,
     report: Callable[[int, int], None] | None = None,
     **settings: Any,
-) -> dict[int, Generation]:
+) -> dict[Key, Generation]:
     """Generate into a JSONL file, each batch appended as it is finished.
 
     What stands in the file already is not generated again; a last line that a kill left unfinished
-    is dropped. Rows are objects with `index`, `prompt_tokens` (their number), `text`,
-    `num_tokens` and `stopped`, in any order.
+    is dropped. Rows are objects with `index`, of questions also `turn`, `prompt_tokens` (their
+    number), `text`, `num_tokens` and `stopped`, in any order.
 
     Args:
         model: As in `generate`.
         tokenizer: As in `generate`.
-        prompts: Token ids by the index of their example.
+        prompts: Token ids by their question, or by a number.
         file: Its folder is there.
         report: Called with the number of finished generations and that of all.
         settings: As in `generate`.
@@ -127,47 +131,78 @@ def generate_to_file(
         RunError: The file holds something else than generations after these prompts.
     """
     done = _resume(file, prompts)
-    indexes = list(prompts)
-    skip = {position for position, index in enumerate(indexes) if index in done}
+    keys = list(prompts)
+    skip = {position for position, key in enumerate(keys) if key in done}
     if report:
-        report(len(done), len(indexes))
+        report(len(done), len(keys))
     batches = generate(model, tokenizer, list(prompts.values()), skip=skip, **settings)
     with file.open("a", encoding="utf-8") as lines:
         for position, generation in batches:
-            index = indexes[position]
-            row = {"index": index, "prompt_tokens": len(prompts[index]), **vars(generation)}
+            key = keys[position]
+            name = {"index": key} if isinstance(key, int) else {"index": key.row, "turn": key.turn}
+            row = {**name, "prompt_tokens": len(prompts[key]), **vars(generation)}
             del row["ids"]
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
-            done[index] = generation
+            done[key] = generation
             if report:
-                report(len(done), len(indexes))
-    return {index: done[index] for index in indexes}
+                report(len(done), len(keys))
+    return {key: done[key] for key in keys}
 
 
-def _resume(file: Path, prompts: Mapping[int, Sequence[int]]) -> dict[int, Generation]:
+def by_row(keys: Iterable[Key]) -> dict[int, list[Key]]:
+    """Gather keys by their row."""
+    rows: dict[int, list[Key]] = {}
+    for key in keys:
+        rows.setdefault(key if isinstance(key, int) else key.row, []).append(key)
+    return rows
+
+
+def key_of(asked: Sequence[Key], turn: int | None) -> Key | None:
+    """Find the key that a line of a file means; None where it isn't asked.
+
+    Args:
+        asked: The keys of the line's row.
+        turn: As the line says. Older files don't: they are read where the row has one question.
+
+    Raises:
+        ValueError: The row has several questions, and the line doesn't say which one it answers.
+    """
+    if turn is not None:
+        return next((key for key in asked if isinstance(key, int) or key.turn == turn), None)
+    if len(asked) > 1:
+        raise ValueError(f"turn: expected which of the row's {len(asked)} questions; got none")
+    return asked[0] if asked else None
+
+
+def _resume(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, Generation]:
     """Read the generations of these prompts, after cutting off an unfinished last line."""
     if not file.exists():
         return {}
     with file.open("r+b") as rows:
         written = rows.read()
         rows.truncate(written.rfind(b"\n") + 1)
-    done = {}
+    done, asked = {}, by_row(prompts)
     for number, line in enumerate(written.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             index, num_tokens = row["index"], row["prompt_tokens"]
             generation = Generation(row["text"], row["num_tokens"], row["stopped"])
-            prompt = prompts.get(index)
+            turn = row.get("turn")
         except (ValueError, KeyError, TypeError):
             what = f"expected a generation; got {line[:60].decode(errors='replace')!r}"
             raise _not_ours(file, number, what) from None
-        if prompt is None:  # of a longer evaluation: nothing to do with it
+        try:
+            key = key_of(asked.get(index, []), turn)
+        except ValueError as error:
+            raise _not_ours(file, number, f"row {index}: {error}") from None
+        if key is None:  # of a longer evaluation: nothing to do with it
             continue
-        if num_tokens != len(prompt):
-            what = f"expected a generation after a prompt of {len(prompt)} tokens; got {num_tokens}"
+        num_prompt = len(prompts[key])
+        if num_tokens != num_prompt:
+            what = f"expected a generation after a prompt of {num_prompt} tokens; got {num_tokens}"
             raise _not_ours(file, number, f"row {index}: {what}")
-        done[index] = generation
+        done[key] = generation
     return done
 
 

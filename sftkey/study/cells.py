@@ -255,8 +255,8 @@ def _figures(result: StageResult) -> dict[str, Any]:
 
 
 def reference_lengths(run: Run) -> dict[str, list[int]]:
-    """Count the tokens of each question's reference thinking and key, in the order of index."""
-    examples: list[Example] = sorted(run.answers.questions, key=lambda example: example.index)
+    """Count the tokens of each question's reference thinking and key, in the results' order."""
+    examples: list[Example] = sorted(run.answers.questions, key=lambda example: example.key)
     lengths: dict[str, list[int]] = {"thinking": [], "key": []}
     for row in tokenize(examples, run.prepared.renderer):
         counted = Counter(row.segment_ids) if isinstance(row, Row) else Counter()

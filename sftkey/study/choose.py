@@ -244,7 +244,7 @@ def accuracy(run: Run) -> float:
     stage = run.recipe.stages[-1].name
     file = run.ledger.generations(stage)
     return score(
-        read_generations(file, [example.index for example in questions]),
+        read_generations(file, [example.key for example in questions]),
         questions,
         renderer.response,
         stage=stage,

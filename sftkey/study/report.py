@@ -93,7 +93,7 @@ def _row(arm: ArmFigures) -> list[str]:
     times = f" x {arm.num_seeds}" if arm.stages or arm.num_seeds > 1 else ""
     return [
         arm.name,
-        f"{arm.num_questions}{times}",
+        f"{arm.num_questions}{_in_conversations(arm)}{times}",
         f"{arm.acc:.3f} [{arm.acc_interval[0]:.3f}, {arm.acc_interval[1]:.3f}]",
         f"{arm.fmt:.3f}",
         f"{_points(difference.difference)} {_ends(difference.interval)}" if difference else "",
@@ -101,6 +101,11 @@ def _row(arm: ArmFigures) -> list[str]:
         "" if arm.trained_tokens is None else f"{arm.trained_tokens:,}",
         "" if arm.seconds is None else f"{arm.seconds / 60:.1f} min",
     ]
+
+
+def _in_conversations(arm: ArmFigures) -> str:
+    count = arm.num_conversations
+    return "" if count is None else f" in {count} conversations"
 
 
 def said(results: StudyResults, task: str) -> list[str]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from sftkey.errors import Problem, RunError
 from sftkey.evaluation.grading import shortened
 from sftkey.evaluation.judge import JudgeFigures
+from sftkey.evaluation.results import each_once
 from sftkey.files import write_text
 
 RESULTS = "results.json"
@@ -109,6 +110,7 @@ class ArmFigures(Figures):
     stages: tuple[str, ...]
     num_seeds: int
     num_questions: int
+    num_conversations: int | None = None  # where some have several questions
     same_questions: bool
     acc: float
     acc_interval: Interval
@@ -197,6 +199,7 @@ class CellQuestion(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     index: int
+    turn: int = 0
     correct: bool
     strict: bool
     parsed: bool
@@ -212,8 +215,13 @@ class Answered(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    questions: tuple[CellQuestion, ...]
+    questions: Annotated[tuple[CellQuestion, ...], AfterValidator(each_once)]
     mean_thinking_length: float | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The conversation of each question."""
+        return [question.index for question in self.questions]
 
     def flags(self, name: str) -> list[bool]:
         """Give one kind of flag that every question has."""
@@ -297,7 +305,10 @@ def paired(
     pairs = [(cell, others[cell.seed]) for cell in arm if cell.seed in others]
     for cell, other in pairs:
         asked = [
-            (each.questions_sha256, [question.index for question in each.questions])
+            (
+                each.questions_sha256,
+                [(question.index, question.turn) for question in each.questions],
+            )
             for each in (cell, other)
         ]
         if asked[0] != asked[1]:

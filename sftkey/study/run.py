@@ -257,10 +257,10 @@ class StudyRun:
         """Give the file of the base model's answers to these very questions."""
         settings = run.recipe.eval.model_dump(include={"max_new_tokens", "temperature"})
         asked = {
-            "prompts": {
-                example.index: run.prepared.renderer.prompt_ids(example.prompt)
+            "prompts": [
+                [example.key, run.prepared.renderer.prompt_ids(example.prompt)]
                 for example in run.answers.questions
-            },
+            ],
             "settings": {**settings, "seed": run.recipe.seed if settings["temperature"] else 0},
             "model": run.recipe.model.model_dump(mode="json"),
         }

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sftkey.evaluation.conversations import by_conversation, num_conversations, share_interval
 from sftkey.evaluation.judge import judge_figures
-from sftkey.evaluation.statistics import discordant, wilson
+from sftkey.evaluation.statistics import discordant
 from sftkey.study.results import (
     Answered,
     ArmFigures,
@@ -30,6 +31,7 @@ from sftkey.study.results import (
 )
 from sftkey.study.seeds import (
     CHANCE,
+    Estimate,
     Supposed,
     corrected,
     detectable_difference,
@@ -117,25 +119,35 @@ def buckets(cells: Cells, control: Cells, measure: Measure) -> tuple[Bucket, ...
     other = table_of([each for _, each in pairs], "correct") if pairs else None
     same = same_questions(cells)
     parts = np.array_split(orders, num, axis=1)
-    return tuple(_bucket(part, measured, right, other, same) for part in parts)
+    rows = np.array([cell.rows for cell in cells])
+    return tuple(_bucket(part, measured, rows, (right, other), same) for part in parts)
 
 
-def _bucket(part: Any, measured: Any, right: Any, other: Any, same: bool) -> Bucket:
-    """Give the figures of some questions of each seed, whose places are `(S, q)`."""
-    mine = np.take_along_axis(right, part, axis=1)
-    inside = np.take_along_axis(measured, part, axis=1)
-    acc = mean_estimate(mine, same)
+def _bucket(part: Any, measured: Any, rows: Any, flags: tuple[Any, Any], same: bool) -> Bucket:
+    """Give the figures of some questions of each seed, whose places are `(S, q)`.
+
+    Args:
+        part: The places.
+        measured: What each question is sorted by.
+        rows: The conversation of each question.
+        flags: Of an arm and of the control, or None.
+        same: Whether all seeds answered the same questions.
+    """
+    mine, inside = (np.take_along_axis(each, part, axis=1) for each in (flags[0], measured))
+    rows = np.take_along_axis(rows, part, axis=1).tolist()
+    acc = mean_estimate(by_conversation(mine, rows, around_mean=True), same)
     figures = Bucket(
         low=float(inside.min()),
         high=float(inside.max()),
-        num_questions=acc.num_questions,
+        num_questions=part.shape[1],
         num_seeds=acc.num_seeds,
         acc=acc.value,
         acc_interval=acc.interval,
     )
-    if other is None:
+    if flags[1] is None:
         return figures
-    gain = difference_estimate(mine, np.take_along_axis(other, part, axis=1), same)
+    other = by_conversation(np.take_along_axis(flags[1], part, axis=1), rows)
+    gain = difference_estimate(by_conversation(mine, rows), other, same)
     return figures.model_copy(update={"gain": gain.value, "gain_interval": gain.interval})
 
 
@@ -291,12 +303,19 @@ def _task(
 
 
 def _tables(by_arm: Mapping[str, Cells], control: str) -> dict[str, tuple[Any, Any, bool]]:
-    """Return by arm its flags, its control's, and whether all seeds answered the same questions."""
+    """Return by arm its flags, its control's, and whether all seeds answered the same questions.
+
+    A column is a question, or a conversation where some have several questions.
+    """
     tables = {}
     for name, cells in by_arm.items():
         pairs = paired(cells, by_arm.get(control, ())) if name != control else []
         if pairs:
-            arm, other = (table_of(each, "correct") for each in zip(*pairs, strict=True))
+            rows = [cell.rows for cell, _ in pairs]
+            arm, other = (
+                by_conversation(table_of(each, "correct"), rows)
+                for each in zip(*pairs, strict=True)
+            )
             tables[name] = (arm, other, same_questions(cells))
     return tables
 
@@ -306,6 +325,7 @@ def _differences(
 ) -> dict[str, DifferenceToControl]:
     """Compare every arm with the control, and correct the p for their number."""
     tables = _tables(by_arm, control)
+    num_questions = {name: len(by_arm[name][0].questions) for name in tables}
     ps = {name: float(difference_p(*table)) for name, table in tables.items()}
     for_all = corrected(ps, primary)
     found = {}
@@ -314,7 +334,7 @@ def _differences(
         found[name] = DifferenceToControl(
             control=control,
             num_seeds=estimate.num_seeds,
-            num_questions=estimate.num_questions,
+            num_questions=num_questions[name],
             difference=estimate.value,
             interval=estimate.interval,
             p=ps[name],
@@ -332,7 +352,11 @@ def _arm(
 ) -> ArmFigures:
     same = same_questions(cells)
     timed = [cell for cell in cells if cell.hardware == cells[0].hardware]
-    acc, fmt = (mean_estimate(table_of(cells, name), same) for name in ("correct", "strict"))
+    rows = [cell.rows for cell in cells]
+    acc, fmt = (
+        mean_estimate(by_conversation(table_of(cells, name), rows, around_mean=True), same)
+        for name in ("correct", "strict")
+    )
     against = control if cells[0].arm != (control[0].arm if control else None) else ()
     loss_share, gradient_share = shares(cells)
     return ArmFigures(
@@ -340,7 +364,8 @@ def _arm(
         task=cells[0].task,
         stages=cells[0].stages,
         num_seeds=acc.num_seeds,
-        num_questions=acc.num_questions,
+        num_questions=len(rows[0]),
+        num_conversations=num_conversations(rows[0]),
         same_questions=same,
         acc=acc.value,
         acc_interval=acc.interval,
@@ -395,7 +420,8 @@ def _base(cells: Cells) -> ArmFigures | None:
     answered = list(asked.values())
     same = len({sha for sha, _ in asked}) == 1
     tables = [table_of(answered, name) for name in ("correct", "strict")]
-    acc, fmt = (mean_estimate(flags if same else flags.reshape(1, -1), same) for flags in tables)
+    rows: list[list[Any]] = [each.rows for each in answered]
+    acc, fmt = (_of_one_model(flags, rows, same) for flags in tables)
     num_seeds, num_questions = tables[0].shape
     return ArmFigures(
         name=BASE,
@@ -403,6 +429,7 @@ def _base(cells: Cells) -> ArmFigures | None:
         stages=(),
         num_seeds=num_seeds,
         num_questions=num_questions,
+        num_conversations=num_conversations(rows[0]),
         same_questions=same,
         acc=acc.value,
         acc_interval=acc.interval,
@@ -413,6 +440,13 @@ def _base(cells: Cells) -> ArmFigures | None:
     )
 
 
+def _of_one_model(flags: Any, rows: Sequence[Sequence[Any]], same: bool) -> Estimate:
+    if not same:  # rows of other seeds are other conversations
+        rows = [[(place, row) for place, each in enumerate(rows) for row in each]]
+        flags = flags.reshape(1, -1)
+    return mean_estimate(by_conversation(flags, rows, around_mean=True), same)
+
+
 def _seed(answered: Answered, cell: FinishedCell | None = None) -> SeedFigures:
     correct, strict = answered.flags("correct"), answered.flags("strict")
     num_questions = len(correct)
@@ -421,9 +455,9 @@ def _seed(answered: Answered, cell: FinishedCell | None = None) -> SeedFigures:
         seed=cell.seed if cell else None,
         num_questions=num_questions,
         acc=sum(correct) / num_questions,
-        acc_interval=wilson(sum(correct), num_questions),
+        acc_interval=share_interval(correct, answered.rows),
         fmt=sum(strict) / num_questions,
-        fmt_interval=wilson(sum(strict), num_questions),
+        fmt_interval=share_interval(strict, answered.rows),
         num_unparsed=num_questions - sum(answered.flags("parsed")),
         num_never_stopped=sum(unstopped) if len(unstopped) == num_questions else None,
         steps=cell.steps if cell else {},

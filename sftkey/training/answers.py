@@ -70,7 +70,7 @@ class Answers:
             model,
             self.tokenizer,
             {
-                example.index: self.prepared.renderer.prompt_ids(example.prompt)
+                example.key: self.prepared.renderer.prompt_ids(example.prompt)
                 for example in self.questions[rank::world]
             },
             parts[rank],

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from scipy.stats import norm
 
-from sftkey.data.response import Example, Response
+from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
 from sftkey.evaluation.results import StageResult, score, write_result
 from sftkey.evaluation.statistics import paired_difference, paired_p
@@ -31,7 +31,9 @@ def result(
     """Make a stage that has the questions of a range right, always in the right format."""
     examples = [Example(f"question {n}", "", str(n), n) for n in range(num_questions)]
     generations = {
-        n: Generation(RESPONSE.render("so", str(n) if n in right else "-1"), 8, n % 10 > 0)
+        QuestionKey(n): Generation(
+            RESPONSE.render("so", str(n) if n in right else "-1"), 8, n % 10 > 0
+        )
         for n in range(num_questions)
     }
     return score(
@@ -123,7 +125,9 @@ def thinking(stage: str, position: int, right: range, loss: tuple[float, float] 
     """Make a stage that thinks right on the questions of a range."""
     examples = [Example(f"{n}?", f"{n} + 1 = {n + 1}\n1 + 1", "2", n) for n in range(100)]
     generations = {
-        n: Generation(RESPONSE.render(examples[n].thinking if n in right else "?", "2"), 8, True)
+        QuestionKey(n): Generation(
+            RESPONSE.render(examples[n].thinking if n in right else "?", "2"), 8, True
+        )
         for n in range(100)
     }
     return score(
@@ -198,7 +202,13 @@ def test_what_is_not_known_is_shown_so() -> None:
     """Another engine's generations may not say what stopped, and may hold no thinking."""
     examples = [Example("2?", "", "2", 0)]
     other = score(
-        {0: Generation("2")}, examples, RESPONSE, stage="key", position=1, grader="number", alpha=1
+        {QuestionKey(0): Generation("2")},
+        examples,
+        RESPONSE,
+        stage="key",
+        position=1,
+        grader="number",
+        alpha=1,
     )
     line = printed(compare({"demo": [other]}))[3]
     assert line.split() == ["key", "1", "0.000", "0.000", "0.000", "1", "?", "-"]
@@ -288,6 +298,7 @@ def test_json_holds_what_the_table_shows() -> None:
         "interval": pytest.approx([0.4524, 0.6439], abs=1e-4),
         "p": pytest.approx(2 * norm.sf(sqrt(55))),
         "p_holm": pytest.approx(2 * norm.sf(sqrt(55))),
+        "num_conversations": None,
     }
     assert (second["run"], second["stage"], second["acc"]) == ("demo", "completion", 0.6)
     assert (second["alpha"], second["score"]) == (0.5, pytest.approx(0.8))

@@ -62,6 +62,11 @@ def section(server: JudgeServer, **more: Any) -> dict[str, Any]:
     return {"base_url": server.base_url, "model": "made-judge", **more}
 
 
+def by_row(flags: Any) -> dict[int, bool | None]:
+    """Give flags of rows that ask one question each by the row."""
+    return {key.row: flag for key, flag in flags.items()}
+
+
 def examples(*numbers: int) -> list[Example]:
     """Make questions whose answer is twice their number."""
     return [Example(f"Double {n}?", "", str(2 * n), n) for n in numbers]
@@ -148,7 +153,7 @@ def test_as_many_are_asked_at_once_as_the_recipe_says(server: JudgeServer) -> No
 
     server.say = together
     flags = made_judge(server, max_concurrent=3).flags(examples(*range(9)), ["0"] * 9)
-    assert flags == dict.fromkeys(range(9), True)
+    assert by_row(flags) == dict.fromkeys(range(9), True)
     assert server.most_at_once == 3
 
 
@@ -156,7 +161,7 @@ def test_the_same_question_with_the_same_answer_is_asked_once(server: JudgeServe
     """Flags go by question, requests by what is sent; another model or answer is another one."""
     same = [Example("How many?", "", "2", n) for n in range(4)]
     judge = made_judge(server)
-    assert judge.flags(same, ["2", "2", "3", None]) == {0: True, 1: True, 2: True, 3: False}
+    assert by_row(judge.flags(same, ["2", "2", "3", None])) == {0: True, 1: True, 2: True, 3: False}
     assert sorted(map(given, server.prompts)) == ["2", "3"]
     judge.flags(same, ["2", "2", "3", None])
     assert len(server.asked) == 2
@@ -180,11 +185,11 @@ def test_what_is_on_its_way_at_a_failure_comes_in_and_is_kept(server: JudgeServe
         return "yes"
 
     server.say = say
-    assert judge.flags(asked, ["slow", "bad", "c", "d", "e", "f"]) == {0: True}
+    assert by_row(judge.flags(asked, ["slow", "bad", "c", "d", "e", "f"])) == {0: True}
     assert isinstance(judge.failure, JudgeError)
     assert sorted(map(given, server.prompts)) == ["bad", "slow"]
     server.say = lambda prompt: "no"
-    assert made_judge(server).flags(asked[:1], ["slow"]) == {0: True}
+    assert by_row(made_judge(server).flags(asked[:1], ["slow"])) == {0: True}
 
 
 def test_a_torn_line_of_the_cache_is_asked_again(server: JudgeServer, tmp_path: Path) -> None:
@@ -238,7 +243,7 @@ def test_a_server_that_needs_no_key_gets_none(
     server: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `api_key_env: null` the environment isn't read."""
-    assert made_judge(server, api_key_env=None).flags(examples(1), ["2"]) == {1: True}
+    assert by_row(made_judge(server, api_key_env=None).flags(examples(1), ["2"])) == {1: True}
     assert KEY not in json.dumps(server.headers)
     monkeypatch.setenv("ANOTHER_KEY", "of another")
     made_judge(server, api_key_env="ANOTHER_KEY").flags(examples(2), ["4"])
@@ -566,12 +571,12 @@ def answer_all(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings:
     """Write the right answer to every second question, and a wrong one to the others."""
     rows = made_rows(24)
     texts = [
-        RESPONSE.render(SECRET, rows[index]["answer"] if place % 2 == 0 else "-7")
-        for place, index in enumerate(sorted(prompts))
+        RESPONSE.render(SECRET, rows[key.row]["answer"] if place % 2 == 0 else "-7")
+        for place, key in enumerate(sorted(prompts))
     ]
     lines = [
-        json.dumps({"index": index, "text": text, "stopped": True}) + "\n"
-        for index, text in zip(sorted(prompts), texts, strict=True)
+        json.dumps({"index": key.row, "text": text, "stopped": True}) + "\n"
+        for key, text in zip(sorted(prompts), texts, strict=True)
     ]
     file.write_text("".join(lines))
 

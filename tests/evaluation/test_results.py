@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sftkey.data.response import Example, Response
+from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.errors import DataError, RunError
 from sftkey.evaluation.results import (
     StageResult,
@@ -33,10 +33,20 @@ GENERATIONS = {
 HINT = 'hint: a row is {"index": 7, "text": "…"}, one for each question; `stopped` is optional'
 
 
+def keyed(generations: dict[int, Generation]) -> dict[QuestionKey, Generation]:
+    """Put generations under the only question of each row."""
+    return {QuestionKey(index): generation for index, generation in generations.items()}
+
+
+def asked(*rows: int) -> list[QuestionKey]:
+    """Ask one question of each row."""
+    return [QuestionKey(row) for row in rows]
+
+
 def scored(generations: dict[int, Generation] = GENERATIONS, **changes: Any) -> StageResult:
     """Score the four generations above."""
     settings: dict[str, Any] = {"stage": "key", "position": 2, "grader": "number", "alpha": 0.7}
-    return score(generations, EXAMPLES, RESPONSE, **{**settings, **changes})
+    return score(keyed(generations), EXAMPLES, RESPONSE, **{**settings, **changes})
 
 
 def test_score_counts() -> None:
@@ -103,7 +113,7 @@ def test_what_the_template_puts_around_a_completion_is_no_fault_of_its_format() 
 def test_the_same_questions_have_the_same_fingerprint() -> None:
     """It depends on rows, prompts and references, and on nothing that a model did."""
     same = score(
-        {index: Generation("") for index in GENERATIONS},
+        keyed({index: Generation("") for index in GENERATIONS}),
         EXAMPLES[::-1],
         RESPONSE,
         stage="base",
@@ -114,7 +124,7 @@ def test_the_same_questions_have_the_same_fingerprint() -> None:
     assert same.questions_sha256 == scored().questions_sha256
     changed = [Example("Another prompt", "", EXAMPLES[0].answer, 4), *EXAMPLES[1:]]
     other = score(
-        GENERATIONS, changed, RESPONSE, stage="key", position=2, grader="number", alpha=0.7
+        keyed(GENERATIONS), changed, RESPONSE, stage="key", position=2, grader="number", alpha=0.7
     )
     assert other.questions_sha256 != same.questions_sha256
 
@@ -123,7 +133,7 @@ def test_chat_prompts_have_a_fingerprint() -> None:
     """Prompts may be messages."""
     messages = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "2?"})
     result = score(
-        {0: Generation("")},
+        {QuestionKey(0): Generation("")},
         [Example(messages, "", "2", 0)],
         RESPONSE,
         stage="base",
@@ -169,10 +179,10 @@ def test_thinkings_are_judged_and_hashed(tmp_path: Path) -> None:
     """Each question says whether its thinking is right; no text of it stands in the file."""
     examples = [Example(f"{n}?", f"{n} + {n} = {2 * n}", str(2 * n), n) for n in (1, 2, 3, 4)]
     changes = {"stage": "key", "position": 2, "grader": "number", "alpha": 0.7}
-    result = score(GENERATIONS, examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
+    result = score(keyed(GENERATIONS), examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
     assert [q.thinking_right for q in result.questions] == [False, False, False, False]
     right = {**GENERATIONS, 1: Generation(RESPONSE.render("That makes 1 + 1 = 2", "3"))}
-    result = score(right, examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
+    result = score(keyed(right), examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
     assert [q.thinking_right for q in result.questions] == [True, False, False, False]
     assert (result.num_thinking_judged, result.num_thinking_right) == (4, 1)
     assert [q.follows for q in result.questions] == [False, None, True, None]
@@ -259,10 +269,9 @@ def test_generations_of_another_engine_are_read_in_any_order(tmp_path: Path) -> 
         {"index": 1, "text": "one", "stopped": True, "num_tokens": 1, "engine": "other"},
     ]
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    assert read_generations(file, {1, 3}) == {
-        3: Generation("drei ü\u2028"),
-        1: Generation("one", 1, True),
-    }
+    assert read_generations(file, asked(1, 3)) == keyed(
+        {3: Generation("drei ü\u2028"), 1: Generation("one", 1, True)}
+    )
 
 
 def test_all_faults_of_a_file_of_generations_are_told_at_once(tmp_path: Path) -> None:
@@ -282,7 +291,7 @@ def test_all_faults_of_a_file_of_generations_are_told_at_once(tmp_path: Path) ->
     ]
     file.write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
-        read_generations(file, [1, 2, 3])
+        read_generations(file, asked(1, 2, 3))
     assert str(caught.value) == "\n".join(
         [
             f"{file}: 11 problems",
@@ -307,7 +316,7 @@ def test_many_missing_generations_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("")
     with pytest.raises(DataError) as caught:
-        read_generations(file, range(200))
+        read_generations(file, asked(*range(200)))
     lines = str(caught.value).splitlines()
     assert lines[1] == "  index 0: expected a generation; got none"
     assert lines[20:] == ["  index 19: expected a generation; got none", "  and 180 more", HINT]
@@ -317,5 +326,5 @@ def test_a_missing_file_of_generations_is_an_error(tmp_path: Path) -> None:
     """The error says what a row looks like."""
     file = tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:
-        read_generations(file, [1])
+        read_generations(file, asked(1))
     assert str(caught.value) == f"{file}: can't be read: No such file or directory\n{HINT}"

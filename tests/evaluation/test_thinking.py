@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import sftkey.evaluation.thinking as module
-from sftkey.data.response import Example, Response
+from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.comparison import ThinkingChange, Turned, thinking_change
 from sftkey.evaluation.results import StageResult, score
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
@@ -157,7 +157,7 @@ def result(
         for n in range(40)
     ]
     return score(
-        {n: Generation(RESPONSE.render(text, "0")) for n, text in enumerate(texts)},
+        {QuestionKey(n): Generation(RESPONSE.render(text, "0")) for n, text in enumerate(texts)},
         examples,
         RESPONSE,
         stage=stage,

@@ -389,8 +389,8 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
         asked.append((stage.name, rate, list(prompts)))
         right = list(prompts)[: num_right[rates.index(rate)]]
         rows = [
-            {"index": n, "text": tagged(examples[n].answer if n in right else "no number")}
-            for n in prompts
+            {"index": key.row, "text": tagged(examples[key.row].answer if key in right else "?")}
+            for key in prompts
         ]
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -277,3 +277,36 @@ def test_a_study_says_what_it_is_made_of() -> None:
     assert results.hardware == f"{HARDWARE}, H100"
     assert (results.versions, results.command) == ({"torch": "2.13.0, 2.11.0"}, COMMAND)
     assert [arm.task for arm in results.arms] == ["orders"] * 4 + ["sums"] * 2
+
+
+def test_a_conversation_is_one_in_intervals_and_tests() -> None:
+    """Questions that stand four times in a conversation show no more than standing once."""
+    cells = made_cells({"sft_tag": 0.0, "sftkey": 0.1}, num_questions=40)
+    single, repeated = summed(cells), summed([four_turns(each) for each in cells])
+    for name in ("base", "sft_tag", "sftkey"):
+        one, four = named(single, name), named(repeated, name)
+        assert (one.num_conversations, four.num_conversations) == (None, 40)
+        assert (four.num_questions, four.acc) == (160, pytest.approx(one.acc))
+        assert four.acc_interval == pytest.approx(one.acc_interval, abs=0.02)
+    assert compared(repeated).num_questions == 160
+    assert compared(repeated).interval == pytest.approx(compared(single).interval)
+    assert compared(repeated).p == compared(single).p
+
+
+def four_turns(cell: Cell) -> Cell:
+    """Let each row of a cell ask its question four times."""
+
+    def questions(answered: Cell) -> Cell:
+        turns = [{**each, "turn": turn} for each in answered["questions"] for turn in range(4)]
+        return {**answered, "questions": turns}
+
+    return {**questions(cell), "base": questions(cell["base"]), "reference_tokens": {}}
+
+
+def test_a_cell_that_took_turns_for_one_another_is_refused() -> None:
+    """An older version gave two turns of a conversation one key."""
+    old = four_turns(cell(right(range(5), num=9)))
+    for question in old["questions"]:
+        del question["turn"]
+    with pytest.raises(ValueError, match="took the turns of a conversation for one another"):
+        FinishedCell.model_validate(old)
