@@ -16,6 +16,7 @@ from sftkey.evaluation.conversations import difference_with_interval, one_sided_
 from sftkey.evaluation.judge import judge_sentence
 from sftkey.evaluation.results import Question, StageResult, read_results
 from sftkey.evaluation.statistics import discordant, holm
+from sftkey.evaluation.thinking_form import ValidChange, form_table, valid_change
 
 MOST_LOSS = 0.02  # nats a token by which the thinking's validation loss may rise
 CHANCE = 0.05  # p below which a difference, or more turned wrong than right, isn't chance
@@ -56,6 +57,7 @@ class ThinkingChange:
     mean_lengths: tuple[float | None, float | None] = (None, None)
     unit: str = "tokens"
     turned: Turned | None = None
+    valid: ValidChange | None = None
 
     def harms(self) -> list[str]:
         """Say what got worse by more than it may.
@@ -73,6 +75,8 @@ class ThinkingChange:
         if self.turned and self.turned.p < CHANCE:
             p = "p<0.001" if self.turned.p < 0.001 else f"p {self.turned.p:.3f}"
             found.append(f"{_shown(self.turned)} (one-sided {p})")
+        if self.valid and self.valid.p < CHANCE:
+            found.append(self.valid.text())
         return found
 
     def warnings(self) -> list[str]:
@@ -91,6 +95,8 @@ class ThinkingChange:
         if turned := self.turned:
             right = f"right {turned.num_right_before} -> {turned.num_right_after}"
             figures.append(f"{right} of {turned.num_judged} ({_shown(turned)})")
+        if self.valid and min(self.valid.num_before, self.valid.num_after) < self.num_questions:
+            figures.append(self.valid.text())
         if self.loss:
             figures.append("validation loss {:.4f} -> {:.4f}".format(*self.loss))
         since = f" against {self.before}" if self.before is not None else ""
@@ -126,6 +132,7 @@ def thinking_change(
         mean_lengths=(before.mean_thinking_length, after.mean_thinking_length),
         unit=after.thinking_unit,
         turned=_turned(pairs),
+        valid=valid_change(pairs),
     )
 
 
@@ -318,6 +325,8 @@ def render(comparison: Comparison) -> Group:
     rows = [(row.name, row.result, row.thinking) for row in comparison.rows]
     told = any(result.num_thinking_judged is not None for _, result, _ in rows)
     second: list[Table | Text] = [Text(), thinking_table(rows), Text()] if told else []
+    forms = form_table((name, result.rates, change.valid) for name, result, change in rows)
+    second += [] if forms is None else [*([] if second else [Text()]), forms, Text()]
     return Group(table(comparison), *second, *map(Text, sentences(comparison)))
 
 

@@ -18,6 +18,7 @@ from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import score_of
 from sftkey.evaluation.thinking import follow_thinkings, judge_thinkings, thinking_hash
+from sftkey.evaluation.thinking_form import Form, Rate, form_rates, thinking_form
 from sftkey.files import write_text
 from sftkey.generation.generate import Generation, by_row, key_of
 
@@ -141,6 +142,7 @@ class Question(BaseModel):
     thinking_hash: str | None = None  # equal where two stages wrote the same thinking
     follows: Judged[bool] = None  # the answer is what the thinking arrives at
     judged: Judged[bool] = None
+    form: Judged[Form] = None  # None in results that were written before forms were told
 
 
 Q = TypeVar("Q", bound=Sequence[Any])
@@ -199,6 +201,7 @@ def graded(
             thinking_hash=thinking_hash(text, response),
             follows=follows[place],
             judged=second,
+            form=thinking_form(text, found, response),
         )
         for place, (example, generation, text, found, second) in enumerate(
             zip(*answers, strict=True)
@@ -222,7 +225,8 @@ class StageResult(BaseModel):
     arrives at; these two are None where there is no rule. `thinking_loss` is the thinking's
     validation loss before and after the stage in nats a token, None of the base model and where
     nobody measured it. `judge` compares the second grader with the rule on the questions that it
-    judged; to `num_unclear` others it said neither yes nor no.
+    judged; to `num_unclear` others it said neither yes nor no. `rates` are those of the thinking's
+    forms, None of older results.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -248,6 +252,7 @@ class StageResult(BaseModel):
     thinking_loss: tuple[float, float] | None = None
     judge: Judged[JudgeFigures] = None
     num_unclear: Judged[int] = None
+    rates: Judged[dict[str, Rate]] = None
     settings: dict[str, Any]
     questions_sha256: str  # of prompts and reference answers: equal where questions are the same
     questions: Annotated[tuple[Question, ...], AfterValidator(each_once)]
@@ -321,6 +326,7 @@ def score(
         thinking_loss=thinking_loss,
         judge=judge_figures(questions),
         num_unclear=None if flags is None else list(flags.values()).count(None),
+        rates=form_rates(questions),
         settings={"grader": grader, "response": asdict(response), **(settings or {})},
         questions_sha256=_fingerprint(examples),
         questions=questions,

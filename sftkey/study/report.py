@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftkey.evaluation.comparison import MOST_LOSS
+from sftkey.evaluation.comparison import CHANCE, MOST_LOSS
 from sftkey.evaluation.statistics import score_of
+from sftkey.evaluation.thinking_form import PASSED
 from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, Interval, StudyResults
 
 HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
@@ -77,6 +78,10 @@ def table(results: StudyResults, task: str, alpha: float | None = None) -> str:
         rows[0].append(f"Score, alpha {alpha:g}")
         for row, arm in zip(rows[1:], arms, strict=True):
             row.append(f"{score_of(arm.acc, arm.fmt, alpha):.3f}")
+    if any(arm.rates for arm in arms):
+        rows[0] += ["valid thinkings [95%]", "Rpass@1 [95%]"]
+        for row, arm in zip(rows[1:], arms, strict=True):
+            row += [arm.rates[name].text() if arm.rates else "" for name in ("valid", PASSED)]
     judged = [arm.judge for arm in arms]
     if any(judged):
         rows[0].append("judge: Acc, agreement, kappa")
@@ -183,6 +188,8 @@ def warnings(results: StudyResults, task: str) -> list[str]:
                 f"{arm.name}: {told.num_made_wrong} right thinkings turned wrong against "
                 f"{told.before}, {told.num_made_right} wrong ones right."
             )
+        if told and told.valid and told.valid.p < CHANCE:
+            found.append(f"{arm.name}: against {told.before}, {told.valid.text()}.")
     if not all(arm.same_questions for arm in arms):
         found.append("Each seed answered other questions, so a question has one flag an arm.")
     if "," in results.commit:
@@ -210,6 +217,9 @@ def thinking(results: StudyResults, task: str) -> list[str]:
 
 
 def _thinking(arm: ArmFigures) -> Iterable[str]:
+    if rates := arm.rates:
+        forms = ("valid", "empty", "truncated", "missing")
+        yield ", ".join(f"{form} {rates[form].rate:.1%}" for form in forms)
     told = arm.thinking
     if told is None:
         return

@@ -17,6 +17,7 @@ from sftkey.errors import Problem, RunError
 from sftkey.evaluation.grading import shortened
 from sftkey.evaluation.judge import JudgeFigures
 from sftkey.evaluation.results import each_once
+from sftkey.evaluation.thinking_form import Form, Rate, ValidChange
 from sftkey.files import write_text
 
 RESULTS = "results.json"
@@ -84,6 +85,7 @@ class ThinkingFigures(Figures):
     loss: tuple[float, float] | None = None
     num_judged_following: int = 0
     num_following: int = 0  # answers that are what the thinking arrives at
+    valid: ValidChange | None = None  # against `before`
 
 
 class Bucket(Figures):
@@ -127,6 +129,7 @@ class ArmFigures(Figures):
     gradient_share: dict[str, dict[str, float]] = {}
     chosen: dict[str, dict[str, float]] = {}
     judge: JudgeFigures | None = None
+    rates: dict[str, Rate] = {}  # of the thinking's forms, where all questions have one
     seeds: tuple[SeedFigures, ...]
 
 
@@ -208,6 +211,7 @@ class CellQuestion(BaseModel):
     thinking_sha256: str | None = None
     follows: bool | None = None
     judged: bool | None = None
+    form: Form | None = None
 
 
 class Answered(BaseModel):

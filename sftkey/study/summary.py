@@ -15,6 +15,8 @@ import numpy as np
 from sftkey.evaluation.conversations import by_conversation, num_conversations, share_interval
 from sftkey.evaluation.judge import judge_figures
 from sftkey.evaluation.statistics import discordant
+from sftkey.evaluation.thinking_form import valid_change
+from sftkey.study.rates import rates, share, share_of_one_model
 from sftkey.study.results import (
     Answered,
     ArmFigures,
@@ -31,13 +33,11 @@ from sftkey.study.results import (
 )
 from sftkey.study.seeds import (
     CHANCE,
-    Estimate,
     Supposed,
     corrected,
     detectable_difference,
     difference_estimate,
     difference_p,
-    mean_estimate,
     observed,
 )
 
@@ -83,6 +83,7 @@ def thinking_figures(cells: Cells, earlier: Cells) -> ThinkingFigures:
         loss=_thinking_loss(cells),
         num_judged_following=len(following),
         num_following=sum(following),
+        valid=valid_change(pairs),
     )
 
 
@@ -135,7 +136,7 @@ def _bucket(part: Any, measured: Any, rows: Any, flags: tuple[Any, Any], same: b
     """
     mine, inside = (np.take_along_axis(each, part, axis=1) for each in (flags[0], measured))
     rows = np.take_along_axis(rows, part, axis=1).tolist()
-    acc = mean_estimate(by_conversation(mine, rows, around_mean=True), same)
+    acc = share(mine, rows, same)
     figures = Bucket(
         low=float(inside.min()),
         high=float(inside.max()),
@@ -353,10 +354,7 @@ def _arm(
     same = same_questions(cells)
     timed = [cell for cell in cells if cell.hardware == cells[0].hardware]
     rows = [cell.rows for cell in cells]
-    acc, fmt = (
-        mean_estimate(by_conversation(table_of(cells, name), rows, around_mean=True), same)
-        for name in ("correct", "strict")
-    )
+    acc, fmt = (share(table_of(cells, name), rows, same) for name in ("correct", "strict"))
     against = control if cells[0].arm != (control[0].arm if control else None) else ()
     loss_share, gradient_share = shares(cells)
     return ArmFigures(
@@ -382,6 +380,7 @@ def _arm(
         gradient_share=gradient_share,
         chosen=cells[0].chosen,
         judge=judge_figures(question for cell in cells for question in cell.questions),
+        rates=rates(cells, same),
         seeds=tuple(_seed(cell, cell) for cell in cells),
     )
 
@@ -421,7 +420,7 @@ def _base(cells: Cells) -> ArmFigures | None:
     same = len({sha for sha, _ in asked}) == 1
     tables = [table_of(answered, name) for name in ("correct", "strict")]
     rows: list[list[Any]] = [each.rows for each in answered]
-    acc, fmt = (_of_one_model(flags, rows, same) for flags in tables)
+    acc, fmt = (share_of_one_model(flags, rows, same) for flags in tables)
     num_seeds, num_questions = tables[0].shape
     return ArmFigures(
         name=BASE,
@@ -436,15 +435,9 @@ def _base(cells: Cells) -> ArmFigures | None:
         fmt=fmt.value,
         fmt_interval=fmt.interval,
         judge=judge_figures(question for each in answered for question in each.questions),
+        rates=rates(answered, same, one_model=True),
         seeds=tuple(_seed(each) for each in answered),
     )
-
-
-def _of_one_model(flags: Any, rows: Sequence[Sequence[Any]], same: bool) -> Estimate:
-    if not same:  # rows of other seeds are other conversations
-        rows = [[(place, row) for place, each in enumerate(rows) for row in each]]
-        flags = flags.reshape(1, -1)
-    return mean_estimate(by_conversation(flags, rows, around_mean=True), same)
 
 
 def _seed(answered: Answered, cell: FinishedCell | None = None) -> SeedFigures:

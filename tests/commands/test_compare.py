@@ -35,7 +35,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_the_table_has_every_stage_of_every_run(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A row for each stage, one for its thinking, then a sentence for each difference."""
+    """A row for each stage, two for its thinking, then a sentence for each difference."""
     compare(runs)
     out = capsys.readouterr().out
     rows = [line.split()[:2] for line in out.splitlines() if line.startswith(("both ", "one "))]
@@ -46,7 +46,7 @@ def test_the_table_has_every_stage_of_every_run(
         ["one", "base"],
         ["one", "completion"],
     ]
-    assert rows == expected * 2
+    assert rows == expected * 3
     assert "The difference between both key and one completion is -2.0 points" in out
 
 

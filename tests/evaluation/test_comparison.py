@@ -15,7 +15,7 @@ from scipy.stats import norm
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
 from sftkey.evaluation.results import StageResult, score, write_result
-from sftkey.evaluation.statistics import paired_difference, paired_p
+from sftkey.evaluation.statistics import paired_difference, paired_p, wilson
 from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
@@ -189,6 +189,7 @@ def test_a_stage_that_harmed_the_thinking_is_told_with_the_remedy() -> None:
             "its validation loss rose by 0.1000 nats a token (more than 0.02)",
             "10 right ones turned wrong, 1 wrong right (one-sided p 0.006)",
         ],
+        "valid": {"num_before": 100, "num_after": 100, "num_lost": 0, "num_gained": 0, "p": 1.0},
     }
 
 
@@ -318,3 +319,63 @@ def test_run_folders_are_compared(tmp_path: Path) -> None:
     ]
     expected = compare({str(tmp_path / "a"): [BASE, KEY], str(tmp_path / "b"): [BASE, COMPLETION]})
     assert sentences(comparison) == sentences(expected)
+
+
+def formed(stage: str, position: int, broken: dict[int, str]) -> StageResult:
+    """Make a stage that has all 40 questions right, some behind no valid thinking."""
+    examples = [Example(f"{n}?", "", "2", n) for n in range(40)]
+    texts = [broken.get(n, "<T>so</T><A>2</A>") for n in range(40)]
+    return score(
+        {QuestionKey(n): Generation(text) for n, text in enumerate(texts)},
+        examples,
+        RESPONSE,
+        stage=stage,
+        position=position,
+        grader="number",
+        alpha=0.7,
+    )
+
+
+def test_a_stage_that_loses_valid_thinkings_harmed_it() -> None:
+    """Six lost and one gained are beyond chance; the table has all four rates and Rpass@1."""
+    one, two = "<T> </T><A>2</A>", "<T>so<A>2</A>"
+    before = formed("completion", 1, {0: one})
+    broken = {**dict.fromkeys(range(1, 4), one), 4: two, 5: two, 6: "<A>2</A>", 7: "<A>2</A>"}
+    after = formed("key", 2, broken)
+    comparison = compare({"demo": [before, after]})
+    fell = "valid thinkings went from 39 to 33 (7 lost, 1 gained, one-sided p 0.035)"
+    assert comparison.warnings[0].startswith(f"key harmed the thinking: {fell}. In a key stage")
+    assert fell in comparison.rows[1].thinking.line()
+    assert after.rates is not None
+    rates = {name: rate.rate for name, rate in after.rates.items()}
+    forms = {"valid": 33 / 40, "empty": 3 / 40, "truncated": 2 / 40, "missing": 2 / 40}
+    assert rates == {**forms, "right and valid": 33 / 40}
+    assert after.rates["valid"].interval == wilson(33, 40)
+    assert after.acc == 1.0
+    shown = printed(comparison)
+    start = next(place for place, line in enumerate(shown) if "Rpass@1" in line)
+    assert shown[start : start + 7] == [
+        "thinking         valid VR empty truncated missing        Rpass@1 lost, gained",
+        "after               [95%]    ER        TR      MR          [95%]     valid, p",
+        "─" * 77,
+        "completion          0.975 0.025     0.000   0.000          0.975",
+        "           [0.871, 0.996]                         [0.871, 0.996]",
+        "key                 0.825 0.075     0.050   0.050          0.825         7, 1",
+        "           [0.681, 0.913]                         [0.681, 0.913]      p 0.035",
+    ]
+    few = formed("key", 2, {0: one, 1: one, 2: one})
+    assert compare({"demo": [before, few]}).warnings == ()
+
+
+def test_results_without_forms_are_compared_without_them() -> None:
+    """An older version's have none: no table, no claim."""
+    content = formed("key", 1, {}).model_dump(mode="json")
+    del content["rates"]
+    for question in content["questions"]:
+        del question["form"]
+    old = StageResult.model_validate(content)
+    comparison = compare({"demo": [old, formed("again", 2, {0: "2"})]})
+    assert old.rates is None
+    assert comparison.rows[1].thinking.valid is None
+    assert comparison.warnings == ()
+    assert not any("Rpass@1" in line for line in printed(compare({"demo": [old]})))

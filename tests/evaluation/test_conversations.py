@@ -15,7 +15,7 @@ from sftkey.evaluation.conversations import (
     share_interval,
     two_sided_p,
 )
-from sftkey.evaluation.statistics import chance_of_worse, mcnemar, paired_difference, wilson
+from sftkey.evaluation.statistics import chance_of_worse, paired_p, paired_difference, wilson
 
 BEFORE = [True, True, False, True, False, False, True, True]
 AFTER = [False, True, True, False, False, True, False, False]
@@ -28,7 +28,7 @@ def test_one_question_a_row_is_as_without_conversations() -> None:
     assert num_conversations(rows) is None
     assert share_interval(BEFORE, rows) == wilson(5, 8)
     assert difference_with_interval(BEFORE, AFTER, rows) == paired_difference(BEFORE, AFTER)
-    assert two_sided_p(BEFORE, AFTER, rows) == mcnemar(BEFORE, AFTER)
+    assert two_sided_p(BEFORE, AFTER, rows) == paired_p(BEFORE, AFTER)
     assert one_sided_p(BEFORE, AFTER, rows) == chance_of_worse(BEFORE, AFTER)
     table = np.array([BEFORE, AFTER])
     assert by_conversation(table, [rows, rows]) is table
@@ -55,7 +55,7 @@ def test_turns_that_say_the_same_are_worth_one_question() -> None:
     assert high - low > 1.8 * (wilson(160, 240)[1] - wilson(160, 240)[0])
     expected = paired_difference(flags, other)
     assert difference_with_interval(flags4, other4, rows) == pytest.approx(expected, abs=0.02)
-    assert two_sided_p(flags4, other4, rows) == pytest.approx(mcnemar(flags, other))
+    assert two_sided_p(flags4, other4, rows) == pytest.approx(paired_p(flags, other))
     alike = share_interval([True] * 240, rows)
     assert alike == pytest.approx(wilson(60, 60), abs=0.005)
 

@@ -381,7 +381,7 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
     run = study_run(load_study(file), file)
     prepared = run.rows(arm_recipe(run.study, run.files[0], "sftkey", 1))
     examples = {each.index: each for each in prepared.validation_examples}
-    asked: list[tuple[str, float, list[int]]] = []
+    asked: list[tuple[str, float, list[Any]]] = []
 
     def answer(_model: Any, _tokenizer: Any, prompts: Any, part: Path, **_settings: Any) -> None:
         stage = load_recipe(part.parents[1] / "recipe.yaml").stages[-1]
@@ -410,7 +410,7 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
     ]
     for *_, indexes in asked:
         assert len(indexes) == 3
-        assert set(indexes) <= examples.keys()
+        assert {key.row for key in indexes} <= examples.keys()
 
 
 @pytest.mark.parametrize(("best", "edge"), [(1e-5, True), (1e-4, False), (1e-3, True)])

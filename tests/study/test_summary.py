@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sftkey.errors import RunError
+from sftkey.study.report import report
 from sftkey.study.results import ArmFigures, DifferenceToControl, FinishedCell, StudyResults
 from sftkey.study.seeds import (
     detectable_difference,
@@ -310,3 +311,31 @@ def test_a_cell_that_took_turns_for_one_another_is_refused() -> None:
         del question["turn"]
     with pytest.raises(ValueError, match="took the turns of a conversation for one another"):
         FinishedCell.model_validate(old)
+
+
+def test_forms_of_thinkings_are_summed_over_seeds() -> None:
+    """Rates and what the last stage lost; cells without forms have none."""
+    forms = ["valid"] * 30 + ["empty"] * 5 + ["truncated"] * 3 + ["missing"] * 2
+
+    def with_forms(made: Cell, forms: Sequence[str]) -> Cell:
+        pairs = zip(made["questions"], forms, strict=True)
+        return {**made, "questions": [{**each, "form": form} for each, form in pairs]}
+
+    flags = right(range(20), num=40)
+    after = [with_forms(cell(flags, seed=seed), forms) for seed in (1, 2)]
+    before = [with_forms(cell(flags, "sft_tag", seed), ["valid"] * 40) for seed in (1, 2)]
+    results = summed([*before, *after])
+    arm = named(results, "sftkey")
+    assert {name: rate.rate for name, rate in arm.rates.items()} == pytest.approx(
+        {"valid": 0.75, "empty": 0.125, "truncated": 0.075, "missing": 0.05, "right and valid": 0.5}
+    )
+    assert arm.thinking is not None
+    assert arm.thinking.valid is not None
+    assert (arm.thinking.valid.num_lost, arm.thinking.valid.num_gained) == (20, 0)
+    assert arm.thinking.valid.p == pytest.approx(0.5**10)  # a question counts once, not a seed
+    written = report(results)
+    assert "| valid thinkings [95%] | Rpass@1 [95%] |" in written
+    assert "sftkey: valid 75.0%, empty 12.5%, truncated 7.5%, missing 5.0%" in written
+    assert "valid thinkings went from 80 to 60 (20 lost, 0 gained, one-sided p<0.001)" in written
+    assert named(summed([cell(flags)]), "sftkey").rates == {}
+    assert named(results, "base").rates == {}
