@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sftkey.data.messages import read_messages
 from sftkey.data.response import Example
-from sftkey.errors import DataError, Problem
+from sftkey.data.values import RowError, letter, lettered, parsed_json
+from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection
 
 RawRow = Mapping[str, Any]
 FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
-
-
-class RowError(ValueError):
-    """One row can't be used; `make_examples` counts it.
-
-    Args:
-        reason: Why, for people.
-        code: The kind of reason, for programs.
-    """
-
-    def __init__(self, reason: str, code: str = "unusable") -> None:
-        self.code = code
-        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -39,17 +29,26 @@ class Field:
     spec: str
 
     def text(self, row: RawRow) -> str:
-        """Give the value as text; null, lists and mappings are no text."""
+        """Return the value as text; null, NaN, lists and mappings are no text.
+
+        Two formats are our own: `letters` writes options a line each, `letter` turns the place of
+        one, counted from 0, into its letter.
+        """
         value, name = row.get(self.column), self.column
         for key in self.keys:
+            value = parsed_json(value)
             name = f"{name}[{key}]"
             try:
-                value = value[int(key) if isinstance(value, list) else key]  # type: ignore[index]
+                value = value[int(key) if isinstance(value, list) else key]
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise RowError(f"`{name}` does not exist") from error
         if value is None:
             raise RowError(f"`{name}` is null")
-        if isinstance(value, list | tuple | dict):
+        if self.spec in ("letters", "letter"):
+            return (lettered if self.spec == "letters" else letter)(value, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RowError(f"`{name}` is {value}, which is no number")
+        if isinstance(value, list | tuple | dict | bytes):
             raise RowError(f"`{name}` holds a {type(value).__name__}, not text")
         try:
             return format(string.Formatter().convert_field(value, self.conversion), self.spec)
@@ -88,10 +87,14 @@ class Template:
         self.column = whole.column if whole and not whole.keys else None
 
     def fill(self, row: RawRow) -> str:
-        """Give the text of one row."""
-        return "".join(
-            literal + (field.text(row) if field else "") for literal, field in self.parts
-        )
+        """Return the text of one row; no white space is left before a column that is empty."""
+        text = ""
+        for literal, field in self.parts:
+            value = field.text(row) if field else None
+            # `{instruction}\n\n{input}` of a row without input ends with the instruction.
+            text += literal.rstrip() if value == "" and text else literal
+            text += value or ""
+        return text
 
 
 Rule = Callable[[str], "tuple[str, str] | str"]
@@ -220,12 +223,13 @@ def make_examples(
             outcomes = [error]
         for turn, outcome in enumerate(outcomes):
             try:
-                prompt, thinking, answer = _usable(outcome, data.system)
+                system = _system(row, data)
+                prompt, thinking, answer = _usable(outcome, data, system)
             except RowError as error:
                 loaded.unsplit.append(Unsplit(index, str(error), error.code))
                 continue
-            if data.system is not None:
-                prompt = ({"role": "system", "content": data.system}, *_as_messages(prompt))
+            if system is not None:
+                prompt = ({"role": "system", "content": system}, *_as_messages(prompt))
             loaded.examples.append(Example(prompt, thinking, answer, index, turn))
     return loaded
 
@@ -241,18 +245,30 @@ def _reader(
     rule = make_rule(data.split_rule) if data.split_rule else None
     conversation = _conversation_column(data, columns, rows)
     if conversation is not None:
-        return lambda row: _conversation(row.get(conversation), rule, turns, reasoning)
+        return lambda row: _conversation(
+            read_messages(row.get(conversation)), rule, turns, reasoning
+        )
     wanted = {"prompt": data.prompt}
+    messages = data.response is not None and _holds_messages(data.response, rows)
     if data.response is None:
         absent = data.thinking is None and "thinking" not in columns and not reasoning
         wanted |= {"thinking": "" if absent else data.thinking, "answer": data.answer}
         if rule:
             what = "data.response: expected the column that `data.split_rule` splits; got none"
             raise DataError(data.source, what)
-    elif rule is None:
+    elif rule is None and not messages:
         what = f"data.split_rule: expected a rule that splits `{data.response}`; got none"
         raise DataError(data.source, what)
     templates = _templates(data, wanted, columns)
+    if messages:
+        return lambda row: _conversation(
+            (
+                *_as_messages(_prompt(row, templates["prompt"])),
+                *read_messages(row.get(data.response or "")),
+            ),
+            rule,
+            turns,
+        )
     if data.response is not None:
         field = parse_field(data.response, columns)
         return lambda row: [(_prompt(row, templates["prompt"]), *_by_rule(field.text(row), rule))]
@@ -265,6 +281,13 @@ def _reader(
     ]
 
 
+def _holds_messages(column: str, rows: Sequence[RawRow]) -> bool:
+    """Tell whether a column holds lists of messages, or JSON of such, by its first value."""
+    values = (row.get(column) for row in rows)
+    first = parsed_json(next((value for value in values if value is not None), None))
+    return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
+
+
 def _conversation_column(
     data: DataSection, columns: Sequence[str], rows: Sequence[RawRow]
 ) -> str | None:
@@ -272,9 +295,7 @@ def _conversation_column(
     if data.prompt is not None or data.thinking is not None or data.answer is not None:
         return None
     if data.response is not None:
-        values = (row.get(data.response) for row in rows)
-        first = next((value for value in values if value is not None), None)
-        return data.response if isinstance(first, list) else None
+        return data.response if _holds_messages(data.response, rows) else None
     default = {"prompt", "thinking", "answer"} <= set(columns)
     return "messages" if "messages" in columns and not default else None
 
@@ -292,8 +313,15 @@ def _templates(
     ]
     if data.response is not None:
         asked.append(("data.response", parse_field(data.response, columns).column))
+    if data.system_column is not None:
+        asked.append(("data.system_column", data.system_column))
     known = ", ".join(columns)
     problems = [
+        Problem(f"data.{name}", _constant(text, columns))
+        for name, text in wanted.items()
+        if text and not templates[name].columns
+    ]
+    problems += [
         Problem(where, f"no column {column!r}; the columns are {known}")
         for where, column in asked
         if column not in columns
@@ -307,10 +335,18 @@ def _templates(
     return templates
 
 
+def _constant(text: str, columns: Sequence[str]) -> str:
+    """Say what is wrong with a template that would be the same text in every row."""
+    what = f"names no column, so every row would have the text {shown(text)}"
+    return f'{what}; write "{{{text.strip()}}}"' if text.strip() in columns else what
+
+
 def _prompt(row: RawRow, template: Template) -> Any:
     """Give the prompt: a list of messages as it is, everything else as text."""
     value = row.get(template.column) if template.column else None
-    return _messages(value) if isinstance(value, list) else template.fill(row)
+    if template.column and _holds_messages(template.column, [row]):
+        return read_messages(value)
+    return template.fill(row)
 
 
 def _by_rule(text: str, rule: Rule | None) -> tuple[str, str]:
@@ -323,10 +359,9 @@ def _by_rule(text: str, rule: Rule | None) -> tuple[str, str]:
 
 
 def _conversation(
-    value: Any, rule: Rule | None, turns: Turns, reasoning: bool
+    messages: tuple[dict[str, str], ...], rule: Rule | None, turns: Turns, reasoning: bool
 ) -> Iterator[Parts | RowError]:
     """Give the last assistant turn of a conversation, or every one, with the messages before it."""
-    messages = _messages(value)
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:
         raise RowError("no assistant turn")
@@ -343,28 +378,34 @@ def _conversation(
         except RowError as error:
             yield error
         else:
-            yield messages[:place], thinking, answer
+            yield tuple(_earlier(each, rule) for each in messages[:place]), thinking, answer
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    """Check a list of messages, and keep of each what is text: role, content, reasoning_content."""
-    if not isinstance(value, list):
-        raise RowError("no list of messages")
-    messages = []
-    for place, message in enumerate(value):
-        message = message if isinstance(message, dict) else {}
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise RowError(f"message {place} has no text as `role` and `content`")
-        keys = ("role", "content", "reasoning_content")
-        messages.append({key: message[key] for key in keys if isinstance(message.get(key), str)})
-    return tuple(messages)
+def _earlier(message: dict[str, str], rule: Rule | None) -> dict[str, str]:
+    """Move the thinking of an earlier answer beside its content, where the template handles it."""
+    if message["role"] != "assistant" or "reasoning_content" in message or rule is not think_tags:
+        return message
+    parts = think_tags(message["content"])
+    if isinstance(parts, str):
+        return message
+    return {**message, "content": parts[1], "reasoning_content": parts[0]}
 
 
 def _as_messages(prompt: Any) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
 
 
-def _usable(outcome: Parts | RowError, system: str | None) -> Parts:
+def _system(row: RawRow, data: DataSection) -> str | None:
+    """Return the system message that is put before the row's prompt."""
+    if data.system_column is None:
+        return data.system
+    text = row.get(data.system_column)
+    if text is not None and not isinstance(text, str):
+        raise RowError(f"`{data.system_column}` holds a {type(text).__name__}, not text")
+    return text if text and text.strip() else data.system
+
+
+def _usable(outcome: Parts | RowError, data: DataSection, system: str | None) -> Parts:
     """Return what can be trained on.
 
     Raises:
@@ -382,7 +423,8 @@ def _usable(outcome: Parts | RowError, system: str | None) -> Parts:
         role = messages[-1]["role"]
         raise RowError(f"the answer follows a message of the role {role!r}, not a user's")
     if system is not None and messages[0]["role"] == "system":
-        raise RowError("`data.system` is set, but the row has a system message of its own")
+        key = "system" if data.system_column is None else "system_column"
+        raise RowError(f"`data.{key}` is set, but the row has a system message of its own")
     try:
         "".join([thinking, answer, *(message["content"] for message in messages)]).encode()
     except UnicodeEncodeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import glob
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +12,8 @@ from typing import Any
 
 from sftkey.data import synthetic
 from sftkey.data.examples import Loaded, Template, Turns, make_examples
+from sftkey.data.folders import SLICE, matched, read_files, read_folder, sliced
+from sftkey.data.readers import Rows, is_data_file, read_file, table_rows
 from sftkey.data.synthetic import made_rows
 from sftkey.errors import DataError
 from sftkey.recipe.schema import DataSection
@@ -30,12 +32,7 @@ def hub_rows(data: DataSection, split: str) -> list[dict[str, Any]]:
             dataset = datasets.load_dataset(data.source, data.config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise _explained(data, error) from error
-    # By batches: row by row takes seconds for 100,000 rows.
-    return [
-        dict(zip(batch, values, strict=True))
-        for batch in dataset.iter(batch_size=1000)
-        for values in zip(*batch.values(), strict=True)
-    ]
+    return table_rows(dataset.with_format("arrow")[:], Path(data.source))
 
 
 @contextmanager
@@ -85,7 +82,7 @@ def _explained(data: DataSection, error: Exception) -> DataError:
 
 def _as_local(data: DataSection) -> str:
     """Write the section for a folder of the same files, where no built-in gives its values."""
-    names = ("config", "prompt", "thinking", "answer", "response", "split_rule")
+    names = ("config", "prompt", "thinking", "answer", "response", "split_rule", "system_column")
     values = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
     return json.dumps({"source": "FOLDER", **values})
 
@@ -104,9 +101,6 @@ MADE: dict[str, Callable[[DataSection, int], Any]] = {
     "reasoning_gym": made_rows,
     synthetic.SOURCE: synthetic.task_rows,
 }
-SHARD = re.compile(r"-\d+-of-\d+\Z")
-
-Rows = list[dict[str, Any]]
 
 
 def with_defaults(data: DataSection) -> DataSection:
@@ -164,121 +158,39 @@ def load_rows(data: DataSection, seed: int, split: str) -> Rows:
 
 def _rows(data: DataSection, seed: int, split: str) -> Rows:
     """Find out what kind of source this is, and read it."""
-    if _is_file(split):
-        return _read(Path(split))
+    match = SLICE.match(split)
+    if match and (data.source in MADE or _is_file(data.source)):
+        return sliced(_rows(data, seed, match["split"]), match["start"], match["stop"])
+    if split != "train" and _is_file(split):
+        return _read(split)
     if data.source in MADE or _is_file(data.source):
         if split != "train":
             what = f"expected a count, a share or a file as split; got {split!r}"
             raise DataError(data.source, what, hint="this source has no splits of its own")
         make = MADE.get(data.source)
-        return make(data, seed) if make else _read(Path(data.source))
-    folder = Path(data.source)
+        return make(data, seed) if make else _read(data.source)
+    folder = Path(data.source).expanduser()
     if folder.is_dir():
-        configured = folder / (data.config or "")
-        return _read_folder(configured if configured.is_dir() else folder, split)
+        return read_folder(folder, split, data.config)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.source) or data.source.startswith("."):
         raise DataError(data.source, "expected a file, a folder or a hub id; there is no such file")
     return hub_rows(data, split)
 
 
+def _read(text: str) -> Rows:
+    """Read a file, or the files of a glob."""
+    files = matched(text)
+    return read_file(Path(text).expanduser()) if files is None else read_files(files)
+
+
 def _is_file(text: str) -> bool:
-    """Tell whether this names a file of a kind that we read; that it exists is asked on reading."""
-    return Path(text).suffix in READERS and not Path(text).is_dir()
-
-
-def _read_folder(folder: Path, split: str) -> Rows:
-    """Read the files of a split: `train.jsonl`, or `train-00000-of-00002.parquet` and its like."""
-    files: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix in READERS:
-            files.setdefault(SHARD.sub("", file.stem), []).append(file)
-    if split not in files:
-        found = ", ".join(files) or f"no file that ends in {', '.join(READERS)}"
-        raise DataError(str(folder), f"expected a file of the split {split!r}; found {found}")
-    kinds = {file.suffix for file in files[split]}
-    if len(kinds) > 1:
-        what = (
-            f"expected one kind of file for the split {split!r}; found {', '.join(sorted(kinds))}"
-        )
-        raise DataError(str(folder), what)
-    return [row for file in files[split] for row in _read(file)]
-
-
-def _read(file: Path) -> Rows:
-    """Read a file with the plain reader of its kind.
-
-    `datasets` guesses types where a file has text: "2023-01-01" comes out as a time, 5 beside 5.5
-    as 5.0, 007 as 7, NA as nothing. What is trained is text, so it must come out as it was written.
-    """
-    try:
-        return READERS[file.suffix](file)
-    except FileNotFoundError as error:
-        raise DataError(str(file), "no such file") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(str(file), f"expected {file.suffix[1:]} in UTF-8; got {error}") from error
-    except OSError as error:
-        raise DataError(str(file), f"can't be read: {error.strerror or error}") from error
-
-
-def _read_jsonl(file: Path) -> Rows:
-    rows = []
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_object(_parse(line, file, number), file, f"line {number}"))
-    return rows
-
-
-def _read_json(file: Path) -> Rows:
-    items = _parse(file.read_text(encoding="utf-8-sig"), file, None)
-    if not isinstance(items, list):
-        raise DataError(str(file), f"expected a list of objects; got {type(items).__name__}")
-    return [_object(item, file, f"item {number}") for number, item in enumerate(items)]
-
-
-def _parse(text: str, file: Path, line: int | None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {line or error.lineno}, column {error.colno}"
-        raise DataError(str(file), f"{place}: expected JSON; got {error.msg!r}") from error
-
-
-def _object(item: Any, file: Path, place: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise DataError(str(file), f"{place}: expected an object; got {type(item).__name__}")
-    return item
-
-
-def _read_csv(file: Path) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default refuses responses of more than 128 KiB
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        rows = []
-        for row in reader:
-            if None in row:
-                expected = f"expected {len(reader.fieldnames or ())} cells; got more"
-                raise DataError(str(file), f"line {reader.line_num}: {expected}")
-            rows.append(row)
-    return rows
-
-
-def _read_parquet(file: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(str(file), "expected parquet; got something else") from error
-
-
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+    """Tell whether this names files: by its ending, by a glob's signs, or since it is there."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return False
+    if is_data_file(text) or (glob.has_magic(text) and not SLICE.match(text)):
+        return True
+    return path.exists() and (path.is_absolute() or text != path.name or not path.suffix)
 
 
 Prompt = str | tuple[dict[str, str], ...]

@@ -195,8 +195,8 @@ class DataSection(Section):
     """Where the examples come from, how they are split, and how long they may be."""
 
     source: Text
-    """A file (.json, .jsonl, .csv, .parquet), a folder, a hub id, or a built-in name: `gsm8k`,
-    `reasoning_gym`, `made`."""
+    """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow; packed or not), a glob, a folder, a hub
+    id, or a built-in name: `gsm8k`, `reasoning_gym`, `made`."""
     config: Text | None = None
     """The data set's configuration on the hub, or a subfolder of a local folder."""
     task: Text | None = None
@@ -213,12 +213,15 @@ class DataSection(Section):
     answer: Template | None = None
     """A template that gives the final answer; by default the column `answer`."""
     response: Text | None = None
-    """The column that holds reasoning and answer in one text, which `split_rule` splits."""
+    """The column that holds reasoning and answer in one text, which `split_rule` splits; or
+    messages."""
     split_rule: SplitRule | None = None
     """`think_tags`, `boxed`, `hash_marks`, or a regular expression with the groups `thinking`
     and `answer`."""
     system: str | None = None
     """A system message that is put before every prompt."""
+    system_column: Text | None = None
+    """The column that holds each row's own system message; where it is empty, the row has none."""
     train: Text = "train"
     """The training rows: a split's name or a file."""
     validation: Rows = None

@@ -32,6 +32,13 @@ TURNS = [
     {"role": "assistant", "content": "<think>4 + 1.</think>5"},
 ]
 
+# What stands before the last answer: the template decides on an earlier thinking.
+EARLIER = (
+    TURNS[0],
+    {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
+    TURNS[2],
+)
+
 
 def section(source: object, **fields: Any) -> DataSection:
     """Make a section whose source may be a path."""
@@ -123,10 +130,7 @@ def test_a_folder_has_a_file_or_shards_for_each_split(tmp_path: Path) -> None:
     assert message_of(data, "test") == (
         f"{tmp_path / 'main'}: expected one kind of file for the split 'test'; found .csv, .jsonl"
     )
-    assert message_of(section(tmp_path)) == (
-        f"{tmp_path}: expected a file of the split 'train'; "
-        "found no file that ends in .json, .jsonl, .csv, .parquet"
-    )
+    assert len(load_examples(section(tmp_path), 7, "train").examples) == 3
 
 
 def test_a_built_in_is_default_values(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_the_last_assistant_turn_is_the_response(tmp_path: Path) -> None:
     """Everything before the last answer is its prompt, as messages."""
     file = jsonl(tmp_path / "rows.jsonl", {"messages": [*TURNS, {"role": "user", "content": "?"}]})
     loaded = load_examples(section(file, split_rule="think_tags"), seed=7)
-    assert loaded.examples == [Example(tuple(TURNS[:3]), "4 + 1.", "5", 0)]
+    assert loaded.examples == [Example(EARLIER, "4 + 1.", "5", 0)]
 
 
 def test_all_turns_give_an_example_each(tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ def test_all_turns_give_an_example_each(tmp_path: Path) -> None:
     data = section(file, split_rule="think_tags")
     assert load_examples(data, seed=7, turns="all").examples == [
         Example(tuple(TURNS[:1]), "Two and two.", "4", 0),
-        Example(tuple(TURNS[:3]), "4 + 1.", "5", 0),
+        Example(EARLIER, "4 + 1.", "5", 0),
         Example(tuple(TURNS[:1]), "Two and two.", "4", 1),
     ]
     assert reasons(data, turns="all") == [(1, "no `</think>`")]
@@ -303,8 +307,13 @@ def test_a_prompt_may_be_messages_and_system_comes_first(tmp_path: Path) -> None
             "line 2, column 2: expected JSON; got "
             "'Expecting property name enclosed in double quotes'",
         ),
-        ("b.jsonl", "[1]", "line 1: expected an object; got list"),
-        ("c.json", '{"a": 1}', "expected a list of objects; got dict"),
+        ("b.jsonl", '"x"', "line 1: expected an object; got str"),
+        (
+            "c.json",
+            '{"a": 1}',
+            "expected a list of objects; got an object with the keys a\n"
+            "hint: write the rows alone, as a list or one a line",
+        ),
         ("d.json", "[1]", "item 0: expected an object; got int"),
         ("e.csv", "a,b\n1,2,3\n", "line 2: expected 2 cells; got more"),
         ("f.csv", 'a\n"1', "expected csv in UTF-8; got unexpected end of data"),

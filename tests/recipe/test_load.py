@@ -85,6 +85,7 @@ def test_defaults_are_filled_in(file: Path) -> None:
             "response": None,
             "split_rule": None,
             "system": None,
+            "system_column": None,
             "train": "train",
             "validation": None,
             "test": None,

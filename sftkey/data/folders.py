@@ -1,0 +1,195 @@
+"""Which files of a folder, a glob or a snapshot of the hub hold a split's rows."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sftkey.data.readers import Rows, is_data_file, read_file, table_rows
+from sftkey.errors import DataError
+
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?\Z")
+SLICE = re.compile(r"(?P<split>.+?)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z")
+# The names that `datasets` knows for the three splits.
+ALSO = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+KNOWN = {name for names in ALSO.values() for name in names}
+# Files that `save_to_disk`, the hub and git put beside the data.
+BESIDE = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
+MOST_DEEP = 4
+
+
+def sliced(rows: Rows, start: str | None, stop: str | None) -> Rows:
+    """Take a part of the rows, as `train[:1000]` and `train[10%:]` do in `datasets`."""
+
+    def place(text: str | None) -> int | None:
+        if text is None:
+            return None
+        number = int(text.removesuffix("%"))
+        return round(number * len(rows) / 100) if text.endswith("%") else number
+
+    return rows[place(start) : place(stop)]
+
+
+def matched(pattern: str) -> list[Path] | None:
+    """Find the files of a glob, sorted; None where the text is none.
+
+    Raises:
+        DataError: No file matches.
+    """
+    if not glob.has_magic(pattern) or SLICE.match(pattern) or Path(pattern).exists():
+        return None
+    files = sorted(map(Path, glob.glob(str(Path(pattern).expanduser()), recursive=True)))
+    files = [file for file in files if not file.is_dir()]
+    if not files:
+        raise DataError(pattern, "expected files; none matches the pattern")
+    return files
+
+
+def read_files(files: Sequence[Path]) -> Rows:
+    """Read files one after another."""
+    return [row for file in files for row in read_file(file)]
+
+
+def read_folder(folder: Path, split: str, config: str | None) -> Rows:
+    """Read a split of a folder: files, shards, subfolders, a snapshot, or one of `save_to_disk`.
+
+    Raises:
+        DataError: The folder has no such split, or it can't be told which files are meant.
+    """
+    match = SLICE.match(split)
+    if match:
+        return sliced(read_folder(folder, match["split"], config), match["start"], match["stop"])
+    named = _named_in_readme(folder, config)
+    if named is not None:
+        if split not in named:
+            raise _no_split(folder, split, named)
+        return read_files(named[split])
+    inside = folder / (config or "")
+    folder = inside if inside.is_dir() else folder
+    saved = _saved(folder, split)
+    if saved is not None:
+        return saved
+    files = _of_split(folder, split)
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) > 1:
+        what = (
+            f"expected one kind of file for the split {split!r}; found {', '.join(sorted(kinds))}"
+        )
+        raise DataError(str(folder), what)
+    return read_files(files)
+
+
+def _saved(folder: Path, split: str) -> Rows | None:
+    """Read what `save_to_disk` of `datasets` wrote, if the folder is such a one."""
+    if (folder / "dataset_dict.json").is_file():
+        names = sorted(each.name for each in folder.iterdir() if (each / "state.json").is_file())
+        name = next((each for each in _names(split) if each in names), None)
+        if name is None:
+            raise _no_split(folder, split, names)
+        folder = folder / name
+    elif not (folder / "state.json").is_file():
+        return None
+    elif split != "train":
+        raise _no_split(folder, split, ["train"])
+    import datasets
+
+    try:
+        return table_rows(datasets.load_from_disk(str(folder)).with_format("arrow")[:], folder)
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error).partition("\n")[0]
+        raise DataError(
+            str(folder), f"can't be read as `save_to_disk` writes it: {text}"
+        ) from error
+
+
+def _no_split(folder: Path, split: str, found: Any) -> DataError:
+    known = ", ".join(found) or "no data files"
+    return DataError(str(folder), f"expected a file of the split {split!r}; found {known}")
+
+
+def _names(split: str) -> tuple[str, ...]:
+    return (split, *(name for name in ALSO.get(split, ()) if name != split))
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """Find a split's files by the names of files and of the folders that they are in."""
+    found: dict[str, list[Path]] = {}
+    for file in _data_files(folder):
+        found.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    files = [file for group in found.values() for file in group]
+    if split == "train" and not KNOWN & found.keys() and len({file.parent for file in files}) == 1:
+        return sorted(files)  # no name speaks of a split: as in `datasets`, all is train
+    name = next((each for each in _names(split) if each in found), None)
+    if name is None:
+        raise _no_split(folder, split, found)
+    parents = sorted({str(file.parent.relative_to(folder)) for file in found[name]})
+    if len(parents) > 1:
+        raise DataError(
+            str(folder),
+            f"expected one data set; the split {split!r} is in {', '.join(parents)}",
+            hint=f"choose one: `data.config: {parents[0]}`",
+        )
+    return found[name]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """List the data files in a folder and those below it, in order; hidden ones are none."""
+    files = []
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder).parts
+        hidden = any(part.startswith((".", "_")) for part in inside)
+        if hidden or len(inside) > MOST_DEEP or file.name in BESIDE or file.is_dir():
+            continue
+        if is_data_file(file.name):
+            files.append(file)
+    return files
+
+
+def _split_of(file: Path) -> str:
+    """Name the split of a file: the folder's name if it is a split's, else the file's stem."""
+    for parent in reversed(file.parent.parts):
+        if parent in KNOWN:
+            return parent
+    stem = file.name
+    while is_data_file(stem):
+        stem = Path(stem).stem
+    stem = SHARD.sub("", stem)
+    words = [word for word in re.split(r"[^a-zA-Z]+", stem) if word in KNOWN]
+    return words[0] if len(words) == 1 else stem
+
+
+def _named_in_readme(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
+    """Read the files that a data set's card names for a config, as `datasets` does."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8-sig")
+        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        card = yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    configs = card.get("configs") if isinstance(card, dict) else None
+    configs = [each for each in configs or () if isinstance(each, dict) and each.get("data_files")]
+    if not configs:
+        return None
+    names = [str(each.get("config_name", "default")) for each in configs]
+    default = "default" if "default" in names else names[0] if len(names) == 1 else None
+    wanted = config or default
+    if wanted not in names:
+        got = "none" if config is None else repr(config)
+        raise DataError(str(folder), f"data.config: expected {', '.join(names)}; got {got}")
+    given = configs[names.index(wanted)]["data_files"]
+    listed = given if isinstance(given, list) else [given]
+    files: dict[str, list[Path]] = {}
+    for item in listed:
+        split, paths = (item["split"], item["path"]) if isinstance(item, dict) else ("train", item)
+        for path in [paths] if isinstance(paths, str) else paths:
+            files.setdefault(split, []).extend(sorted(folder.glob(path)))
+    return {split: found for split, found in files.items() if found}

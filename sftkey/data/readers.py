@@ -1,0 +1,322 @@
+"""Rows of one file, whatever it is: its first bytes say more than its name does."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import math
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from sftkey.errors import DataError, first_line
+
+Rows = list[dict[str, Any]]
+
+LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+TABLES = (".parquet", ".feather", ".arrow")
+ENDINGS = (".json", *LINES, ".csv", ".tsv", *TABLES)
+CONVERSATIONS = {"messages", "conversations", "conversation"}  # lists that are a row's own
+MOST_LINE_BYTES = 2**26  # 64 MiB; a training row is far shorter
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _zstd(stream: IO[bytes]) -> IO[bytes]:
+    import pyarrow
+
+    unpacked: IO[bytes] = pyarrow.CompressedInputStream(stream, "zstd")
+    return unpacked
+
+
+def _only_member(stream: IO[bytes]) -> IO[bytes]:
+    """Open the one file that a zip archive holds."""
+    archive = zipfile.ZipFile(stream)
+    hidden = ("__MACOSX/", ".")
+    names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith(hidden)]
+    if len(names) != 1:
+        raise ValueError(f"a zip archive of {len(names)} files, where one is read; unpack it first")
+    return archive.open(names[0])
+
+
+# By the first bytes: how the stream is opened.
+COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": _zstd,
+    b"PK\x03\x04": _only_member,
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def ending(name: str) -> str:
+    """Return what a file's name says of its kind, in small letters, without the compression.
+
+    >>> ending("train.JSONL.gz"), ending("rows.zip"), ending("rows")
+    ('.jsonl', '.zip', '')
+    """
+    path = Path(name.lower())
+    inner = Path(path.stem).suffix
+    return inner if path.suffix in PACKED and inner in ENDINGS else path.suffix
+
+
+def is_data_file(name: str) -> bool:
+    """Tell whether a name ends as the files that we read do."""
+    return ending(name) in (*ENDINGS, *PACKED)
+
+
+def read_file(file: Path) -> Rows:
+    """Read a file's rows.
+
+    `datasets` guesses types where a file has text: "2023-01-01" comes out as a time, 5 beside 5.5
+    as 5.0, 007 as 7, NA as nothing. What is trained is text, so it must come out as it was written.
+
+    Raises:
+        DataError: There is no such file, it is no file that can be read to its end, or it holds
+            something else than rows.
+    """
+    kind = ending(file.name)
+    try:
+        # A fifo or a device would be read without end; `stat` opens nothing.
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(str(file), "expected a file of rows; got a pipe, a device or a socket")
+        with file.open("rb") as raw, io.BufferedReader(_unpacked(raw, file)) as stream:
+            return _rows_of(stream, file, kind)
+    except FileNotFoundError as error:
+        raise DataError(str(file), "no such file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        what = kind.removeprefix(".") or "text"
+        raise DataError(str(file), f"expected {what} in UTF-8; got {error}") from error
+    except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(str(file), f"can't be unpacked: {first_line(error)}") from error
+    except OSError as error:
+        raise DataError(str(file), f"can't be read: {error.strerror or error}") from error
+
+
+def _unpacked(stream: IO[bytes], file: Path) -> Any:
+    """Return the stream, unpacked where its first bytes say that it is compressed."""
+    start = stream.read(8)
+    stream.seek(0)
+    for magic, opened in COMPRESSED.items():
+        if start.startswith(magic):
+            try:
+                return opened(stream)
+            except (ValueError, RuntimeError) as error:
+                raise DataError(str(file), f"is {first_line(error)}") from error
+    return stream
+
+
+def _rows_of(stream: io.BufferedReader, file: Path, kind: str) -> Rows:
+    """Read an unpacked stream by its first bytes, and by the name where they say nothing."""
+    start = stream.peek(4096)[:4096]
+    if start.startswith(LFS_POINTER):
+        raise DataError(
+            str(file),
+            "expected rows; got a pointer of Git LFS, which only says where they are",
+            hint="`git lfs pull` in its folder fetches the file itself",
+        )
+    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or kind in TABLES:
+        return _table(io.BytesIO(stream.read()), file, start, kind)
+    if kind in (".csv", ".tsv"):
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            return _csv(text, file, kind)
+    first = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first == b"[" or (first == b"{" and kind not in LINES):
+        return _json(stream, file)
+    if kind not in (".json", *LINES) and start.strip() and first != b"{":
+        raise DataError(
+            str(file),
+            "expected JSON, CSV, parquet or arrow; got something else",
+            hint=f"its name should end in {', '.join(ENDINGS)}, or one of these and "
+            f"{', '.join(PACKED)}",
+        )
+    return _json_lines(stream, file)
+
+
+def _json_lines(stream: IO[bytes], file: Path) -> Rows:
+    rows = []
+    for number, line in enumerate(_lines(stream, file), start=1):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if text.strip():
+            rows.append(_object(_parse(text, file, number), file, f"line {number}"))
+    if len(rows) == 1 and len(rows[0]) == 1 and not CONVERSATIONS & rows[0].keys():
+        return _wrapped(rows[0]) or rows  # `{"data": [rows]}` in a file that is called lines
+    return rows
+
+
+def _lines(stream: IO[bytes], file: Path) -> Iterator[bytes]:
+    """Yield lines; one that can be no row is refused before it fills the memory."""
+    number = 0
+    while line := stream.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MOST_LINE_BYTES:
+            most = f"{MOST_LINE_BYTES >> 20} MiB"
+            raise DataError(str(file), f"line {number}: expected a row; got more than {most}")
+        yield line
+
+
+def _json(stream: IO[bytes], file: Path) -> Rows:
+    """Read one JSON value that holds all rows, or lines that are called JSON."""
+    text = stream.read().decode("utf-8-sig")
+    try:
+        value = _parse(text, file, None)
+    except DataError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError) and "Extra data" in str(error):
+            return _json_lines(io.BytesIO(text.encode()), file)
+        raise
+    if isinstance(value, list):
+        return [_object(item, file, f"item {number}") for number, item in enumerate(value)]
+    return _rows_in(_object(value, file, "the file"), file)
+
+
+def _rows_in(value: dict[str, Any], file: Path) -> Rows:
+    """Find the rows in an object: `{"data": [rows]}`, columns, or rows by their names."""
+    inner = list(value.values())
+    wrapped = _wrapped(value)
+    if wrapped is not None:
+        return wrapped
+    if all(isinstance(item, list) for item in inner) and len({len(item) for item in inner}) == 1:
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
+    if inner and all(isinstance(item, dict) for item in inner):
+        by_number = all(key.isdigit() for item in inner for key in item)
+        if by_number and not all(name.isdigit() for name in value):
+            # pandas' `to_json`: by column, then by row.
+            places = list(dict.fromkeys(key for item in inner for key in item))
+            return [{name: cells.get(key) for name, cells in value.items()} for key in places]
+        return inner
+    names = ", ".join(list(value)[:5])
+    raise DataError(
+        str(file),
+        f"expected a list of objects; got an object with the keys {names}",
+        hint="write the rows alone, as a list or one a line",
+    )
+
+
+def _wrapped(value: Mapping[str, Any]) -> Rows | None:
+    """Return the one list of objects that stands beside nothing but single values."""
+    lists = [item for item in value.values() if _are_objects(item)]
+    rest = [item for item in value.values() if isinstance(item, list | dict) and item not in lists]
+    return lists[0] if len(lists) == 1 and not rest else None
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _parse(text: str, file: Path, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise DataError(str(file), f"{place}: expected JSON; got {error.msg!r}") from error
+    except ValueError:  # a number of thousands of digits: no row's text changes by reading it so
+        return json.loads(text, parse_int=str)
+    except RecursionError as error:
+        place = f"line {line}: " if line else ""
+        raise DataError(str(file), f"{place}expected a row; got too many brackets") from error
+
+
+def _object(item: Any, file: Path, place: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise DataError(str(file), f"{place}: expected an object; got {type(item).__name__}")
+    return item
+
+
+def _csv(text: io.TextIOWrapper, file: Path, kind: str) -> Rows:
+    csv.field_size_limit(MOST_LINE_BYTES)  # the default refuses responses of more than 128 KiB
+    header = text.readline(MOST_LINE_BYTES)
+    text.seek(0)
+    # A German or French spreadsheet writes semicolons.
+    delimiter = "\t" if kind == ".tsv" else ","
+    if delimiter not in header:
+        delimiter = next((each for each in ";\t," if each in header), delimiter)
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+    rows: Rows = []
+    for row in reader:
+        if None in row:
+            expected = f"expected {len(reader.fieldnames or ())} cells; got more"
+            raise DataError(str(file), f"line {reader.line_num}: {expected}")
+        rows.append(row)
+    return rows
+
+
+def _table(stream: IO[bytes], file: Path, start: bytes, kind: str) -> Rows:
+    """Read parquet, or arrow as a file (feather) or a stream (of `datasets`)."""
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    try:
+        if start.startswith(b"ARROW1"):
+            return table_rows(pyarrow.ipc.open_file(stream).read_all(), file)
+        if start.startswith(b"\xff\xff\xff\xff"):
+            return table_rows(pyarrow.ipc.open_stream(stream).read_all(), file)
+        return table_rows(pyarrow.parquet.read_table(stream), file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        what = kind.removeprefix(".") or "a table"
+        raise DataError(str(file), f"expected {what}; got something else") from error
+
+
+def table_rows(table: Any, file: Path) -> Rows:
+    """Return the rows of an arrow table, with the values that were meant.
+
+    float32 holds 0.1 as 0.10000000149, pandas turns whole numbers beside a gap into 4.0, and some
+    writers keep text as bytes.
+    """
+    rows: Rows = table.to_pylist()
+    for field in table.schema:
+        mend = _mending(field.type)
+        if mend is None:
+            continue
+        try:
+            for row in rows:
+                row[field.name] = mend(row[field.name])
+        except UnicodeDecodeError as error:
+            what = f"column {field.name}: expected text; got bytes that are none in UTF-8"
+            raise DataError(str(file), what) from error
+        values = [row[field.name] for row in rows]
+        if all(value is None or _is_whole(value) for value in values):
+            for row, value in zip(rows, values, strict=True):
+                row[field.name] = None if value is None else int(value)
+    return rows
+
+
+def _mending(kind: Any) -> Callable[[Any], Any] | None:
+    """Choose how a column's values become what was meant; None where they are it already."""
+    import numpy
+    import pyarrow.types as types
+
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return lambda value: None if value is None else value.decode()
+    if types.is_float32(kind) or types.is_float16(kind):
+        number = numpy.float32 if types.is_float32(kind) else numpy.float16
+        return lambda value: None if value is None else float(str(number(value)))
+    if types.is_float64(kind):
+        return lambda value: value
+    if types.is_list(kind) or types.is_large_list(kind):
+        inner = _mending(kind.value_type)
+        return inner and (lambda value: None if value is None else [inner(v) for v in value])
+    if types.is_struct(kind):
+        fields = {field.name: mend for field in kind if (mend := _mending(field.type))}
+        return _struct_mending(fields) if fields else None
+    return None
+
+
+def _struct_mending(fields: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    def mend(value: Any) -> Any:
+        if value is None:
+            return None
+        return {key: fields[key](v) if key in fields else v for key, v in value.items()}
+
+    return mend
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value.is_integer()

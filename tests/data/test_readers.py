@@ -1,0 +1,224 @@
+"""A file is read by what it holds: packed, wrapped, by columns, or refused with what to do."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from sftkey.data import readers
+from sftkey.data.readers import read_file
+from sftkey.errors import DataError
+
+ROWS = [{"q": f"{n} + 1?", "cot": "Add one.", "a": str(n + 1)} for n in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def message_of(file: Path) -> str:
+    """Return the error that reading ends in."""
+    with pytest.raises(DataError) as caught:
+        read_file(file)
+    return str(caught.value).replace(f"{file}", "FILE")
+
+
+@pytest.mark.parametrize(
+    "name", ["r.jsonl", "r.JSONL", "r.ndjson", "r.jsonlines", "r.jl", "r.json", "r.txt", "r"]
+)
+def test_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
+    """What stands in the file says that it is lines of JSON."""
+    file = tmp_path / name
+    file.write_text(LINES)
+    assert read_file(file) == ROWS
+
+
+WRAPPED = {
+    "list": ROWS,
+    "data": {"data": ROWS},
+    "rows": {"version": 1, "rows": ROWS},
+    "columns": {key: [row[key] for row in ROWS] for key in ROWS[0]},
+    "names": {f"id-{n}": row for n, row in enumerate(ROWS)},
+    "numbers": {str(n): row for n, row in enumerate(ROWS)},
+    "pandas": {key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]},
+}
+
+
+@pytest.mark.parametrize("value", WRAPPED.values(), ids=WRAPPED)
+def test_a_value_that_holds_all_rows(tmp_path: Path, value: Any) -> None:
+    """A list, a wrapped one, columns, rows by their names: what libraries write as JSON."""
+    for name in ("r.json", "r"):
+        (tmp_path / name).write_text(json.dumps(value, indent=1))
+        assert read_file(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["list", "data"])
+def test_a_whole_value_in_a_file_of_lines(tmp_path: Path, kind: str) -> None:
+    """A list or a wrapped one is no row, whatever the file is called."""
+    (tmp_path / "r.jsonl").write_text(json.dumps(WRAPPED[kind]))
+    assert read_file(tmp_path / "r.jsonl") == ROWS
+
+
+def test_one_row_of_lines_stays_a_row(tmp_path: Path) -> None:
+    """A conversation isn't taken for a list of rows."""
+    file = tmp_path / "r.jsonl"
+    row = {"messages": [{"role": "user", "content": "Q"}]}
+    file.write_text(json.dumps(row))
+    assert read_file(file) == [row]
+
+
+def zipped(data: bytes, *names: str) -> bytes:
+    """Pack data under these names."""
+    file = Path("packed.zip")
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, data)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"),
+    [
+        ("gz", gzip.compress),
+        ("bz2", bz2.compress),
+        ("xz", lzma.compress),
+        ("zst", lambda data: pyarrow.compress(data, "zstd", asbytes=True)),
+        ("zip", lambda data: zipped(data, "folder/r.jsonl", "__MACOSX/x")),
+    ],
+)
+@pytest.mark.parametrize("inner", ["r.jsonl.", "r."])
+def test_packed_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    inner: str,
+    ending: str,
+    pack: Callable[[bytes], bytes],
+) -> None:
+    """Five packers, with or without the inner name; a cut file is one error."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"{inner}{ending}"
+    data = pack(LINES.encode())
+    file.write_bytes(data)
+    assert read_file(file) == ROWS
+    file.write_bytes(data[:-20])
+    message = message_of(file)
+    assert message.startswith("FILE: ")
+    assert "\n" not in message
+
+
+def test_a_zip_of_several_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them is meant, nobody knows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.zip").write_bytes(zipped(b"{}", "a.jsonl", "b.jsonl"))
+    assert message_of(tmp_path / "r.zip") == (
+        "FILE: is a zip archive of 2 files, where one is read; unpack it first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("r.tsv", "q\ta\n1,5?\t007\n"), ("r.csv", "q;a\n1,5?;007\n"), ("r.CSV", 'q,a\n"1,5?",007\n')],
+)
+def test_tables_of_text(tmp_path: Path, name: str, text: str) -> None:
+    """Tabs, a spreadsheet's semicolons, commas; cells stay as they were written."""
+    (tmp_path / name).write_text(text)
+    assert read_file(tmp_path / name) == [{"q": "1,5?", "a": "007"}]
+
+
+def test_tables_of_arrow(tmp_path: Path) -> None:
+    """Parquet, feather and the stream that `datasets` writes are told by their first bytes."""
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, tmp_path / "rows")
+    pyarrow.feather.write_feather(table, tmp_path / "r.feather")
+    with pyarrow.ipc.new_stream(tmp_path / "r.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows", "r.feather", "r.arrow"):
+        assert read_file(tmp_path / name) == ROWS
+
+
+def test_values_are_read_as_they_were_meant(tmp_path: Path) -> None:
+    """0.1 in float32, whole numbers beside a gap, text as bytes, also inside lists and structs."""
+    table = pyarrow.table(
+        {
+            "f32": pyarrow.array([0.1, 2.5], pyarrow.float32()),
+            "gap": pyarrow.array([4.0, None], pyarrow.float64()),
+            "real": pyarrow.array([4.0, 0.5], pyarrow.float64()),
+            "nan": pyarrow.array([float("inf"), 1.0], pyarrow.float64()),
+            "bytes": pyarrow.array([b"x", None], pyarrow.binary()),
+            "in": pyarrow.array(
+                [{"l": [b"y"], "f": 0.1}, None],
+                pyarrow.struct(
+                    {"l": pyarrow.list_(pyarrow.binary()), "f": pyarrow.float32()}.items()
+                ),
+            ),
+        }
+    )
+    file = tmp_path / "r.parquet"
+    pyarrow.parquet.write_table(table, file)
+    assert read_file(file) == [
+        {
+            **{"f32": 0.1, "gap": 4, "real": 4.0, "nan": float("inf"), "bytes": "x"},
+            "in": {"l": ["y"], "f": 0.1},
+        },
+        {"f32": 2.5, "gap": None, "real": 0.5, "nan": 1.0, "bytes": None, "in": None},
+    ]
+    assert str(read_file(file)[0]["gap"]) == "4"
+    pyarrow.parquet.write_table(pyarrow.table({"b": [b"\xff"]}), file)
+    assert message_of(file) == "FILE: column b: expected text; got bytes that are none in UTF-8"
+
+
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
+    """Whatever its name, the error says how to fetch the file itself."""
+    for name in ("r.jsonl", "r.parquet", "r.csv"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        assert message_of(tmp_path / name) == (
+            "FILE: expected rows; got a pointer of Git LFS, which only says where they are\n"
+            "hint: `git lfs pull` in its folder fetches the file itself"
+        )
+
+
+def test_what_has_no_end_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    """A pipe without writer would wait for ever, a device would fill the memory."""
+    os.mkfifo(tmp_path / "r.jsonl")
+    (tmp_path / "z.jsonl").symlink_to("/dev/zero")
+    for name in ("r.jsonl", "z.jsonl"):
+        assert message_of(tmp_path / name) == (
+            "FILE: expected a file of rows; got a pipe, a device or a socket"
+        )
+
+
+def test_a_line_that_is_no_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length is known before all of it is read."""
+    monkeypatch.setattr(readers, "MOST_LINE_BYTES", 2**20)
+    file = tmp_path / "r.jsonl"
+    file.write_text(LINES + '{"q": "' + "x" * 2**20 + '"}')
+    assert message_of(file) == "FILE: line 4: expected a row; got more than 1 MiB"
+
+
+def test_odd_json(tmp_path: Path) -> None:
+    """Thousands of brackets are an error, thousands of digits are what they are."""
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert message_of(file) == "FILE: line 1: expected a row; got too many brackets"
+    file.write_text('{"a": ' + "9" * 5000 + "}")
+    assert str(read_file(file)[0]["a"]) == "9" * 5000
+
+
+def test_a_text_that_is_no_data_is_refused(tmp_path: Path) -> None:
+    """The error says what a name should end in."""
+    file = tmp_path / "notes.txt"
+    file.write_text("Dear all,\n")
+    assert message_of(file).startswith(
+        "FILE: expected JSON, CSV, parquet or arrow; got something else\n"
+        "hint: its name should end in .json, .jsonl, "
+    )
