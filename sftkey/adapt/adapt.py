@@ -14,7 +14,7 @@ from sftkey.adapt.data import choose_data, measure
 from sftkey.adapt.frame import choose_frame
 from sftkey.adapt.write import Choices, head, sections
 from sftkey.checks.mask_proof import Proof, prove
-from sftkey.checks.recipe import undecided
+from sftkey.checks.recipe import UNDECIDED, undecided
 from sftkey.data.preview import row_tokens
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
@@ -110,6 +110,7 @@ class Adapted:
         renderer: None where the user must decide something first.
         proof: Of the masks in this frame.
         example: The first row of the data (or a made one) as `preview.preview_rows` gives it.
+        notes: What the user should know of how the data is read.
     """
 
     text: str
@@ -118,11 +119,15 @@ class Adapted:
     renderer: Renderer | None
     proof: Proof | None
     example: list[dict[str, Any]]
+    notes: list[str]
 
     @property
-    def undecided(self) -> list[str]:
-        """The keys whose values the user must decide."""
-        return [dotted(keys) for keys, _ in undecided(self.recipe)]
+    def undecided(self) -> dict[str, str]:
+        """The keys whose values the user must decide, with what is to be chosen from."""
+        return {
+            dotted(keys): value.removeprefix(UNDECIDED).strip()
+            for keys, value in undecided(self.recipe)
+        }
 
 
 def adapt(
@@ -158,8 +163,9 @@ def adapt(
         choices = replace(choices, gpu=gpu, most_rows=most)
         text = write_recipe(head(choices), sections(choices))
         recipe = _read(text)
+    notes = data.notes if data else []
     if renderer is None:
-        return Adapted(text, recipe, facts.model_type, None, None, [])
+        return Adapted(text, recipe, facts.model_type, None, None, [], notes)
     proof = prove(renderer, NUM_PROOF_ROWS, seed)
     if proof.wrong:
         raise FrameError(
@@ -170,7 +176,7 @@ def adapt(
         )
     examples = data.examples if data and data.examples else [MADE]
     example = list(_preview(examples, renderer, recipe))[:1]
-    return Adapted(text, recipe, facts.model_type, renderer, proof, example)
+    return Adapted(text, recipe, facts.model_type, renderer, proof, example, notes)
 
 
 def _read(text: str) -> Recipe:

@@ -8,24 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sftkey.adapt.columns import Table
+from sftkey.adapt.readings import Reading, decide, read
+from sftkey.adapt.split import ENOUGH
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import RULES, make_examples
+from sftkey.data.examples import Loaded
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError
+from sftkey.evaluation.grading import unreadable
 from sftkey.recipe.schema import DataSection
 
-NAMES = {
-    "prompt": ("prompt", "question", "problem", "instruction", "query", "input"),
-    "thinking": ("thinking", "reasoning", "rationale", "cot", "thought", "explanation"),
-    "answer": ("answer", "final_answer", "label", "target"),
-    "response": ("response", "completion", "output", "solution", "answer", "text"),
-}
+TEMPLATES = ("source", "prompt", "thinking", "answer", "response")
+NUM_ODD = 3  # rows that are printed
+SHOWN = 40  # characters of each of their ends
 MOST_ROWS = 10_000  # are tokenized for their lengths
 MOST_HELD_OUT = 200  # rows for validation, and for the test
-NUMBER = re.compile(r"[-+$€£]*\d[\d,]*\.?\d*\s*%?")
+# 1,5 may be three halves or a list, so it is no number here.
+NUMBER = re.compile(r"[-+$€£]*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*|(?<=\d)/\d+)?(?<=[\d.])\s*%?")
+FORMULA = re.compile(r"\\[a-zA-Z]|\^|\$[^$]+\$")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class DataChoice:
         fields: Of the section, without the lengths.
         why: Reasons by key.
         examples: What the rows become; none where something is undecided.
+        notes: What the user should know of it, a line each.
     """
 
     fields: dict[str, Any]
     why: dict[str, str] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def undecided(self) -> list[str]:
@@ -60,34 +65,106 @@ def choose_data(source: str, seed: int, plain: bool) -> DataChoice:
         DataError: The source can't be read.
     """
     rows = load_rows(DataSection(source=source), seed, "train")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    found = {
-        part: next((name for name in names if name in columns), None)
-        for part, names in NAMES.items()
-    }
-    chats = "messages" in columns and not (found["prompt"] and found["answer"])
     fields: dict[str, Any] = {}
     why = {"source": "built in: sftkey knows its columns"}
+    notes: list[str] = []
     if source not in BUILT_IN:
-        fields, why = _conversation(rows) if chats else _columns(found, columns, rows)
-    choice = DataChoice({"source": source, **fields}, why)
-    if plain and chats:
-        choice.fields["prompt"] = f"{UNDECIDED} one text; the plain frame takes no messages"
+        reading, table = decide(source, rows)
+        fields = reading.fields
+        why, notes = _told(reading, table)
+    choice = DataChoice({"source": source, **fields}, why, notes=notes)
+    if plain:
+        _make_plain(choice)
     if choice.undecided:
         return choice
-    if plain:
-        choice.fields["prompt"], why["prompt"] = plain_prompt(DataSection(**choice.fields))
-    loaded = make_examples(rows, with_defaults(DataSection(**choice.fields)), columns, "last")
-    if not loaded.examples:
+    loaded = read(source, rows, choice.fields | {"source": source})
+    if len(loaded.unsplit) > (1 - ENOUGH) * len(rows) or not loaded.examples:
         reason = loaded.unsplit[0].reason
-        ask = f"{UNDECIDED} a template over {', '.join(columns)}; no row could be read: {reason}"
-        return DataChoice({"source": source, "prompt": ask}, why)
+        ask = f"{UNDECIDED} {len(loaded.unsplit)} of {len(rows)} rows can't be read ({reason}); "
+        choice.fields["thinking"] = f"{ask}mend them, or write this out with unsplit_rows: drop"
+        return choice
     if loaded.unsplit:
         choice.fields["unsplit_rows"] = "drop"
         reason = loaded.unsplit[0].reason
         why["unsplit_rows"] = f"{len(loaded.unsplit)} of {len(rows)} rows, at first: {reason}"
+    notes += _counted(loaded, rows)
     _hold_out(choice, seed, len(loaded.examples))
-    return DataChoice(choice.fields, why, loaded.examples)
+    return DataChoice(choice.fields, why, loaded.examples, notes)
+
+
+def _make_plain(choice: DataChoice) -> None:
+    """Fit the fields to a plain frame, which takes texts alone."""
+    data = DataSection(**{k: v for k, v in choice.fields.items() if k in TEMPLATES})
+    if data.prompt is None and data.source not in BUILT_IN:
+        choice.fields["prompt"] = f"{UNDECIDED} one text; the plain frame takes no messages"
+    if "system_column" in choice.fields:
+        column = choice.fields.pop("system_column")
+        choice.fields["system"] = (
+            f"{UNDECIDED} null, or {{{column}}} in the prompt; a plain text has no system"
+        )
+    if not choice.undecided:
+        choice.fields["prompt"], choice.why["prompt"] = plain_prompt(data)
+
+
+def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
+    """Say which columns aren't used, how many rows a rule splits, and which of them are odd."""
+    used = "\n".join(str(value) for value in reading.fields.values())
+    rest = [name for name in table.columns if not _uses(name, reading, used)]
+    why: dict[str, str] = {}
+    notes = []
+    if reading.fields.get("prompt"):
+        why["prompt"] = f"the columns are {', '.join(table.columns)}"
+    elif reading.fields.get("response", "messages"):
+        why["source"] = "it holds conversations"
+    asked = any(str(value).startswith(UNDECIDED) for value in reading.fields.values())
+    if rest and not asked:
+        notes.append(f"columns that aren't used: {', '.join(rest)}")
+    fit = reading.fit
+    if fit is not None and "split_rule" in reading.fields:
+        right = fit.num_texts - len(fit.odd)
+        why["split_rule"] = f"splits {right} of {fit.num_texts} rows"
+        notes.append(f"data.split_rule {why['split_rule']}")
+        if fit.odd:
+            notes.append("rows that look odd:")
+        column = reading.fields.get("response", "messages")
+        notes += [
+            f"  row {place}, {reason}: {_excerpt(table.rows[place].get(column))}"
+            for place, reason in list(fit.odd.items())[:NUM_ODD]
+        ]
+    return why, notes
+
+
+def _uses(name: str, reading: Reading, used: str) -> bool:
+    chat = not {"prompt", "response"} & reading.fields.keys() and name == "messages"
+    named = name in (reading.fields.get("response"), reading.fields.get("system_column"))
+    return chat or named or re.search(rf"\{{{re.escape(name)}[}}\[:!]", used) is not None
+
+
+def _excerpt(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} … {text[-SHOWN:]}"
+
+
+def _counted(loaded: Loaded, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what is left out, how many thinkings are empty, and which turns aren't trained."""
+    notes = []
+    if loaded.unsplit:
+        notes.append(f"{len(loaded.unsplit)} of {len(rows)} rows are left out:")
+        notes += [f"  row {each.index}: {each.reason}" for each in loaded.unsplit[:NUM_ODD]]
+    empty = sum(not example.thinking.strip() for example in loaded.examples)
+    if empty:
+        notes.append(f"{empty} of {len(loaded.examples)} thinkings are empty")
+    turns = sum(
+        message["role"] == "assistant"
+        for example in loaded.examples
+        if not isinstance(example.prompt, str)
+        for message in example.prompt
+    )
+    if turns:
+        notes.append(
+            f"{turns} earlier assistant turns aren't trained; `response.turns: all` trains them"
+        )
+    return notes
 
 
 def plain_prompt(data: DataSection) -> tuple[str, str]:
@@ -95,55 +172,6 @@ def plain_prompt(data: DataSection) -> tuple[str, str]:
     prompt = with_defaults(data).prompt or "{prompt}"
     prompt = prompt if prompt.endswith("\n") else f"{prompt}\n"
     return prompt, "a plain text, in which the answer begins on a line of its own"
-
-
-def _columns(
-    found: Mapping[str, str | None], columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read columns that were found by their names; a rule is found by what it splits."""
-    listed = f"the columns are {', '.join(columns)}"
-    if found["prompt"] is None:
-        return {"prompt": f"{UNDECIDED} a template, such as {{question}}; {listed}"}, {}
-    both = {"instruction", "input"} <= set(columns)
-    fields = {"prompt": "{instruction}\n\n{input}" if both else f"{{{found['prompt']}}}"}
-    if found["thinking"] and found["answer"]:
-        fields |= {part: f"{{{found[part]}}}" for part in ("thinking", "answer")}
-        return fields, {"prompt": listed}
-    response = found["response"]
-    rule, share = _rule([str(row.get(response) or "") for row in rows]) if response else (None, 0.0)
-    if response is None or rule is None:
-        ask = f"{UNDECIDED} a template, or a split_rule for the column of both; {listed}"
-        return {**fields, "thinking": ask, "answer": ask}, {}
-    why = {"prompt": listed, "split_rule": f"splits {share:.1%} of the rows"}
-    return {**fields, "response": response, "split_rule": rule}, why
-
-
-def _conversation(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read `messages`: thinking stands beside the content, or a rule finds it there."""
-    why = {"source": "its column messages holds conversations"}
-    turns = [
-        message
-        for row in rows
-        for message in list(row.get("messages") or ())[-1:]
-        if isinstance(message, dict)
-    ]
-    if any(turn.get("reasoning_content") for turn in turns):
-        return {}, why
-    rule, share = _rule([str(turn.get("content") or "") for turn in turns])
-    if rule is None:
-        return {"thinking": f"{UNDECIDED} no rule of ours splits the messages' last turns"}, why
-    return {"split_rule": rule}, {**why, "split_rule": f"splits {share:.1%} of the last turns"}
-
-
-def _rule(texts: Sequence[str]) -> tuple[str | None, float]:
-    """Find the rule that splits most texts, if it splits nine in ten."""
-    some = texts[:1000]
-    shares = {
-        name: sum(isinstance(rule(text), tuple) for text in some) / max(len(some), 1)
-        for name, rule in RULES.items()
-    }
-    best = max(shares, key=shares.__getitem__)
-    return (best, shares[best]) if shares[best] >= 0.9 else (None, 0.0)
 
 
 def _hold_out(choice: DataChoice, seed: int, num_examples: int) -> None:
@@ -212,10 +240,15 @@ def _rounded(length: int) -> int:
 def choose_grader(examples: Sequence[Example]) -> tuple[str, str]:
     """Choose the grader that fits the answers, and say why."""
     answers = [example.answer.strip() for example in examples[:1000]]
-    if all(NUMBER.fullmatch(answer) for answer in answers):
+    if all(NUMBER.fullmatch(answer) for answer in answers) and not unreadable(
+        dict(enumerate(answers)), "number"
+    ):
         return "number", "all answers are numbers"
     if all(re.fullmatch(r"\(?[A-J]\)?\.?", answer) for answer in answers):
         return "choice", "all answers are letters"
-    if sum(bool(re.search(r"[\\^$]", answer)) for answer in answers) > len(answers) / 5:
-        return "math", 'many answers are formulas; needs: python -m pip install "sftkey[math]"'
+    formulas = sum(FORMULA.search(answer) is not None for answer in answers)
+    short = all(len(answer) <= SHOWN for answer in answers)
+    if formulas > len(answers) / 5 or (formulas and short):
+        which = "many" if formulas > len(answers) / 5 else "some"
+        return "math", f'{which} answers are formulas; needs: python -m pip install "sftkey[math]"'
     return "exact", "the answers are texts, compared as such"

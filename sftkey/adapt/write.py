@@ -11,6 +11,7 @@ from typing import Any
 from sftkey.adapt.data import DataChoice, Lengths, choose_grader, plain_prompt
 from sftkey.adapt.frame import FrameChoice
 from sftkey.checks.recipe import UNDECIDED
+from sftkey.data.readers import is_data_file
 from sftkey.data.sources import with_defaults
 from sftkey.memory_plan.plan import largest_part
 from sftkey.models.facts import ModelFacts
@@ -91,7 +92,9 @@ class Choices:
 
 def _last(name: str) -> str:
     last = name.rstrip("/").rpartition("/")[2].removeprefix("pypi:")
-    return re.sub(r"\.(jsonl?|csv|parquet)$", "", last)
+    while is_data_file(last):
+        last = last.rpartition(".")[0]
+    return last
 
 
 def _slug(text: str) -> str:

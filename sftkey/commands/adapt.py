@@ -67,8 +67,11 @@ def _report(adapted: Adapted, console: Console) -> None:
     from sftkey.adapt.adapt import find_nearest
     from sftkey.data.preview import rendered_rows
 
-    for key in adapted.undecided:
+    for note in adapted.notes:
+        console.print(note)
+    for key, what in adapted.undecided.items():
         console.print(f"to be decided: {key}; `sftkey check` refuses the recipe until then")
+        console.print(f"  {what}")
     if adapted.proof is None:
         console.print("masks not proven: what stands above must be decided first")
     else:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sftkey.data.messages import read_messages
 from sftkey.data.response import Example
-from sftkey.data.values import RowError, letter, lettered, parsed_json
+from sftkey.data.values import RowError, letter, lettered, parsed_json, trimmed
 from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection
 
@@ -275,8 +275,8 @@ def _reader(
     return lambda row: [
         (
             _prompt(row, templates["prompt"]),
-            templates["thinking"].fill(row),
-            templates["answer"].fill(row),
+            trimmed(templates["thinking"].fill(row)),
+            trimmed(templates["answer"].fill(row)),
         )
     ]
 

@@ -65,3 +65,9 @@ def letter(place: Any, name: str) -> str:
     if not re.fullmatch(r"\d{1,2}", text) or int(text) >= len(string.ascii_uppercase):
         raise RowError(f"`{name}` is {text[:20]!r}, no place of an option, counted from 0")
     return string.ascii_uppercase[int(text)]
+
+
+def trimmed(text: str) -> str:
+    """Remove the white space around a text; the first line of several keeps its indentation."""
+    text = text.rstrip()
+    return re.sub(r"\A(?:[^\S\n]*\n)+", "", text) if "\n" in text.lstrip() else text.lstrip()

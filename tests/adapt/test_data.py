@@ -78,47 +78,53 @@ def test_columns_that_say_what_they_are(
 @pytest.mark.parametrize(
     ("row", "asked"),
     [
-        (
-            {"id": "1", "body": "x"},
-            {"prompt": "DECIDE: a template, such as {question}; the columns are id, body"},
-        ),
-        (
-            {"question": "Q", "answer": "7"},
-            dict.fromkeys(
-                ("thinking", "answer"),
-                "DECIDE: a template, or a split_rule for the column of both; "
-                "the columns are question, answer",
-            ),
-        ),
-        (
-            {"question": "Q", "id": "7"},
-            dict.fromkeys(
-                ("thinking", "answer"),
-                "DECIDE: a template, or a split_rule for the column of both; "
-                "the columns are question, id",
-            ),
-        ),
-        (
-            {"question": ["Q"], "cot": "c", "answer": "7"},
-            {
-                "prompt": "DECIDE: a template over question, cot, answer; no row could be read: "
-                "message 0 has no text as `role` and `content`"
-            },
-        ),
-        (
-            {"messages": turns("7")},
-            {"thinking": "DECIDE: no rule of ours splits the messages' last turns"},
-        ),
+        ({"id": "1", "body": "x"}, {"prompt", "thinking", "answer"}),
+        ({"question": "Q", "answer": "7"}, {"thinking"}),
+        ({"question": "Q", "id": "7"}, {"thinking", "answer"}),
+        ({"question": ["Q"], "cot": "c", "answer": "7"}, {"prompt", "thinking"}),
+        ({"messages": turns("7")}, {"thinking"}),
+        ({"problem": "Q", "solution": "x = \\boxed{1} or x = \\boxed{2}."}, {"thinking", "answer"}),
+        ({"problem": "Q", "solution": "So \\boxed{1}. It takes one."}, {"thinking", "answer"}),
+        ({"prompt": "Q", "response": "#### Plan\nAdd.\n\nIt is 7."}, {"thinking", "answer"}),
+        ({"prompt": "Q <think>", "response": "c</think>7"}, {"prompt"}),
+        ({"question": "Q", "cot": "", "answer": "7"}, {"thinking"}),
     ],
-    ids=["no prompt", "no rule", "no answer", "unreadable", "no thinking"],
 )
 def test_columns_that_do_not_are_left_to_the_user(
-    tmp_path: Path, row: dict[str, Any], asked: dict[str, str]
+    tmp_path: Path, row: dict[str, Any], asked: set[str]
 ) -> None:
-    """What no name and no rule tells is marked, and no rows are counted on."""
+    """What no name and no rule tells is marked, all at once, and no rows are counted on."""
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
-    assert {key: choice.fields[key] for key in choice.undecided} == asked
+    assert set(choice.undecided) == asked
     assert choice.examples == []
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        (
+            {"question": "Q", "options": ["a", "b"], "rationale": "c", "answer": 0},
+            "Q\nA) a\nB) b",
+            "A",
+        ),
+        ({"context": "C", "question": "Q", "cot": "c", "answer": "7"}, "C\n\nQ", "7"),
+        ({"instruction": "Q", "input": "", "output": THOUGHT}, "Q", "7"),
+        ({"prompt": "Q", "response": "<think>c</think><answer>7</answer>"}, "Q", "7"),
+        ({"prompt": "Q", "response": "<Thought>c</Thought><Output>7</Output>"}, "Q", "7"),
+        ({"query": "Q", "response": "c\n#### 7\nThe answer is: 7"}, "Q", "7"),
+        ({"data": '{"question": "Q", "cot": "c", "answer": "7"}'}, "Q", "7"),
+        ({"messages": turns("7", thinking="c")}, "Q", "7"),
+        ({"messages": turns("7", reasoning="c")}, "Q", "7"),
+    ],
+)
+def test_layouts_are_read_whole(
+    tmp_path: Path, row: dict[str, Any], prompt: str, answer: str
+) -> None:
+    """Options, context and input reach the prompt; the answer is the answer alone."""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
+    asked = choice.examples[0].prompt
+    assert (asked if isinstance(asked, str) else asked[-1]["content"]) == prompt
+    assert choice.examples[0].answer == answer
 
 
 def test_rows_that_a_rule_does_not_split_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -127,7 +133,7 @@ def test_rows_that_a_rule_does_not_split_are_dropped_and_counted(tmp_path: Path)
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
     assert choice.fields["unsplit_rows"] == "drop"
     assert choice.why["unsplit_rows"] == ("1 of 40 rows, at first: no line that begins with `####`")
-    assert choice.why["split_rule"] == "splits 97.5% of the rows"
+    assert choice.why["split_rule"] == "splits 39 of 40 rows"
 
 
 def test_plain_prompts_end_with_their_line(tmp_path: Path) -> None:

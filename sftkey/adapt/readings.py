@@ -1,0 +1,245 @@
+"""All the ways in which rows can be read, and the one that is right, if one alone is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sftkey.adapt.columns import ANSWER, PROMPT, RESPONSE, SYSTEM, THINKING, Row, Table
+from sftkey.adapt.prompt import options_of, prompt_of
+from sftkey.adapt.split import ENOUGH, Fit, find_rule
+from sftkey.checks.recipe import UNDECIDED
+from sftkey.data.examples import Loaded, make_examples, make_rule
+from sftkey.data.response import Example
+from sftkey.data.sources import with_defaults
+from sftkey.recipe.schema import DataSection
+
+NUM_SEEN = 1000
+MOST_ANSWER = 40  # characters; a longer text may hold reasoning, too
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the rows.
+
+    Args:
+        fields: Of the `data` section.
+        explicit: A column or tags say what is thinking; nobody guesses it from a text's end.
+        fit: How the rule does, if there is one.
+    """
+
+    fields: dict[str, Any]
+    explicit: bool
+    fit: Fit | None = None
+
+    def __str__(self) -> str:
+        """Write it as lines of a recipe would say it."""
+        shown = {k: v for k, v in self.fields.items() if k not in ("prompt", "system_column")}
+        return ", ".join(f"{key}: {value}" for key, value in shown.items())
+
+
+def decide(source: str, rows: Sequence[Row]) -> tuple[Reading, Table]:
+    """Find the reading of rows; in it stands what the user must decide.
+
+    Args:
+        source: Named in the section.
+        rows: All rows.
+    """
+    some = rows[:NUM_SEEN]
+    table = Table(some, list(dict.fromkeys(column for row in rows for column in row)))
+    prompt, chats = _prompt_and_chats(table)
+    if prompt is None and not chats:
+        table = table.flattened()
+        prompt, chats = _prompt_and_chats(table)
+    listed = f"the columns are {', '.join(table.columns)}"
+    if prompt is None and not chats:
+        ask = f"{UNDECIDED} a template, such as {{question}}; {listed}"
+        return Reading({"prompt": ask, **_asked(table, [], listed, "")}, explicit=False), table
+    system = _system(table)
+    readings: list[Reading] = []
+    if prompt is not None:
+        # What must be decided of the prompt hides nothing of the rest.
+        whole = not prompt.startswith(UNDECIDED)
+        readings += _columns(table, prompt if whole else f"{{{table.called(PROMPT)[0]}}}")
+    readings += _conversations(table, chats)
+    readings = [Reading({**system, **r.fields}, r.explicit, r.fit) for r in readings]
+    good = _different(source, some, _best(readings))
+    asked = {"prompt": prompt} if prompt is not None and prompt.startswith(UNDECIDED) else {}
+    if len(good) == 1:
+        return Reading({**good[0].fields, **asked}, good[0].explicit, good[0].fit), table
+    asks = _asked(table, readings, listed, prompt or "")
+    if len(good) > 1:
+        ways = "; or ".join(map(str, good[:4]))
+        asks = dict.fromkeys(("thinking", "answer"), f"{UNDECIDED} which is meant: {ways}")
+    if prompt is None:
+        return Reading({**system, "thinking": asks["thinking"]}, explicit=False), table
+    return Reading({"prompt": prompt, **system, **asks}, explicit=False), table
+
+
+def read(source: str, rows: Sequence[Row], fields: dict[str, Any]) -> Loaded:
+    """Make the examples that a reading gives."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    data = with_defaults(DataSection(**{"source": source, **fields}))
+    return make_examples(rows, data, columns, "last")
+
+
+def _prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
+    """Find the prompt's template, and the columns of conversations that an answer ends."""
+    chats = [
+        column
+        for column in table.columns
+        if table.is_messages(column)
+        and any(each["role"] == "assistant" for chat in table.messages(column) for each in chat)
+    ]
+    return prompt_of(table), chats
+
+
+def _system(table: Table) -> dict[str, str]:
+    found = [column for column in table.called(SYSTEM) if table.is_text(column)]
+    found = [column for column in found if all(isinstance(v, str) for v in table.values(column))]
+    return {"system_column": found[0]} if found else {}
+
+
+def _best(readings: Sequence[Reading]) -> list[Reading]:
+    """Keep what reads enough rows; where thinking is marked somewhere, only such readings."""
+    good = [reading for reading in readings if reading.fit is None or reading.fit.good]
+    explicit = [reading for reading in good if reading.explicit]
+    return explicit or good
+
+
+def _different(source: str, rows: Sequence[Row], readings: Sequence[Reading]) -> list[Reading]:
+    """Keep one of the readings that give the same examples, and none that gives too few."""
+    found: dict[tuple[Any, ...], Reading] = {}
+    for reading in readings:
+        loaded = read(source, rows, reading.fields)
+        thought = sum(bool(each.thinking.strip()) for each in loaded.examples)
+        if thought < ENOUGH * len(rows):
+            continue
+        found.setdefault(tuple(map(_key, loaded.examples)), reading)
+    return list(found.values())
+
+
+def _key(example: Example) -> tuple[Any, ...]:
+    prompt = example.prompt
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return example.index, asked.strip(), example.thinking.strip(), example.answer.strip()
+
+
+def _conversations(table: Table, chats: Sequence[str]) -> Iterator[Reading]:
+    """Read conversations, or a prompt and a completion that are messages both."""
+    default = {"prompt", "thinking", "answer"} <= set(table.columns)
+    prompts = [each for each in table.called(("prompt", "input")) if table.is_messages(each)]
+    for column in chats:
+        fields: dict[str, str] = {"response": column}
+        if prompts and column not in prompts:
+            fields["prompt"] = f"{{{prompts[0]}}}"
+        elif column == "messages" and not default:
+            fields = {}
+        last = [_last_answer(chat) for chat in table.messages(column)]
+        if sum("reasoning_content" in turn for turn in last) >= ENOUGH * len(last):
+            yield Reading(fields, explicit=True)
+        else:
+            fit = find_rule([turn["content"] for turn in last])
+            yield Reading({**fields, "split_rule": fit.rule}, fit.explicit, fit)
+
+
+def _last_answer(chat: Sequence[dict[str, str]]) -> dict[str, str]:
+    answers = [message for message in chat if message["role"] == "assistant"]
+    return answers[-1] if answers else {"content": ""}
+
+
+def _columns(table: Table, prompt: str) -> Iterator[Reading]:
+    """Read a column each for thinking and answer, or one column with a rule."""
+    base = {} if prompt == "{prompt}" and "prompt" not in table.columns else {"prompt": prompt}
+    free = [name for name in table.columns if f"{{{name}" not in prompt and table.is_text(name)]
+    answers = [name for name in table.called(ANSWER) if name in free][:1]
+    beside = answers[0] if answers else free[0] if free else ""
+    thoughts = [
+        name for name in table.called(THINKING) if name in free and table.varies(name, beside)
+    ]
+    texts = [name for name in table.called(RESPONSE) if name in free]
+    for column in dict.fromkeys([*thoughts, *texts]):
+        fit = find_rule(table.texts(column))
+        if fit.good and not _says(table, column, fit, answers):
+            continue
+        # One that isn't good is only named, where the user must decide.
+        fields = {**base, "response": column, "split_rule": fit.rule}
+        yield Reading(fields, fit.explicit or column in thoughts, fit)
+        thoughts = [name for name in thoughts if name != column or not fit.good]
+    rest = answers or [name for name in texts if name not in thoughts]
+    for thought in thoughts:
+        for answer in rest:
+            template = f"{{{answer}{_letter(table, answer)}}}"
+            yield Reading({**base, "thinking": f"{{{thought}}}", "answer": template}, explicit=True)
+
+
+def _says(table: Table, column: str, fit: Fit, answers: Sequence[str]) -> bool:
+    """Tell whether a rule's answers are those of the answer's column, if there is another.
+
+    Tags mark an answer in its full form, so there nothing is compared.
+    """
+    if fit.explicit or not answers or answers[0] == column:
+        return True
+    split = [make_rule(fit.rule)(text) for text in table.texts(column)]
+    given = table.texts(answers[0])
+    same = [
+        isinstance(parts, tuple) and parts[1].strip(" .$") == text.strip(" .$")
+        for parts, text in zip(split, given, strict=True)
+    ]
+    return sum(same) >= ENOUGH * len(same)
+
+
+def _letter(table: Table, column: str) -> str:
+    """Return the format that turns an option's place into its letter, where it is a place."""
+    options = options_of(table)
+    values = table.values(column)
+    places = [str(value) for value in values]
+    if not options or not all(text.isdigit() for text in places):
+        return ""
+    if any(text in map(str, _texts(each)) for text, each in zip(places, options, strict=True)):
+        return ""
+    inside = all(int(text) < len(_texts(e)) for text, e in zip(places, options, strict=True))
+    return ":letter" if inside and "0" in places else ""
+
+
+def _texts(options: Any) -> Sequence[Any]:
+    if isinstance(options, dict):
+        return options["text"] if "text" in options else list(options.values())
+    return list(options)
+
+
+def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) -> dict[str, str]:
+    """Say what must be decided of thinking and answer, with the ways that came near."""
+    empty = [name for name in table.called(THINKING) if not table.is_text(name)]
+    reason = f"{', '.join(empty)}: empty in all rows; " if empty else ""
+    answers = [name for name in table.called(ANSWER) if table.is_text(name)]
+    fits = [(reading, reading.fit) for reading in readings if reading.fit and reading.fit.share]
+    if fits:
+        near, fit = max(fits, key=lambda pair: pair[1].share)
+        right, why = fit.num_texts - len(fit.odd), next(iter(fit.odd.values()), "")
+        ask = (
+            f"{UNDECIDED} {near} reads {right} of {fit.num_texts} rows, in others: {why}; "
+            f"`unsplit_rows: drop` would leave out those that it can't split; {listed}"
+        )
+    elif len(answers) == 1 and max(map(len, table.texts(answers[0]))) <= MOST_ANSWER:
+        ways = [name for name in table.columns if f"{{{name}" not in prompt and _long(table, name)]
+        given = " or ".join(f'"{{{name}}}"' for name in ways if name not in answers)
+        return {
+            "thinking": f"{UNDECIDED} {reason}the reasoning's column: {given or 'none looks so'}",
+            "answer": f"{{{answers[0]}{_letter(table, answers[0])}}}",
+        }
+    else:
+        ask = (
+            f"{UNDECIDED} {reason}a template, or `response` and a split_rule for the column of "
+            "both: think_tags, boxed, hash_marks, or a regular expression with the groups thinking "
+            f"and answer; {listed}"
+        )
+    return {"thinking": ask, "answer": ask}
+
+
+def _long(table: Table, column: str) -> bool:
+    """Tell whether a column's texts are sentences."""
+    if not table.is_text(column) or not table.varies(column, column):
+        return False
+    return sum(" " in text.strip() for text in table.texts(column)) * 2 > len(table.rows)
