@@ -165,7 +165,8 @@ def test_without_data_the_source_is_left_to_the_user(
     ]
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "to be decided: data.source; `sftkey check` refuses the recipe until then"
-    assert out[2].startswith("masks proven on 100 hard rows: ")
+    assert out[2] == f"  {asked}"
+    assert out[3].startswith("masks proven on 100 hard rows: ")
 
 
 def test_without_a_frame_the_template_is_left_to_the_user(
@@ -183,8 +184,9 @@ def test_columns_left_to_the_user_are_refused_by_the_gate(here: Path) -> None:
     """A guess that would be a lie is a question instead."""
     write_rows(here / "rows.jsonl", [{"id": "1", "body": "x"}] * 40)
     recipe = written(made("look_ahead", CHATML), ["<|im_end|>"])
-    (refusal,) = refusals(recipe)
+    refusal, *others = refusals(recipe)
     assert refusal.startswith("data.prompt is still to be decided: a template, ")
+    assert len(others) == 2  # thinking and answer, said at once
 
 
 LIKE = """name: one
