@@ -268,6 +268,7 @@ def _reader(
             ),
             rule,
             turns,
+            reasoning,
         )
     if data.response is not None:
         field = parse_field(data.response, columns)
