@@ -92,6 +92,10 @@ class DivergedError(RunError):
     """A loss became infinite or no number, which ends the training."""
 
 
+class DiskError(SFTKeyError, RuntimeError):
+    """A disk is full, or can't hold what is going to be written."""
+
+
 def first_line(error: BaseException) -> str:
     """Give the first line of an error's text, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

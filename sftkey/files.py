@@ -1,18 +1,210 @@
-"""Files that appear under their name only when they are whole, free names, and the cache."""
+"""Files and folders that get their name only when they are whole; hashes, free names, the cache."""
 
 from __future__ import annotations
 
+import errno
+import glob
+import hashlib
 import json
 import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from platform import node
 from typing import Any
+
+from sftkey.errors import DiskError
+
+CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a free place beside `path`; what is written there gets this name when it is whole.
+
+    It may be a file or a folder, and replaces what has the name. It is on the disk before it is
+    renamed, so that no power cut leaves a name without its content. After an error nothing is left;
+    what a killed process left is removed by the next one that writes the same.
+
+    Args:
+        path: Its folder is made if there is none.
+        num_bytes: What it will take, if that is known: the error of a full disk says so.
+
+    Raises:
+        DiskError: The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(path)
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+    try:
+        with explained_full_disk(path.parent, num_bytes, litter=temporary):
+            yield temporary
+            for file in files_below(temporary):
+                sync(file)
+            _put(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Rename, after moving a folder of this name away: no folder can be replaced at once."""
+    if path.is_dir():
+        old = temporary.with_name(f"{temporary.name}.old")
+        path.rename(old)
+        temporary.rename(path)
+        remove(old)
+    else:
+        temporary.replace(path)
+    sync(path.parent)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what processes of this machine that are gone left of the same file."""
+    form = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}-(\d+)\.tmp(\.old)?")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = form.fullmatch(left.name)
+        if found and not is_alive(int(found[1])):
+            remove(left)
+
+
+def _host() -> str:
+    return node() or "host"
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, and is somebody else's
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folder
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems sync no folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def files_below(path: Path) -> list[Path]:
+    """List a file, or all files of a folder, in the order of their names."""
+    return [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+
+
+def num_bytes_below(path: Path) -> int:
+    """Count the bytes of a file, or of all files of a folder; 0 where nothing is there."""
+    return sum(file.stat().st_size for file in files_below(path))
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes that are free where a folder lies or will lie."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    return shutil.disk_usage(there).free
+
+
+# What libraries write in Rust and C++ have no errno: safetensors', and torch's of its zip files.
+FULL = ("No space left on device", "os error 28", "Disk quota exceeded", "PytorchStreamWriter")
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Tell whether an error, or the one that it came from, says that a disk is full."""
+    while error is not None:
+        if isinstance(error, DiskError) or getattr(error, "errno", None) in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):
+            return True
+        if any(words in str(error) for words in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def explained_full_disk(
+    folder: Path, num_bytes: int | None = None, litter: Path | None = None
+) -> Iterator[None]:
+    """Turn a full disk into one error with the folder, and the needed and the free bytes.
+
+    Args:
+        folder: Where is written.
+        num_bytes: What the whole takes; unknown, what was written before the disk was full counts.
+        litter: Removed at such an error, before the free bytes are counted.
+
+    Raises:
+        DiskError: In place of the system's or a library's error.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        written = 0
+        if litter is not None:
+            written = num_bytes_below(litter)
+            remove(litter)
+        free = free_bytes(folder)
+        needed = f"more than {max(written, free):,}" if num_bytes is None else f"{num_bytes:,}"
+        raise DiskError(
+            str(folder),
+            f"the disk is full: {needed} bytes are needed; {free:,} are free",
+            "free some space and run the same command again: it goes on where it stopped",
+        ) from error
+
+
+def irregular(path: Path) -> str | None:
+    """Say what stands under a file's name if reading it may never end; None of a file, or none."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    kinds[stat.S_ISSOCK] = "a socket"
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), None)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text; the file appears under its name only when it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a text; the file appears under its name only when it is whole.
+
+    Raises:
+        DiskError: The disk is full.
+    """
+    content = text.encode()
+    with appearing(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.splits import Splits, load_splits
 from sftkey.data.tokenization import Refusal, Row, fit, refuse_long, tokenize, tokenize_batches
 from sftkey.errors import DataError, Problem, RecipeError
-from sftkey.files import cache_folder, write_json
+from sftkey.files import appearing, cache_folder, file_hash, write_json
 from sftkey.recipe.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ def _read(folder: Path) -> tuple[Dataset, CachedRows] | None:
     """Read an entry; None where there is none that is whole."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if _sha256(folder / ROWS) != about.pop("sha256"):
+        if file_hash(folder / ROWS) != about.pop("sha256"):
             return None
         outcome = CachedRows(**about)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -200,16 +199,10 @@ def _make(
     folder: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, too_long: str
 ) -> None:
     """Tokenize, and write the entry."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
-        made = Path(making) / folder.name
+    with appearing(folder) as made:
         made.mkdir()
         outcome = _write_rows(made / ROWS, examples, renderer, max_length, too_long)
-        write_json(made / ABOUT, {**asdict(outcome), "sha256": _sha256(made / ROWS)})
-        if folder.exists() and _read(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            made.rename(folder)
+        write_json(made / ABOUT, {**asdict(outcome), "sha256": file_hash(made / ROWS)})
     _tidy(folder)
 
 
@@ -257,7 +250,7 @@ def _tidy(used: Path) -> None:
     entries: list[tuple[float, Path]] = []
     for entry in used.parent.iterdir():
         with suppress(OSError):  # another process may tidy up as well
-            making = entry.name.startswith(".making-")
+            making = entry.name.startswith(".")
             changed = (entry if making else entry / ABOUT).stat().st_mtime
             if not making:
                 entries.append((changed, entry))
@@ -269,14 +262,6 @@ def _tidy(used: Path) -> None:
             total += sum(file.stat().st_size for file in entry.iterdir())
             if entry != used and (number >= MOST_ENTRIES or total > MOST_BYTES):
                 shutil.rmtree(entry)
-
-
-def _sha256(path: Path) -> str:
-    digest: Any = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return str(digest.hexdigest())
 
 
 @dataclass(frozen=True)

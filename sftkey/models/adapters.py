@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -22,15 +23,17 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.other import TrainableTokensWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError, first_line
+from sftkey.files import appearing
 from sftkey.models.loading import check_targets, short_names, target_names
 from sftkey.models.source import ADAPTER_CONFIG, Source, find_source
 from sftkey.recipe.stages import lora_setting
 
-BASE_FILE = "base.json"
+BASE_FILE, WEIGHTS_FILE = "base.json", "adapter_model.safetensors"
 DEFAULT = "default"  # peft's name of the one adapter that acts on all tokens
 Base = dict[str, str | None]
 
@@ -54,46 +57,28 @@ def save_adapter(
         state: The model's state where it is sharded, gathered from all processes.
         name: peft's name of the adapter; it isn't saved.
     """
-    with _saving(folder) as temporary:
-        saving = Path(temporary) / "adapter"
+    with appearing(folder) as saving:
         saving.mkdir()
         tensors = get_peft_model_state_dict(
             model, state, adapter_name=name, save_embedding_layers=False
         )
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        save_file(tensors, saving / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, saving / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.deepcopy(model.peft_config[name])
         config.base_model_name_or_path = base["name_or_path"]
         config.revision = base["revision"]
         config.inference_mode = True
         config.save_pretrained(str(saving))
-        _finish(saving, folder, base)
+        (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
 
 
 def save_model(
     model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
-    with _saving(folder) as temporary:
-        saving = Path(temporary) / "model"
+    with appearing(folder) as saving:
         model.save_pretrained(saving, state_dict=state)
-        _finish(saving, folder, base)
-
-
-def _saving(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """Make a folder beside the one that is to be written; remove what a killed save left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-"
-    for killed in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(killed)
-    return tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix)
-
-
-def _finish(saving: Path, folder: Path, base: Base) -> None:
-    (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
-    if folder.exists():
-        shutil.move(folder, saving.parent / "old")
-    saving.rename(folder)
+        (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
 
 
 def add_lora(
@@ -204,8 +189,8 @@ def load_adapter(
         _check_lora(_without_adapters(model), source, config, lora or {})
         config.inference_mode = False  # so that float32 comes before the weights
         config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
-        weights = load_peft_weights(source.path, device="cpu", revision=source.commit)
-    except (OSError, ValueError, TypeError) as error:
+        weights = load_peft_weights(str(weights_folder(source)), device="cpu")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
@@ -225,6 +210,25 @@ def load_adapter(
     if not trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def weights_folder(source: Source) -> Path:
+    """Return the folder with an adapter's safetensors; pickle is refused: reading it may run code.
+
+    Raises:
+        ModelError: There is no such file; it names what is there in its place.
+    """
+    if source.commit is not None:
+        with suppress(EntryNotFoundError):
+            hf_hub_download(source.path, WEIGHTS_FILE, revision=source.commit)
+    if not (source.folder / WEIGHTS_FILE).is_file():
+        pickled = ", ".join(sorted(each.name for each in source.folder.glob("adapter_model.*")))
+        raise ModelError(
+            source.path,
+            f"expected {WEIGHTS_FILE}; got {pickled or 'no such file'}",
+            "if you trust who wrote it, convert it: load it with peft and call save_pretrained",
+        )
+    return source.folder
 
 
 def _check_base(source: Source, config: LoraConfig, base: Base) -> None:

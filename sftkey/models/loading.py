@@ -21,7 +21,15 @@ from transformers.pytorch_utils import Conv1D
 
 from sftkey.errors import ModelError, first_line
 from sftkey.models.device import DTYPES, Device, launched_with
-from sftkey.models.source import Source, find_source, hub_error, model_source, weight_files
+from sftkey.models.source import (
+    PICKLED,
+    Source,
+    find_source,
+    hub_error,
+    model_source,
+    weight_files,
+)
+from sftkey.models.template import check_template, read_template
 from sftkey.recipe.schema import ModelSection
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
@@ -41,7 +49,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if source.commit is None and not any(source.folder.glob("*token*")):
         raise ModelError(source.path, "no tokenizer there; expected tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.commit or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.commit or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(section, source, "tokenizer", error) from error
     if not tokenizer.is_fast:
@@ -51,12 +61,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             "take a model that has a tokenizer.json",
         )
     if section.chat_template:
-        try:
-            tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(
-                section.chat_template, f"model.chat_template can't be read: {error.strerror}"
-            ) from error
+        tokenizer.chat_template = read_template(Path(section.chat_template))
+    check_template(tokenizer, section.chat_template or section.name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -80,14 +86,13 @@ def load_model(
     """
     source = find_source(str(folder)) if folder else model_source(section)
     if source.commit is None and not weight_files(source.folder):
-        raise ModelError(
-            source.path,
-            "no weights there; expected *.safetensors or pytorch_model*.bin beside config.json",
-        )
+        raise _without_safetensors(source)
     dtype = device.compute_dtype if section.dtype is None else DTYPES.get(section.dtype, "auto")
     settings: dict[str, Any] = {
         "revision": source.commit or "main",
         "attn_implementation": section.attn_implementation,
+        "use_safetensors": True,
+        "trust_remote_code": False,
         "dtype": torch.float32 if full and section.dtype is None else dtype,
     }
     if section.quantization == "nf4":
@@ -110,6 +115,19 @@ def load_model(
         _keep_gradients(model)
         return model
     return model.to(device.torch_device)
+
+
+def _without_safetensors(source: Source) -> ModelError:
+    """Say that there are no weights that can be read without running code."""
+    found = (file.name for pattern in PICKLED for file in source.folder.glob(pattern))
+    if pickled := ", ".join(sorted(found)):
+        return ModelError(
+            source.path,
+            f"expected weights as *.safetensors; got {pickled}, whose reading may run code",
+            "if you trust who wrote them, convert them: "
+            "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`",
+        )
+    return ModelError(source.path, "no weights there; expected *.safetensors beside config.json")
 
 
 def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:

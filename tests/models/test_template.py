@@ -1,0 +1,70 @@
+"""A template that comes with a model is text, and ends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftkey.errors import ModelError
+from sftkey.models import template
+from sftkey.models.template import check_template, read_template
+from tests.support.tiny import CHATML, made_tokenizer
+
+
+def with_template(text: str) -> Any:
+    """Make a tokenizer with a chat template."""
+    tokenizer = made_tokenizer()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        pytest.param(NESTED, "takes more than 0.5 seconds", id="loops"),
+        pytest.param("{% for a in range(10**9) %}{% endfor %}", "memory without end", id="range"),
+        pytest.param("{{ 'x' * 10**10 }}", "takes memory without end", id="allocates"),
+        pytest.param("{{ 'x' * 10**7 }}", "makes 10,000,000 characters", id="long"),
+    ],
+)
+def test_a_template_without_end_is_refused(
+    text: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried on a short conversation within bounds, and named."""
+    monkeypatch.setattr(template.bounded.__wrapped__, "__defaults__", (0.5, 1 << 30))
+    monkeypatch.setattr(template, "SECONDS", 0.5)
+    with pytest.raises(ModelError, match=what) as error:
+        check_template(with_template(text), "model")
+    assert "write a template of your own: model.chat_template" in str(error.value)
+
+
+def test_a_usual_template_passes_and_leaves_no_bound() -> None:
+    """Alarm, handler and memory are as before; a template's own error is told elsewhere."""
+    resource = pytest.importorskip("resource")
+    signal = pytest.importorskip("signal")
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    check_template(with_template(CHATML), "model")
+    check_template(with_template("{{ raise_exception('no') }}"), "model")
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_file_is_text(tmp_path: Path) -> None:
+    """A pipe isn't waited for; bytes that are no text, and a huge file, are refused."""
+    pipe, binary, huge = (tmp_path / name for name in ("pipe", "binary", "huge"))
+    os.mkfifo(pipe)
+    binary.write_bytes(b"\xff\xfe\x00")
+    huge.write_text("x" * (template.MOST_BYTES + 1))
+    for file, what in (
+        (pipe, "expected a file; got a pipe"),
+        (binary, "expected text in UTF-8; got other bytes"),
+        (huge, "expected at most 1,048,576 bytes"),
+    ):
+        with pytest.raises(ModelError, match=what):
+            read_template(file)
