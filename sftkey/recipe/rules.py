@@ -36,6 +36,7 @@ REFUSED_TRAINER_KEYS = {
     "pad_token": "padding is masked by length, and the token makes no difference",
     "chat_template_path": "write `model.chat_template`",
     "model_init_kwargs": "write the model's settings under `model`",
+    "enable_jit_checkpoint": "it counts a stage that a signal has cut as trained",
     "trust_remote_code": "sftkey loads the model itself and runs no code of a model folder",
     "bf16": "the device decides, or `model.dtype` does",
     "fp16": "the device decides, or `model.dtype` does",

@@ -14,8 +14,13 @@ from typing import Any
 import yaml
 
 from sftkey.errors import Problem, RecipeError, did_you_mean, shown
+from sftkey.files import irregular
 
 Keys = tuple[str | int, ...]
+MOST_BYTES = 1 << 20  # of a recipe
+MOST_VALUES = 50_000  # in a recipe, those counted again that an alias repeats
+MOST_DEEP = 50
+MOST_DIGITS = 30  # of a whole number
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,7 +73,11 @@ def read(path: Path) -> RecipeSource:
     Raises:
         RecipeError: There is no such file, or it holds no YAML mapping.
     """
+    if kind := irregular(path):
+        raise RecipeError(str(path), f"expected a recipe file; got {kind}")
     try:
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise RecipeError(str(path), f"expected a recipe of at most {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         hint = "`sftkey ls` shows the recipes that there are"
@@ -169,8 +178,14 @@ class _Walk:
     source: RecipeSource
     origin: Override | None
     open_nodes: list[yaml.Node] = field(default_factory=list)
+    num_values: int = 0
 
     def value(self, node: yaml.Node, keys: Keys) -> Any:
+        self.num_values += 1
+        if self.num_values > MOST_VALUES:
+            raise _not_plain(f"more than {MOST_VALUES:,} values, those of aliases counted", node)
+        if len(self.open_nodes) > MOST_DEEP:
+            raise _not_plain(f"values nested more than {MOST_DEEP} deep", node)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if any(node is each for each in self.open_nodes):
@@ -183,6 +198,8 @@ class _Walk:
         return value
 
     def scalar(self, node: yaml.Node) -> Any:
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
+            raise _not_plain(f"a whole number of {len(node.value)} characters", node)
         try:
             value = self.loader.construct_object(node)
         except ValueError:
@@ -224,6 +241,8 @@ def _not_plain(what: str, node: yaml.Node) -> yaml.YAMLError:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"values nested more than {MOST_DEEP} deep"
     reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     return " ".join(str(reason).split())
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftkey.recipe.yaml_io import Line, inline, write_recipe
+from sftkey.errors import RecipeError
+from sftkey.recipe.yaml_io import Line, inline, read, write_recipe
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
@@ -58,3 +63,45 @@ def test_reasons_stand_beside_or_above() -> None:
         "stages:\n"
         "  - {name: key}                   # short\n"
     )
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        pytest.param(BOMB, "got more than 50,000 values, those of aliases counted", id="aliases"),
+        pytest.param("a: " + "[" * 60 + "]" * 60, "nested more than 50 deep", id="nested"),
+        pytest.param("a: " + "[" * 5000, "nested more than 50 deep", id="nested for ever"),
+        pytest.param("a: " + "9" * 4000, "a whole number of 4000 characters", id="digits"),
+        pytest.param("a: " + ":".join("1" * 900), "number of 1799 characters", id="base 60"),
+        pytest.param("# " + "x" * (1 << 20), "a recipe of at most 1,048,576 bytes", id="long"),
+    ],
+)
+def test_a_recipe_that_would_take_all_time_or_memory_is_refused(
+    text: str, what: str, tmp_path: Path
+) -> None:
+    """Each is told at once."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=what):
+        read(file)
+
+
+def test_a_recipe_is_a_file(tmp_path: Path) -> None:
+    """A pipe and a device are refused, not waited for."""
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    for path, kind in ((pipe, "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(RecipeError, match=f"expected a recipe file; got {kind}"):
+            read(path)
+
+
+def test_an_alias_that_repeats_a_little_is_read(tmp_path: Path) -> None:
+    """Whoever writes a value once and uses it twice is not refused."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("a: &a [1, 2]\nb: *a\n")
+    assert read(file).data == {"a": [1, 2], "b": [1, 2]}
