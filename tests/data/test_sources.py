@@ -220,7 +220,7 @@ def test_all_turns_give_an_example_each(tmp_path: Path) -> None:
     data = section(file, split_rule="think_tags")
     assert load_examples(data, seed=7, turns="all").examples == [
         Example(tuple(TURNS[:1]), "Two and two.", "4", 0),
-        Example(EARLIER, "4 + 1.", "5", 0),
+        Example(EARLIER, "4 + 1.", "5", 0, 1),
         Example(tuple(TURNS[:1]), "Two and two.", "4", 1),
     ]
     assert reasons(data, turns="all") == [(1, "no `</think>`")]
