@@ -233,9 +233,16 @@ def test_columns_that_say_nothing_must_be_decided(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text('{"a": "1", "b": "2"}\n')
     folder = str(tiny_folder)
+    parts = (
+        "to be decided: a template, or `response` and a split_rule for the column of both: "
+        "think_tags, boxed, hash_marks, or a regular expression with the groups thinking and "
+        "answer; the columns are a, b"
+    )
     assert refused(folder, "--data", "my.jsonl", capsys=capsys).endswith(
-        f"error: {folder}: 1 problem\n"
+        f"error: {folder}: 3 problems\n"
         "  data.prompt: to be decided: a template, such as {question}; the columns are a, b\n"
+        f"  data.thinking: {parts}\n"
+        f"  data.answer: {parts}\n"
         f"hint: `sftkey adapt {folder} --data my.jsonl -o my.yaml` writes a recipe: decide there, "
         "then diagnose my.yaml\n"
     )
