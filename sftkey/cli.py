@@ -252,7 +252,7 @@ def prompts(
         typer.Option(metavar="NAME", help="With this stage's own.hint in the prompts."),
     ] = None,
 ) -> None:
-    """Write prompts as text and token ids, for another engine: one JSON object a question."""
+    """Write prompts as text and token ids, for another engine."""
     from sftkey.commands.prompts import prompts
 
     prompts(target, overrides or [], split, stage)
