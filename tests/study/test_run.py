@@ -195,7 +195,9 @@ def test_a_cell_holds_figures_and_flags_and_no_row_or_path(finished: Finished) -
         assert answered["acc"] == sum(right) / 3
     assert set(cell["questions"][0]) == {
         "index",
+        "turn",
         "correct",
+        "form",
         "strict",
         "parsed",
         "stopped",
