@@ -78,7 +78,7 @@ def test_complaint_2_the_cutoff_removes_the_end_of_turn(
             for stage in ("completion", "key")
         ],
         "nothing-trained": ["train: stages.key: trains no token: 1 row, 2"],
-        "no-key": ["train: no token of an answer: 2 rows, 1, 2"],
+        "no-key": ["train: no token of an answer: 1 row, 2"],
         "answer-cut": ["train: doesn't end in '</Answer><|im_end|>': 2 rows, 1, 2"],
     }
     assert {finding.hint for finding in report.refusals if finding.code == "answer-cut"} == {BUG}
