@@ -20,7 +20,7 @@ Keys = tuple[str | int, ...]
 MOST_BYTES = 1 << 20  # of a recipe
 MOST_VALUES = 50_000  # in a recipe, those counted again that an alias repeats
 MOST_DEEP = 50
-MOST_DIGITS = 30  # of a whole number
+MOST_DIGITS = 300  # of a whole number
 
 
 class _Loader(yaml.SafeLoader):

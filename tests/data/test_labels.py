@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sftkey.data import labels as module
 from sftkey.data.labels import PADDING, labels_for, weights_by_segment
 from sftkey.data.response import Segment
-from sftkey.recipe.schema import GROUPS, SEGMENTS
+from sftkey.recipe.loss_on import GROUPS, SEGMENTS
 
 WEIGHTS = st.dictionaries(
     st.sampled_from([*SEGMENTS, *GROUPS]), st.sampled_from([0.0, 0.1, 1.0, 2.5]), min_size=1
