@@ -47,7 +47,7 @@ def print_table(run: TrainedRun, alpha: float | None = None) -> None:
 
     if not PartialState().is_main_process:
         return
-    if not run.results:
+    if not list((run.folder / "evaluation").glob("*.json")):
         print(f"{run.folder}: nothing was evaluated, so there is no table", file=sys.stderr)
         return
     console = stdout_console()

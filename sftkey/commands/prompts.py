@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,14 +49,12 @@ def prompts(
         "test": prepared.questions(recipe) if run else prepared.test,
     }[split or ("test" if run else "train")]
     hinted = stage is not None and named[stage].own_thinking.hint
-    turns: Counter[int] = Counter()
     for example in rows:
         asked = (with_hint(example) if hinted else example).prompt
         row = {
             "index": example.index,
-            "turn": turns[example.index],
+            "turn": example.turn,
             "prompt": prepared.renderer.prompt_text(asked),
             "prompt_ids": prepared.renderer.prompt_ids(asked),
         }
-        turns[example.index] += 1
         print(json.dumps(row, ensure_ascii=False))

@@ -88,8 +88,8 @@ def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
 
 def note_thinking(run: Run, stage: str) -> None:
     """Say in the log what a stage did to the thinking, and how to mend what it harmed."""
-    from sftkey.evaluation.comparison import ThinkingChange, thinking_change
     from sftkey.evaluation.results import read_result
+    from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 
     names = ["base", *(each.name for each in run.recipe.stages)]
     if stage == "base" or not run.ledger.main:

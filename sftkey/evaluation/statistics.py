@@ -9,6 +9,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from scipy.stats import binomtest
 
+CHANCE = 0.05  # p below which a difference isn't chance
 Z_95 = 1.959963984540054  # the normal quantile at 0.975: every interval here is a 95% one
 
 

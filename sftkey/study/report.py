@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftkey.evaluation.comparison import CHANCE, MOST_LOSS
-from sftkey.evaluation.statistics import score_of
+from sftkey.evaluation.statistics import CHANCE, score_of
+from sftkey.evaluation.thinking_change import MOST_LOSS
 from sftkey.evaluation.thinking_form import PASSED
 from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, Interval, StudyResults
 

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
-from sftkey.evaluation.statistics import holm
+from sftkey.evaluation.statistics import CHANCE, holm
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-CHANCE = 0.05
 LEAST_LOG_P = -100.0  # the logarithm of the smallest p that is told apart from 0
 MOST_SEEDS = 50  # that are looked at for a wish
 # Questions that nobody asked, which keep a width where all flags agree: of shares two right and

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from sftkey.data.prepare import Prepared, tokenized_rows
 from sftkey.data.renderer import Renderer, stop_ids
-from sftkey.data.response import Example
+from sftkey.data.response import Example, QuestionKey
 from sftkey.errors import DataError, Problem
 from sftkey.files import write_json
-from sftkey.generation.generate import Generation, generate_to_file
+from sftkey.generation.generate import Generation, by_row, generate_to_file, key_of
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.log import RunProgress
 
@@ -152,9 +152,8 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
         DataError: With every line that can't be used.
     """
     examples = prepared.train_examples
-    places: dict[int, list[int]] = {}
-    for place, example in enumerate(examples):
-        places.setdefault(example.index, []).append(place)
+    places = {example.key: place for place, example in enumerate(examples)}
+    asked = by_row(places)
     written: dict[int, Generation] = {}
     seen: Counter[int] = Counter()
     problems = []
@@ -165,7 +164,12 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            place = _asked_place(row, places, examples, prepared.renderer)
+            if not isinstance(row["text"], str):
+                raise TypeError("`text` is no text")
+            place = places[_asked_key(row, asked)]
+            prompt = row.get("prompt")
+            if prompt not in (None, prepared.renderer.prompt_text(examples[place].prompt)):
+                raise ValueError(f"row {row['index']}: its `prompt` is another than the recipe's")
             if seen[place] >= stage.own_thinking.samples:
                 raise ValueError(f"row {row['index']} comes more often than own.samples says")
             written[seen[place] * len(examples) + place] = Generation(row["text"])
@@ -179,25 +183,15 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
     return written
 
 
-def _asked_place(
-    row: Mapping[str, Any],
-    places: Mapping[int, list[int]],
-    examples: Sequence[Example],
-    renderer: Renderer,
-) -> int:
-    """Find the training example that a line belongs to."""
-    if not isinstance(row["text"], str):
-        raise TypeError("`text` is no text")
-    found = places.get(row["index"], [])
-    if not found:
-        raise ValueError(f"row {row['index']} is no row of train")
-    turn = row.get("turn", 0)
-    if turn not in range(len(found)):
-        raise ValueError(f"row {row['index']} has no turn {turn}")
-    place = found[turn]
-    if row.get("prompt", None) not in (None, renderer.prompt_text(examples[place].prompt)):
-        raise ValueError(f"row {row['index']}: its `prompt` is another one than the recipe's")
-    return place
+def _asked_key(row: Mapping[str, Any], asked: Mapping[int, Sequence[QuestionKey]]) -> QuestionKey:
+    """Find the training question that a line answers; without a turn it is the row's first."""
+    index, turn = row["index"], row.get("turn", 0)
+    if index not in asked:
+        raise ValueError(f"row {index} is no row of train")
+    key = key_of(asked[index], turn)
+    if key is None:
+        raise ValueError(f"row {index} has no turn {turn}")
+    return key
 
 
 def is_valid(thinking: str | None) -> bool:

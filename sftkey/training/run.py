@@ -229,7 +229,7 @@ class Run:
             for folder in folders
         )
         if self.prepared.answers_only:
-            self.__dict__["validation"] = own_validation(stage, self.prepared, first)
+            self.validation = own_validation(stage, self.prepared, first)
         return make_own_rows(stage, self.prepared, writer, self.grade)
 
     def _save(self, trainer: KeyTrainer, number: int) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 import sftkey.evaluation.thinking as module
 from sftkey.data.response import Example, QuestionKey, Response
-from sftkey.evaluation.comparison import ThinkingChange, Turned, thinking_change
 from sftkey.evaluation.results import StageResult, score
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
+from sftkey.evaluation.thinking_change import ThinkingChange, Turned, thinking_change
 from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.evaluation.comparison import ThinkingChange, thinking_change
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
+from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 from sftkey.recipe.load import load_recipe
 from sftkey.study.cells import take_over
 from sftkey.training.run import Run, start

@@ -1,0 +1,188 @@
+"""What a stage did to the thinking: is it the same, how long, is it right, and at which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from sftkey.evaluation.conversations import one_sided_p
+from sftkey.evaluation.results import Question, StageResult
+from sftkey.evaluation.statistics import CHANCE, discordant
+from sftkey.evaluation.thinking_form import ValidChange, valid_change
+
+MOST_LOSS = 0.02  # nats a token by which the thinking's validation loss may rise
+REMEDY = (
+    "In a key stage `loss_on: {thinking: 0.1, key: 1.0}` holds the thinking, and `context: frozen` "
+    "can't change it."
+)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Right and wrong of the thinkings that a rule could judge in both stages.
+
+    `p` is one-sided: how likely chance alone turns so many more wrong than right.
+    """
+
+    num_judged: int
+    num_right_before: int
+    num_right_after: int
+    num_made_wrong: int
+    num_made_right: int
+    p: float
+
+
+@dataclass(frozen=True)
+class ThinkingChange:
+    """What a stage did to the thinking.
+
+    `before` names the stage before it on the same questions; without one only the losses can be
+    known. `num_identical` and `turned` are None of results that were written without them.
+    """
+
+    after: str
+    loss: tuple[float, float] | None = None
+    before: str | None = None
+    num_questions: int = 0
+    num_identical: int | None = None
+    mean_lengths: tuple[float | None, float | None] = (None, None)
+    unit: str = "tokens"
+    turned: Turned | None = None
+    valid: ValidChange | None = None
+
+    def harms(self) -> list[str]:
+        """Say what got worse by more than it may.
+
+        In almost every stage a few right thinkings turn wrong and a few wrong ones right: their
+        numbers are always shown. Harm is what McNemar's exact test, asked about this side alone,
+        doesn't take for chance. The losses have no such chance: rows and tokens are the same.
+        """
+        found = []
+        if self.loss and self.loss[1] - self.loss[0] > MOST_LOSS:
+            rise = self.loss[1] - self.loss[0]
+            found.append(
+                f"its validation loss rose by {rise:.4f} nats a token (more than {MOST_LOSS})"
+            )
+        if self.turned and self.turned.p < CHANCE:
+            p = "p<0.001" if self.turned.p < 0.001 else f"p {self.turned.p:.3f}"
+            found.append(f"{_shown(self.turned)} (one-sided {p})")
+        if self.valid and self.valid.p < CHANCE:
+            found.append(self.valid.text())
+        return found
+
+    def warnings(self) -> list[str]:
+        """Say with the remedy that a stage harmed the thinking, if it did."""
+        harms = self.harms()
+        return [f"{self.after} harmed the thinking: {'; '.join(harms)}. {REMEDY}"] if harms else []
+
+    def line(self) -> str:
+        """Give all that is known in one line, for the log."""
+        figures = []
+        if self.num_identical is not None:
+            figures.append(f"{self.num_identical} of {self.num_questions} identical")
+        if self.before is not None:
+            old, new = ("none" if mean is None else f"{mean:.1f}" for mean in self.mean_lengths)
+            figures.append(f"mean length {old} -> {new} {self.unit}")
+        if turned := self.turned:
+            right = f"right {turned.num_right_before} -> {turned.num_right_after}"
+            figures.append(f"{right} of {turned.num_judged} ({_shown(turned)})")
+        if self.valid and min(self.valid.num_before, self.valid.num_after) < self.num_questions:
+            figures.append(self.valid.text())
+        if self.loss:
+            figures.append("validation loss {:.4f} -> {:.4f}".format(*self.loss))
+        since = f" against {self.before}" if self.before is not None else ""
+        return f"{self.after}: thinking{since}: {', '.join(figures) or 'nothing is known'}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the figures as plain data."""
+        return {**asdict(self), "harms": self.harms()}
+
+
+def thinking_change(
+    before: StageResult | None, after: StageResult, names: tuple[str, str] | None = None
+) -> ThinkingChange:
+    """Pair the thinkings of two stages by their questions.
+
+    Args:
+        before: The result of the stage before; None if there is none.
+        after: The stage.
+        names: What to call the two; default their stages.
+    """
+    old_name, new_name = names or (before.stage if before else "", after.stage)
+    if before is None or before.questions_sha256 != after.questions_sha256:
+        return ThinkingChange(new_name, after.thinking_loss)
+    pairs = list(zip(before.questions, after.questions, strict=True))
+    hashes = [(old.thinking_hash, new.thinking_hash) for old, new in pairs]
+    known = all(old and new for old, new in hashes)
+    return ThinkingChange(
+        after=new_name,
+        loss=after.thinking_loss,
+        before=old_name,
+        num_questions=len(pairs),
+        num_identical=sum(old == new for old, new in hashes) if known else None,
+        mean_lengths=(before.mean_thinking_length, after.mean_thinking_length),
+        unit=after.thinking_unit,
+        turned=_turned(pairs),
+        valid=valid_change(pairs),
+    )
+
+
+def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> Table:
+    """Give the table of what the stages did to the thinking, a row for each named result.
+
+    Whether answers follow from their thinking is a column where a rule can tell it of any.
+    """
+    rows = list(rows)
+    told = any(result.num_judged_following for _, result, _ in rows)
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    grid.add_column("thinking\nafter", overflow="fold")
+    for header in [
+        "identical\nto before",
+        "right",
+        "turned\nwrong",
+        "turned\nright",
+        "validation loss,\nnats a token",
+        *(["answer\nfollows"] if told else []),
+    ]:
+        grid.add_column(header, justify="right", no_wrap=True)
+    for name, result, change in rows:
+        cells = [name, *_change_cells(result, change)]
+        if told:
+            judged = result.num_judged_following
+            cells.append(f"{result.num_following}/{judged}" if judged else "?")
+        grid.add_row(*map(Text, cells))
+    return grid
+
+
+def _turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
+    judged = [
+        (old.thinking_right, new.thinking_right, old.index)
+        for old, new in pairs
+        if old.thinking_right is not None and new.thinking_right is not None
+    ]
+    if not judged:
+        return None
+    before, after, rows = (list(each) for each in zip(*judged, strict=True))
+    gains, losses = discordant(before, after)
+    p = one_sided_p(before, after, rows)
+    return Turned(len(judged), sum(before), sum(after), losses, gains, p)
+
+
+def _shown(turned: Turned) -> str:
+    return f"{turned.num_made_wrong} right ones turned wrong, {turned.num_made_right} wrong right"
+
+
+def _change_cells(result: StageResult, change: ThinkingChange) -> list[str]:
+    judged, identical, turned = result.num_thinking_judged, change.num_identical, change.turned
+    return [
+        "" if identical is None else f"{identical}/{change.num_questions}",
+        f"{result.num_thinking_right}/{judged}" if judged else "?",
+        str(turned.num_made_wrong) if turned else "",
+        str(turned.num_made_right) if turned else "",
+        "{:.4f} -> {:.4f}".format(*change.loss) if change.loss else "",
+    ]
