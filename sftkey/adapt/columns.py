@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sftkey.data.examples import columns_of
 from sftkey.data.messages import read_messages
 from sftkey.data.values import RowError, parsed_json
 
@@ -112,7 +113,7 @@ class Table:
                 pairs = inner.items() if isinstance(inner, dict) else ()
                 flat |= {f"{column}[{key}]": item for key, item in pairs} or {column: value}
             rows.append(flat)
-        return Table(rows, list(dict.fromkeys(column for row in rows for column in row)))
+        return Table(rows, columns_of(rows))
 
 
 def _plain(column: str) -> str:

@@ -10,7 +10,7 @@ from sftkey.adapt.columns import ANSWER, PROMPT, RESPONSE, SYSTEM, THINKING, Row
 from sftkey.adapt.prompt import options_of, prompt_of
 from sftkey.adapt.split import ENOUGH, Fit, find_rule
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import Loaded, make_examples, make_rule
+from sftkey.data.examples import Loaded, columns_of, make_examples, make_rule
 from sftkey.data.response import Example
 from sftkey.data.sources import with_defaults
 from sftkey.recipe.schema import DataSection
@@ -47,7 +47,7 @@ def decide(source: str, rows: Sequence[Row]) -> tuple[Reading, Table]:
         rows: All rows.
     """
     some = rows[:NUM_SEEN]
-    table = Table(some, list(dict.fromkeys(column for row in rows for column in row)))
+    table = Table(some, columns_of(rows))
     prompt, chats = _prompt_and_chats(table)
     if prompt is None and not chats:
         table = table.flattened()
@@ -79,9 +79,8 @@ def decide(source: str, rows: Sequence[Row]) -> tuple[Reading, Table]:
 
 def read(source: str, rows: Sequence[Row], fields: dict[str, Any]) -> Loaded:
     """Make the examples that a reading gives."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
     data = with_defaults(DataSection(**{"source": source, **fields}))
-    return make_examples(rows, data, columns, "last")
+    return make_examples(rows, data, "last")
 
 
 def _prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:

@@ -193,10 +193,14 @@ class Loaded:
     unsplit: list[Unsplit]
 
 
+def columns_of(rows: Sequence[RawRow]) -> list[str]:
+    """Return all columns in their order; a row may lack what others have, as in JSON."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
 def make_examples(
     rows: Sequence[RawRow],
     data: DataSection,
-    columns: Sequence[str],
     turns: Turns,
     reasoning: bool = True,
 ) -> Loaded:
@@ -205,7 +209,6 @@ def make_examples(
     Args:
         rows: The rows, in source order.
         data: The recipe's section, with the defaults of its source.
-        columns: The columns that the source has.
         turns: `all`: an example for every assistant turn of a conversation, with the turns before
             it as prompt.
         reasoning: Whether rows without a reasoning are refused; else it is empty.
@@ -213,7 +216,7 @@ def make_examples(
     Raises:
         DataError: The section names columns that don't exist, or doesn't say what the answer is.
     """
-    read = _reader(data, columns, rows, turns, reasoning)
+    read = _reader(data, columns_of(rows), rows, turns, reasoning)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):
         outcomes: list[Parts | RowError]

@@ -139,9 +139,7 @@ def load_examples(
     """
     data = with_defaults(data)
     rows = load_rows(data, seed, split)
-    # A row may lack what others have (JSON): the columns are all that occur, in their order.
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return make_examples(rows, data, columns, turns, reasoning)
+    return make_examples(rows, data, turns, reasoning)
 
 
 def load_rows(data: DataSection, seed: int, split: str) -> Rows:
