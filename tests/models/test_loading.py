@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,3 +251,27 @@ def test_gradient_would_be_lost() -> None:
     with pytest.warns(UserWarning, match="autograd"):
         layer(inputs).sum().backward()
     assert inputs.grad is None
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
+def test_weights_that_train_are_float32(folder: Path, dtype: str | None) -> None:
+    """In 16 bits most small steps round to nothing, whatever type was published or asked for."""
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(folder)
+    model = load_model(section(folder, dtype=dtype), CPU, full=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_published_generation_config_is_saved_as_it_was_published(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Settings that transformers won't save once an end is added end no checkpoint, no merge."""
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_folder, folder)
+    published = {"temperature": 0.6, "top_p": 0.9, "min_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps({**published, "eos_token_id": 0}))
+    model = load_model(ModelSection(name_or_path=str(folder), quantization="none"), CPU)
+    model.generation_config.eos_token_id = [2, 0]
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert {**saved, **published, "eos_token_id": [2, 0]} == saved
