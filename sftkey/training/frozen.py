@@ -19,6 +19,7 @@ from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import KeyTrainer, segment_means, segment_sums
 
+SURELY_READ = 1e-3  # nats: no rounding makes that 0
 WEIGHTS_FILE = "key_adapters.safetensors"  # of a checkpoint; the context's weights don't change
 
 
@@ -43,6 +44,7 @@ class FrozenStart:
             stage before was measured by.
         squares: The same of the squared losses.
         distances: The same of the squared distances to the losses behind the cache.
+        unread: The same of 1 for each token that has a loss in the full pass alone.
         behind: The same of the losses behind the cache, with a key adapter that changes nothing
             yet; None where it does change something.
     """
@@ -50,6 +52,7 @@ class FrozenStart:
     full: torch.Tensor
     squares: torch.Tensor
     distances: torch.Tensor
+    unread: torch.Tensor
     behind: torch.Tensor | None
 
     def losses(self) -> dict[str, float]:
@@ -65,7 +68,8 @@ class FrozenStart:
         at another place has other losses, and noise as large as their spread.
 
         Returns:
-            `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and `tokens`;
+            `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and `tokens` and
+            `unread`;
             nothing where there is nothing to compare.
         """
         if self.behind is None:
@@ -82,6 +86,7 @@ class FrozenStart:
             "noise": noise,
             "spread": spread,
             "tokens": tokens,
+            "unread": self.unread[0, key].sum(),
         }
         return {name: float(value) for name, value in found.items()}
 
@@ -157,11 +162,11 @@ class FrozenTrainer(KeyTrainer):
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Give each adapter's sums, and what the start is compared by: `(N + 3, 2, 5)`.
+        """Give each adapter's sums, and what the start is compared by: `(N + 4, 2, 5)`.
 
-        The context's losses are the same for all adapters. The last three: of a full pass without
-        the key adapters; of the squares of its losses, and of their squared distance from those of
-        the first adapter, which are read behind a cache.
+        The context's losses are the same for all adapters. The last four: of a full pass without
+        the key adapters; of the squares of its losses; of their squared distance from those of
+        the first adapter, which are read behind a cache; of tokens that are not read there.
         """
         targets = segment_ids[:, 1:]
         of_key = targets >= Segment.ANSWER_TAG
@@ -172,17 +177,18 @@ class FrozenTrainer(KeyTrainer):
             torch.where(of_key, losses, context)
             for losses in keys.view(len(self.members), *context.shape)
         ]
-        beside = [context, context.square(), (read[0] - context).square()]
+        unread = ((read[0] == 0) & (context > SURELY_READ)).to(context.dtype)
+        beside = [context, context.square(), (read[0] - context).square(), unread]
         return torch.stack([segment_sums(losses, targets) for losses in (*read, *beside)])
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
         """Report the best adapter's sums; compare the two ways of reading before the first step."""
-        members, (full, squares, distances) = sums[:-3], sums[-3:]
+        members, beside = sums[:-4], sums[-4:]
         self.member_losses = self._weighted(members).tolist()
         if self.state.global_step == 0:
             inert = self.members[0].lora.get("init_lora_weights") is not False
             behind = members[0] if inert else None  # None: it changes the key from the start
-            self.start = FrozenStart(full, squares, distances, behind)
+            self.start = FrozenStart(*beside, behind)
         return members[self.best]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -126,9 +126,11 @@ def test_a_key_shifted_by_one_token_falls(
 
 def test_a_small_bias_falls_with_many_tokens_and_noise_passes_with_few() -> None:
     """The bound is six standard errors; noise as large as the losses' spread is no rounding."""
-    told = {"loss": 1.02, "full_pass": 1.0, "spread": 1.5, "tokens": 100.0}
+    told = {"loss": 1.02, "full_pass": 1.0, "spread": 1.5, "tokens": 100.0, "unread": 0.0}
     check_behind_cache({**told, "noise": 0.06, "bound": 0.036}, 1e-3, "stage")
     with pytest.raises(RunError):
         check_behind_cache({**told, "noise": 0.06, "bound": 0.0114}, 1e-3, "stage")
     with pytest.raises(RunError):
         check_behind_cache({**told, "noise": 0.6, "bound": 0.36}, 1e-3, "stage")
+    with pytest.raises(RunError, match="and 8 of them are not read"):
+        check_behind_cache({**told, "noise": 0.06, "bound": 0.036, "unread": 8.0}, 1e-3, "stage")
