@@ -183,12 +183,12 @@ class FrozenTrainer(KeyTrainer):
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
         """Report the best adapter's sums; compare the two ways of reading before the first step."""
-        members, beside = sums[:-4], sums[-4:]
+        members, (full, squares, distances, unread) = sums[:-4], sums[-4:]
         self.member_losses = self._weighted(members).tolist()
         if self.state.global_step == 0:
             inert = self.members[0].lora.get("init_lora_weights") is not False
             behind = members[0] if inert else None  # None: it changes the key from the start
-            self.start = FrozenStart(*beside, behind)
+            self.start = FrozenStart(full, squares, distances, unread, behind)
         return members[self.best]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
