@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from sftkey.checks.findings import Finding, Report, of_error
 from sftkey.checks.masks import Masks, judged_findings, read_masks
 from sftkey.checks.recipe import recipe_findings, undecided
+from sftkey.checks.rehearsal import rehearsal_findings
 from sftkey.checks.rows import (
     dropped_findings,
     empty_findings,
@@ -20,7 +21,7 @@ from sftkey.checks.rows import (
     lenient,
     template_findings,
 )
-from sftkey.checks.stop import stop_findings
+from sftkey.checks.stop import generation_findings, stop_findings
 from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
@@ -58,7 +59,8 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
         renderer = _attempt(findings, _read_frame, recipe)
     if renderer is not None:
         findings += frame_findings(renderer)
-        findings += _attempt(findings, stop_findings, recipe, renderer) or []
+        stops = _attempt(findings, stop_findings, recipe, renderer)
+        findings += [] if stops is None else [*stops, *generation_findings(recipe)]
     if not undecided(recipe, "data"):
         splits = _attempt(findings, _read_splits, recipe)
     prepared = None
@@ -204,6 +206,8 @@ def check_recipe(recipe: Recipe) -> Report:
             what = f"test: the grader {recipe.eval.grader} can't read the answers of these rows"
             hint = "choose the eval.grader that fits them: number, choice, exact or math"
             findings.append(of_rows("references", what, rows, hint))
+    if not report.refusals and not any(finding.refuses for finding in findings):
+        findings += rehearsal_findings(recipe, report.prepared)
     return dataclasses.replace(report, findings=(*report.findings, *findings))
 
 

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from sftkey.checks.findings import Finding
 from sftkey.data.renderer import Renderer
-from sftkey.models.facts import EMBEDDINGS, HEADS, _json, head_is_tied, stop_ids_of
+from sftkey.models.facts import (
+    EMBEDDINGS,
+    HEADS,
+    _json,
+    head_is_tied,
+    settings_left_aside,
+    stop_ids_of,
+)
 from sftkey.models.source import ADAPTER_CONFIG, find_source
 from sftkey.recipe.schema import Recipe
 
@@ -36,6 +43,21 @@ def stop_findings(recipe: Recipe, renderer: Renderer) -> list[Finding]:
         return [Finding("stop-not-published", (), what, hint, refuses=False)]
     what += ": the model may never have learned it, and the recipe doesn't train its row"
     return [Finding("end-not-learned", (), what, _way_out(renderer, published, tied))]
+
+
+def generation_findings(recipe: Recipe) -> list[Finding]:
+    """Name the published settings of generation that the answers of a run don't follow.
+
+    Raises:
+        ModelError: The model's generation config can't be read.
+    """
+    aside = settings_left_aside(recipe.model)
+    if not aside:
+        return []
+    what = f"generation_config.json sets {', '.join(aside)}; answers here are written without them"
+    hint = "nothing to do: they are measured alike for every model, and the file is saved on as is"
+    message = f"{recipe.model.name_or_path}: {what}"
+    return [Finding("generation-settings", (), message, hint, refuses=False)]
 
 
 def not_verified(recipe: Recipe, renderer: Renderer) -> Finding:

@@ -57,6 +57,9 @@ def generate(
 ) -> Iterator[tuple[int, Generation]]:
     """Generate after every prompt, longest prompts first; yields each batch as it is finished.
 
+    Where a model scales positions by the longest row of a batch (dynamic NTK, longrope), rows that
+    may grow so long are generated alone.
+
     Batches follow from the prompts alone, and each has its own seed: what is left out with `skip`
     changes no other generation, in any precision. The model's training mode, its `use_cache`
     and the random state are after each batch what they were before.
@@ -81,6 +84,7 @@ def generate(
         ValueError: There is nothing to stop at, or an empty prompt.
     """
     from sftkey.generation.key_switch import write, write_switching
+    from sftkey.models.positions import mixing_length
 
     if not stop_ids:
         raise ValueError("stop_ids: expected at least the trained end of turn; got none")
@@ -88,11 +92,15 @@ def generate(
         raise ValueError(f"prompts: expected at least one token each; got none at {empty}")
     config = _generation_config(tokenizer, stop_ids, max_new_tokens, temperature)
     order = sorted(range(len(prompts)), key=lambda position: (-len(prompts[position]), position))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    lengths = [len(prompts[position]) + max_new_tokens for position in order]
+    for start, stop in _bounds(lengths, batch_size, limit := mixing_length(model.config)):
+        batch = order[start:stop]
         if set(batch) <= set(skip):
             continue
-        with inferring(model), _seeded(model, f"{seed} {start}", temperature > 0):
+        if limit is not None and lengths[start] > limit:
+            _forget_longer_rows(model)
+        sampled = temperature > 0
+        with inferring(model), _unpublished(model), _seeded(model, f"{seed} {start}", sampled):
             asked = [prompts[position] for position in batch]
             written = (
                 write_switching(model, tokenizer, asked, config, switch)
@@ -102,6 +110,30 @@ def generate(
         for position, ids in zip(batch, written, strict=True):
             if position not in skip:
                 yield position, _generation(tokenizer, ids, stop_ids)
+
+
+def _bounds(
+    lengths: Sequence[int], batch_size: int, limit: int | None
+) -> Iterator[tuple[int, int]]:
+    """Yield where each batch starts and stops: a row above the limit has one of its own.
+
+    >>> list(_bounds([9, 8, 3, 2, 1], 2, 5))
+    [(0, 1), (1, 2), (2, 4), (4, 5)]
+    """
+    start = 0
+    while start < len(lengths):
+        alone = limit is not None and lengths[start] > limit
+        stop = min(start + (1 if alone else batch_size), len(lengths))
+        yield start, stop
+        start = stop
+
+
+def _forget_longer_rows(model: PreTrainedModel | PeftModel) -> None:
+    """Put dynamic NTK scaling back: it stays as the longest row had it until a short one."""
+    import torch
+
+    with inferring(model), torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
 def generate_to_file(
@@ -217,30 +249,46 @@ def _generation_config(
     max_new_tokens: int,
     temperature: float,
 ) -> GenerationConfig:
-    """Say all that changes the tokens; what is unset, transformers takes from the published config.
-
-    Published configs sample and penalize repetition (Qwen2.5-Instruct's do): an evaluation that
-    says greedy must not.
-    """
+    """Say what sftkey means and nothing else: ends, padding, length, and how a token is chosen."""
     from transformers import GenerationConfig
 
-    ways: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50}
+    ways: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        ways = {"do_sample": True, "temperature": temperature, "top_k": 0, "min_p": 0.0}
+        ways = {"do_sample": True, "temperature": temperature, "top_k": 0}  # 50 is the default
     pad_id = tokenizer.pad_token_id
     return GenerationConfig(
         **ways,
-        top_p=1.0,
-        typical_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_ids),
         pad_token_id=next(iter(stop_ids)) if pad_id is None else pad_id,
         use_cache=True,  # the trainer switches the model's own off
     )
+
+
+@contextmanager
+def _unpublished(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Hide the model's own generation config: transformers fills in whatever ours leaves unset.
+
+    Published ones sample, penalize repetition, suppress tokens, or stop by the clock. Switching
+    off what is known would miss the next setting. The loss of a mixture's router, which a config
+    may ask for, fails on padded rows behind a cache, and nobody reads it here.
+    """
+    from transformers import GenerationConfig
+
+    base: Any = model
+    while hasattr(base, "get_base_model"):  # a PeftModel looks it up on the model inside
+        base = base.get_base_model()
+    published, base.generation_config = base.generation_config, GenerationConfig()
+    text_config: Any = base.config.get_text_config()
+    router_loss = getattr(text_config, "output_router_logits", None)
+    if router_loss:
+        text_config.output_router_logits = False
+    try:
+        yield
+    finally:
+        base.generation_config = published
+        if router_loss:
+            text_config.output_router_logits = router_loss
 
 
 def _generation(

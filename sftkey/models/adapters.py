@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from sftkey.errors import ModelError, first_line
+from sftkey.errors import ModelError, RunError, first_line
 from sftkey.files import appearing
 from sftkey.models.loading import check_targets, short_names, target_names
+from sftkey.models.lora_names import refuse_unmatched
 from sftkey.models.source import ADAPTER_CONFIG, Source, find_source
 from sftkey.recipe.stages import lora_setting
 
+LOGGER = logging.getLogger("sftkey")
 BASE_FILE, WEIGHTS_FILE = "base.json", "adapter_model.safetensors"
 DEFAULT = "default"  # peft's name of the one adapter that acts on all tokens
 Base = dict[str, str | None]
@@ -63,6 +68,7 @@ def save_adapter(
             model, state, adapter_name=name, save_embedding_layers=False
         )
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        refuse_not_finite(tensors, folder)
         save_file(tensors, saving / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.deepcopy(model.peft_config[name])
         config.base_model_name_or_path = base["name_or_path"]
@@ -76,9 +82,27 @@ def save_model(
     model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
+    refuse_not_finite(model.state_dict() if state is None else state, folder)
     with appearing(folder) as saving:
         model.save_pretrained(saving, state_dict=state)
         (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
+
+
+def refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Refuse weights that hold NaN or infinity, before anything is written.
+
+    Raises:
+        RunError: Names how many, and one of them.
+    """
+    broken = [name for name, each in tensors.items() if not torch.isfinite(each).all()]
+    if broken:
+        raise RunError(
+            str(folder),
+            f"expected finite weights; {len(broken)} of {len(tensors)} hold NaN or infinity, "
+            f"such as {broken[0]}; nothing was written",
+            "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); "
+            "`--fresh` begins anew",
+        )
 
 
 def add_lora(
@@ -97,15 +121,28 @@ def add_lora(
     """
     _check_initialization("lora", lora_setting(lora, "init_lora_weights"))
     check_targets(_without_adapters(model), lora.get("target_modules"))
+    refuse_unmatched(_without_adapters(model), lora)
     try:
-        config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), peft_warnings_logged():
+            config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
             # peft draws on the CPU whatever the device; torch.manual_seed would reseed GPUs too.
             torch.default_generator.manual_seed(seed)
             adapted = _adapted(model, config, name)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ModelError("lora", first_line(error)) from error
     return _ready(adapted, name)
+
+
+@contextmanager
+def peft_warnings_logged() -> Iterator[None]:
+    """Log the first sentence of each of peft's warnings, without the file that it came from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, UserWarning | RuntimeWarning):
+            text = str(each.message).strip().partition("\n")[0]
+            LOGGER.info("peft: %s", text.split(". ")[0])
 
 
 def _without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -179,14 +216,8 @@ def load_adapter(
         ModelError: It can't be found or read, is no LoRA adapter, belongs to another base, or
             contradicts `lora`.
     """
-    source = find_source(str(adapter), config_file=ADAPTER_CONFIG)
+    source, config = read_adapter_config(model, adapter, lora or {}, base)
     try:
-        config = PeftConfig.from_pretrained(source.path, revision=source.commit)
-        if not isinstance(config, LoraConfig):
-            raise ModelError(source.path, f"expected a LoRA adapter; got {type(config).__name__}")
-        _check_base(source, config, base)
-        _check_initialization(source.path, config.init_lora_weights)
-        _check_lora(_without_adapters(model), source, config, lora or {})
         config.inference_mode = False  # so that float32 comes before the weights
         config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
         weights = load_peft_weights(str(weights_folder(source)), device="cpu")
@@ -194,7 +225,8 @@ def load_adapter(
         if isinstance(error, ModelError):
             raise
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
-    adapted = _ready(_adapted(model, config, name), name)
+    with peft_warnings_logged():
+        adapted = _ready(_adapted(model, config, name), name)
     try:
         result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
     except RuntimeError as error:
@@ -229,6 +261,41 @@ def weights_folder(source: Source) -> Path:
             "if you trust who wrote it, convert it: load it with peft and call save_pretrained",
         )
     return source.folder
+
+
+def read_adapter_config(
+    model: PreTrainedModel | PeftModel,
+    adapter: str | Path,
+    lora: dict[str, Any],
+    base: Base | None = None,
+) -> tuple[Source, LoraConfig]:
+    """Read what a saved adapter is, and refuse what can't be gone on from.
+
+    Args:
+        model: As in `load_adapter`; the meta device will do.
+        adapter: As there.
+        lora: As there.
+        base: As there; None: another base isn't looked for.
+
+    Raises:
+        ModelError: As there.
+    """
+    source = find_source(str(adapter), config_file=ADAPTER_CONFIG)
+    try:
+        with peft_warnings_logged():
+            config = PeftConfig.from_pretrained(source.path, revision=source.commit)
+        if not isinstance(config, LoraConfig):
+            raise ModelError(source.path, f"expected a LoRA adapter; got {type(config).__name__}")
+        if base is not None:
+            _check_base(source, config, base)
+        _check_initialization(source.path, config.init_lora_weights)
+        _check_lora(_without_adapters(model), source, config, lora)
+        _check_carried(_without_adapters(model), source, config)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
+    return source, config
 
 
 def _check_base(source: Source, config: LoraConfig, base: Base) -> None:
@@ -267,6 +334,23 @@ def _last_part(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
+def _check_carried(model: PreTrainedModel, source: Source, config: LoraConfig) -> None:
+    """Refuse an adapter on what the loss reads itself, or that no merge could undo."""
+    for key in ("alora_invocation_tokens", "layer_replication"):
+        if getattr(config, key, None):
+            raise ModelError(source.path, f"{key}: adapters of this kind can't be trained on here")
+    try:
+        check_targets(model, config.target_modules)
+    except ModelError as error:
+        what = error.problems[0].what
+        raise ModelError(source.path, f"target_modules: {what}", error.hint) from error
+
+
+def _as_set(value: Any) -> Any:
+    """Return a list as a set: peft keeps some as sets, whose order is the process's own."""
+    return set(value or ()) if value is None or isinstance(value, list | set | tuple) else value
+
+
 def _check_lora(
     model: PreTrainedModel, source: Source, config: LoraConfig, lora: dict[str, Any]
 ) -> None:
@@ -281,7 +365,7 @@ def _check_lora(
             same = here == there
             wanted, has = f"{wanted} ({len(here)} modules)", f"{short_names(there)} ({len(there)})"
         else:
-            same = wanted == has or (isinstance(has, set) and wanted and set(wanted) == has)
+            same = _as_set(wanted) == _as_set(has)
         if not same:
             contradictions.append(f"lora.{key} is {wanted} in the recipe and {has} in the adapter")
     if contradictions:

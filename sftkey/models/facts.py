@@ -154,6 +154,15 @@ def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFact
     )
 
 
+def skeleton_of(section: ModelSection) -> PreTrainedModel:
+    """Build a recipe's model on the meta device: every module, no weights.
+
+    Raises:
+        ModelError: There is no such model, or transformers doesn't know it.
+    """
+    return _skeleton(section, _config(section, model_source(section)))[0]
+
+
 def _config(section: ModelSection, source: Source) -> Any:
     try:
         return AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
@@ -213,6 +222,24 @@ def stop_ids_of(section: ModelSection) -> tuple[int, ...] | None:
         return None
     eos = generation.get("eos_token_id")
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+# Ids that say where texts begin and end, and what changes no token.
+KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache")
+
+
+def settings_left_aside(section: ModelSection) -> list[str]:
+    """Name what a published generation config sets that generation here doesn't follow.
+
+    Raises:
+        ModelError: The model can't be found, or the file read.
+    """
+    published = _json(model_source(section), "generation_config.json") or {}
+    return sorted(
+        name
+        for name, value in published.items()
+        if name not in KEPT and not name.startswith("_") and value not in (None, False)
+    )
 
 
 def head_is_tied(section: ModelSection) -> bool:

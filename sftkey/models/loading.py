@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,6 +35,17 @@ from sftkey.recipe.schema import ModelSection
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
 CARRIERS = (*LINEAR, torch.nn.Embedding)
+
+
+class PublishedGenerationConfig(GenerationConfig):
+    """A generation config that is saved as it was published, with the ends that a run adds.
+
+    transformers refuses to save a changed one whose settings contradict each other, such as a
+    temperature without sampling: at the first checkpoint, after hours.
+    """
+
+    def validate(self, strict: Any = False, user_set_attributes: set[str] | None = None) -> None:
+        """Refuse nothing: it was published so, and generation here takes none of its settings."""
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -75,8 +87,8 @@ def load_model(
 
     Args:
         section: `dtype` is the type of the weights: by default the device's compute type; the
-            published one with `auto`; float32 when they are to be trained, since the small steps of
-            fine-tuning round to nothing in 16 bits.
+            published one with `auto`. Weights that are to be trained are float32 whatever it says,
+            since the small steps of fine-tuning round to nothing in 16 bits.
         device: From `choose_device`.
         full: The weights themselves are to be trained, not an adapter on them.
         folder: Take the weights that an earlier stage wrote there.
@@ -93,7 +105,7 @@ def load_model(
         "attn_implementation": section.attn_implementation,
         "use_safetensors": True,
         "trust_remote_code": False,
-        "dtype": torch.float32 if full and section.dtype is None else dtype,
+        "dtype": torch.float32 if full else dtype,
     }
     if section.quantization == "nf4":
         settings["quantization_config"] = _nf4(device.compute_dtype)
@@ -111,6 +123,8 @@ def load_model(
             source.path,
             f"{len(missing)} of the model's weights are not there, such as {missing[0]}",
         )
+    if model.generation_config is not None:
+        model.generation_config.__class__ = PublishedGenerationConfig
     if section.quantization == "nf4":
         _keep_gradients(model)
         return model

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sftkey.data.renderer import probe_renderer, stop_ids
 from sftkey.errors import RunError
 from sftkey.files import appearing
-from sftkey.models.adapters import load_adapter
+from sftkey.models.adapters import load_adapter, peft_warnings_logged
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import base_identity
@@ -65,7 +65,8 @@ def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
     plain = _logits(base, probe)
     model: Any = load_adapter(base, adapter, base_identity(recipe.model), trainable=False)
     adapted = _logits(model.eval(), probe)
-    merged = model.merge_and_unload()
+    with peft_warnings_logged():
+        merged = model.merge_and_unload()
     found = Merged(
         effect=float((adapted - plain).abs().max()),
         distance=float((_logits(merged, probe) - adapted).abs().max()),

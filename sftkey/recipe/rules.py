@@ -47,6 +47,20 @@ REFUSED_TRAINER_KEYS = {
     "router_aux_loss_coef": "sftkey's loss has no load-balancing term, and this would do nothing",
     "auto_find_batch_size": "a batch that shrinks by itself can't be resumed; set the batch size",
     "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
+    **dict.fromkeys(
+        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"],
+        "a run publishes nothing, and this would do nothing",
+    ),
+}
+METRICS = (
+    "loss",
+    *(f"loss_{segment}" for segment in ("prompt", "thinking", "answer_tag", "answer", "end")),
+)
+# Refused where they ask for something: false asks for nothing.
+REFUSED_WHERE_TRUE = {
+    "greater_is_better": "all that a stage can be chosen by are losses",
+    "push_to_hub": "a run publishes nothing; push what it wrote yourself",
+    "save_only_model": "a stage could not go on from a checkpoint without its optimizer",
 }
 REFUSED_LORA_KEYS = dict.fromkeys(
     [
@@ -60,6 +74,12 @@ REFUSED_LORA_KEYS = dict.fromkeys(
     ],
     "sftkey sets it itself",
 )
+UNSERVED_LORA_KEYS = {
+    "alora_invocation_tokens": "such an adapter acts from a token on that answers don't hold; a "
+    "stage with `context: frozen` trains one that acts on the key",
+    "megatron_config": "sftkey trains without Megatron",
+    "megatron_core": "sftkey trains without Megatron",
+}
 REFUSED_KEY_LORA_KEYS = {
     **dict.fromkeys(
         ["trainable_token_indices", "modules_to_save"],
@@ -102,7 +122,8 @@ def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
         if isinstance(stage, dict)
     ]
     for keys, section in places:
-        refused = REFUSED_LORA_KEYS | (REFUSED_KEY_LORA_KEYS if keys else {})
+        refused = REFUSED_LORA_KEYS | UNSERVED_LORA_KEYS
+        refused |= REFUSED_KEY_LORA_KEYS if keys else {}
         yield from _check_settings(
             section.get("lora"), (*keys, "lora"), refused, lora_config_fields()
         )
@@ -120,6 +141,8 @@ def _check_settings(
     for key, value in settings.items():
         if key in refused:
             yield (*keys, key), f"refused: {refused[key]}"
+        elif key in REFUSED_WHERE_TRUE and value is True:
+            yield (*keys, key), f"refused: {REFUSED_WHERE_TRUE[key]}"
         elif key not in fields:
             near = did_you_mean(key, sorted(fields.keys() - refused.keys()))
             yield (*keys, key), "unknown key" + (near or f"; it is no field of {upstream}")
@@ -144,6 +167,40 @@ def check_together(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _check_data(data["data"])
     yield from _check_response(data["response"])
     yield from _check_stages(data["stages"], full)
+    found: dict[Finding, None] = {}  # of the shared trainer each once
+    for number, stage in enumerate(data["stages"]):
+        own, shared = stage.get("trainer") or {}, data.get("trainer") or {}
+        if isinstance(own, dict) and isinstance(shared, dict):
+            keys: Keys = ("stages", number, "trainer")
+            packing = data["data"]["packing"] is True
+            found |= dict.fromkeys(_check_trainer(shared, own, keys, packing))
+    yield from found
+
+
+def _check_trainer(
+    shared: dict[str, Any], own: dict[str, Any], keys: Keys, packing: bool
+) -> Iterator[Finding]:
+    """Check what a stage's trainer is told, in the place where it is told it."""
+    trainer = {**shared, **own}
+
+    def place(key: str) -> Keys:
+        return (*keys, key) if key in own else ("trainer", key)
+
+    sampling = trainer.get("train_sampling_strategy")
+    grouped = sampling == "group_by_length" or (sampling is None and not packing)
+    if trainer.get("data_seed") is not None and grouped:
+        what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
+        yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
+    if trainer.get("load_best_model_at_end") is True:
+        for key in ("eval_strategy", "save_strategy"):
+            if trainer.get(key, "no" if key == "eval_strategy" else "steps") == "no":
+                what = "the best checkpoint is one of those saved, by the losses of evaluations"
+                yield place("load_best_model_at_end"), f"{what}; write {key}: steps or epoch"
+    metric = trainer.get("metric_for_best_model")
+    if isinstance(metric, str) and metric.removeprefix("eval_") not in METRICS:
+        near = did_you_mean(metric, METRICS)
+        what = f"expected a validation loss, one of {', '.join(METRICS)}; got {shown(metric)}"
+        yield place("metric_for_best_model"), what + near
 
 
 def _check_model(model: dict[str, Any], full: bool) -> Iterator[Finding]:

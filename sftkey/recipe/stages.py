@@ -37,11 +37,16 @@ def num_stage_steps(trainer: Mapping[str, Any], num_rows: int, num_processes: in
 
     >>> num_stage_steps({"per_device_train_batch_size": 4, "num_train_epochs": 2}, 10, 1)
     6
+    >>> num_stage_steps({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, 10, 1)
+    6
     """
     max_steps, epochs, batch_size, accumulation = _step_settings(trainer)
     if max_steps > 0:
         return int(max_steps)
-    num_batches = math.ceil(num_rows / batch_size / num_processes)
+    if trainer_setting(trainer, "dataloader_drop_last"):
+        num_batches = num_rows // batch_size // num_processes
+    else:
+        num_batches = math.ceil(num_rows / batch_size / num_processes)
     steps_an_epoch = math.ceil(num_batches / accumulation)
     return math.ceil(epochs * max(steps_an_epoch, 1))
 

@@ -50,6 +50,23 @@ def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:
     return max(found)[1] if found else None
 
 
+def kept_checkpoint(state: TrainerState, loads_best: bool) -> str | None:
+    """Say which checkpoint a stage ends with; None where it ends with its last step anyway.
+
+    Args:
+        state: The trainer's, after its last step.
+        loads_best: Whether the trainer was to load the best checkpoint at the end.
+    """
+    if not loads_best:
+        return None
+    if state.best_model_checkpoint is None:
+        return "kept the last step: no checkpoint has a finite validation loss to choose by"
+    best = Path(state.best_model_checkpoint).name
+    last = best == f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    which = "the last" if last else "not the last"
+    return f"kept {best} (validation loss {state.best_metric:.4f}), {which}"
+
+
 class SealCheckpoints(TrainerCallback):
     """Seals each checkpoint when all processes have written theirs, and logs up to it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
+from transformers.trainer_utils import EvalLoopOutput
 
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.models.key_adapter import act, context_adapters
 from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.losses import token_losses
-from sftkey.training.trainer import KeyTrainer, segment_sums
+from sftkey.training.trainer import KeyTrainer, segment_means, segment_sums
 
+SURELY_READ = 1e-3  # nats: no rounding makes that 0
 WEIGHTS_FILE = "key_adapters.safetensors"  # of a checkpoint; the context's weights don't change
 
 
@@ -30,6 +33,62 @@ def key_starts(segment_ids: torch.Tensor) -> torch.Tensor:
     tensor([3, 1])
     """
     return (segment_ids >= Segment.ANSWER_TAG).int().argmax(1) - 1
+
+
+@dataclass(frozen=True)
+class FrozenStart:
+    """The validation losses before a frozen stage's first step, read in two ways.
+
+    Args:
+        full: `(2, 5)` sums and tokens by segment, of a full pass without the key adapters: what the
+            stage before was measured by.
+        squares: The same of the squared losses.
+        distances: The same of the squared distances to the losses behind the cache.
+        unread: The same of 1 for each token that has a loss in the full pass alone.
+        behind: The same of the losses behind the cache, with a key adapter that changes nothing
+            yet; None where it does change something.
+    """
+
+    full: torch.Tensor
+    squares: torch.Tensor
+    distances: torch.Tensor
+    unread: torch.Tensor
+    behind: torch.Tensor | None
+
+    def losses(self) -> dict[str, float]:
+        """Return the full pass's losses by segment, nats a token."""
+        return segment_means(self.full)
+
+    def behind_cache(self) -> dict[str, float]:
+        """Compare the key's losses behind the cache with those of the full pass.
+
+        The two add up in another order, which in 16 bits moves each token by a few hundredths of a
+        nat, up and down. The mean over n tokens may move by six standard errors of that noise. And
+        the noise itself must be small beside the spread of the tokens' losses: a key that is read
+        at another place has other losses, and noise as large as their spread.
+
+        Returns:
+            `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and `tokens` and
+            `unread`;
+            nothing where there is nothing to compare.
+        """
+        if self.behind is None:
+            return {}
+        key = slice(Segment.ANSWER_TAG, None)
+        full, tokens = (each.double() for each in self.full[:, key].sum(1))
+        full, behind = full / tokens, self.behind[0, key].double().sum() / tokens
+        noise = (self.distances[0, key].double().sum() / tokens).sqrt()
+        spread = (self.squares[0, key].double().sum() / tokens - full**2).clamp(min=0).sqrt()
+        found = {
+            "loss": behind,
+            "full_pass": full,
+            "bound": 6 * noise / tokens.sqrt(),
+            "noise": noise,
+            "spread": spread,
+            "tokens": tokens,
+            "unread": self.unread[0, key].sum(),
+        }
+        return {name: float(value) for name, value in found.items()}
 
 
 class FrozenTrainer(KeyTrainer):
@@ -47,6 +106,7 @@ class FrozenTrainer(KeyTrainer):
     def __init__(self, members: list[KeyAdapterSpec], **settings: Any) -> None:
         self.members = members
         self.member_losses: list[float] = []  # on validation rows, at the last evaluation
+        self.start: FrozenStart | None = None
         super().__init__(context="frozen", **settings)
         model: Any = self.model
         model.save_pretrained = self._save_members
@@ -89,26 +149,47 @@ class FrozenTrainer(KeyTrainer):
             logs["loss"] = self._weighted(sums.view(2, len(Segment)).cpu()).item()
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Add to the losses before the first step how the two ways of reading compare."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.start is not None and self.state.global_step == 0:
+            metrics: Any = output.metrics
+            metrics |= {f"eval_full_{name}": loss for name, loss in self.start.losses().items()}
+            compared = self.start.behind_cache()
+            metrics |= {f"eval_behind_{name}": value for name, value in compared.items()}
+        return output
+
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Give each adapter's sums, `(N, 2, 5)`: the context's losses are the same for all."""
+        """Give each adapter's sums, and what the start is compared by: `(N + 4, 2, 5)`.
+
+        The context's losses are the same for all adapters. The last four: of a full pass without
+        the key adapters; of the squares of its losses; of their squared distance from those of
+        the first adapter, which are read behind a cache; of tokens that are not read there.
+        """
         targets = segment_ids[:, 1:]
         of_key = targets >= Segment.ANSWER_TAG
         context = token_losses(self.model_wrapped, inputs)
         labels = inputs["labels"].masked_fill(~pad(of_key, (1, 0)), IGNORED)
         keys = self._losses(self.model_wrapped, inputs | {"labels": labels}, segment_ids)
-        return torch.stack(
-            [
-                segment_sums(torch.where(of_key, losses, context), targets)
-                for losses in keys.view(len(self.members), *context.shape)
-            ]
-        )
+        read = [
+            torch.where(of_key, losses, context)
+            for losses in keys.view(len(self.members), *context.shape)
+        ]
+        unread = ((read[0] == 0) & (context > SURELY_READ)).to(context.dtype)
+        beside = [context, context.square(), (read[0] - context).square(), unread]
+        return torch.stack([segment_sums(losses, targets) for losses in (*read, *beside)])
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
-        """Report the best adapter's sums."""
-        self.member_losses = self._weighted(sums).tolist()
-        return sums[self.best]
+        """Report the best adapter's sums; compare the two ways of reading before the first step."""
+        members, (full, squares, distances, unread) = sums[:-4], sums[-4:]
+        self.member_losses = self._weighted(members).tolist()
+        if self.state.global_step == 0:
+            inert = self.members[0].lora.get("init_lora_weights") is not False
+            behind = members[0] if inert else None  # None: it changes the key from the start
+            self.start = FrozenStart(full, squares, distances, unread, behind)
+        return members[self.best]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Give each adapter of a grid a group, and so a learning rate, of its own."""

@@ -159,6 +159,56 @@ def check_handoff(
         )
 
 
+# A key that is read at another place has other losses: they differ as much as the losses vary.
+MOST_NOISE = 0.25  # of that spread
+ALWAYS_ALLOWED = 100.0  # times the hand-off's tolerance, where all losses are nearly the same
+
+
+def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -> None:
+    """Compare the key's losses behind a cache with those of a full pass of the same model.
+
+    Args:
+        behind: From `FrozenStart.behind_cache`.
+        tolerance: The hand-off's, nats a token.
+        where: The stage, for the message.
+
+    Raises:
+        RunError: They are losses of something else.
+    """
+    allowed = max(MOST_NOISE * behind["spread"], ALWAYS_ALLOWED * tolerance)
+    gap = abs(behind["loss"] - behind["full_pass"])
+    if gap <= behind["bound"] and behind["noise"] <= allowed and not behind["unread"]:
+        return
+    raise RunError(
+        where,
+        f"expected the key's loss behind the cache to be that of a full pass, up to rounding; got "
+        f"{behind['loss']:.6f} and {behind['full_pass']:.6f} nats a token (each token moves by "
+        f"{behind['noise']:.4f}, and {behind['unread']:.0f} of them are not read)",
+        "this model can't be trained with context: frozen; write context: exact",
+    )
+
+
+def refuse_unsound_end(end: dict[str, float], where: str) -> None:
+    """Refuse to save what a stage has trained to a loss that isn't finite.
+
+    Args:
+        end: The stage's last validation losses by segment.
+        where: The stage, for the message.
+
+    Raises:
+        RunError: Names the segments.
+    """
+    unsound = [name for name, loss in end.items() if not math.isfinite(loss)]
+    if unsound:
+        raise RunError(
+            where,
+            f"expected finite validation losses at the end; those of {', '.join(unsound)} are not, "
+            "and nothing was saved",
+            "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the "
+            "checkpoints are kept",
+        )
+
+
 class StageLog(TrainerCallback):
     """Writes down what a stage does, as it does it.
 
@@ -244,12 +294,33 @@ class StageLog(TrainerCallback):
         self.ledger.save()
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.progress.note(f"{self.record.name} at {at}: validation loss {shown}")
+        unsound = [name for name, loss in losses.items() if not math.isfinite(loss)]
+        if unsound:
+            self.progress.note(
+                f"{self.record.name} at {at}: the validation loss of {', '.join(unsound)} is not "
+                "finite; no checkpoint is chosen by it"
+            )
+        where = str(self.ledger.stage_folder(self.number))
+        if at == "start" and (behind := segments_of(kwargs["metrics"], "eval_behind_")):
+            self._compare_behind_cache(behind, where)
         if at == "start" and self.number > 0:
             end = self.ledger.stages[self.number - 1].validation["end"]
-            where = str(self.ledger.stage_folder(self.number))
-            check_handoff(end, losses, self.tolerance, where)
+            # One pass of both stages: a frozen one's own losses of the key are another's.
+            same_pass = segments_of(kwargs["metrics"], "eval_full_") or losses
+            check_handoff(end, same_pass, self.tolerance, where)
         self._since = time.monotonic()
         self.progress.pause()
+
+    def _compare_behind_cache(self, behind: dict[str, float], where: str) -> None:
+        """Keep and say what a frozen stage reads behind its cache, beside the full pass."""
+        behind["bound"] = max(behind["bound"], self.tolerance)
+        self.record.behind_cache = behind
+        self.ledger.save()
+        self.progress.note(
+            f"{self.record.name} at start: key loss {behind['loss']:.4f} behind the cache, "
+            f"{behind['full_pass']:.4f} in a full pass (may differ by {behind['bound']:.4f})"
+        )
+        check_behind_cache(behind, self.tolerance, where)
 
     def on_save(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any

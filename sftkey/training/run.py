@@ -26,9 +26,9 @@ from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers
-from sftkey.training.checkpoints import SealCheckpoints, newest_whole
+from sftkey.training.checkpoints import SealCheckpoints, kept_checkpoint, newest_whole
 from sftkey.training.frozen import FrozenTrainer
-from sftkey.training.log import RunProgress, StageLog, read_log
+from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
 from sftkey.training.own_thinking import (
     NUM_WITHOUT_VALIDATION,
     Grader,
@@ -214,7 +214,10 @@ class Run:
             record.gradient_norm = gradient_norms(trainer)
             self.ledger.save()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
+            self.progress.note(f"{stage.name}: {kept}")
         trainer.evaluate()
+        refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
         self._save(trainer, number)
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"

@@ -21,6 +21,7 @@ class StageRecord:
     `validation` holds, under `start` and `end`, the loss of every segment in nats a token.
     `gradient_norm`, in studies, is by segment that of its loss's gradient when the stage began.
     `grid` says what a grid tried and kept.
+    `behind_cache` is how a frozen stage's first key losses compare with those of a full pass.
     `shared_from` names the run beside this one that trained the stage, where it was another.
     """
 
@@ -32,6 +33,7 @@ class StageRecord:
     gradient_norm: dict[str, float] | None = None
     shared_from: str | None = None
     grid: dict[str, Any] | None = None
+    behind_cache: dict[str, float] | None = None
 
 
 class Ledger:

@@ -61,6 +61,7 @@ def stage_arguments(
         "router_aux_loss_coef": 0.0,  # the loss is the tokens' alone
         "average_tokens_across_devices": True,
         "logging_nan_inf_filter": False,  # a diverged loss must be seen: it ends the stage
+        "greater_is_better": False,  # all metrics are losses; upstream goes by the name's end
         "disable_tqdm": True,  # the run has one progress bar of its own
     }
     defaults = DEFAULTS

@@ -107,6 +107,12 @@ def load_stage(
     weights = Path(before) if full and before else None
     model: PreTrainedModel | PeftModel
     model = load_model(recipe.model, device, full=full, folder=weights)
+    if device.kind == "cpu" and model.dtype == torch.float16:
+        raise ModelError(
+            "model.dtype",
+            "auto is float16 for this model, which can't be trained on a CPU",
+            "write model.dtype=float32, or bfloat16",
+        )
     if any(stage.context != "exact" for stage in stages):
         refuse_other_caches(model)  # before hours of training, not after
     # What is trained to stop must stop wherever the model goes: it is saved with the weights.

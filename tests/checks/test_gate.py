@@ -474,6 +474,20 @@ def test_a_generation_config_without_eos_stops_at_nothing(gate: Gate, base_model
     )
 
 
+def test_published_settings_that_answers_do_not_follow_are_named(
+    gate: Gate, base_model: Path
+) -> None:
+    """A note: greedy is greedy, whatever a generation config says."""
+    published = {"eos_token_id": 2, "suppress_tokens": [2], "do_sample": True, "top_k": None}
+    (base_model / "generation_config.json").write_text(json.dumps(published))
+    [found] = gate(of_model(base_model)).findings
+    assert (found.code, found.refuses) == ("generation-settings", False)
+    assert found.message == (
+        f"{base_model}: generation_config.json sets do_sample, suppress_tokens; answers here are "
+        "written without them"
+    )
+
+
 def test_a_broken_generation_config_is_found(gate: Gate, base_model: Path) -> None:
     """The file is named."""
     (base_model / "generation_config.json").write_text("{")

@@ -11,6 +11,8 @@ import torch
 
 from sftkey.errors import RunError
 from sftkey.generation.generate import Generation, generate, generate_to_file
+from tests.support.models import FAMILIES, float64, made_family
+from tests.support.tiny import made_model
 
 WORDS = "How many legs do 3 cats and 2 birds have together"
 
@@ -121,17 +123,134 @@ def test_training_state_is_as_before_and_the_cache_is_used(
     assert tiny_model.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_the_published_generation_config_changes_nothing(
-    temperature: float, tiny_model: Any, tiny_tokenizer: Any, prompts: list[list[int]]
+@pytest.fixture(scope="module")
+def by_argmax(tiny_tokenizer: Any) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """Give ends, one of which comes, and three answers of the tiny model, computed by hand."""
+    model = made_model(tiny_tokenizer).eval()
+    prompts = [tiny_tokenizer(text)["input_ids"] for text in (WORDS[:1], WORDS[:9], WORDS * 2)]
+    stop_ids = [2, by_hand(model, prompts[0], [], 3)[-1]]
+    written = [by_hand(model, prompt, stop_ids, 6) for prompt in prompts]
+    return stop_ids, [(ids[:-1], True) if ids[-1] in stop_ids else (ids, False) for ids in written]
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sampling": {"do_sample": True, "temperature": 3.0, "top_k": 1, "top_p": 0.1, "min_p": 0.9},
+    "beams": {"num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
+    "repetition": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+    "lengths": {"min_length": 400, "min_new_tokens": 10, "max_length": 5},
+    "suppress_tokens": {"suppress_tokens": list(range(380))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(380))},
+    "bad_words_ids": {"bad_words_ids": [[number] for number in range(380)]},
+    "sequence_bias": {"sequence_bias": [[[5], 100.0]]},
+    "forced_eos_token_id": {"forced_eos_token_id": 7},
+    "forced_bos_token_id": {"forced_bos_token_id": 7},
+    "length_penalty": {"exponential_decay_length_penalty": [2, 5.0]},
+    "guidance_scale": {"guidance_scale": 5.0},
+    "max_time": {"max_time": 1e-6},
+    "watermarking": {"watermarking_config": {"greenlist_ratio": 0.2, "bias": 20.0}},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 9.0},
+    "encoder_no_repeat": {"encoder_no_repeat_ngram_size": 1},
+    "stop_strings": {"stop_strings": ["a", "e"]},
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola_layers": {"dola_layers": "high"},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "assistant_early_exit": {"assistant_early_exit": 1},
+    "dictionary": {"return_dict_in_generate": True, "output_scores": True},
+    "token_healing": {"token_healing": True},
+    "quantized cache": {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "several answers": {"num_return_sequences": 3},
+    "remove_invalid_values": {"remove_invalid_values": True, "renormalize_logits": True},
+    "unheard of": {"a_setting_of_tomorrow": 1, "custom_generate": "somebody/decoding"},
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_greedy_is_the_argmax_whatever_is_published(
+    name: str,
+    batch_size: int,
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    prompts: list[list[int]],
+    by_argmax: tuple[list[int], list[tuple[list[int], bool]]],
 ) -> None:
-    """Published sampling, beams and penalties don't make greedy or sampling something else."""
-    chosen = settings(temperature=temperature)
+    """No published setting changes a greedy token, stops an answer, or reaches transformers."""
+    for key, value in PUBLISHED[name].items():
+        setattr(tiny_model.generation_config, key, value)
+    published = tiny_model.generation_config
+    stop_ids, expected = by_argmax
+    changed = settings(stop_ids=stop_ids, batch_size=batch_size, max_new_tokens=6)
+    found = dict(generate(tiny_model, tiny_tokenizer, prompts[:3], **changed))
+    assert [(list(found[place].ids), found[place].stopped) for place in range(3)] == expected
+    assert tiny_model.generation_config is published
+
+
+def test_sampling_is_by_the_probabilities_whatever_is_published(
+    tiny_model: Any, tiny_tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    """The same draws come with a published config and without."""
+    chosen = settings(temperature=1.5)
     expected = list(generate(tiny_model, tiny_tokenizer, prompts, **chosen))
-    published = {"do_sample": True, "temperature": 3.0, "top_k": 1, "top_p": 0.1, "min_p": 0.9}
-    published |= {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 400}
-    tiny_model.generation_config.update(**published, num_beams=2)
+    for published in PUBLISHED.values():
+        for key, value in published.items():
+            setattr(tiny_model.generation_config, key, value)
     assert list(generate(tiny_model, tiny_tokenizer, prompts, **chosen)) == expected
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    {
+        "rope_type": "longrope",
+        "factor": 8.0,
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "original_max_position_embeddings": 32,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=["dynamic", "longrope"])
+def test_positions_scaled_by_the_longest_row_change_no_other_answer(
+    rope: dict[str, Any], tiny_tokenizer: Any
+) -> None:
+    """Rows that may grow so long are alone, and leave nothing behind for the next."""
+    reach = 32 if rope["rope_type"] == "dynamic" else 256
+    with float64():
+        model = made_family("llama", max_position_embeddings=reach, rope_parameters=rope).eval()
+        dice = torch.Generator().manual_seed(1)
+        prompts = [
+            torch.randint(2, 97, (length,), generator=dice).tolist()
+            for length in (60, 5, 45, 28, 9, 90, 27, 12)
+        ]
+        chosen = {"stop_ids": [1], "max_new_tokens": 6}
+        alone = []
+        for prompt in prompts:
+            fresh = made_family("llama", max_position_embeddings=reach, rope_parameters=rope).eval()
+            settled: dict[str, Any] = {**chosen, "batch_size": 1}
+            [(_, generation)] = generate(fresh, tiny_tokenizer, [prompt], **settled)
+            alone.append(generation.ids)
+        for size in (1, 2, 8):
+            settled = {**chosen, "batch_size": size}
+            found = dict(generate(model, tiny_tokenizer, prompts, **settled))
+            assert [found[place].ids for place in range(len(prompts))] == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_its_argmax(family: str, tiny_tokenizer: Any) -> None:
+    """In each family that the tests build, beside a config that would keep it from stopping."""
+    with float64():
+        model = made_family(family).eval()
+        model.generation_config.suppress_tokens = [3, 4, 5]
+        prompts = [[5, 9, 11, 40, 8, 77], [60], [12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
+        written = [by_hand(model, prompt, [1], 8) for prompt in prompts]
+        expected = [ids[:-1] if ids[-1] == 1 else ids for ids in written]
+        for size in (1, 2, 8):
+            chosen = {"stop_ids": [1], "max_new_tokens": 8, "batch_size": size}
+            found = dict(generate(model, tiny_tokenizer, prompts, **chosen))
+            assert [list(found[place].ids) for place in range(3)] == expected
 
 
 def test_an_adapter_writes_what_the_merged_model_writes(

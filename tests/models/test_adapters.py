@@ -361,6 +361,18 @@ def test_their_adapter_for_nobody_knows_what(theirs: Path, tiny_folder: Path) ->
     )
 
 
+def test_lists_of_a_recipe_have_no_order(tiny_folder: Path, base: Any, tmp_path: Path) -> None:
+    """An adapter's own order is the process's: a second stage with the same list goes on."""
+    names = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+    model = add_lora(loaded(tiny_folder), {"target_modules": [], "target_parameters": names}, 1)
+    save_adapter(model, tmp_path / "adapter", base)
+    for targets in ([], None):
+        lora = {"target_modules": targets, "target_parameters": names[::-1]}
+        load_adapter(loaded(tiny_folder), tmp_path / "adapter", base, lora=lora)
+    lora = {"target_parameters": names[:2]}
+    assert "lora.target_parameters is" in refusal(tiny_folder, tmp_path / "adapter", lora)
+
+
 def test_recipe_contradicts_adapter(ours: Path, tiny_folder: Path) -> None:
     """What the recipe says and the adapter doesn't have would do nothing, so it is refused."""
     wanted = {"r": 16, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}

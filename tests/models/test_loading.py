@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,13 +174,11 @@ def test_gate_before_the_weights(tiny_folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_dtype_of_weights(tiny_folder: Path) -> None:
-    """The compute type by default, float32 where the weights are trained, or what was asked."""
+    """The compute type by default, or what was asked."""
     modern = Device("cpu", 0, torch.bfloat16)
     assert load_model(section(tiny_folder), modern).dtype == torch.bfloat16
-    assert load_model(section(tiny_folder), modern, full=True).dtype == torch.float32
     assert load_model(section(tiny_folder, dtype="auto"), modern).dtype == torch.float32
-    asked = section(tiny_folder, dtype="bfloat16")
-    assert load_model(asked, modern, full=True).dtype == torch.bfloat16
+    assert load_model(section(tiny_folder, dtype="bfloat16"), CPU).dtype == torch.bfloat16
 
 
 def test_weights_of_an_earlier_stage(tiny_folder: Path, tiny_model: Any, tmp_path: Path) -> None:
@@ -262,3 +261,27 @@ def test_gradient_would_be_lost() -> None:
     with pytest.warns(UserWarning, match="autograd"):
         layer(inputs).sum().backward()
     assert inputs.grad is None
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
+def test_weights_that_train_are_float32(folder: Path, dtype: str | None) -> None:
+    """In 16 bits most small steps round to nothing, whatever type was published or asked for."""
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(folder)
+    model = load_model(section(folder, dtype=dtype), CPU, full=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_published_generation_config_is_saved_as_it_was_published(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Settings that transformers won't save once an end is added end no checkpoint, no merge."""
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_folder, folder)
+    published = {"temperature": 0.6, "top_p": 0.9, "min_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps({**published, "eos_token_id": 0}))
+    model = load_model(ModelSection(name_or_path=str(folder), quantization="none"), CPU)
+    model.generation_config.eos_token_id = [2, 0]
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert {**saved, **published, "eos_token_id": [2, 0]} == saved

@@ -37,8 +37,9 @@ def test_a_template_without_end_is_refused(
     text: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tried on a short conversation within bounds, and named."""
-    monkeypatch.setattr(template.bounded.__wrapped__, "__defaults__", (0.5, 1 << 30))
-    monkeypatch.setattr(template, "SECONDS", 0.5)
+    seconds = 0.5 if "seconds" in what else 60  # no clock decides where memory or length does
+    monkeypatch.setattr(template.bounded.__wrapped__, "__defaults__", (seconds, 1 << 30))
+    monkeypatch.setattr(template, "SECONDS", seconds)
     with pytest.raises(ModelError, match=what) as error:
         check_template(with_template(text), "model")
     assert "write a template of your own: model.chat_template" in str(error.value)

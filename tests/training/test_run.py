@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
 from sftkey.evaluation.grading import grade
@@ -307,11 +308,63 @@ def test_a_fully_trained_model_is_saved_with_the_end_that_it_was_trained_on(
     """Other engines stop by the generation config: the trained end stands in it before the old."""
     folder = tmp_path / "tiny-llama"
     shutil.copytree(tiny_folder, folder)
-    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    # transformers saves no changed config that sets a temperature and doesn't sample.
+    published = {"eos_token_id": 0, "do_sample": False, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(published))
     model = {"name_or_path": str(folder), "quantization": "none"}
     run = done(tiny_recipe(lora=None, model=model), tmp_path / "runs")
     saved = json.loads((run.ledger.adapter(1) / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [run.prepared.renderer.end_id, 0]
+    assert saved["temperature"] == 0.6
+
+
+def test_float16_is_refused_on_a_cpu_where_auto_means_it(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """As `model.dtype: float16` is."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    half = {"name_or_path": str(folder), "quantization": "none", "dtype": "auto"}
+    with pytest.raises(ModelError, match="auto is float16 for this model, which can't be trained"):
+        done(tiny_recipe(model=half), tmp_path / "runs")
+
+
+def test_what_the_last_step_has_broken_is_not_saved(
+    tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """The loss of that step was still finite; the validation after it tells."""
+    stages = [{"name": "key", "loss_on": "key"}]
+    recipe = tiny_recipe(stages=stages, trainer={"max_steps": 1, "learning_rate": 1e38})
+    with pytest.raises(RunError, match="expected finite validation losses at the end"):
+        done(recipe, tmp_path / "runs")
+    run = tmp_path / "runs" / "tiny"
+    assert not (run / "stages" / "1-key" / "adapter").exists()
+    record = json.loads((run / "ledger.json").read_text())["stages"][0]
+    assert record["status"] == "open"
+    assert not all(loss == loss for loss in record["validation"]["end"].values())
+
+
+def test_the_best_checkpoint_is_kept_by_a_segments_loss_and_said(
+    tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lowest loss is the best, whatever its name ends with: upstream would keep the highest."""
+    trainer = {
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss_answer_tag",
+        "per_device_train_batch_size": 2,
+    }
+    stages = [{"name": "key", "loss_on": "key"}]
+    run = done(tiny_recipe(stages=stages, trainer=trainer), tmp_path / "runs")
+    assert "key: kept checkpoint-4 (validation loss " in capsys.readouterr().err
+    validation = run.ledger.stages[0].validation
+    assert validation["end"]["answer_tag"] == min(
+        each["answer_tag"] for each in validation.values()
+    )
 
 
 def test_qlora_hands_over_within_a_thousandth_of_a_nat(

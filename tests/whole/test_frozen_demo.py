@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from sftkey.errors import RunError
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 from sftkey.recipe.load import load_recipe
 from sftkey.study.cells import take_over
+from sftkey.training import frozen
 from sftkey.training.run import Run, start
 from tests.training.test_frozen_run import thinkings
+from tests.training.test_run import Killed, kill_at_step
 
 pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "demo.yaml"
@@ -42,7 +45,7 @@ def arm(folder: Path, context: str) -> tuple[Run, ThinkingChange]:
 
 
 def texts(run: Run, name: str) -> str:
-    """Give all that a stage has written."""
+    """Return all that a stage has written."""
     return run.ledger.generations(name).read_text(encoding="utf-8")
 
 
@@ -67,3 +70,46 @@ def test_a_frozen_key_stage_changes_no_thinking_and_a_plain_one_does(tmp_path: P
     assert plain_change.num_questions == NUM_QUESTIONS
     assert plain_change.num_identical is not None
     assert plain_change.num_identical <= 95
+
+
+HALF = (
+    "model.quantization=none",
+    "model.dtype=bfloat16",  # what recipes for GPUs compute in
+    "data.num_rows=80",
+    "data.validation=32",
+    "data.test=2",
+    "trainer.max_steps=3",
+    "eval.num_questions=2",
+    "stages=[{name: completion, loss_on: completion}, {name: key, loss_on: key, context: frozen}]",
+)
+NUM_HEALTHY = 3
+
+
+def up_to_the_key(folder: Path, seed: int) -> Run:
+    """Train the first stage in bfloat16, and measure the start of the frozen one."""
+    recipe = load_recipe(DEMO, (*HALF, f"seed={seed}", f"name=half-{seed}"))
+    run = start(recipe, folder / recipe.name, grade=grade)
+    run.answers.asked = ()
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at_step(patch, "key", 0)
+        with pytest.raises(Killed):
+            list(run.stages())
+    return run
+
+
+def test_healthy_frozen_stages_start_in_bfloat16_and_a_shifted_key_falls(tmp_path: Path) -> None:
+    """All of them: behind the cache rounding moves a token by hundredths of a nat, up and down."""
+    for seed in range(NUM_HEALTHY):
+        run = up_to_the_key(tmp_path, seed)
+        behind = run.ledger.stages[1].behind_cache
+        assert behind is not None
+        print(seed, behind)
+        assert 0 < behind["noise"] < 0.1 * behind["spread"]
+        assert abs(behind["loss"] - behind["full_pass"]) <= behind["bound"]
+    starts = frozen.key_starts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "key_starts", lambda ids: starts(ids) + 1)
+        again = start(run.recipe, run.ledger.folder, grade=grade)
+        again.answers.asked = ()
+        with pytest.raises(RunError, match="expected the key's loss behind the cache"):
+            list(again.stages())

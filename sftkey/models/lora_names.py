@@ -1,0 +1,115 @@
+"""What a recipe's `lora` names in a model: refused where it matches nothing or would do nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sftkey.errors import ModelError, Problem, did_you_mean
+from sftkey.models.loading import short_names, target_names
+
+NEEDS_TIE = "lora.ensure_weight_tying=true trains both; trainable_token_indices trains single rows"
+
+
+def refuse_unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Refuse what names no module or parameter of the model, or what would act on nothing.
+
+    peft warns of some of it, and goes on without.
+
+    Args:
+        model: Without adapters; the meta device will do.
+        lora: `peft.LoraConfig`'s fields.
+
+    Raises:
+        ModelError: Holds every such name.
+    """
+    problems = [*_unmatched(model, lora), *_tied(model, lora)]
+    if problems:
+        raise ModelError("lora", [Problem(key, what) for key, what in problems])
+
+
+def _unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    modules = {name for name, _ in model.named_modules() if name}
+    targets = target_names(model, lora.get("target_modules") or [])
+    yield from _absent("modules_to_save", lora.get("modules_to_save"), modules)
+    parameters = {name for name, _ in model.named_parameters()}
+    yield from _absent("target_parameters", lora.get("target_parameters"), parameters)
+    yield from _exclusions(lora.get("exclude_modules"), targets)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+                yield key, f"{pattern!r} matches no target module{_near(pattern, targets)}"
+    yield from _layers(model, lora)
+    if lora.get("layer_replication"):
+        yield "layer_replication", "an adapter on replicated layers can't be merged"
+    yield from _rows(model, lora.get("trainable_token_indices"), modules)
+
+
+def _absent(key: str, wanted: Iterable[str] | None, names: set[str]) -> Iterator[tuple[str, str]]:
+    for each in wanted or ():
+        if not any(name == each or name.endswith(f".{each}") for name in names):
+            yield key, f"the model has no {each}{_near(each, names)}"
+
+
+def _near(word: str, names: set[str]) -> str:
+    """Look for a near name among whole names, their last parts, and what lies between."""
+    depth = word.count(".") + 1
+    ends = {".".join(name.split(".")[-depth:]) for name in names}
+    return did_you_mean(word, sorted(ends)) or did_you_mean(word, short_names(names))
+
+
+def _exclusions(excluded: Any, targets: set[str]) -> Iterator[tuple[str, str]]:
+    if isinstance(excluded, str):
+        if not any(re.fullmatch(excluded, name) for name in targets):
+            yield "exclude_modules", f"{excluded!r} excludes none of the target modules"
+        return
+    yield from (
+        (key, what.replace("the model has", "the target modules hold"))
+        for key, what in _absent("exclude_modules", excluded, targets)
+    )
+
+
+def _layers(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    wanted: Any = lora.get("layers_to_transform")
+    numbers = [wanted] if isinstance(wanted, int) else list(wanted or ())
+    count = model.config.get_text_config().num_hidden_layers
+    for number in numbers:
+        if not 0 <= number < count:
+            yield "layers_to_transform", f"expected layers from 0 to {count - 1}; got {number}"
+
+
+def _rows(model: PreTrainedModel, rows: Any, modules: set[str]) -> Iterator[tuple[str, str]]:
+    key = "trainable_token_indices"
+    by_module = rows if isinstance(rows, dict) else {"": rows or []}
+    embedding: Any = model.get_input_embeddings()
+    size = embedding.num_embeddings
+    if isinstance(rows, dict):
+        yield from _absent(key, rows, modules)
+    for ids in by_module.values():
+        for number in ids:
+            if not 0 <= number < size:
+                yield key, f"expected ids from 0 to {size - 1}; got {number}"
+
+
+def _tied(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Refuse half of a tied pair: peft trains a copy, and the other half stays as it was."""
+    inside, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ensured = bool(lora.get("ensure_weight_tying"))
+    named = [(name.rpartition(".")[2], each) for name, each in model.named_modules()]
+    pair = {name for name, each in named if each is inside or each is head}
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    if not tied:
+        if ensured:
+            yield "ensure_weight_tying", "this model's head and embedding are not tied"
+        return
+    for each in lora.get("modules_to_save") or ():
+        if each.rpartition(".")[2] in pair and not ensured:
+            what = f"{each} is tied to the model's other end, and peft would untie its copy"
+            yield "modules_to_save", f"{what}; {NEEDS_TIE}"
+    touched = short_names(target_names(model, lora.get("target_modules") or []))
+    for name in sorted(pair.intersection(touched)):
+        what = f"{name} is tied to the output head, so that the adapter could not be merged"
+        yield "target_modules", f"{what}; trainable_token_indices trains single rows"

@@ -1,0 +1,184 @@
+"""What upstream would refuse after hours is refused before any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from sftkey.checks import rehearsal
+from sftkey.checks.gate import check_recipe
+from sftkey.errors import RecipeError
+from sftkey.recipe.load import load_recipe
+from tests.support.tiny import made_model
+
+MakeRecipe = Callable[..., Path]
+
+
+def refused(recipe: Path, *overrides: str) -> list[str]:
+    """Give what `check` refuses a recipe for."""
+    try:
+        report = check_recipe(load_recipe(recipe, overrides))
+    except RecipeError as error:
+        return [str(problem) for problem in error.problems]
+    return [finding.message for finding in report.refusals]
+
+
+NAMES = {
+    "lora.modules_to_save=[lmhead]": "the model has no lmhead; did you mean `lm_head`?",
+    "lora.rank_pattern={qproj: 16}": "'qproj' matches no target module; did you mean `q_proj`?",
+    "lora.alpha_pattern={up: 16}": "'up' matches no target module",
+    "lora.exclude_modules=[qprj]": "the target modules hold no qprj; did you mean `q_proj`?",
+    "lora.exclude_modules='.*mixer.*'": "'.*mixer.*' excludes none of the target modules",
+    "lora.target_parameters=[mlp.expert.gate_up_proj]": "the model has no mlp.expert.gate_up_proj",
+    "lora={target_modules: [q_proj], layers_to_transform: [7]}": (
+        "expected layers from 0 to 1; got 7"
+    ),
+    "lora.trainable_token_indices=[100000]": "expected ids from 0 to 328; got 100000",
+    "lora.trainable_token_indices={embed_token: [5]}": "did you mean `embed_tokens`?",
+    "lora.ensure_weight_tying=true": "this model's head and embedding are not tied",
+    "lora.target_modules=[]": "No `target_modules` passed",
+    "lora.layer_replication=[[0, 2], [1, 2]]": "an adapter on replicated layers can't be merged",
+    "lora.alora_invocation_tokens=[1]": "such an adapter acts from a token on",
+    "lora.megatron_core=megatron.core": "sftkey trains without Megatron",
+    "lora.init_lora_weights=pissa": "expected true, false, gaussian or orthogonal",
+    "trainer.metric_for_best_model=accuracy": "expected a validation loss, one of loss, ",
+    "trainer.metric_for_best_model=eval_loss_answr": "did you mean `loss_answer`?",
+    "trainer.greater_is_better=true": "all that a stage can be chosen by are losses",
+    "trainer.data_seed=1": "rows that are grouped by length are shuffled by `seed`",
+    "trainer.save_only_model=true": "could not go on from a checkpoint without its optimizer",
+    "trainer.push_to_hub=true": "a run publishes nothing",
+    "trainer.hub_model_id=me/mine": "a run publishes nothing",
+    "trainer.report_to=wandb": "wandb",
+    "trainer={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 3, save_steps: 2}": (
+        "trl.SFTConfig refuses it: ValueError: --load_best_model_at_end requires"
+    ),
+    "trainer={load_best_model_at_end: true, eval_strategy: steps, save_strategy: 'no'}": (
+        "write save_strategy: steps or epoch"
+    ),
+    "trainer={load_best_model_at_end: true}": "write eval_strategy: steps or epoch",
+    "trainer.optim=galore_adamw": "galore_torch",
+    "trainer.optim=schedule_free_adamw": "schedulefree",
+    "stages.key.trainer.lr_scheduler_type=cosine_with_min_lr": (
+        "stages.key: its first step, evaluation or save fails: ValueError: One of min_lr"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", NAMES)
+def test_what_would_fail_or_do_nothing_is_one_refusal(
+    override: str, tiny_recipe: MakeRecipe
+) -> None:
+    """By `check`, in one message that names the setting."""
+    [message] = refused(tiny_recipe(), override)
+    assert NAMES[override] in message
+
+
+SOUND = [
+    "lora={r: 2, target_modules: [q_proj, v_proj], rank_pattern: {q_proj: 4}, use_rslora: true}",
+    "lora={r: 2, target_modules: all-linear, exclude_modules: [down_proj], lora_bias: true}",
+    "lora={r: 2, target_modules: '.*layers.1.*q_proj'}",
+    "lora={target_modules: [q_proj], modules_to_save: [lm_head], use_dora: true}",
+    "lora={target_modules: [], target_parameters: [q_proj.weight]}",
+    "lora={target_modules: [q_proj], trainable_token_indices: {lm_head: [2]}, bias: lora_only}",
+    "stages.key.context=frozen",
+    "stages.key.context=detached",
+    "lora=null",
+]
+
+
+def test_what_can_be_trained_passes(tiny_recipe: MakeRecipe) -> None:
+    """Among it a stage that takes the same target parameters on from the one before."""
+    for override in SOUND:
+        assert refused(tiny_recipe(), override) == [], override
+
+
+def test_an_adapter_that_can_not_be_merged_is_a_note(tiny_recipe: MakeRecipe) -> None:
+    """It can be trained and served beside its base."""
+    report = check_recipe(load_recipe(tiny_recipe(), ("lora.lora_bias=true",)))
+    assert {(each.code, each.refuses) for each in report.findings} == {("not-merged", False)}
+    assert "its adapter can't be merged: " in report.findings[0].message
+
+
+def test_half_of_a_tied_pair_is_refused(
+    tiny_recipe: MakeRecipe, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Peft would untie its copy, or leave what no merge can write; both are named, with a way."""
+    made_model(tiny_tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    tiny_tokenizer.save_pretrained(tmp_path / "tied")
+    recipe = tiny_recipe(model={"name_or_path": str(tmp_path / "tied"), "quantization": "none"})
+    saved = "lora={target_modules: [q_proj], modules_to_save: [embed_tokens]%s}"
+    [message] = refused(recipe, saved % "")
+    assert "embed_tokens is tied to the model's other end" in message
+    assert "ensure_weight_tying=true" in message
+    [message] = refused(recipe, "lora={target_modules: [embed_tokens, q_proj]}")
+    assert "the adapter could not be merged" in message
+
+
+def test_tokens_without_a_row_of_the_embedding_are_refused(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """A tag that was added to the tokenizer alone is named before it is an IndexError."""
+    import copy
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "grown")
+    grown = copy.deepcopy(tiny_tokenizer)
+    grown.add_special_tokens({"extra_special_tokens": ["<Thinking>"]})
+    grown.save_pretrained(folder)
+    model = {"name_or_path": str(folder), "quantization": "none"}
+    [message] = refused(tiny_recipe(model=model))
+    size = len(tiny_tokenizer)
+    assert f"its embedding has rows for ids from 0 to {size - 1}" in message
+    assert f"'<Thinking>' ({size})" in message
+
+
+def test_rows_that_would_scale_their_neighbours_positions_are_refused(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Dynamic NTK and longrope scale a batch by its longest row."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    told = {**config, "max_position_embeddings": 64, "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(told))
+    recipe = tiny_recipe(model={"name_or_path": str(folder), "quantization": "none"})
+    [message] = refused(recipe)
+    assert "its positions are scaled by a batch's longest row above 64 tokens" in message
+
+
+def test_an_adapter_on_the_head_is_refused_before_weights_are_loaded(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The loss reads the head's weights themselves."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(made_model(tiny_tokenizer), config).save_pretrained(tmp_path / "adapter")
+    [message] = refused(tiny_recipe(), f"model.adapter={tmp_path / 'adapter'}", "lora={}")
+    assert "lm_head can't carry an adapter" in message
+
+
+def test_a_family_that_can_not_be_cut_is_not_refused(
+    tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fails with plain settings, too, says nothing of the recipe: a note."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("of the small model's own")
+
+    monkeypatch.setattr(rehearsal, "_with_adapters", fail)
+    report = check_recipe(load_recipe(tiny_recipe(), ("trainer.learning_rate=0.00123",)))
+    assert [(each.code, each.refuses) for each in report.findings] == [("not-rehearsed", False)]
+
+
+def test_what_was_rehearsed_once_is_not_rehearsed_again(
+    tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study checks each of its cells: those with the same settings take no second rehearsal."""
+    rate = "trainer.learning_rate=0.00124"
+    assert refused(tiny_recipe(), rate) == []
+    monkeypatch.setattr(rehearsal, "small_model", lambda skeleton: pytest.fail("once more"))
+    assert refused(tiny_recipe(), rate, "seed=3", "name=another") == []

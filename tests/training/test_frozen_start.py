@@ -1,0 +1,136 @@
+"""What a frozen stage's start is measured by, in bfloat16: healthy runs pass, each fault falls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sftkey.errors import RunError
+from sftkey.training import frozen, stage_model
+from sftkey.training.log import check_behind_cache
+from tests.support.tiny import made_model, write_recipe
+from tests.training.test_run import Killed, done, kill_at_step
+
+STAGES = [
+    {"name": "completion", "loss_on": "completion"},
+    {"name": "key", "loss_on": "key", "context": "frozen"},
+]
+
+
+@pytest.fixture(scope="module")
+def before_key(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run up to the frozen stage's first step in bfloat16, on a model with large weights."""
+    folder = tmp_path_factory.mktemp("before-key")
+    model = made_model(tiny_tokenizer, hidden_size=128, intermediate_size=256)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    half = {"name_or_path": str(folder / "model"), "quantization": "none", "dtype": "bfloat16"}
+    recipe = write_recipe(folder, folder / "model", model=half, stages=STAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at_step(patch, "key", 0)
+        with pytest.raises(Killed):
+            done(recipe, folder / "runs")
+    return folder
+
+
+@pytest.fixture
+def again(before_key: Path, tmp_path: Path) -> Callable[[], Any]:
+    """Give a function that goes on with a copy of that run."""
+    runs = shutil.copytree(before_key / "runs", tmp_path / "runs")
+    return lambda: done(before_key / "tiny.yaml", runs)
+
+
+def test_a_healthy_stage_starts_and_says_how_the_two_ways_compare(before_key: Path) -> None:
+    """The full pass is the one before, bit for bit; behind the cache rounding moves each token."""
+    ledger = json.loads((before_key / "runs/tiny/ledger.json").read_text())
+    first, second = ledger["stages"]
+    behind = second["behind_cache"]
+    assert abs(behind["loss"] - behind["full_pass"]) <= behind["bound"]
+    assert behind["noise"] < 0.1 * behind["spread"]
+    assert second["validation"]["start"]["thinking"] == first["validation"]["end"]["thinking"]
+
+
+def test_noise_behind_the_cache_stops_no_healthy_stage(
+    again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as a large model's in 16 bits: the start is judged by a pass that has none.
+
+    The noise's mean over the key's tokens is more than the tolerance of the hand-off.
+    """
+    read, dice = frozen.token_losses, torch.Generator().manual_seed(5)
+
+    def noisy(model: Any, inputs: Any, context: Any = "exact") -> torch.Tensor:
+        losses = read(model, inputs, context)
+        noise = torch.randn(losses.shape, generator=dice).abs() * 0.06 - 0.04
+        return losses + noise * (losses != 0) if context == "frozen" else losses
+
+    monkeypatch.setattr(frozen, "token_losses", noisy)
+    behind = again().ledger.stages[1].behind_cache
+    assert abs(behind["loss"] - behind["full_pass"]) > 1e-3
+
+
+def scaled(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter half as strong again."""
+    adapted = load(model, *args, **kwargs)
+    with torch.no_grad():
+        for name, each in adapted.named_parameters():
+            if "lora_B" in name:
+                each.mul_(1.5)
+    return adapted
+
+
+def swapped(model: Any, adapter: Any, base: Any, **kwargs: Any) -> Any:
+    """Load an adapter that another run might have written."""
+    adapted = load(model, adapter, base, **kwargs)
+    dice = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, each in adapted.named_parameters():
+            if "lora_" in name:
+                each.copy_(
+                    each.flatten()[torch.randperm(each.numel(), generator=dice)].view_as(each)
+                )
+    return adapted
+
+
+load = stage_model.load_adapter
+
+
+@pytest.mark.parametrize("fault", [scaled, swapped])
+def test_another_adapter_falls(
+    fault: Any, again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full pass without the key adapter tells it, token for token."""
+    monkeypatch.setattr(stage_model, "load_adapter", fault)
+    with pytest.raises(RunError, match="expected to start where the previous stage ended"):
+        again()
+
+
+def test_a_key_shifted_by_one_token_falls(
+    again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read behind the cache is then another key."""
+    starts = frozen.key_starts
+    monkeypatch.setattr(frozen, "key_starts", lambda ids: starts(ids) + 1)
+    with pytest.raises(RunError, match="expected the key's loss behind the cache to be that of"):
+        again()
+
+
+def test_a_small_bias_falls_with_many_tokens_and_noise_passes_with_few() -> None:
+    """The bound is six standard errors; noise as large as the losses' spread is no rounding."""
+    told = {"loss": 1.02, "full_pass": 1.0, "spread": 1.5, "tokens": 100.0, "unread": 0.0}
+    check_behind_cache({**told, "noise": 0.06, "bound": 0.036}, 1e-3, "stage")
+    with pytest.raises(RunError):
+        check_behind_cache({**told, "noise": 0.06, "bound": 0.0114}, 1e-3, "stage")
+    with pytest.raises(RunError):
+        check_behind_cache({**told, "noise": 0.6, "bound": 0.36}, 1e-3, "stage")
+    with pytest.raises(RunError, match="and 8 of them are not read"):
+        check_behind_cache({**told, "noise": 0.06, "bound": 0.036, "unread": 8.0}, 1e-3, "stage")
