@@ -261,6 +261,8 @@ def prompts(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error that the user can mend ends it with exit code 2 and no traceback.
 
+    A run that a signal has stopped ends with 128 and the signal's number.
+
     `--debug` counts wherever it stands: `python -m sftkey.train` can't put it before the command.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -273,4 +275,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

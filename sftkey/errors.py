@@ -37,6 +37,8 @@ class SFTKeyError(Exception):
     ('gsm8k.yaml', 9, None)
     """
 
+    exit_code = 2  # what the command line ends with
+
     def __init__(self, where: str, what: str | Iterable[Problem], hint: str | None = None) -> None:
         self.where = where
         self.problems = (Problem("", what),) if isinstance(what, str) else tuple(what)
@@ -90,6 +92,25 @@ class RunError(SFTKeyError, RuntimeError):
 
 class DivergedError(RunError):
     """A loss became infinite or no number, which ends the training."""
+
+
+class RunLocked(RunError):
+    """Another process works on the run folder."""
+
+
+class RunStopped(SFTKeyError, RuntimeError):
+    """A signal has stopped a run, which has kept what it had reached.
+
+    Args:
+        where: The run folder.
+        what: Where it stands.
+        hint: The command that goes on.
+        number: The signal's.
+    """
+
+    def __init__(self, where: str, what: str, hint: str, number: int) -> None:
+        super().__init__(where, what, hint)
+        self.exit_code = 128 + number  # as a shell reports a process that the signal has ended
 
 
 class DiskError(SFTKeyError, RuntimeError):

@@ -262,7 +262,7 @@ def evaluate_run(
     from sftkey.evaluation.grading import grade
     from sftkey.training.run import start
 
-    run = start(recipe, Path(folder), grade=grade)
+    run = start(recipe, Path(folder), grade=grade, uses=("test",))
     failures = []
     with run.progress:
         for name in run.stages(train=False) if stage is None else [stage]:

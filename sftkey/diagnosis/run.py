@@ -257,6 +257,7 @@ class StageDiagnosis:
         file.parent.mkdir(exist_ok=True)
         found = {"stage": name, "seconds": seconds} | as_json(figures, recommendation)
         write_json(file, found)
+        run.ledger.finish(file)
         run.progress.note(_line(found))
 
 

@@ -50,7 +50,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         thinking_loss=thinking_losses(run, stage),
         judge=judge.flags if judge else None,
     )
-    write_result(run.ledger.folder / "evaluation", result)
+    run.ledger.finish(write_result(run.ledger.folder / "evaluation", result))
     if judge and judge.failure:
         raise judge.failure
 

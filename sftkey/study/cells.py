@@ -27,7 +27,7 @@ from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import read_log
 from sftkey.training.run import BASE, Run
-from sftkey.training.run_folder import Ledger
+from sftkey.training.run_folder import Ledger, prefix_key
 
 CHECKPOINTS = "checkpoints"
 
@@ -103,19 +103,6 @@ def rows_key(recipe: Recipe) -> str:
     return hashed(sections)
 
 
-def prefix_key(recipe: Recipe, num_stages: int) -> str:
-    """Give what two recipes share whose first stages end in the same weights.
-
-    That is all but the name, the evaluation and the later stages.
-    """
-    shared = recipe.model_dump(mode="json", include={"seed", "model", "lora", "data", "response"})
-    stages = [
-        {**stage.model_dump(mode="json"), "trainer": recipe.stage_trainer(stage)}
-        for stage in recipe.stages[:num_stages]
-    ]
-    return hashed({**shared, "stages": stages})
-
-
 def take_over(ledger: Ledger) -> None:
     """Take over the stages that a run beside this one has trained already, with their answers.
 
@@ -134,7 +121,7 @@ def take_over(ledger: Ledger) -> None:
             link(answers, own)
         by = theirs.shared_from or giver.folder.name
         ledger.stages[number] = replace(theirs, name=record.name, shared_from=by)
-        ledger.save()
+        ledger.finish(ledger.adapter(number), ledger.log(number), own)
 
 
 def _giver(ledger: Ledger, number: int) -> Ledger | None:
@@ -205,10 +192,7 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
     last, base = (read_result(folder / f"{name}.json") for name in (cell.last, BASE))
     lengths = reference_lengths(run)
     records = run.ledger.stages
-    logs = {
-        record.name: read_log(run.ledger.stage_folder(number) / "log.jsonl")
-        for number, record in enumerate(records)
-    }
+    logs = {record.name: read_log(run.ledger.log(number)) for number, record in enumerate(records)}
     return {
         "task": cell.task,
         "arm": cell.arm,

@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
-from sftkey.study.cells import Cell, hashed, prefix_key
+from sftkey.study.cells import Cell, hashed
 from sftkey.study.results import FinishedCell
 from sftkey.study.run import StudyRun
 from sftkey.study.seeds import MOST_SEEDS, Supposed, seeds_needed
 from sftkey.study.summary import stated, supposed_of
+from sftkey.training.run_folder import prefix_key
 
 
 @dataclass(frozen=True)

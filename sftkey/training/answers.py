@@ -85,6 +85,7 @@ class Answers:
         processes.wait_for_everyone()
         if self.ledger.main:
             write_text(whole, "".join(part.read_text(encoding="utf-8") for part in parts))
+            self.ledger.finish(whole)
             for part in parts:
                 part.unlink()
         processes.wait_for_everyone()

@@ -224,7 +224,7 @@ class StageLog(TrainerCallback):
     ) -> None:
         self.ledger, self.number, self.progress = ledger, number, progress
         self.record = ledger.stages[number]
-        self.path = ledger.stage_folder(number) / "log.jsonl"
+        self.path = ledger.log(number)
         self.tolerance = tolerance
         self._since = time.monotonic()
 

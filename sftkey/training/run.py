@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -36,7 +36,9 @@ from sftkey.training.own_thinking import (
     make_own_rows,
     own_validation,
 )
+from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import Ledger, open_run
+from sftkey.training.signals import StopAfterStep, StopRequest, stopping_on_signals
 from sftkey.training.stage import (
     gradient_norms,
     make_trainer,
@@ -150,12 +152,17 @@ class Run:
         Raises:
             DeviceError: The device has too little memory.
             DiskError: The disk is full.
+            RunStopped: A signal has ended the run.
         """
         folder = self.ledger.folder
-        with explained_out_of_memory(folder), explained_full_disk(folder):
-            yield from self._stages(train)
+        with (
+            stopping_on_signals(folder, self.progress.note) as request,
+            explained_out_of_memory(folder),
+            explained_full_disk(folder),
+        ):
+            yield from self._stages(train, request)
 
-    def _stages(self, train: bool) -> Iterator[str]:
+    def _stages(self, train: bool, request: StopRequest) -> Iterator[str]:
         model = None
         if self.answers.missing(BASE):
             model = self._load(0)
@@ -165,7 +172,7 @@ class Run:
             if record.status == "open":
                 if not train:
                     return
-                self._train(number, model if model is not None else self._load(number))
+                self._train(number, model if model is not None else self._load(number), request)
             model = None
             release_memory()
             wanted = [self.answers, *(make(self) for make in self.reports if train)]
@@ -182,7 +189,7 @@ class Run:
         refuse_unfit(model, self.recipe, packed=self.packs is not None)
         return model
 
-    def _train(self, number: int, model: PreTrainedModel | PeftModel) -> None:
+    def _train(self, number: int, model: PreTrainedModel | PeftModel, request: StopRequest) -> None:
         """Train one stage from its start, or from its newest whole checkpoint, to its adapter."""
         stage, record = self.recipe.stages[number], self.ledger.stages[number]
         checkpoints = self.ledger.stage_folder(number) / "checkpoints"
@@ -206,7 +213,7 @@ class Run:
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
-            callbacks=[SealCheckpoints(processes.wait_for_everyone), log],
+            callbacks=[StopAfterStep(request), SealCheckpoints(processes.wait_for_everyone), log],
         )
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
@@ -221,7 +228,7 @@ class Run:
         self._save(trainer, number)
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"
-        self.ledger.save()
+        self.ledger.finish(self.ledger.adapter(number), log.path)
 
     def _own_rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
         """Let the model write the thinkings of a stage, and of the validation rows without any."""
@@ -266,6 +273,7 @@ def start(
     grade: Grader,
     reports: Sequence[Callable[[Run], StageReport]] = (),
     measures_gradients: bool = False,
+    uses: Collection[str] = ALL,
 ) -> Run:
     """Read the data and open the run folder; no weights are loaded yet.
 
@@ -280,6 +288,7 @@ def start(
         grade: As in `Run`, like what follows.
         reports: What is written of each stage's model beside its answers.
         measures_gradients: Whether the gradient of each segment is measured before each stage.
+        uses: The splits whose rows must be those that the run began with.
 
     Raises:
         SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
@@ -289,23 +298,23 @@ def start(
     with processes.main_process_first():
         prepared = read(recipe)
         packs = packed_rows(recipe, prepared.train)
-    if processes.is_main_process:
-        open_run(recipe, folder, fresh)
+    main = processes.is_main_process
+    ledger = open_run(recipe, folder, fresh) if main else None
+    if ledger is not None:
+        require_same_rows(ledger, prepared, uses)
     processes.wait_for_everyone()
-    ledger = Ledger(folder, recipe, main=processes.is_main_process)
-    ledger.facts |= {
-        "device": device.kind,
-        "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
-        "world_size": processes.num_processes,
-        "versions": {name: version(name) for name in PACKAGES},
-        "own_losses": own_losses(recipe),
-    }
+    ledger = ledger or Ledger(folder, recipe, main=False)
+    facts = surroundings(recipe, device)
+    ledger.notes += changed_facts(ledger.facts, facts)
+    ledger.facts |= facts
     ledger.save()
     if packs is not None:
         prepared.counts["packing"] = pack_counts(packs, recipe.data.max_length)
     if ledger.main:
         write_json(ledger.folder / "data.json", prepared.counts)
     progress = make_progress(ledger, device, prepared, packs)
+    for line in ledger.notes:
+        progress.note(line)
     return Run(
         recipe,
         ledger,
@@ -318,6 +327,29 @@ def start(
         reports,
         measures_gradients,
     )
+
+
+def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:
+    """Return what a run's figures depend on beside its recipe, as the ledger keeps it."""
+    return {
+        "device": device.kind,
+        "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
+        "world_size": PartialState().num_processes,
+        "versions": {name: version(name) for name in PACKAGES},
+        "own_losses": own_losses(recipe),
+    }
+
+
+def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say in a line which versions, device or number of processes a run goes on with."""
+    was, are = ({**each, **each.get("versions", {})} for each in (before, now))
+    names = ("device", "compute_dtype", "world_size", *PACKAGES)
+    differing = [
+        f"{name} {was[name]} -> {are[name]}"
+        for name in names
+        if name in was and was[name] != are[name]
+    ]
+    return [f"goes on in other surroundings: {', '.join(differing)}"] if differing else []
 
 
 def make_progress(

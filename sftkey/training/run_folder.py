@@ -1,17 +1,20 @@
-"""A run's folder: the recipe, the ledger of its stages, and where each file lies."""
+"""A run's folder: recipe, ledger of its stages, where each file lies, and whether it is whole."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from sftkey.errors import Problem, RunError
-from sftkey.files import free_name, write_json, write_text
+from sftkey.files import file_hash, files_below, free_name, write_json, write_text
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
+from sftkey.training.lock import RunLock, lock_run
 
 
 @dataclass
@@ -36,28 +39,35 @@ class StageRecord:
     behind_cache: dict[str, float] | None = None
 
 
+LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
+
+
 class Ledger:
-    """`ledger.json` of a run folder.
+    """`ledger.json` of a run folder, and its copy, which is read where the first is broken.
+
+    `files` holds the sha256 of what is finished, by its path in the run folder, and `rows` that of
+    the rows of each split. Runs that were begun before there were such have none, and are read.
 
     Args:
         folder: The run folder.
         recipe: The run's recipe.
         main: Whether this process writes; the others only read along.
+
+    Raises:
+        RunError: Neither the file nor its copy is whole.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, main: bool = True) -> None:
         self.folder, self.recipe, self.main = folder, recipe, main
         self.facts: dict[str, Any] = {}
+        self.rows: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+        self.notes: list[str] = []  # what the person must know before anything starts
         self.stages = [StageRecord(stage.name) for stage in recipe.stages]
-        if self.path.exists():
-            content = json.loads(self.path.read_text())
-            self.facts = content["facts"]
-            self.stages = [StageRecord(**record) for record in content["stages"]]
-
-    @property
-    def path(self) -> Path:
-        """Where the ledger lies."""
-        return self.folder / "ledger.json"
+        self.lock: RunLock | None = None  # held as long as anybody has this ledger
+        if content := read_ledger(folder):
+            self.facts, self.stages = content["facts"], content["stages"]
+            self.rows, self.files = content.get("rows", {}), content.get("files", {})
 
     def stage_folder(self, number: int) -> Path:
         """Give the folder of the stage at `number`, counted from 0: `stages/1-completion`, say."""
@@ -71,15 +81,112 @@ class Ledger:
         """Give the file of a stage's answers, or of the base model's; it is there when whole."""
         return self.folder / "evaluation" / f"{name}.jsonl"
 
+    def log(self, number: int) -> Path:
+        """Return the file of a stage's logged steps."""
+        return self.stage_folder(number) / "log.jsonl"
+
     def save(self) -> None:
         """Write the ledger."""
+        if not self.main:
+            return
+        content = {
+            "facts": self.facts,
+            "stages": [record.__dict__ for record in self.stages],
+            "rows": self.rows,
+            "files": self.files,
+        }
+        content["sha256"] = _content_hash(content)
+        for name in (LEDGER, COPY):
+            write_json(self.folder / name, content)
+
+    def finish(self, *paths: Path) -> None:
+        """Note the hashes of finished files, and of all files of finished folders, and save."""
         if self.main:
-            stages = [record.__dict__ for record in self.stages]
-            write_json(self.path, {"facts": self.facts, "stages": stages})
+            for file in (file for path in paths for file in files_below(path)):
+                self.files[self._name(file)] = file_hash(file)
+            self.save()
+
+    def forget(self, path: Path) -> None:
+        """Forget the hashes of a file, or of all files of a folder, that lie there no more."""
+        name = self._name(path)
+        self.files = {
+            file: known
+            for file, known in self.files.items()
+            if file != name and not file.startswith(f"{name}/")
+        }
+
+    def broken(self, below: Path | None = None, leaving: Collection[str] = ()) -> dict[Path, str]:
+        """Return what became of finished files that are no longer as they were written.
+
+        Args:
+            below: Look at this file or folder; default all.
+            leaving: Folders that aren't looked at.
+        """
+        name = None if below is None else self._name(below)
+        found: dict[Path, str] = {}
+        for file, known in self.files.items():
+            path = self.folder / file
+            if not (name in (None, file) or file.startswith(f"{name}/")):
+                continue
+            if str(path.parent) in leaving:
+                continue
+            if not path.is_file():
+                found[path] = "it is gone"
+            elif file_hash(path) != known:
+                found[path] = "it has changed since it was written"
+        return found
+
+    def require(self, path: Path) -> None:
+        """Refuse a finished file or folder that is no longer as it was written.
+
+        Raises:
+            RunError: Names the file, and the ways on.
+        """
+        for file, what in self.broken(path).items():
+            raise broken_file(self.folder, file, what)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+
+def broken_file(folder: Path, file: Path, what: str) -> RunError:
+    """Say that a file of a run is broken, and how one goes on."""
+    return RunError(
+        str(file),
+        f"expected what the run wrote; {what}",
+        f"put it back from a copy; or train again: `name=…` in a new folder, which takes over the "
+        f"stages that are whole, or `--fresh`, which moves {folder} aside",
+    )
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_ledger(folder: Path) -> dict[str, Any] | None:
+    """Read the ledger of a run, or its copy; None where no run has begun.
+
+    Raises:
+        RunError: There was one, and none of the two is whole.
+    """
+    for name in (LEDGER, COPY):
+        try:
+            content = json.loads((folder / name).read_bytes())
+            known = content.pop("sha256", None)
+            if known == _content_hash(content) or (known is None and "files" not in content):
+                content["stages"] = [StageRecord(**each) for each in content["stages"]]
+                return {"facts": {}, **content}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    left = [each for each in (LEDGER, COPY) if (folder / each).exists()]
+    if left or any(folder.glob("stages/*")):
+        what = "it is gone" if not (folder / LEDGER).exists() else "it holds something else"
+        raise broken_file(folder, folder / LEDGER, f"{what}, and {COPY} can't replace it")
+    return None
 
 
 def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
-    """Begin a run, or find the one that this recipe began.
+    """Begin a run, or find the one that this recipe, or one with other later stages, began.
 
     Args:
         recipe: What is asked.
@@ -87,20 +194,17 @@ def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
         fresh: Move a run that stands in the way aside, under a new name.
 
     Raises:
-        RunError: The folder can't be written, or holds a run of another recipe.
+        RunError: The folder can't be written, is another process's, or holds a run of another
+            recipe.
     """
     try:
         if fresh and folder.exists():
-            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-            folder.rename(free_name(folder.with_name(f"{folder.name}.{stamp}")))
-        (folder / "stages").mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation").mkdir(exist_ok=True)
-        if (folder / "recipe.yaml").exists():
-            refuse_changed(folder, recipe)
-        else:
-            write_text(folder / "recipe.yaml", recipe.to_yaml())
-        ledger = Ledger(folder, recipe)
-        ledger.save()
+            with lock_run(folder):
+                folder.rename(free_name(folder.with_name(f"{folder.name}.{_stamp()}")))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_run(folder)
+        ledger = _opened(recipe, folder)
+        ledger.lock = lock
     except OSError as error:
         reason = error.strerror or str(error)
         raise RunError(
@@ -109,6 +213,105 @@ def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
             "free the folder, or run where you may write",
         ) from error
     return ledger
+
+
+def _stamp() -> str:
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def _opened(recipe: Recipe, folder: Path) -> Ledger:
+    """Read or begin the run in a folder that this process has for itself."""
+    ledger = Ledger(folder, recipe)
+    for name in ("stages", "evaluation"):
+        (folder / name).mkdir(exist_ok=True)
+    text = recipe.to_yaml()
+    same = ledger.files.get(RECIPE) == sha256(text.encode()).hexdigest()
+    if same and ledger.broken(folder / RECIPE):
+        write_text(folder / RECIPE, text)
+    ledger.require(folder / RECIPE)
+    if not (folder / RECIPE).exists():
+        write_text(folder / RECIPE, text)
+    elif not same and (begun := load_recipe(folder / RECIPE)) != recipe:
+        keep_stages(ledger, begun)
+        write_text(folder / RECIPE, text)
+    set_aside_broken(ledger)
+    ledger.finish(folder / RECIPE)
+    return ledger
+
+
+REMADE = ("evaluation", "diagnosis")  # their files are written anew from the adapters
+
+
+def set_aside_broken(ledger: Ledger) -> None:
+    """Move answers, grades and diagnoses that are no longer as they were written out of the way.
+
+    Adapters are looked at when they are loaded.
+
+    Raises:
+        RunError: Another finished file is broken.
+    """
+    adapters = {str(ledger.adapter(number)) for number in range(len(ledger.stages))}
+    for file, what in ledger.broken(leaving=adapters).items():
+        if file.parent.name not in REMADE:
+            raise broken_file(ledger.folder, file, what)
+        if file.exists():
+            file.rename(free_name(file.with_name(f"{file.name}.broken")))
+        ledger.forget(file)
+        ledger.notes.append(f"{file}: {what}; it is written anew")
+
+
+def prefix_key(recipe: Recipe, num_stages: int) -> str:
+    """Return a hash that two recipes share whose first stages end in the same weights.
+
+    That is all but the name, the evaluation and the later stages.
+    """
+    shared = recipe.model_dump(mode="json", include={"seed", "model", "lora", "data", "response"})
+    stages = [
+        {**stage.model_dump(mode="json"), "trainer": recipe.stage_trainer(stage)}
+        for stage in recipe.stages[:num_stages]
+    ]
+    return _content_hash({**shared, "stages": stages})
+
+
+def keep_stages(ledger: Ledger, begun: Recipe) -> None:
+    """Keep the stages that a changed recipe leaves as they were, and set aside what came after.
+
+    Nothing is deleted: it is moved into `replaced/` of the run folder.
+
+    Args:
+        ledger: The run's, with its new recipe.
+        begun: The recipe that began it.
+
+    Raises:
+        RunError: The first stage would be another one, too, or the change concerns all stages.
+    """
+    recipe, folder = ledger.recipe, ledger.folder
+    most = min(len(begun.stages), len(recipe.stages))
+    kept = next((n for n in range(most, 0, -1) if prefix_key(begun, n) == prefix_key(recipe, n)), 0)
+    changed = changed_keys(begun, recipe)
+    if not kept or not all(key.partition(".")[0] in ("stages", "trainer") for key in changed):
+        refuse_changed(folder, recipe)
+    aside = folder / "replaced" / _stamp()
+    for number in range(kept, len(ledger.stages)):
+        name = ledger.stages[number].name
+        found = [ledger.stage_folder(number), *folder.glob(f"evaluation/{name}.*")]
+        for path in [*found, folder / "diagnosis" / f"{name}.json"]:
+            if path.exists():
+                target = free_name(aside / path.relative_to(folder))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+                ledger.forget(path)
+    names = [stage.name for stage in recipe.stages]
+    ledger.stages = ledger.stages[:kept] + [StageRecord(name) for name in names[kept:]]
+    if "end" in ledger.facts:
+        ledger.facts["end"] = {"adapter": ledger._name(ledger.adapter(kept - 1))}
+    ledger.files[RECIPE] = sha256(recipe.to_yaml().encode()).hexdigest()
+    ledger.save()  # before the recipe: a kill between the two is mended by the same command
+    anew = f"trained anew: {', '.join(names[kept:])}" if names[kept:] else "no stage follows"
+    ledger.notes.append(f"the recipe has changed ({', '.join(changed)})")
+    ledger.notes.append(f"kept: {', '.join(names[:kept])}; {anew}")
+    if aside.exists():
+        ledger.notes.append(f"what they replace lies in {aside}")
 
 
 def refuse_changed(folder: Path, recipe: Recipe) -> None:
@@ -151,11 +354,14 @@ def run_recipe(folder: Path) -> Recipe:
     Raises:
         RunError: The folder is no run.
     """
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / RECIPE).is_file():
         raise RunError(
             str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"
         )
-    return load_recipe(folder / "recipe.yaml")
+    known = ((read_ledger(folder) or {}).get("files") or {}).get(RECIPE)
+    if known not in (None, file_hash(folder / RECIPE)):
+        raise broken_file(folder, folder / RECIPE, "it has changed since it was written")
+    return load_recipe(folder / RECIPE)
 
 
 def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:

@@ -94,6 +94,7 @@ def load_stage(
         number: From 0; the number of stages for the model that the last one leaves.
 
     Raises:
+        RunError: What the stage before wrote has changed since.
         ModelError: What was saved can't be read, or doesn't belong together; or a stage would need
             of the model what it can't do.
     """
@@ -102,6 +103,10 @@ def load_stage(
     left_frozen = number > 0 and stages[number - 1].context == "frozen"
     at = number - 1 if left_frozen else number  # whose start the context is
     before = ledger.adapter(at - 1) if at else recipe.model.adapter
+    if at:
+        ledger.require(ledger.adapter(at - 1))
+    if left_frozen:
+        ledger.require(ledger.adapter(number - 1))
     full = recipe.lora is None
     base = ledger.facts["base"] = base_identity(recipe.model)
     weights = Path(before) if full and before else None

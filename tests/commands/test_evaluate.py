@@ -98,6 +98,7 @@ def test_training_says_what_each_stage_did_to_the_thinking(
     shutil.copy(trained.parent.parent / "tiny.yaml", "tiny.yaml")
     ledger = json.loads((run / "ledger.json").read_text())
     ledger["stages"][0]["validation"] = {"start": {"thinking": 1.5}, "end": {"thinking": 1.75}}
+    del ledger["sha256"], ledger["files"]  # as a ledger of before there were hashes
     (run / "ledger.json").write_text(json.dumps(ledger))
     train(Path("tiny.yaml"))
     captured = capsys.readouterr()

@@ -18,12 +18,12 @@ from sftkey.errors import RecipeError, RunError
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.study.cells import prefix_key, take_over
+from sftkey.study.cells import take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.run import matched_steps
 from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
-from sftkey.training.run_folder import open_run
+from sftkey.training.run_folder import open_run, prefix_key
 from sftkey.training.trainer import KeyTrainer
 from tests.support.tiny import made_rows
 from tests.training.test_run import Killed

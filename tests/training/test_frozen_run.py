@@ -77,7 +77,7 @@ def test_the_stage_says_what_it_stands_on(trained: Run) -> None:
     base = json.loads((key / "base.json").read_text())
     assert base["context"] == "stages/1-completion/adapter"
     assert len(base["context_fingerprint"]) == 64
-    facts = json.loads(trained.ledger.path.read_text())["facts"]
+    facts = json.loads((trained.ledger.folder / "ledger.json").read_text())["facts"]
     assert facts["end"] == {
         "adapter": "stages/2-key/adapter",
         "context": "stages/1-completion/adapter",
@@ -116,6 +116,7 @@ def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> 
     was = json.loads((run.ledger.adapter(1) / "base.json").read_text())["context_fingerprint"]
     file = run.ledger.adapter(0) / "adapter_model.safetensors"
     save_file({name: each + 1 for name, each in load_file(file).items()}, file)
+    run.ledger.finish(run.ledger.adapter(0))  # as if the run had written it
     (run.ledger.folder / "evaluation" / "key.jsonl").unlink()
     with pytest.raises(ModelError) as error:
         list(start(run.recipe, run.ledger.folder, grade=grade).stages())

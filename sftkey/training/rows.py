@@ -1,0 +1,116 @@
+"""What a run was made from: a fingerprint of its rows, kept in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from hashlib import sha256
+
+from sftkey.data.prepare import Prepared
+from sftkey.data.response import Example
+from sftkey.errors import Problem, RunError
+from sftkey.files import write_json
+from sftkey.training.run_folder import ROWS, Ledger
+
+TRAINS = ("train", "validation", "template")
+ALL = (*TRAINS, "test")
+
+
+def row_hashes(rows: Sequence[Example]) -> list[str]:
+    """Return a hash of each row: its prompt, reasoning and answer, and its place in the source."""
+    return [
+        sha256(repr((row.prompt, row.thinking, row.answer, *row.key)).encode()).hexdigest()[:16]
+        for row in rows
+    ]
+
+
+def made_from(ledger: Ledger, prepared: Prepared) -> dict[str, list[str]]:
+    """Return hashes of the rows that train, validate and are asked, and of the template."""
+    template = prepared.renderer.tokenizer.chat_template
+    return {
+        "train": row_hashes(prepared.train_examples),
+        "validation": row_hashes(prepared.validation_examples),
+        "test": row_hashes(prepared.questions(ledger.recipe)),
+        "template": [sha256(repr(template).encode()).hexdigest()[:16]],
+    }
+
+
+def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:
+    """Refuse other rows than those that the run has used; note those that it begins to use.
+
+    Args:
+        ledger: The main process's.
+        prepared: The rows of now.
+        splits: What is going to be used.
+
+    Raises:
+        RunError: With the number of rows of each split that differ, and the ways on.
+    """
+    now = made_from(ledger, prepared)
+    hashes = {name: sha256(json.dumps(rows).encode()).hexdigest() for name, rows in now.items()}
+    used = {name: _begun(ledger) for name in TRAINS} | {"test": _answered(ledger)}
+    differing = [
+        name
+        for name in splits
+        if used[name] and ledger.rows.get(name, hashes[name]) != hashes[name]
+    ]
+    if differing:
+        raise _other_rows(ledger, now, differing)
+    noted = [name for name in splits if ledger.rows.get(name) != hashes[name]]
+    if noted:
+        before = _kept(ledger)
+        write_json(ledger.folder / ROWS, before | {name: now[name] for name in noted})
+        ledger.rows |= {name: hashes[name] for name in noted}
+        ledger.save()
+
+
+def _begun(ledger: Ledger) -> bool:
+    """Tell whether a step has been taken that would be lost."""
+    trained = any(record.status == "trained" for record in ledger.stages)
+    written = ("checkpoints/checkpoint-*", "thinkings.*")
+    return trained or any(any(ledger.folder.glob(f"stages/*/{each}")) for each in written)
+
+
+def _answered(ledger: Ledger) -> bool:
+    return any((ledger.folder / "evaluation").glob("[!.]*.json*"))
+
+
+def _kept(ledger: Ledger) -> dict[str, list[str]]:
+    """Read the hashes row by row, where they are those of the ledger; they only make the counts."""
+    try:
+        kept = json.loads((ledger.folder / ROWS).read_bytes())
+        return {
+            name: rows
+            for name, rows in kept.items()
+            if sha256(json.dumps(rows).encode()).hexdigest() == ledger.rows.get(name)
+        }
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _other_rows(ledger: Ledger, now: dict[str, list[str]], differing: list[str]) -> RunError:
+    kept = _kept(ledger)
+    problems = [Problem(name, _difference(name, kept.get(name), now[name])) for name in differing]
+    hint = (
+        f"put them back; or `name=…` begins another run on these, and `--fresh` moves "
+        f"{ledger.folder} aside and begins anew"
+    )
+    if differing == ["test"]:
+        hint = (
+            f"put them back; or move {ledger.folder / 'evaluation'} aside: all stages then answer "
+            "these questions"
+        )
+    return RunError(str(ledger.folder), problems, hint)
+
+
+def _difference(name: str, before: list[str] | None, now: list[str]) -> str:
+    if name == "template":
+        return "the chat template isn't the one that this run began with"
+    if before is None:
+        return "the rows aren't those that this run began with"
+    num = max(len(before), len(now)) - (Counter(before) & Counter(now)).total()
+    if not num:
+        return "the same rows stand in another order than when this run began"
+    rows = "1 row differs" if num == 1 else f"{num} rows differ"
+    return f"{rows} from those that this run began with ({len(before)} then, {len(now)} now)"

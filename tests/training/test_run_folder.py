@@ -1,0 +1,233 @@
+"""What a run folder notices: other rows, broken files, a second process, changed later stages."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftkey.errors import RunError, RunLocked
+from sftkey.evaluation.grading import grade
+from sftkey.evaluation.stage import grade_stage
+from sftkey.pipeline import open_run
+from sftkey.recipe.load import load_recipe
+from sftkey.training.lock import lock_run
+from sftkey.training.run import Run, changed_facts, start
+from tests.support.tiny import made_rows, write_recipe
+from tests.training.test_run import Killed, adapter_of, kill_at_step
+
+
+def go_on(folder: Path, *overrides: str, **settings: Any) -> Run:
+    """Start the run of a folder with `tiny.yaml`; the same again goes on."""
+    recipe = load_recipe(folder / "tiny.yaml", overrides)
+    return start(recipe, folder / "runs" / "tiny", grade=grade, **settings)
+
+
+def finish(run: Run) -> Run:
+    """Do and grade all that is left of a run."""
+    for name in run.stages():
+        grade_stage(run, name)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Finish a run, for tests that copy its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_recipe(folder, tiny_folder, data=data(folder))
+    finish(go_on(folder))
+    return folder
+
+
+def data(folder: Path) -> dict[str, Any]:
+    """Return a data section with a file for each split, relative to nothing."""
+    rows = made_rows(40)
+    parts = {"train": rows[:24], "validation": rows[24:32], "test": rows[32:]}
+    for name, part in parts.items():
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text)
+    train, *others = (str(folder / f"{name}.jsonl") for name in parts)
+    return {"source": train, "validation": others[0], "test": others[1], "max_length": 512}
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run, which reads the same rows' files."""
+    return shutil.copytree(whole, tmp_path / "copied")
+
+
+@pytest.fixture
+def changed(whole: Path) -> Any:
+    """Return what changes the answer of some rows of a split, until the test's end."""
+    before = {file: file.read_text() for file in whole.glob("*.jsonl")}
+
+    def change(split: str, num_rows: int) -> None:
+        file = whole / f"{split}.jsonl"
+        lines = [json.loads(line) for line in before[file].splitlines()]
+        for line in lines[:num_rows]:
+            line["answer"] = f"{line['answer']}1"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    yield change
+    for file, text in before.items():
+        file.write_text(text)
+
+
+@pytest.mark.parametrize(("split", "num_rows"), [("train", 3), ("validation", 1), ("test", 8)])
+def test_rows_that_changed_are_refused_with_their_number(
+    split: str, num_rows: int, copied: Path, changed: Callable[[str, int], None]
+) -> None:
+    """Each split is told alone, and both ways on."""
+    changed(split, num_rows)
+    num_asked = 4 if split == "test" else num_rows  # eval.num_questions
+    with pytest.raises(RunError) as caught:
+        go_on(copied)
+    (problem,) = caught.value.problems
+    rows = "1 row differs" if num_asked == 1 else f"{num_asked} rows differ"
+    assert problem.where == split
+    assert problem.what.startswith(f"{rows} from those that this run began with")
+    assert "put them back; or" in str(caught.value)
+
+
+def test_evaluating_looks_at_the_questions_alone(
+    copied: Path, changed: Callable[[str, int], None]
+) -> None:
+    """Rows that were trained may be gone when a run is graded anew; its questions may not."""
+    changed("train", 24)
+    go_on(copied, uses=("test",))
+    changed("test", 8)
+    with pytest.raises(RunError, match="test: 4 rows differ"):
+        go_on(copied, uses=("test",))
+
+
+def test_rows_may_change_as_long_as_no_step_was_taken(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed before its first step goes on with the rows of now."""
+    write_recipe(tmp_path, tiny_folder, data=data(tmp_path))
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, "completion", 0)
+        with pytest.raises(Killed):
+            list(go_on(tmp_path).stages())
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:20]))
+    assert len(go_on(tmp_path).prepared.train) == 20
+
+
+BREAK: dict[str, Callable[[Path], Any]] = {
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "deleted": lambda file: file.unlink(),
+}
+REFUSED = (
+    *("stages/2-key/adapter/adapter_config.json", "stages/2-key/adapter/base.json"),
+    *("stages/2-key/adapter/adapter_model.safetensors", "stages/1-completion/log.jsonl"),
+)
+MENDED = ("ledger.json", "recipe.yaml", "evaluation/key.jsonl", "evaluation/key.json", "rows.json")
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_a_broken_file_is_named_or_mended(how: str, copied: Path) -> None:
+    """One error names the file and the ways on; or all ends as if nothing had been broken."""
+    folder = copied / "runs" / "tiny"
+    kept = {name: (folder / name).read_bytes() for name in (*REFUSED, *MENDED)}
+    (folder / "evaluation" / "key.jsonl").unlink()  # so that the last stage's model is loaded
+    for name in REFUSED:
+        BREAK[how](folder / name)
+        with pytest.raises(RunError, match=re.escape(f"{folder / name}: expected what the run")):
+            finish(go_on(copied))
+        (folder / name).write_bytes(kept[name])
+    for name in MENDED:
+        finish(go_on(copied))
+        BREAK[how](folder / name)
+    finish(go_on(copied))
+    for name in ("recipe.yaml", "evaluation/key.jsonl", "evaluation/key.json"):
+        assert (folder / name).read_bytes() == kept[name]
+    assert open_run(folder).results.keys() == {"base", "completion", "key"}
+
+
+def test_a_ledger_that_is_gone_with_its_copy_is_no_new_run(copied: Path) -> None:
+    """Otherwise trained stages would be trained over."""
+    folder = copied / "runs" / "tiny"
+    for name in ("ledger.json", "ledger.copy.json"):
+        (folder / name).unlink()
+    with pytest.raises(RunError, match=r"ledger\.json: expected what the run wrote; it is gone"):
+        go_on(copied)
+
+
+def test_a_run_of_before_is_read(copied: Path) -> None:
+    """Ledgers had neither hashes nor a copy; they get both."""
+    folder = copied / "runs" / "tiny"
+    ledger = json.loads((folder / "ledger.json").read_text())
+    old = {key: ledger[key] for key in ("facts", "stages")}
+    (folder / "ledger.json").write_text(json.dumps(old))
+    for name in ("ledger.copy.json", "rows.json"):
+        (folder / name).unlink()
+    finish(go_on(copied))
+    assert json.loads((folder / "ledger.json").read_text())["rows"] == ledger["rows"]
+
+
+LOCKING = """
+import sys
+from pathlib import Path
+from sftkey.training.lock import lock_run
+lock = lock_run(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
+    """The first one's host and pid are named; when it is killed its lock is free."""
+    command = [sys.executable, "-c", LOCKING, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RunLocked, match=f"another process works on this run: pid {other.pid}"):
+            lock_run(tmp_path)
+        other.kill()
+        other.wait()
+    with lock_run(tmp_path):
+        assert lock_run(tmp_path) is lock_run(tmp_path), "the same process may ask again"
+
+
+def test_changed_later_stages_leave_the_first_as_it_is(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lower learning rate of the second stage trains this one anew; what it was is kept."""
+    before = adapter_of(go_on(copied), 0)
+    capsys.readouterr()
+    run = go_on(copied, "stages.key.trainer.learning_rate=1e-4")
+    assert [each.status for each in run.ledger.stages] == ["trained", "open"]
+    said = capsys.readouterr().err
+    assert "kept: completion; trained anew: key" in said
+    finish(run)
+    assert all((before[name] == value).all() for name, value in adapter_of(run, 0).items())
+    (aside,) = (copied / "runs" / "tiny" / "replaced").iterdir()
+    assert (aside / "stages/2-key/adapter/adapter_model.safetensors").is_file()
+    assert (aside / "evaluation/key.jsonl").is_file()
+    assert load_recipe(run.ledger.folder / "recipe.yaml") == run.recipe
+
+
+def test_a_stage_can_be_added(copied: Path) -> None:
+    """The two before it stay."""
+    stages = "stages=[{name: completion, loss_on: completion}, {name: key, loss_on: key, "
+    stages += "trainer: {learning_rate: 5.0e-4}}, {name: more, loss_on: key}]"
+    run = go_on(copied, stages)
+    assert [each.status for each in run.ledger.stages] == ["trained", "trained", "open"]
+
+
+def test_other_surroundings_are_said_in_one_line() -> None:
+    """Versions, device and processes; what an older run didn't record is passed over."""
+    before = {"device": "cuda", "world_size": 2, "versions": {"torch": "2.12.0", "trl": "1.16.0"}}
+    now = {"device": "cpu", "world_size": 2, "versions": {"torch": "2.13.0", "trl": "1.16.0"}}
+    line = "goes on in other surroundings: device cuda -> cpu, torch 2.12.0 -> 2.13.0"
+    assert changed_facts(before, now) == [line]
+    assert changed_facts({}, now) == changed_facts(now, now) == []

@@ -1,0 +1,105 @@
+"""Signals that end a run: what it keeps, what it says, and that the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sftkey import cli
+from sftkey.errors import RunStopped
+from sftkey.training.checkpoints import newest_whole
+from sftkey.training.log import StageLog
+from sftkey.training.signals import StopRequest, stopping_on_signals
+from tests.training.test_run import adapter_of, done
+
+NUMBERS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), NUMBERS[::3])
+def test_a_signal_ends_the_stage_after_its_step_with_a_checkpoint(
+    number: int,
+    exit_code: int,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint is of that step, and the same command ends as if nothing had come."""
+    recipe = tiny_recipe()
+    uninterrupted = done(recipe, tmp_path / "whole")
+    before = signal.getsignal(number)
+
+    def send(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.record.name == "key" and state.global_step == 2:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLog, "on_step_begin", send)
+        with pytest.raises(RunStopped, match="the same command goes on, or: sftkey train") as error:
+            done(recipe, tmp_path / "runs")
+    assert error.value.exit_code == exit_code
+    assert signal.getsignal(number) == before
+    checkpoints = tmp_path / "runs/tiny/stages/2-key/checkpoints"
+    assert newest_whole(checkpoints) == checkpoints / "checkpoint-3"
+    again = adapter_of(done(recipe, tmp_path / "runs"), 1)
+    expected = adapter_of(uninterrupted, 1)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_while_answers_are_written_a_signal_ends_the_run_and_keeps_them(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four questions are answered before it comes."""
+    recipe = tiny_recipe(eval={"num_questions": 4, "max_new_tokens": 4, "batch_size": 2})
+
+    def send(self: Any, stage: str, num_done: int, num_all: int) -> None:
+        if num_done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sftkey.training.log.RunProgress.answers", send)
+        with pytest.raises(RunStopped):
+            done(recipe, tmp_path / "runs")
+    (part,) = (tmp_path / "runs/tiny/evaluation").glob("base.part*")
+    assert len(part.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("number", "exit_code"), NUMBERS)
+def test_each_signal_ends_with_its_exit_code(number: int, exit_code: int, tmp_path: Path) -> None:
+    """As a shell reports a process that it has ended."""
+    with stopping_on_signals(tmp_path, print), pytest.raises(RunStopped) as error:
+        os.kill(os.getpid(), number)
+    assert error.value.exit_code == exit_code
+
+
+def test_a_second_ctrl_c_waits_for_no_step(tmp_path: Path) -> None:
+    """A second signal of another kind is the same one, passed on."""
+    said: list[str] = []
+    request = StopRequest(tmp_path, said.append)
+    request.in_training = True
+    request.receive(signal.SIGUSR1, None)
+    request.receive(signal.SIGTERM, None)
+    assert said == ["SIGUSR1: a checkpoint is written after this step; Ctrl-C ends the run at once"]
+    with pytest.raises(RunStopped) as error:
+        request.receive(signal.SIGINT, None)
+    assert error.value.exit_code == 130
+
+
+def test_the_command_line_ends_with_that_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the message of the error alone."""
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise RunStopped("runs/x", "stopped by SIGTERM", "go on", signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "app", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "error: runs/x: stopped by SIGTERM\nhint: go on\n"
