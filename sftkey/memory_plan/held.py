@@ -59,7 +59,7 @@ class Setting:
 
     Args:
         kind: The device's.
-        quantized: The linear modules are NF4.
+        quantized: The linear modules are NF4, and stay packed.
         weights: The type of the other weights.
         compute: The type that goes from module to module.
         attention: The implementation.
@@ -223,7 +223,7 @@ def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Ki
     targets = trained[0].get("target_modules") or ()
     return Setting(
         kind=kind,
-        quantized=recipe.model.quantization == "nf4",
+        quantized=_stays_packed(recipe.model, kind, compute == weights),
         weights=weights,
         compute=compute,
         attention=recipe.model.attn_implementation,
@@ -250,6 +250,12 @@ def _uncounted(recipe: Recipe, stage: StageSection) -> Iterator[Problem]:
     attention = recipe.model.attn_implementation
     if attention not in ("sdpa", "eager") and not attention.startswith("flash_attention"):
         yield Problem("model.attn_implementation", f"{attention}: what it keeps isn't planned")
+
+
+def _stays_packed(section: ModelSection, kind: Kind, one_type: bool) -> bool:
+    """Whether NF4 weights are held packed: on a CPU they are unpacked after loading."""
+    unpacked = kind == "cpu" and section.unpack == "auto" and one_type
+    return section.quantization == "nf4" and not unpacked
 
 
 def _dtypes(recipe: Recipe, skeleton: Skeleton, kind: Kind) -> tuple[str, str]:

@@ -6,14 +6,17 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from sftkey.errors import DeviceError, first_line
 from sftkey.recipe.schema import ModelSection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 UNQUANTIZED = "write model.quantization=none"
 
 
@@ -87,6 +90,22 @@ def choose_device(
 def launched_with(what: str, env: Mapping[str, str] = os.environ) -> bool:
     """Tell whether the launcher says `CPU`, `FSDP` or `DEEPSPEED` to its processes."""
     return env.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
+
+
+def free_bytes(env: Mapping[str, str] = os.environ, group: Path = CONTROL_GROUP) -> int:
+    """Return the main memory that this process may take: its share, within a container's limit.
+
+    Args:
+        env: `LOCAL_WORLD_SIZE` says how many processes share the machine.
+        group: Where Linux tells a container what it may use, and uses.
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free = min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit: its text is "max"
+        pass
+    return free // int(env.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _check_one_gpu(env: Mapping[str, str]) -> None:

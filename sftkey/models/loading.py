@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from sftkey.errors import ModelError, first_line
-from sftkey.models.device import DTYPES, Device, launched_with
+from sftkey.models.device import DTYPES, Device, free_bytes, launched_with
 from sftkey.models.source import (
     PICKLED,
     Source,
@@ -32,6 +33,10 @@ from sftkey.models.source import (
 )
 from sftkey.models.template import check_template, read_template
 from sftkey.recipe.schema import ModelSection
+
+LOGGER = logging.getLogger("sftkey")
+GIB = 2**30
+UNPACKED_SHARE = 0.5  # of the free memory; the other half is for the steps
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
 CARRIERS = (*LINEAR, torch.nn.Embedding)
@@ -127,6 +132,8 @@ def load_model(
         model.generation_config.__class__ = PublishedGenerationConfig
     if section.quantization == "nf4":
         _keep_gradients(model)
+        if section.unpack == "auto" and device.kind == "cpu":
+            _unpack(model, device.compute_dtype)
         return model
     return model.to(device.torch_device)
 
@@ -165,11 +172,46 @@ def _keep_gradients(model: PreTrainedModel) -> None:
     The first evaluation without gradient would repack them for good, for a product that has no
     gradient: later training would get None below every quantized layer, and go on.
     """
+    for _, module in _packed_modules(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def _unpack(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Unpack NF4 weights once: on a CPU bitsandbytes would unpack each of them at every product.
+
+    The products stay the same. The weights stay packed where they would take more than half of the
+    free memory, where a launcher shards them, and where the model hands on another type than it
+    multiplies in, since bitsandbytes converts at each module.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed = _packed_modules(model)
+    size = sum(each.in_features * each.out_features for _, each in packed) * compute_dtype.itemsize
+    sharded = launched_with("FSDP") or launched_with("DEEPSPEED")
+    if sharded or model.dtype != compute_dtype:
+        return
+    needed = f"{size / GIB:.1f} GiB"
+    if size > UNPACKED_SHARE * free_bytes():
+        LOGGER.info("NF4 weights stay packed: unpacked they would need %s", needed)
+        return
+    for name, module in packed:
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        with torch.device("meta"):  # the weight takes the place of one that is never made
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+        linear.weight = torch.nn.Parameter(weight.to(compute_dtype), requires_grad=False)
+        linear.bias = module.bias
+        model.set_submodule(name, linear.train(module.training))
+    loaded: Any = model  # upstream sets these on it while loading
+    loaded.hf_quantizer.remove_quantization_config(model)
+    loaded.is_loaded_in_4bit = False
+    LOGGER.info("NF4 weights are unpacked once, to %s", needed)
+
+
+def _packed_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """Return the NF4 modules with their names."""
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    return [(name, each) for name, each in model.named_modules() if isinstance(each, Linear4bit)]
 
 
 def _load_error(

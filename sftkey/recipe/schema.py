@@ -178,6 +178,9 @@ class ModelSection(Section):
     """A branch, tag or commit of the hub; by default the newest commit of its main branch."""
     quantization: Literal["nf4", "none"] = "nf4"
     """`nf4` holds the base weights in 4 bits (QLoRA); `none` holds them in `dtype`."""
+    unpack: Literal["auto", "never"] = "auto"
+    """Whether NF4 weights are unpacked once after loading: `auto`, on a CPU where half of the free
+    memory suffices, since each product would unpack them again there; or `never`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     """The type of weights and matrix products; by default the one that the device computes well
     in."""

@@ -83,9 +83,13 @@ def loader(folder: Path, *overrides: str) -> Callable[..., Recipe]:
     return lambda more=(): load_recipe(RECIPE, [model, *overrides, *more])
 
 
-def test_nf4_is_counted_as_bitsandbytes_holds_it(tiny_folder: Path) -> None:
-    """Packed weights, both levels of constants, and what stays unquantized, to the byte."""
-    section = ModelSection(name_or_path=str(tiny_folder))
+@pytest.mark.parametrize("unpack", ["never", "auto"])
+def test_nf4_is_counted_as_it_is_held(tiny_folder: Path, unpack: Any) -> None:
+    """Packed weights, both levels of constants, and what stays unquantized, to the byte.
+
+    Unpacked, as on a CPU by default, they are held in the compute type.
+    """
+    section = ModelSection(name_or_path=str(tiny_folder), unpack=unpack)
     model = load_model(section, Device("cpu", 0, torch.float32))
     weights = constants = 0
     for parameter in model.parameters():
@@ -95,9 +99,11 @@ def test_nf4_is_counted_as_bitsandbytes_holds_it(tiny_folder: Path) -> None:
             nested = (state.state2.absmax, state.state2.code, state.offset)
             tensors = (state.absmax, state.code, *nested)
             constants += sum(each.numel() * each.element_size() for each in tensors)
-    recipe = load_recipe(RECIPE, [f"model.name_or_path={tiny_folder}"])
+    overrides = [f"model.name_or_path={tiny_folder}", f"model.unpack={unpack}"]
+    recipe = load_recipe(RECIPE, overrides)
     skeleton = read_skeleton(section)
     setting = setting_of(recipe, recipe.stages[0], skeleton, "cpu")
+    assert setting.quantized == (unpack == "never")
     assert weight_bytes(skeleton, setting) == weights
     assert constant_bytes(skeleton, setting) == constants
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sftkey.errors import DeviceError
-from sftkey.models.device import Device, choose_device
+from sftkey.models.device import Device, choose_device, free_bytes
 from sftkey.recipe.schema import ModelSection
 
 
@@ -122,3 +123,15 @@ def test_several_gpus_for_one_process_are_refused(two_gpus: pytest.MonkeyPatch) 
         "hint: launch with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m "
         "sftkey.train RECIPE`, or set CUDA_VISIBLE_DEVICES=0"
     )
+
+
+def test_free_memory_is_a_share_within_the_container(tmp_path: Path) -> None:
+    """A container's limit counts where there is one, and processes share what is free."""
+    free = free_bytes({}, tmp_path)
+    assert free > 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_bytes({}, tmp_path) > 2**20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_bytes({}, tmp_path) == 4000
+    assert free_bytes({"LOCAL_WORLD_SIZE": "2"}, tmp_path) == 2000

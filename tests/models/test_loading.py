@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sftkey.errors import ModelError
 from sftkey.models import loading as model_module
+from sftkey.models.adapters import add_lora
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import Source
@@ -189,9 +190,9 @@ def test_weights_of_an_earlier_stage(tiny_folder: Path, tiny_model: Any, tmp_pat
     assert (model.lm_head.weight == 2.0).all()
 
 
-def quantized(folder: Path) -> Any:
-    """Load a folder's model in NF4."""
-    return load_model(section(folder, "nf4"), CPU)
+def quantized(folder: Path, **settings: Any) -> Any:
+    """Load a folder's model in NF4, which stays packed unless asked otherwise."""
+    return load_model(section(folder, "nf4", **{"unpack": "never", **settings}), CPU)
 
 
 def input_gradient(model: Any) -> torch.Tensor:
@@ -220,6 +221,74 @@ def test_nf4_quantizes_twice(tiny_folder: Path) -> None:
     ]
     assert len(states) == 14
     assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
+
+
+def is_packed(model: Any) -> bool:
+    """Tell whether a model has modules of bitsandbytes."""
+    from bitsandbytes.nn import Linear4bit
+
+    found = {isinstance(each, Linear4bit) for each in model.modules()}
+    assert model.is_quantized == model.is_loaded_in_4bit == (True in found)
+    return True in found
+
+
+def test_unpacked_model_is_the_packed_one(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default NF4 is unpacked on a CPU: same logits and gradient, nothing new to train."""
+    with caplog.at_level("INFO", logger="sftkey"):
+        packed, unpacked = quantized(tiny_folder), quantized(tiny_folder, unpack="auto")
+    assert caplog.messages == ["NF4 weights are unpacked once, to 0.0 GiB"]
+    assert (is_packed(packed), is_packed(unpacked)) == (True, False)
+    ids = torch.arange(12)[None]
+    expected = packed(input_ids=ids).logits
+    torch.testing.assert_close(unpacked(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(input_gradient(unpacked), input_gradient(packed))
+    trained = [
+        {name for name, each in model.named_parameters() if each.requires_grad}
+        for model in (packed, unpacked)
+    ]
+    assert trained[0] == trained[1]
+
+
+def test_adapter_trained_on_unpacked_weights_is_the_same(tiny_folder: Path) -> None:
+    """A step of the optimizer gives the same adapter, packed or unpacked."""
+    adapters = []
+    for unpack in ("never", "auto"):
+        model: Any = add_lora(quantized(tiny_folder, unpack=unpack), {"r": 4}, 1)
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        ids = torch.arange(24).view(2, 12)
+        optimizer = torch.optim.SGD(trained.values(), 0.1)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        adapters.append({name: each.detach() for name, each in trained.items()})
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, expected in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], expected)
+
+
+def test_unpacked_only_where_it_fits(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of the free memory must suffice; 73,728 bytes is what the tiny model's weights take."""
+    for free, packed in ((2 * 73728, False), (2 * 73728 - 2, True)):
+        monkeypatch.setattr(model_module, "free_bytes", lambda free=free: free)
+        with caplog.at_level("INFO", logger="sftkey"):
+            assert is_packed(quantized(tiny_folder, unpack="auto")) == packed
+    expected = "NF4 weights stay packed: unpacked they would need 0.0 GiB"
+    assert caplog.messages[-1] == expected
+
+
+def test_stays_packed_where_types_differ_or_weights_are_sharded(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in bfloat16 that multiplies in float32 needs bitsandbytes' conversions."""
+    half = load_model(section(tiny_folder, dtype="bfloat16"), CPU)
+    half.save_pretrained(folder := tiny_folder.parent / "half")
+    assert is_packed(quantized(folder, unpack="auto", dtype="auto"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert is_packed(quantized(tiny_folder, unpack="auto"))
 
 
 @pytest.mark.parametrize(("fsdp", "storage"), [("true", torch.float32), ("false", torch.uint8)])

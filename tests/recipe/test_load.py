@@ -66,6 +66,7 @@ def test_defaults_are_filled_in(file: Path) -> None:
             "sha256": None,
             "revision": None,
             "quantization": "nf4",
+            "unpack": "auto",
             "dtype": None,
             "attn_implementation": "sdpa",
             "chat_template": None,

@@ -175,11 +175,11 @@ def with_lora(name: str, folder: Path, model: Any = None) -> Any:
 
 
 def nf4(name: str, folder: Path, **fields: Any) -> Any:
-    """Put an adapter on a model whose weights are NF4, loaded as a run loads it."""
+    """Put an adapter on a model whose weights are NF4 and stay packed, as a run has it on CUDA."""
     from sftkey.models.device import Device
     from sftkey.models.loading import load_model
     from sftkey.recipe.schema import ModelSection
 
     made_family(name, hidden_size=64, intermediate_size=64, **fields).save_pretrained(folder)
-    section = ModelSection(name_or_path=str(folder))
+    section = ModelSection(name_or_path=str(folder), unpack="never")
     return with_lora(name, folder, load_model(section, Device("cpu", 0, torch.float32)))
