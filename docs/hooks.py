@@ -38,6 +38,7 @@ WORDS = {
     "Weights": "a mapping",
     "LossOn": "`completion`, `key`, `answer` or weights",
     "Grid": "lists by name",
+    "ContextCache": "`auto`, `off` or a size",
     **dict.fromkeys(["ModelSection", "DataSection", "ResponseSection", "EvalSection"], "a section"),
     **dict.fromkeys(["StageSection", "OwnThinking", "JudgeSection"], "a section"),
     **dict.fromkeys(["OwnStrategy", "Choice"], "a section"),

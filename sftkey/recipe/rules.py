@@ -286,6 +286,8 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
     for key in ("lora", "grid"):
         if context != "frozen" and stage[key] is not None:
             yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"
+    if context != "frozen" and stage["context_cache"] not in ("auto", "off", False):
+        yield (*keys, "context_cache"), "only with `context: frozen`: elsewhere the context changes"
 
 
 def _check_anneal(stage: dict[str, Any], keys: Keys) -> Iterator[Finding]:

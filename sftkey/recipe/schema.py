@@ -13,6 +13,7 @@ from sftkey.recipe import yaml_io
 from sftkey.recipe.loss_on import checked_loss_on
 from sftkey.recipe.upstream import as_number
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", re.IGNORECASE)
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
 
 
@@ -62,6 +63,15 @@ def _grid(value: Any) -> Any:
             raise ValueError(f"expected each {name} once; got {shown(values)}")
         grid[name] = numbers
     return grid
+
+
+def _context_cache(value: Any) -> Any:
+    """Check a word or a size; YAML reads a bare `off` as false."""
+    if value is False:
+        return "off"
+    if isinstance(value, str) and (value in ("auto", "off") or SIZE.fullmatch(value)):
+        return value
+    raise ValueError(f"expected auto, off or a size, 20GB say; got {shown(value)}")
 
 
 def _run_name(value: str) -> str:
@@ -150,6 +160,7 @@ SplitRule = Annotated[Text, AfterValidator(_split_rule)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 Rows = Annotated[int | float | str | None, PlainValidator(_rows)]
+ContextCache = Annotated[str, PlainValidator(_context_cache)]
 Grid = Annotated[dict[str, list[Any]], PlainValidator(_grid)]
 Weights = Annotated[dict[str, float], PlainValidator(_weights)]
 LossOn = Annotated[
@@ -310,6 +321,10 @@ class StageSection(Section):
     grid: Grid | None = None
     """Lists of `learning_rate`, `r` and `seed` of which all combinations are trained at once;
     `context: frozen` alone."""
+    context_cache: ContextCache = "auto"
+    """Whether a frozen stage of several epochs keeps the contexts that it has read in files until
+    it ends: `auto` (where a fifth of the free disk suffices, and it is faster), `off`, or how much
+    of the disk they may take, `20GB` for one."""
     thinking: Literal["reference", "own"] = "reference"
     """`reference` trains the key after the data's reasoning, `own` after reasoning that the
     model writes first."""

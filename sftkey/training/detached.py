@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Aligned:
 
     @property
     def num_context(self) -> int:
-        """Give C."""
+        """Return the number of context columns."""
         return self.input_ids.shape[1] - self.labels.shape[1]
 
     def repeated(self, count: int) -> Aligned:
@@ -66,6 +67,9 @@ class Aligned:
         )
         outside = (columns < 0) | (columns >= values.shape[1])
         return values.gather(1, columns.clamp(0, values.shape[1] - 1)).masked_fill(outside, 0)
+
+
+Keep = Callable[[Aligned, Any, Callable[[], DynamicCache]], DynamicCache]
 
 
 def align(
@@ -122,6 +126,7 @@ def detached_log_probs(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     key_starts: torch.Tensor | None = None,
+    context_cache: Keep | None = None,
 ) -> torch.Tensor:
     """Score the labels with gradient through the key alone.
 
@@ -133,6 +138,7 @@ def detached_log_probs(
         attention_mask: `(B, T)`.
         key_starts: `(B,)`: from this token of a row on, the model's key adapters act, too. Of
             several (a grid), each scores a copy of the batch of its own.
+        context_cache: Keeps what is read of contexts: `ContextCache.read`.
 
     Returns:
         `(B, T)` log-probabilities, 0 where there is no label; for N key adapters `(N * B, T)`.
@@ -143,7 +149,8 @@ def detached_log_probs(
     num_chunks = _num_chunks(input_ids)
     batch = align(input_ids, attention_mask, labels, num_chunks, key_starts)
     start = batch.num_context
-    cache = _read_context(model, batch, num_chunks)
+    make = partial(_read_context, model, batch, num_chunks, exact=key_starts is not None)
+    cache = context_cache(batch, model.config, make) if context_cache else make()
     adapters = key_adapters(model) if key_starts is not None else []
     if len(adapters) > 1:
         batch = batch.repeated(len(adapters))
@@ -163,9 +170,19 @@ def detached_log_probs(
 
 
 @torch.no_grad()
-def _read_context(model: PreTrainedModel, batch: Aligned, num_chunks: int) -> DynamicCache:
-    """Fill a cache with the context's keys and values, chunk by chunk."""
+def _read_context(
+    model: PreTrainedModel, batch: Aligned, num_chunks: int, exact: bool = False
+) -> DynamicCache:
+    """Fill a cache with the context's keys and values, chunk by chunk; `exact`: without dropout."""
     cache = DynamicCache(config=model.config)
+    with _without_dropout(model) if exact else nullcontext():
+        _read_chunks(model, batch, num_chunks, cache)
+    return cache
+
+
+def _read_chunks(
+    model: PreTrainedModel, batch: Aligned, num_chunks: int, cache: DynamicCache
+) -> None:
     for columns in torch.arange(batch.num_context).tensor_split(num_chunks):
         start, stop = int(columns[0]), int(columns[-1]) + 1
         model.base_model(
@@ -177,7 +194,19 @@ def _read_context(model: PreTrainedModel, batch: Aligned, num_chunks: int) -> Dy
         )
         if cache.get_seq_length() != stop:
             raise _unfit(model, "doesn't keep its context in transformers' cache")
-    return cache
+
+
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Read a context as it will be when the model answers."""
+    training = [each for each in model.modules() if each.training]
+    for each in training:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
 
 
 def _num_chunks(input_ids: torch.Tensor) -> int:

@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
+from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from sftkey.data.collator import row_lengths
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.models.key_adapter import act, context_adapters
+from sftkey.recipe.schema import SIZE
 from sftkey.recipe.stages import KeyAdapterSpec
+from sftkey.training.context_cache import ContextCache, bytes_a_token
 from sftkey.training.losses import token_losses
-from sftkey.training.trainer import KeyTrainer, segment_means, segment_sums
+from sftkey.training.trainer import GroupedByLength, KeyTrainer, segment_means, segment_sums
 
+LOGGER = logging.getLogger("sftkey")
 SURELY_READ = 1e-3  # nats: no rounding makes that 0
+CONTEXTS_FOLDER = "contexts"  # beside the stage's checkpoints
+FREE_SHARE = 0.2  # of the disk's free space, for `context_cache: auto`
 WEIGHTS_FILE = "key_adapters.safetensors"  # of a checkpoint; the context's weights don't change
 
 
+class SameBatches(Sampler[int]):
+    """The rows of the same batches in each epoch, the batches in an order of the epoch's own.
+
+    Args:
+        rows: In the first epoch's order; what doesn't fill a batch stays last.
+        batch_size: Rows of a batch, on one process.
+        seed: Of the run.
+        epoch: Tells which epoch begins.
+
+    >>> list(SameBatches([5, 3, 0, 1, 2], 2, seed=0, epoch=lambda: 1))
+    [0, 1, 5, 3, 2]
+    """
+
+    def __init__(
+        self, rows: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, size = self.epoch(), self.batch_size
+        num_whole = len(self.rows) // size
+        order = torch.arange(num_whole)
+        if epoch:
+            mixed = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(num_whole, generator=mixed)
+        for number in order.tolist():
+            yield from self.rows[number * size : (number + 1) * size]
+        yield from self.rows[num_whole * size :]
+
+
+def size_bytes(text: str) -> int:
+    """Read a size of files.
+
+    >>> size_bytes("1.5GB")
+    1610612736
+    """
+    found = SIZE.fullmatch(text)
+    assert found, text  # the recipe's schema has seen to it
+    return int(float(found[1]) * (2**20 if found[2][0] in "mM" else 2**30))
+
+
 def key_starts(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Give the place of the token that predicts a row's first key token: T of the paper's Eq. 4.
+    """Return the place of the token that predicts a row's first key token: T of Eq. 4.
 
     Args:
         segment_ids: `(B, T)`, filled up with -1 on the right.
@@ -100,11 +156,16 @@ class FrozenTrainer(KeyTrainer):
 
     Args:
         members: The stage's adapters; the model has them already.
+        context_cache: The stage's: `auto`, `off` or a size.
         settings: `KeyTrainer`'s.
     """
 
-    def __init__(self, members: list[KeyAdapterSpec], **settings: Any) -> None:
+    def __init__(
+        self, members: list[KeyAdapterSpec], context_cache: str = "auto", **settings: Any
+    ) -> None:
         self.members = members
+        self._cache_setting = context_cache
+        self._contexts: ContextCache | None = None  # made when training begins
         self.member_losses: list[float] = []  # on validation rows, at the last evaluation
         self.start: FrozenStart | None = None
         super().__init__(context="frozen", **settings)
@@ -131,7 +192,61 @@ class FrozenTrainer(KeyTrainer):
     def _losses(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        return token_losses(model, inputs | {"key_starts": key_starts(segment_ids)}, "frozen")
+        more: dict[str, Any] = {"key_starts": key_starts(segment_ids)}
+        if self._contexts and model.training:
+            more["context_cache"] = self._contexts.read
+        return token_losses(model, inputs | more, "frozen")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; contexts that several epochs read are kept until the end."""
+        self._contexts = self._make_cache()
+        result = super().train(*args, **kwargs)
+        if self._contexts:
+            self.accelerator.wait_for_everyone()
+            self._contexts.remove()
+        self._contexts = None
+        return result
+
+    def _make_cache(self) -> ContextCache | None:
+        """Say how large the files become, and make what keeps them; None where they don't pay."""
+        rows: Any = self.train_dataset
+        trained = self.args.num_train_epochs * len(rows)
+        if self.args.max_steps > 0:
+            trained = self.args.max_steps * self._rows_a_step
+        if self._cache_setting == "off" or trained <= len(rows):
+            return None
+        checkpoints = Path(str(self.args.output_dir))
+        folder = checkpoints.parent / CONTEXTS_FOLDER
+        with self.compute_loss_context_manager():
+            a_token = bytes_a_token(self._peft_model)
+        size = a_token * sum(row_lengths(rows))
+        free = shutil.disk_usage(checkpoints.parent).free
+        auto = self._cache_setting == "auto"
+        limit = int(free * FREE_SHARE) if auto else size_bytes(self._cache_setting)
+        what = f"{a_token / 1024:.0f} KiB a token, {size / 2**30:.2f} GiB of contexts"
+        if auto and size > limit:
+            LOGGER.info("contexts are read anew in each epoch: %s are too much for the disk", what)
+            return None
+        LOGGER.info("contexts are read once: %s, kept in %s until the stage ends", what, folder)
+        return ContextCache(folder, self._peft_model, limit, must_pay=auto)
+
+    @property
+    def _rows_a_step(self) -> int:
+        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return rows * int(self.accelerator.num_processes)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """Cut all epochs into the first one's batches, so that each context is read once."""
+        first: Any = super()._get_train_sampler(train_dataset)
+        if isinstance(first, GroupedByLength):
+            first.epoch = lambda: 0
+        elif isinstance(first, RandomSampler):
+            mixed = torch.Generator().manual_seed(self.args.seed)
+            first = torch.randperm(len(row_lengths(self.train_dataset)), generator=mixed).tolist()
+        else:
+            return first
+        size, seed = self.args.train_batch_size, self.args.seed
+        return SameBatches(list(first), size, seed, lambda: int(self.state.epoch or 0))
 
     def _count(
         self, losses: torch.Tensor, segment_ids: torch.Tensor, weights: torch.Tensor

@@ -143,7 +143,8 @@ def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTra
     """
     settings |= stage_settings(stage)
     if stage.context == "frozen":
-        return FrozenTrainer(key_adapter_specs(recipe, stage), **settings)
+        members = key_adapter_specs(recipe, stage)
+        return FrozenTrainer(members, context_cache=stage.context_cache, **settings)
     return KeyTrainer(context=stage.context, **settings)
 
 

@@ -111,6 +111,7 @@ def test_defaults_are_filled_in(file: Path) -> None:
                 "context": "exact",
                 "lora": None,
                 "grid": None,
+                "context_cache": "auto",
                 "thinking": "reference",
                 "own": None,
                 "loss": "nll",
@@ -122,6 +123,7 @@ def test_defaults_are_filled_in(file: Path) -> None:
                 "context": "exact",
                 "lora": None,
                 "grid": None,
+                "context_cache": "auto",
                 "thinking": "reference",
                 "own": None,
                 "loss": "nll",
@@ -410,8 +412,8 @@ RULE = (
         ),
         (
             "stages.key.zzz=1",
-            "unknown key; the keys here are name, loss_on, context, lora, grid, thinking, own, "
-            "anneal, loss, trainer",
+            "unknown key; the keys here are name, loss_on, context, lora, grid, context_cache, "
+            "thinking, own, anneal, loss, trainer",
         ),
         (
             "trainr.max_steps=1",
@@ -538,6 +540,14 @@ RULE = (
         ),
         ("stages.key.lora={r: 2}", OF_FROZEN),
         ("stages.key.grid={r: [2]}", OF_FROZEN),
+        (
+            "stages.key.context_cache=20GB",
+            "only with `context: frozen`: elsewhere the context changes",
+        ),
+        (
+            f"{FROZEN}, context_cache: 20}}",
+            "stages[1].context_cache: expected auto, off or a size, 20GB say; got 20",
+        ),
         (
             f"{FROZEN}, lora: {{modules_to_save: [lm_head]}}}}",
             "stages[1].lora.modules_to_save: refused: it acts on all tokens, and a frozen stage "
