@@ -231,7 +231,7 @@ def merge(
         typer.Option(metavar="NAME", help="The stage whose adapter is merged; default the last."),
     ] = None,
 ) -> None:
-    """Merge a stage's adapter into its unquantized base."""
+    """Write a stage's model as a folder that other programs serve."""
     from sftkey.commands.merge import merge
 
     merge(run, output, stage)

@@ -43,6 +43,7 @@ def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
         with explained_full_disk(path.parent, num_bytes, litter=temporary):
             yield temporary
             for file in files_below(temporary):
+                _let_others_read(file)
                 sync(file)
             _put(temporary, path)
     finally:
@@ -59,6 +60,14 @@ def _put(temporary: Path, path: Path) -> None:
     else:
         temporary.replace(path)
     sync(path.parent)
+
+
+def _let_others_read(file: Path) -> None:
+    """Let everybody read a file whom the umask lets: safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    mode = file.stat().st_mode
+    file.chmod(mode | (0o444 & ~mask))
 
 
 def _remove_left(path: Path) -> None:

@@ -11,7 +11,10 @@ from sftkey.training.run_folder import run_recipe, trained_stage
 
 
 def merge(folder: Path, output: Path, stage: str | None = None) -> None:
-    """Write a model folder with the stage's adapter merged into the unquantized base.
+    """Write a model folder that answers in other programs as the stage does in its run.
+
+    The stage's adapter is merged into the unquantized base; a model that was trained whole is
+    copied. The chat template and the generation config hold what the recipe says beside weights.
 
     Args:
         folder: A run folder.
@@ -29,14 +32,18 @@ def merge(folder: Path, output: Path, stage: str | None = None) -> None:
     if number == 0:
         raise RunError(str(folder), "--stage: the base has no adapter to merge")
     adapter = ledger.adapter(number - 1)
-    _refuse_unmergeable(folder, recipe, number, adapter)
+    _refuse_frozen(folder, recipe, number, adapter)
     from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()
-    from sftkey.models.merging import merge as write_merged
+    from sftkey.sharing import merging
 
-    found = write_merged(recipe, adapter, output)
+    if recipe.lora is None:
+        merging.write_whole(recipe, adapter, output)
+        print(output)
+        return
+    found = merging.merge(recipe, adapter, output)
     print(
         f"{output}: {adapter} merged into {recipe.model.name_or_path} in {found.dtype}; on a probe "
         f"the adapter changes logits by up to {found.effect:.3g}, the merged model is within "
@@ -46,8 +53,8 @@ def merge(folder: Path, output: Path, stage: str | None = None) -> None:
     print(output)
 
 
-def _refuse_unmergeable(folder: Path, recipe: Recipe, number: int, adapter: Path) -> None:
-    """Refuse a stage whose result is no adapter that acts on all tokens."""
+def _refuse_frozen(folder: Path, recipe: Recipe, number: int, adapter: Path) -> None:
+    """Refuse an adapter that doesn't act on all tokens."""
     stage = recipe.stages[number - 1]
     if stage.context == "frozen":
         before = recipe.stages[number - 2].name if number > 1 else None
@@ -59,10 +66,4 @@ def _refuse_unmergeable(folder: Path, recipe: Recipe, number: int, adapter: Path
             "thinking",
             f"{context}, and serve {adapter} beside it as activated LoRA, where a server has that; "
             "`sftkey generate` and the lines in docs/library.md switch by themselves",
-        )
-    if recipe.lora is None:
-        raise RunError(
-            str(folder),
-            f"{stage.name} trained the model whole: there is no adapter to merge",
-            f"the model lies in {adapter}",
         )

@@ -90,7 +90,7 @@ def generate(
         raise ValueError("stop_ids: expected at least the trained end of turn; got none")
     if empty := [position for position, prompt in enumerate(prompts) if not prompt]:
         raise ValueError(f"prompts: expected at least one token each; got none at {empty}")
-    config = _generation_config(tokenizer, stop_ids, max_new_tokens, temperature)
+    config = generation_config(tokenizer, stop_ids, max_new_tokens, temperature)
     order = sorted(range(len(prompts)), key=lambda position: (-len(prompts[position]), position))
     lengths = [len(prompts[position]) + max_new_tokens for position in order]
     for start, stop in _bounds(lengths, batch_size, limit := mixing_length(model.config)):
@@ -243,7 +243,7 @@ def _not_ours(file: Path, line: int, what: str) -> RunError:
     return RunError(str(file), [Problem("", what, line)], hint)
 
 
-def _generation_config(
+def generation_config(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Collection[int],
     max_new_tokens: int,

@@ -1,4 +1,4 @@
-"""A stage's adapter merged into its base, so that the model needs nothing beside it."""
+"""A stage's model as a folder that needs nothing beside it: no adapter, no recipe."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from sftkey.data.renderer import probe_renderer, stop_ids
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.errors import RunError
 from sftkey.files import appearing
 from sftkey.models.adapters import load_adapter, peft_warnings_logged
@@ -17,6 +16,7 @@ from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import base_identity
 from sftkey.recipe.schema import Recipe
+from sftkey.sharing.baking import baked_generation_config, baked_template, with_template
 
 # How far the merged model's logits may lie from base and adapter, as a share of what the adapter
 # changes: in 16 bits the merged weights are rounded.
@@ -39,7 +39,10 @@ class Merged:
 
 
 def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
-    """Write the base with an adapter merged into it, its tokenizer and its generation config.
+    """Write the base with an adapter merged into it, so that it answers as the run measured it.
+
+    Its chat template and generation config say what the recipe said beside the weights: system
+    message, the text around a question, variables of the template, stop tokens, longest response.
 
     The base is loaded without quantization, in the type it was published in, on the CPU: merged
     into quantized weights, the adapter would be quantized with them.
@@ -53,14 +56,9 @@ def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
         RunError: The folder exists, or the merged model isn't base and adapter.
         ModelError: The base or the adapter can't be loaded.
     """
-    if output.exists():
-        raise RunError(str(output), "expected a new folder; it exists already")
-    tokenizer = load_tokenizer(recipe.model)
-    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    renderer, template = _read(recipe, output)
     section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
     base = load_model(section, Device("cpu", 0, torch.float32)).eval()
-    published = base.generation_config.eos_token_id
-    base.generation_config.eos_token_id = stop_ids(renderer, published)
     probe = torch.tensor([renderer.encode([renderer.response.render("2 + 2 = 4", "4")])[0].ids])
     plain = _logits(base, probe)
     model: Any = load_adapter(base, adapter, base_identity(recipe.model), trainable=False)
@@ -73,8 +71,35 @@ def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
         dtype=str(merged.dtype).removeprefix("torch."),
     )
     _check(found, adapter)
-    _save(merged, tokenizer, output)
+    _save(merged, renderer, recipe, template, output)
     return found
+
+
+def write_whole(recipe: Recipe, weights: Path, output: Path) -> None:
+    """Write a model that was trained whole, so that it answers as the run measured it.
+
+    Args:
+        recipe: The run's, without `lora`.
+        weights: What one of its stages wrote.
+        output: As in `merge`.
+
+    Raises:
+        RunError: The folder exists.
+        ModelError: The weights can't be loaded.
+    """
+    renderer, template = _read(recipe, output)
+    section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
+    model = load_model(section, Device("cpu", 0, torch.float32), folder=weights)
+    _save(model, renderer, recipe, template, output)
+
+
+def _read(recipe: Recipe, output: Path) -> tuple[Renderer, str]:
+    """Read all that may refuse before weights are loaded: folder, tokenizer, chat template."""
+    if output.exists():
+        raise RunError(str(output), "expected a new folder; it exists already")
+    tokenizer = load_tokenizer(recipe.model)
+    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    return renderer, baked_template(renderer, recipe.data)
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -102,8 +127,10 @@ def _check(found: Merged, adapter: Path) -> None:
         )
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+def _save(model: Any, renderer: Renderer, recipe: Recipe, template: str, output: Path) -> None:
     """Write the folder; it appears when it is whole."""
+    published = model.generation_config
+    model.generation_config = baked_generation_config(published, renderer, recipe)
     with appearing(output, model.get_memory_footprint()) as saving:
         model.save_pretrained(saving)
-        tokenizer.save_pretrained(saving)
+        with_template(renderer.tokenizer, template).save_pretrained(saving)

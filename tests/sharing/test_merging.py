@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import sftkey.models.merging
+import sftkey.sharing.merging
 from sftkey.commands.merge import merge
 from sftkey.errors import RunError
 from sftkey.models.device import Device
-from sftkey.models.merging import Merged
+from sftkey.sharing.merging import Merged
 from sftkey.training.stage_model import load_stage
 from tests.support.models import ROUNDED
 from tests.support.runs import STAGES, ledger_of, made_run
@@ -52,7 +52,7 @@ def test_the_merged_model_is_base_and_adapter(
     output = tmp_path / "merged"
     merge(folder, output, stage="completion")
     merged = AutoModelForCausalLM.from_pretrained(output)
-    renderer = sftkey.models.merging.probe_renderer(
+    renderer = sftkey.sharing.merging.probe_renderer(
         AutoTokenizer.from_pretrained(output), recipe.response
     )
     cpu = Device("cpu", 0, torch.float32)
@@ -117,13 +117,18 @@ def test_a_frozen_stage_on_the_base_is_refused(tmp_path: Path, tiny_folder: Path
     )
 
 
-def test_a_model_that_was_trained_whole_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
-    """There is no adapter; the error says where the model lies."""
-    folder, _ = made_run(tmp_path, tiny_folder, num_trained=1, stages=PLAIN, lora=None)
-    assert refusal(folder, tmp_path / "merged") == (
-        f"{folder}: completion trained the model whole: there is no adapter to merge\n"
-        f"hint: the model lies in {folder}/stages/1-completion/adapter"
-    )
+def test_a_model_that_was_trained_whole_is_copied(tmp_path: Path, tiny_folder: Path) -> None:
+    """There is no adapter to merge; template and generation config are written all the same."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, recipe = made_run(tmp_path, tiny_folder, num_trained=1, stages=PLAIN, lora=None)
+    merge(folder, tmp_path / "merged")
+    copied = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    trained = AutoModelForCausalLM.from_pretrained(folder / "stages/1-completion/adapter")
+    torch.testing.assert_close(logits(copied), logits(trained), atol=0, rtol=0)
+    assert copied.generation_config.max_new_tokens == recipe.eval.max_new_tokens
+    template = AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert "You calculate." in template
 
 
 def test_the_base_and_an_existing_folder_are_refused(run: tuple[Path, Any], tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_a_merge_that_did_nothing_is_refused(
 
 def test_how_far_a_merge_may_be_off() -> None:
     """A twentieth of what the adapter changes, half of it in 16 bits; else the figures are said."""
-    check = sftkey.models.merging._check
+    check = sftkey.sharing.merging._check
     good = Merged(effect=1.0, distance=0.04, dtype="float32")
     for found in (good, replace(good, distance=0.4, dtype="bfloat16")):
         check(found, Path("a"))

@@ -1,0 +1,1 @@
+"""What leaves a run folder: merged models, cards, uploads, exports to other programs."""
