@@ -137,15 +137,25 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Grade what another engine wrote (JSON lines)."),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Grade a merged model on the run's questions."),
+    ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The stage whose answers FILE holds, or base."),
+        typer.Option(
+            metavar="NAME",
+            help="The stage whose answers FILE holds, or that FOLDER is compared with; or base.",
+        ),
     ] = None,
     alpha: Alpha = None,
 ) -> None:
     """Let a run's stages answer the test questions."""
-    from sftkey.commands.evaluate import evaluate
+    from sftkey.commands.evaluate import evaluate, evaluate_folder
 
+    if model is not None:
+        evaluate_folder(run, model, generations=generations, stage=stage)
+        return
     evaluate(run, generations=generations, stage=stage, alpha=alpha)
 
 
@@ -235,6 +245,33 @@ def merge(
     from sftkey.commands.merge import merge
 
     merge(run, output, stage)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="ENGINE", help="gguf, ollama, vllm or vllm-lora.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="A new file (gguf) or folder.")
+    ],
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The stage that is exported; default the last."),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A checkout of llama.cpp, which converts to GGUF."),
+    ] = None,
+    outtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="The GGUF's weights: f32, f16, bf16, q8_0, …")
+    ] = "auto",
+) -> None:
+    """Write what llama.cpp, Ollama or vLLM needs of a stage."""
+    from sftkey.commands.export import export
+
+    export(run, to, output, stage=stage, llama_cpp=llama_cpp, outtype=outtype)
 
 
 @app.command()

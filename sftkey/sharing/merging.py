@@ -38,6 +38,27 @@ class Merged:
     dtype: str
 
 
+def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
+    """Write a stage's model as a folder: merged, or copied where it was trained whole.
+
+    Args:
+        recipe: The run's.
+        weights: What the stage wrote.
+        output: A new folder; it appears when it is whole.
+
+    Returns:
+        What the merge did; None where there was none.
+
+    Raises:
+        RunError: The folder exists, or the merged model isn't base and adapter.
+        ModelError: The weights can't be loaded.
+    """
+    if recipe.lora is None:
+        write_whole(recipe, weights, output)
+        return None
+    return merge(recipe, weights, output)
+
+
 def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
     """Write the base with an adapter merged into it, so that it answers as the run measured it.
 

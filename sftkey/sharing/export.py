@@ -1,0 +1,218 @@
+"""What other engines need of a stage: a GGUF file, Ollama's Modelfile, vLLM's command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.sources import question_prompt
+from sftkey.errors import RunError, first_line
+from sftkey.files import appearing, write_text
+from sftkey.models.loading import load_tokenizer
+from sftkey.models.source import ADAPTER_CONFIG, model_source
+from sftkey.recipe.schema import Recipe
+from sftkey.sharing.baking import baked_generation_config, baked_template
+from sftkey.sharing.merging import write_model
+from sftkey.sharing.stage import SharedStage
+
+CONVERTER = "convert_hf_to_gguf.py"
+QUESTION = "question7d30"
+STDERR = 2  # the descriptor: stdout is for data
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes
+NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices")  # vLLM's LoRA refuses them
+
+
+def converter_command(checkout: Path, folder: Path, file: Path, outtype: str) -> list[str]:
+    """Return the command that converts a model folder, with llama.cpp's own converter.
+
+    Args:
+        checkout: Of llama.cpp.
+        folder: The model's.
+        file: Where the GGUF goes.
+        outtype: The converter's: `auto`, `f32`, `f16`, `bf16`, `q8_0`, for some.
+
+    Raises:
+        RunError: The checkout has no converter.
+    """
+    script = checkout / CONVERTER
+    if not script.is_file():
+        raise RunError(
+            str(checkout),
+            f"expected a checkout of llama.cpp; it holds no {CONVERTER}",
+            "git clone https://github.com/ggml-org/llama.cpp, and name that folder",
+        )
+    options = ["--outfile", str(file.absolute()), "--outtype", outtype]
+    return [sys.executable, str(script), str(folder.absolute()), *options]
+
+
+def write_gguf(stage: SharedStage, checkout: Path, file: Path, outtype: str = "auto") -> None:
+    """Write a stage's merged model as one GGUF file, its chat template in it.
+
+    Args:
+        stage: Not a frozen one.
+        checkout: Of llama.cpp.
+        file: A new file; it appears when it is whole.
+        outtype: As in `converter_command`.
+
+    Raises:
+        RunError: The file exists, the checkout is none, or the converter fails.
+        ModelError: The weights can't be loaded.
+    """
+    if file.exists():
+        raise RunError(str(file), "expected a new file; it exists already")
+    converter_command(checkout, file, file, outtype)  # a wrong checkout is told before the merge
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=".merged-") as place:
+        folder = Path(place) / stage.recipe.name  # the converter names the model after it
+        write_model(stage.recipe, stage.weights, folder)
+        with appearing(file) as written:
+            _convert(converter_command(checkout, folder, written, outtype))
+
+
+def _convert(command: list[str]) -> None:
+    """Run the converter; its progress goes to stderr."""
+    try:
+        subprocess.run(command, check=True, stdout=STDERR)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RunError(
+            command[1],
+            f"llama.cpp's converter failed: {first_line(error)}",
+            "its own words stand above; does this checkout know the model's architecture?",
+        ) from error
+
+
+def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str = "auto") -> None:
+    """Write a folder with `model.gguf` and the Modelfile that makes an Ollama model of it.
+
+    Args:
+        stage: As in `write_gguf`.
+        checkout: As in `write_gguf`.
+        folder: A new folder.
+        outtype: As in `write_gguf`.
+
+    Raises:
+        RunError: As in `write_gguf`, or the prompt can't stand in a Modelfile.
+        ModelError: The weights can't be loaded.
+    """
+    if folder.exists():
+        raise RunError(str(folder), "expected a new folder; it exists already")
+    text = modelfile(run_renderer(stage.recipe), stage.recipe)
+    write_gguf(stage, checkout, folder / "model.gguf", outtype)
+    write_text(folder / "Modelfile", text)
+
+
+def run_renderer(recipe: Recipe) -> Renderer:
+    """Read a run's tokenizer, and what stands around its responses."""
+    return probe_renderer(
+        load_tokenizer(recipe.model), recipe.response, recipe.model.chat_template_kwargs
+    )
+
+
+def modelfile(renderer: Renderer, recipe: Recipe) -> str:
+    """Return a Modelfile: prompt, stops and sampling are those of the run's evaluation.
+
+    Raises:
+        RunError: The prompt holds what ends a text there.
+    """
+    settings = recipe.eval
+    prompt = renderer.prompt_text(question_prompt(recipe.data, QUESTION))
+    bos = renderer.tokenizer.bos_token
+    if bos and renderer.tokenizer("a")["input_ids"][0] == renderer.tokenizer.bos_token_id:
+        prompt = prompt.removeprefix(bos)  # the engine sets it by itself
+    template = "{{ .Prompt }}".join(map(_in_go, prompt.split(QUESTION))) + "{{ .Response }}"
+    if '"""' in template:
+        raise RunError(recipe.name, 'a Modelfile can\'t hold a prompt with """', "export --to gguf")
+    sampling = {"temperature": settings.temperature, "repeat_penalty": 1.0}
+    if settings.temperature:
+        sampling |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    sampling |= {
+        "num_predict": settings.max_new_tokens,
+        "num_ctx": recipe.data.max_length + settings.max_new_tokens,
+    }
+    lines = [f"PARAMETER {name} {value}" for name, value in sampling.items()]
+    lines.append(f"PARAMETER stop {json.dumps(renderer.end_token, ensure_ascii=False)}")
+    return "\n".join(["FROM ./model.gguf", f'TEMPLATE """{template}"""', *lines, ""])
+
+
+def _in_go(text: str) -> str:
+    """Write a text into a template of Go's, where braces have a meaning."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def vllm_command(folder: Path, recipe: Recipe) -> str:
+    """Return the command that serves a merged folder as it was measured.
+
+    vLLM takes stops and lengths from the generation config, but reads no `do_sample` there.
+    """
+    return shlex.join(["vllm", "serve", str(folder), *_sampling(recipe)])
+
+
+def _sampling(recipe: Recipe) -> list[str]:
+    return [
+        "--override-generation-config",
+        json.dumps({"temperature": recipe.eval.temperature, "repetition_penalty": 1.0}),
+    ]
+
+
+def write_vllm_lora(stage: SharedStage, folder: Path) -> str:
+    """Write the chat template and generation config that vLLM needs beside base and adapter.
+
+    Args:
+        stage: Not a frozen one, with an adapter that vLLM takes.
+        folder: A new folder.
+
+    Returns:
+        The command that serves the adapter under the run's name.
+
+    Raises:
+        RunError: The folder exists, or vLLM doesn't serve such an adapter.
+    """
+    from transformers import GenerationConfig
+
+    recipe = stage.recipe
+    if folder.exists():
+        raise RunError(str(folder), "expected a new folder; it exists already")
+    rank = _lora_rank(stage)
+    renderer = run_renderer(recipe)
+    base = model_source(recipe.model)
+    try:
+        published = GenerationConfig.from_pretrained(base.path, revision=base.commit or "main")
+    except OSError:  # there is none
+        published = GenerationConfig()
+    with appearing(folder) as made:
+        made.mkdir()
+        (made / "chat_template.jinja").write_text(
+            baked_template(renderer, recipe.data), encoding="utf-8"
+        )
+        baked_generation_config(published, renderer, recipe).save_pretrained(made)
+    words = ["vllm", "serve", base.path, "--enable-lora", "--max-lora-rank", str(rank)]
+    words += ["--lora-modules", f"{recipe.name}={stage.weights}"]
+    words += ["--chat-template", str(folder / "chat_template.jinja")]
+    words += ["--generation-config", str(folder), *_sampling(recipe)]
+    return shlex.join(words)
+
+
+def _lora_rank(stage: SharedStage) -> int:
+    """Return the smallest rank that vLLM takes and that holds the adapter's.
+
+    Raises:
+        RunError: There is no adapter, or not one that vLLM serves.
+    """
+    hint = "`--to vllm` merges it"
+    if stage.recipe.lora is None:
+        raise RunError(str(stage.run), f"{stage.name} trained the model whole", hint)
+    config: dict[str, Any] = json.loads((stage.weights / ADAPTER_CONFIG).read_text())
+    if refused := [name for name in NOT_SERVED if config.get(name)]:
+        what = f"vLLM serves no adapter with {', '.join(refused)}"
+        raise RunError(str(stage.weights), what, hint)
+    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    fitting = [rank for rank in LORA_RANKS if rank >= max(ranks)]
+    if not fitting:
+        raise RunError(str(stage.weights), f"vLLM serves no adapter of rank {max(ranks)}", hint)
+    return fitting[0]

@@ -1,0 +1,194 @@
+"""A model folder graded on a run's questions, beside the stage that it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sftkey.data.prepare import Prepared, prepare
+from sftkey.data.response import Example, QuestionKey
+from sftkey.data.sources import MADE
+from sftkey.errors import RunError
+from sftkey.evaluation.comparison import Comparison, compare
+from sftkey.evaluation.results import (
+    StageResult,
+    read_generations,
+    read_result,
+    score,
+    write_result,
+)
+from sftkey.generation.generate import Generation, generate_to_file
+from sftkey.models.device import choose_device
+from sftkey.models.loading import load_model, load_tokenizer
+from sftkey.models.source import fingerprint
+from sftkey.recipe.schema import Recipe
+from sftkey.sharing.baking import asked_ids
+from sftkey.training.run_folder import BASE, Ledger
+
+DESCRIBED = ("generation_config.json", "chat_template.jinja", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class FolderResult:
+    """How a model folder answered, against the run's own model.
+
+    Args:
+        comparison: The run's stage, then the folder; the difference stands in `between_runs`.
+        num_equal: Questions to which both wrote the same text.
+        num_questions: All of them.
+    """
+
+    comparison: Comparison
+    num_equal: int
+    num_questions: int
+
+
+def grade_folder(
+    run: Path,
+    recipe: Recipe,
+    number: int,
+    folder: Path,
+    report: Callable[[int, int], None] | None = None,
+) -> FolderResult:
+    """Let a model folder answer a run's test questions, as a server of the folder would.
+
+    Prompts come from the folder's own chat template, stops from its own generation config. What it
+    answers lies in `evaluation/models/` of the run, and isn't asked again while the folder stays
+    as it is.
+
+    Args:
+        run: The run's folder.
+        recipe: The run's.
+        number: The place of the stage that it is compared with, the first being 1; 0 is the base.
+        folder: Weights, tokenizer and config.
+        report: Called with the number of finished answers and that of all.
+
+    Raises:
+        RunError: The stage's own answers aren't graded, or there are no questions.
+        ModelError: The folder holds no model.
+    """
+    ledger = Ledger(run, recipe, main=False)
+    stage = BASE if number == 0 else recipe.stages[number - 1].name
+    graded = run / "evaluation" / f"{stage}.json"
+    if not graded.exists():
+        what = f"{stage} has no graded answers, which the folder's are compared with"
+        raise RunError(str(run), what, f"sftkey evaluate {run}")
+    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    questions = prepared.questions(recipe)
+    if not questions:
+        raise RunError(str(run), "expected test rows; its recipe has none", "write data.test")
+    answers = _answers(recipe, run, folder, questions, report)
+    keys = [example.key for example in questions]
+    written, before = (
+        read_generations(answers, keys),
+        read_generations(ledger.generations(stage), keys),
+    )
+    result = _scored(recipe, prepared, questions, written, stage, number, folder)
+    write_result(answers.parent, result.model_copy(update={"stage": answers.stem}))
+    equal = sum(written[key].text == before[key].text for key in keys)
+    return FolderResult(
+        _compared(run, recipe, folder, read_result(graded), result), equal, len(keys)
+    )
+
+
+def _scored(
+    recipe: Recipe,
+    prepared: Prepared,
+    questions: list[Example],
+    written: Mapping[QuestionKey, Generation],
+    stage: str,
+    number: int,
+    folder: Path,
+) -> StageResult:
+    """Grade the folder's answers as the run's were."""
+    settings, renderer = recipe.eval, prepared.renderer
+    return score(
+        written,
+        questions,
+        renderer.response,
+        stage=stage,
+        position=number,
+        grader=settings.grader,
+        alpha=settings.alpha,
+        assistant_prefix=renderer.assistant_prefix,
+        end=renderer.end,
+        tokenizer=renderer.tokenizer,
+        settings={
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "model": str(folder),
+        },
+        made=recipe.data.source in MADE,
+    )
+
+
+def _compared(
+    run: Path, recipe: Recipe, folder: Path, before: StageResult, after: StageResult
+) -> Comparison:
+    """Compare the two by names that say where each comes from, and how the weights were held."""
+    held = "" if recipe.model.quantization == "none" else f" in {recipe.model.quantization}"
+    return compare({f"{run}{held}": [before], str(folder): [after]})
+
+
+def _answers(
+    recipe: Recipe,
+    run: Path,
+    folder: Path,
+    questions: list[Example],
+    report: Callable[[int, int], None] | None,
+) -> Path:
+    """Write what is missing of the folder's answers; returns their file."""
+    section = recipe.model.model_copy(
+        update={
+            "name_or_path": str(folder),
+            **dict.fromkeys(("file", "sha256", "revision", "chat_template", "adapter")),
+            "chat_template_kwargs": {},
+            "quantization": "none",
+            "dtype": "auto",
+        }
+    )
+    tokenizer = load_tokenizer(section)
+    file = run / "evaluation" / "models" / f"{folder.name}-{_state(folder)}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    prompts = {example.key: _prompt(tokenizer, example) for example in questions}
+    if not file.exists() or len(file.read_bytes().splitlines()) < len(prompts):
+        device = choose_device(section, use_cpu=bool(recipe.trainer.get("use_cpu")))
+        model = load_model(section, device)
+        stops: Any = model.generation_config.eos_token_id
+        generate_to_file(
+            model,
+            tokenizer,
+            prompts,
+            file,
+            report=report,
+            stop_ids=[stops] if isinstance(stops, int) else stops,
+            max_new_tokens=recipe.eval.max_new_tokens,
+            batch_size=recipe.eval.batch_size,
+            temperature=recipe.eval.temperature,
+            seed=recipe.seed,
+        )
+    return file
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """Return the ids that a server of the folder feeds for a row's prompt."""
+    prompt = example.prompt
+    if not tokenizer.chat_template and isinstance(prompt, str):
+        plain: list[int] = tokenizer(prompt)["input_ids"]
+        return plain
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return asked_ids(tokenizer, messages)
+
+
+def _state(folder: Path) -> str:
+    """Name what the answers depend on: the folder's weights, template and generation config."""
+    digest = hashlib.sha256((fingerprint(folder) or "").encode())
+    for name in DESCRIBED:
+        file = folder / name
+        digest.update(file.read_bytes() if file.is_file() else b"-")
+    return digest.hexdigest()[:8]

@@ -1,0 +1,69 @@
+"""Which stage of a run is shared, and whether its weights can stand alone; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftkey.errors import RunError
+from sftkey.recipe.schema import Recipe
+from sftkey.training.run_folder import Ledger, run_recipe, trained_stage
+
+
+@dataclass(frozen=True)
+class SharedStage:
+    """A trained stage of a run.
+
+    Args:
+        run: The run's folder.
+        recipe: The run's.
+        name: The stage's.
+        number: Its place, the first being 1.
+        weights: The folder of its adapter, or of its whole model.
+    """
+
+    run: Path
+    recipe: Recipe
+    name: str
+    number: int
+    weights: Path
+
+
+def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStage:
+    """Find a trained stage.
+
+    Args:
+        run: A run folder.
+        name: Default the last stage that is trained.
+        what: What is to be done with its adapter, for the error.
+
+    Raises:
+        RunError: The folder is no run, or the stage isn't trained, or it is the base.
+    """
+    recipe = run_recipe(run)
+    number = trained_stage(run, recipe, name)
+    if number == 0:
+        raise RunError(str(run), f"--stage: the base has no adapter to {what}")
+    weights = Ledger(run, recipe, main=False).adapter(number - 1)
+    return SharedStage(run, recipe, recipe.stages[number - 1].name, number, weights)
+
+
+def refuse_frozen(stage: SharedStage) -> None:
+    """Refuse a stage whose adapter doesn't act on all tokens, where weights are to be merged.
+
+    Raises:
+        RunError: Says what can be merged, and how the adapter can be served.
+    """
+    recipe = stage.recipe
+    if recipe.stages[stage.number - 1].context != "frozen":
+        return
+    before = recipe.stages[stage.number - 2].name if stage.number > 1 else None
+    context = f"merge what it stands on with --stage {before}" if before else "take the base"
+    raise RunError(
+        str(stage.run),
+        f"{stage.name} was trained with `context: frozen`: its adapter acts from the "
+        "thinking's last token on, merged weights would act on every token and change the "
+        "thinking",
+        f"{context}, and serve {stage.weights} beside it as activated LoRA, where a server has "
+        "that; `sftkey generate` and the lines in docs/library.md switch by themselves",
+    )
