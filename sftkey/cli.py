@@ -275,6 +275,39 @@ def export(
 
 
 @app.command()
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The stage that is described; default the last."),
+    ] = None,
+) -> None:
+    """Print a stage's model card."""
+    from sftkey.commands.card import card
+
+    card(run, stage)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The stage that is pushed; default the last."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Push the merged model, not the adapter.")
+    ] = False,
+) -> None:
+    """Put a stage's adapter, tokenizer and card on the hub."""
+    from sftkey.commands.push import push
+
+    push(run, repo, stage=stage, private=private, merged=merged)
+
+
+@app.command()
 def prompts(
     target: Annotated[
         Path, typer.Argument(metavar="TARGET", help="A recipe's file, or a run's folder.")

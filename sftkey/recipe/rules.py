@@ -48,8 +48,11 @@ REFUSED_TRAINER_KEYS = {
     "auto_find_batch_size": "a batch that shrinks by itself can't be resumed; set the batch size",
     "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
     **dict.fromkeys(
-        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"],
-        "a run publishes nothing, and this would do nothing",
+        [
+            *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+            "hub_always_push",
+        ],
+        "it would push each stage over the other; after the run, `sftkey push RUN REPO`",
     ),
 }
 METRICS = (
@@ -59,7 +62,6 @@ METRICS = (
 # Refused where they ask for something: false asks for nothing.
 REFUSED_WHERE_TRUE = {
     "greater_is_better": "all that a stage can be chosen by are losses",
-    "push_to_hub": "a run publishes nothing; push what it wrote yourself",
     "save_only_model": "a stage could not go on from a checkpoint without its optimizer",
 }
 REFUSED_LORA_KEYS = dict.fromkeys(
