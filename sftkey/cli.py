@@ -251,7 +251,8 @@ def merge(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     to: Annotated[
-        str, typer.Option("--to", metavar="ENGINE", help="gguf, ollama, vllm or vllm-lora.")
+        str,
+        typer.Option("--to", metavar="ENGINE", help="gguf, ollama, vllm, vllm-lora or lm-eval."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PATH", help="A new file (gguf) or folder.")
@@ -268,7 +269,7 @@ def export(
         str, typer.Option(metavar="TYPE", help="The GGUF's weights: f32, f16, bf16, q8_0, …")
     ] = "auto",
 ) -> None:
-    """Write what llama.cpp, Ollama or vLLM needs of a stage."""
+    """Write what llama.cpp, Ollama, vLLM or lm-eval needs of a stage."""
     from sftkey.commands.export import export
 
     export(run, to, output, stage=stage, llama_cpp=llama_cpp, outtype=outtype)

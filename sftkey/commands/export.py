@@ -1,4 +1,4 @@
-"""Write what another engine needs of a stage."""
+"""Write what another program needs of a stage."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from sftkey.errors import RunError, did_you_mean
-from sftkey.sharing.stage import refuse_frozen, shared_stage
+from sftkey.sharing.stage import SharedStage, refuse_frozen, shared_stage
 
-ENGINES = ("gguf", "ollama", "vllm", "vllm-lora")
+ENGINES = ("gguf", "ollama", "vllm", "vllm-lora", "lm-eval")
 
 
 def export(
@@ -20,7 +20,7 @@ def export(
     llama_cpp: Path | None = None,
     outtype: str = "auto",
 ) -> None:
-    """Write a stage's model for another engine; the command that serves it goes to stdout.
+    """Write a stage's model for another program, whose command goes to stdout.
 
     Args:
         folder: A run folder.
@@ -45,6 +45,11 @@ def export(
     from sftkey.sharing import export as exports
     from sftkey.sharing.merging import write_model
 
+    if engine == "lm-eval":
+        from sftkey.sharing.harness import write_task
+
+        print(write_task(shared, output))
+        return
     if engine == "vllm-lora":
         print(exports.write_vllm_lora(shared, output))
         return
@@ -52,6 +57,15 @@ def export(
         write_model(shared.recipe, shared.weights, output)
         print(exports.vllm_command(output, shared.recipe))
         return
+    _by_converter(shared, engine, output, llama_cpp, outtype)
+
+
+def _by_converter(
+    shared: SharedStage, engine: str, output: Path, llama_cpp: Path | None, outtype: str
+) -> None:
+    """Write GGUF, or an Ollama model of it."""
+    from sftkey.sharing import export as exports
+
     if llama_cpp is None:
         raise RunError(
             "--llama-cpp",

@@ -171,7 +171,8 @@ def test_wrong_calls_are_refused(run: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError) as raised:
         export(folder, "vlm", tmp_path / "out")
     assert str(raised.value) == (
-        "--to: expected one of gguf, ollama, vllm, vllm-lora; got 'vlm'; did you mean `vllm`?"
+        "--to: expected one of gguf, ollama, vllm, vllm-lora, lm-eval; got 'vlm'; "
+        "did you mean `vllm`?"
     )
     with pytest.raises(RunError) as raised:
         export(folder, "gguf", tmp_path / "out.gguf")
