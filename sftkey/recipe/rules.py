@@ -13,6 +13,7 @@ from sftkey.recipe.yaml_io import Keys
 Finding = tuple[Keys, str]
 
 MADE_SOURCES = ("reasoning_gym", "made")
+PUSHES = "it would push each stage over the other; after the run, `sftkey push RUN REPO`"
 REFUSED_TRAINER_KEYS = {
     "packing": "write `data.packing`",
     "packing_strategy": "write `data.packing`",
@@ -48,11 +49,8 @@ REFUSED_TRAINER_KEYS = {
     "auto_find_batch_size": "a batch that shrinks by itself can't be resumed; set the batch size",
     "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
     **dict.fromkeys(
-        [
-            *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
-            "hub_always_push",
-        ],
-        "it would push each stage over the other; after the run, `sftkey push RUN REPO`",
+        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"],
+        PUSHES,
     ),
 }
 METRICS = (
@@ -62,6 +60,7 @@ METRICS = (
 # Refused where they ask for something: false asks for nothing.
 REFUSED_WHERE_TRUE = {
     "greater_is_better": "all that a stage can be chosen by are losses",
+    "push_to_hub": PUSHES,
     "save_only_model": "a stage could not go on from a checkpoint without its optimizer",
 }
 REFUSED_LORA_KEYS = dict.fromkeys(
