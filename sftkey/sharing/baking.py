@@ -20,7 +20,6 @@ from sftkey.generation.generate import generation_config
 from sftkey.recipe.schema import DataSection, Recipe
 
 QUESTION = "How many are 2 and 2?"
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def baked_template(renderer: Renderer, data: DataSection) -> str:
@@ -176,18 +175,16 @@ def baked_generation_config(
     """Return a generation config that answers as the run's evaluation did.
 
     Args:
-        published: The base model's: what changes no token is taken from it.
+        published: The base model's, of which the ends and the first token are taken.
         renderer: The run's: its end of turn stops, beside the published ones.
         recipe: The run's: longest response and temperature.
     """
-    stops = stop_ids(renderer, published.eos_token_id)
     settings = recipe.eval
-    ours = generation_config(
-        renderer.tokenizer, stops, settings.max_new_tokens, settings.temperature
+    config = generation_config(
+        renderer.tokenizer,
+        stop_ids(renderer, published.eos_token_id),
+        settings.max_new_tokens,
+        settings.temperature,
     )
-    kept = {key: value for key, value in published.to_diff_dict().items() if key not in SAMPLING}
-    config = GenerationConfig(**{**kept, **ours.to_diff_dict()})
-    if not config.do_sample:
-        for name in SAMPLING:
-            setattr(config, name, None)
+    config.bos_token_id = published.bos_token_id
     return config

@@ -52,8 +52,8 @@ NAMES = {
     "trainer.greater_is_better=true": "all that a stage can be chosen by are losses",
     "trainer.data_seed=1": "rows that are grouped by length are shuffled by `seed`",
     "trainer.save_only_model=true": "could not go on from a checkpoint without its optimizer",
-    "trainer.push_to_hub=true": "a run publishes nothing",
-    "trainer.hub_model_id=me/mine": "a run publishes nothing",
+    "trainer.push_to_hub=true": "it would push each stage over the other",
+    "trainer.hub_model_id=me/mine": "it would push each stage over the other",
     "trainer.report_to=wandb": "wandb",
     "trainer={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 3, save_steps: 2}": (
         "trl.SFTConfig refuses it: ValueError: --load_best_model_at_end requires"

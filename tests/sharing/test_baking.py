@@ -145,7 +145,7 @@ def test_a_template_that_cannot_carry_the_prompt_is_refused(tiny_tokenizer: Any)
 def test_generation_is_as_it_was_measured(
     temperature: float, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    """Published sampling and penalties go; stops, length and the rest of the config stay."""
+    """Published sampling and penalties go; ends, length and the first token stay."""
     _, recipe = made_run(
         tmp_path, tiny_folder, num_trained=0, eval={"max_new_tokens": 9, "temperature": temperature}
     )
@@ -159,7 +159,7 @@ def test_generation_is_as_it_was_measured(
     config = baked_generation_config(published, renderer, recipe)
     config.save_pretrained(tmp_path / "config")  # refuses what contradicts itself
     assert config.eos_token_id == [renderer.end_id, 0]
-    assert (config.max_new_tokens, config.repetition_penalty, config.bos_token_id) == (9, 1.0, 5)
+    assert (config.max_new_tokens, config.repetition_penalty, config.bos_token_id) == (9, None, 5)
     assert config.do_sample is (temperature > 0)
     assert config.temperature == (temperature or None)
-    assert config.top_p == (1.0 if temperature else None)
+    assert config.top_p is None
