@@ -55,6 +55,12 @@ class Table:
         values = [value for value in self.values(column) if value not in (None, "")]
         return bool(values) and all(isinstance(value, str | int | float) for value in values)
 
+    def is_written(self, column: str) -> bool:
+        """Tell whether its values are texts or numbers as they stand, be it JSON: `[1, 2]`."""
+        values = [row.get(column) for row in self.rows]
+        values = [value for value in values if value not in (None, "")]
+        return bool(values) and all(isinstance(value, str | int | float) for value in values)
+
     def is_messages(self, column: str) -> bool:
         """Tell whether it holds lists of messages."""
         values = [value for value in self.values(column) if value is not None]
@@ -75,9 +81,22 @@ class Table:
                 read.append(())
         return read
 
+    def unreadable(self, column: str) -> str:
+        """Say why the messages of a column can't be read; nothing where some can."""
+        reason = ""
+        for value in self.values(column):
+            try:
+                read_messages(value)
+            except RowError as error:
+                reason = reason or str(error)
+            else:
+                return ""
+        return reason
+
     def texts(self, column: str) -> list[str]:
-        """Return a column's texts; what is null is empty."""
-        return ["" if value is None else str(value) for value in self.values(column)]
+        """Return a column's texts as they stand; what is null is empty."""
+        values = (row.get(column) for row in self.rows)
+        return ["" if value is None else str(value) for value in values]
 
     def num_kinds(self, column: str) -> int:
         """Count the different values."""

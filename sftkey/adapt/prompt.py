@@ -8,7 +8,7 @@ from typing import Any
 
 from sftkey.adapt.columns import CONTEXT, OPTIONS, PROMPT, Table
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.values import RowError, lettered
+from sftkey.data.values import options_in
 
 # Columns that hold one option each.
 LETTERED = re.compile(r"(?:option|choice|op|answer)?_?([A-Ha-h])\Z")
@@ -42,7 +42,8 @@ def prompt_of(table: Table) -> str | None:
         if column not in columns and table.is_text(column) and not _inside(table, column, columns)
     ]
     before = "".join(f"{{{column}}}\n\n" for column in context)
-    return before + question + _options(table, columns)
+    options = _options(table, columns)
+    return options if options.startswith(UNDECIDED) else before + question + options
 
 
 def _holds_something(table: Table, column: str) -> bool:
@@ -72,13 +73,23 @@ def _inside(table: Table, column: str, columns: Sequence[str]) -> bool:
     return all(text in whole for text, whole in zip(table.texts(column), wholes, strict=True))
 
 
-def options_of(table: Table) -> list[Any]:
-    """Return each row's options as a list or mapping; nothing where there are none."""
+def options_of(table: Table) -> list[list[tuple[str, str]]]:
+    """Return the labels and texts of each row's options; nothing where there are none."""
     for column in table.called(OPTIONS):
-        values = table.values(column)
-        if values and all(isinstance(value, list | dict) for value in values):
-            return values
-    return []
+        options = [options_in(value) for value in table.values(column)]
+        if options and all(options):
+            return options
+    single = _single(table)
+    return [
+        [(label, str(row.get(column))) for label, column in single.items()]
+        for row in (table.rows if single else ())
+    ]
+
+
+def _single(table: Table) -> dict[str, str]:
+    """Return the columns that hold one option each, by their letters."""
+    found = {match[1].upper(): name for name in table.columns if (match := LETTERED.match(name))}
+    return dict(sorted(found.items())) if {"A", "B"} <= found.keys() else {}
 
 
 def _options(table: Table, columns: Sequence[str]) -> str:
@@ -88,19 +99,15 @@ def _options(table: Table, columns: Sequence[str]) -> str:
         if column in columns or all(value in (None, "", [], {}) for value in values):
             continue
         if all(isinstance(value, str) for value in values):
+            if any(value.lstrip().startswith(("[", "{")) for value in values):
+                return f"{UNDECIDED} the options in {column} are no list and no JSON; mend the rows"
             return "" if _inside(table, column, columns) else f"\n{{{column}}}"
         wholes = ["\n".join(texts) for texts in zip(*map(table.texts, columns), strict=True)]
         if not all(_stand_in(value, whole) for value, whole in zip(values, wholes, strict=True)):
             return f"\n{{{column}:letters}}"
-    single = {match[1].upper(): name for name in table.columns if (match := LETTERED.match(name))}
-    if {"A", "B"} <= single.keys():
-        return "".join(f"\n{letter}) {{{single[letter]}}}" for letter in sorted(single))
-    return ""
+    return "".join(f"\n{label}) {{{column}}}" for label, column in _single(table).items())
 
 
 def _stand_in(options: Any, text: str) -> bool:
-    try:
-        lines = lettered(options, "").splitlines()
-    except RowError:
-        return False
-    return all(line.partition(")")[2].strip() in text for line in lines)
+    found = options_in(options)
+    return bool(found) and all(option.strip() in text for _, option in found)

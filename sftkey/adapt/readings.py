@@ -10,7 +10,7 @@ from sftkey.adapt.columns import ANSWER, PROMPT, RESPONSE, SYSTEM, THINKING, Row
 from sftkey.adapt.prompt import options_of, prompt_of
 from sftkey.adapt.split import ENOUGH, Fit, find_rule
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import Loaded, columns_of, make_examples, make_rule
+from sftkey.data.examples import PLACES, Loaded, columns_of, make_examples, make_rule
 from sftkey.data.response import Example
 from sftkey.data.sources import with_defaults
 from sftkey.recipe.schema import DataSection
@@ -46,16 +46,30 @@ def decide(source: str, rows: Sequence[Row]) -> tuple[Reading, Table]:
         source: Named in the section.
         rows: All rows.
     """
-    some = rows[:NUM_SEEN]
-    table = Table(some, columns_of(rows))
+    table = Table(rows[:NUM_SEEN], columns_of(rows))
+    reading = _decide(source, table)
+    inner = table.flattened()
+    if inner.columns != table.columns and _num_asked(reading):
+        other = _decide(source, inner)
+        if _num_asked(other) < _num_asked(reading):
+            return other, inner
+    return reading, table
+
+
+def _num_asked(reading: Reading) -> int:
+    return sum(str(value).startswith(UNDECIDED) for value in reading.fields.values())
+
+
+def _decide(source: str, table: Table) -> Reading:
+    """Find the reading of a table's rows."""
+    some = table.rows
     prompt, chats = _prompt_and_chats(table)
-    if prompt is None and not chats:
-        table = table.flattened()
-        prompt, chats = _prompt_and_chats(table)
     listed = f"the columns are {', '.join(table.columns)}"
     if prompt is None and not chats:
-        ask = f"{UNDECIDED} a template, such as {{question}}; {listed}"
-        return Reading({"prompt": ask, **_asked(table, [], listed, "")}, explicit=False), table
+        ask = f'{UNDECIDED} a template, such as "{{{table.columns[0]}}}"; {listed}'
+        broken = [(name, table.unreadable(name)) for name in table.columns]
+        ask += "".join(f"; {name}: {why}" for name, why in broken if why and _is_list(table, name))
+        return Reading({"prompt": ask, **_asked(table, [], listed, "")}, explicit=False)
     system = _system(table)
     readings: list[Reading] = []
     if prompt is not None:
@@ -67,14 +81,20 @@ def decide(source: str, rows: Sequence[Row]) -> tuple[Reading, Table]:
     good = _different(source, some, _best(readings))
     asked = {"prompt": prompt} if prompt is not None and prompt.startswith(UNDECIDED) else {}
     if len(good) == 1:
-        return Reading({**good[0].fields, **asked}, good[0].explicit, good[0].fit), table
+        asked |= _counted_from(table, good[0].fields.get("answer", ""))
+        return Reading({**good[0].fields, **asked}, good[0].explicit, good[0].fit)
     asks = _asked(table, readings, listed, prompt or "")
     if len(good) > 1:
         ways = "; or ".join(map(str, good[:4]))
         asks = dict.fromkeys(("thinking", "answer"), f"{UNDECIDED} which is meant: {ways}")
     if prompt is None:
-        return Reading({**system, "thinking": asks["thinking"]}, explicit=False), table
-    return Reading({"prompt": prompt, **system, **asks}, explicit=False), table
+        return Reading({**system, "thinking": asks["thinking"]}, explicit=False)
+    return Reading({"prompt": prompt, **system, **asks}, explicit=False)
+
+
+def _is_list(table: Table, column: str) -> bool:
+    values = table.values(column)
+    return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
 
 
 def read(source: str, rows: Sequence[Row], fields: dict[str, Any]) -> Loaded:
@@ -152,7 +172,7 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
     """Read a column each for thinking and answer, or one column with a rule."""
     base = {} if prompt == "{prompt}" and "prompt" not in table.columns else {"prompt": prompt}
     free = [name for name in table.columns if f"{{{name}" not in prompt and table.is_text(name)]
-    answers = [name for name in table.called(ANSWER) if name in free][:1]
+    answers = _answers(table, prompt)
     beside = answers[0] if answers else free[0] if free else ""
     thoughts = [
         name for name in table.called(THINKING) if name in free and table.varies(name, beside)
@@ -169,8 +189,28 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
     rest = answers or [name for name in texts if name not in thoughts]
     for thought in thoughts:
         for answer in rest:
-            template = f"{{{answer}{_letter(table, answer)}}}"
-            yield Reading({**base, "thinking": f"{{{thought}}}", "answer": template}, explicit=True)
+            fields = {"thinking": f"{{{thought}}}", "answer": _answer(table, answer)}
+            yield Reading({**base, **fields}, explicit=True)
+
+
+def _answers(table: Table, prompt: str) -> list[str]:
+    """Find the columns of answers; an option's text and its letter or place are one answer."""
+    found = [name for name in table.called(ANSWER) if f"{{{name}" not in prompt]
+    found = [name for name in found if table.is_written(name)]
+    options = options_of(table)
+    if not options or not found:
+        return found
+
+    def place(row: int, text: str) -> int | None:
+        labels, texts = zip(*options[row], strict=True)
+        return next((each.index(text) for each in (labels, texts) if text in each), None)
+
+    def says(name: str) -> list[int | None]:
+        return [place(row, text.strip()) for row, text in enumerate(table.texts(name))]
+
+    first = says(found[0])
+    same = [name for name in found[1:] if None not in first and says(name) == first]
+    return [name for name in found if name not in same]
 
 
 def _says(table: Table, column: str, fit: Fit, answers: Sequence[str]) -> bool:
@@ -189,29 +229,46 @@ def _says(table: Table, column: str, fit: Fit, answers: Sequence[str]) -> bool:
     return sum(same) >= ENOUGH * len(same)
 
 
-def _letter(table: Table, column: str) -> str:
-    """Return the format that turns an option's place into its letter, where it is a place."""
+def _answer(table: Table, column: str) -> str:
+    """Return the template of an answer; the place of an option becomes its letter."""
+    first = _first_places(table, column)
+    return f"{{{column}:{first[0]}}}" if first else f"{{{column}}}"
+
+
+def _counted_from(table: Table, answer: str) -> dict[str, str]:
+    """Ask where places of options begin to count, if the rows don't show it."""
+    column = answer.strip("{}").partition(":")[0]
+    ways = _first_places(table, column) if column in table.columns else []
+    if len(ways) < 2:
+        return {}
+    listed = " or ".join(f'"{{{column}:{way}}}" (from {PLACES[way]})' for way in ways)
+    return {"answer": f"{UNDECIDED} from which number the options are counted: {listed}"}
+
+
+def _first_places(table: Table, column: str) -> list[str]:
+    """Return the formats that turn a column's numbers into options' letters; none elsewhere."""
     options = options_of(table)
-    values = table.values(column)
-    places = [str(value) for value in values]
-    if not options or not all(text.isdigit() for text in places):
-        return ""
-    if any(text in map(str, _texts(each)) for text, each in zip(places, options, strict=True)):
-        return ""
-    inside = all(int(text) < len(_texts(e)) for text, e in zip(places, options, strict=True))
-    return ":letter" if inside and "0" in places else ""
-
-
-def _texts(options: Any) -> Sequence[Any]:
-    if isinstance(options, dict):
-        return options["text"] if "text" in options else list(options.values())
-    return list(options)
+    answers = [text.strip() for text in table.texts(column)]
+    if not options or not all(text.isdigit() for text in answers):
+        return []
+    pairs = list(zip(answers, options, strict=True))
+    # It is an option's own text or label, and no place.
+    if all(any(text in pair for pair in each) for text, each in pairs):
+        return []
+    return [
+        way
+        for way, first in PLACES.items()
+        if all(first <= int(text) < len(each) + first for text, each in pairs)
+    ]
 
 
 def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) -> dict[str, str]:
     """Say what must be decided of thinking and answer, with the ways that came near."""
-    empty = [name for name in table.called(THINKING) if not table.is_text(name)]
-    reason = f"{', '.join(empty)}: empty in all rows; " if empty else ""
+    reason = "".join(
+        f"{name}: {_why_no_text(table, name)}; "
+        for name in table.called(THINKING)
+        if not table.is_text(name)
+    )
     answers = [name for name in table.called(ANSWER) if table.is_text(name)]
     fits = [(reading, reading.fit) for reading in readings if reading.fit and reading.fit.share]
     if fits:
@@ -226,7 +283,8 @@ def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) 
         given = " or ".join(f'"{{{name}}}"' for name in ways if name not in answers)
         return {
             "thinking": f"{UNDECIDED} {reason}the reasoning's column: {given or 'none looks so'}",
-            "answer": f"{{{answers[0]}{_letter(table, answers[0])}}}",
+            "answer": _answer(table, answers[0]),
+            **_counted_from(table, answers[0]),
         }
     else:
         ask = (
@@ -235,6 +293,11 @@ def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) 
             f"and answer; {listed}"
         )
     return {"thinking": ask, "answer": ask}
+
+
+def _why_no_text(table: Table, column: str) -> str:
+    kinds = {type(v).__name__ for v in table.values(column) if v not in (None, "", [], {})}
+    return f"holds a {' or '.join(sorted(kinds))}, not text" if kinds else "empty in all rows"
 
 
 def _long(table: Table, column: str) -> bool:

@@ -17,12 +17,13 @@ HAS_TAG = re.compile(r"</?(?:answer|output|solution|response|think\w*|thought|re
 BOX = re.compile(r"\\(?:boxed|fbox)\b")
 # What may stand behind the last box: the end of its formula and of its sentence.
 BEHIND_BOX = re.compile(r"[\s.$\\\])}*!]*\Z")
-LAST_LINE = r"[^\n]+?)[.\s]*\Z"
+# The last line, without the marks that make it bold and without its dot.
+LAST_LINE = r"\**\s*(?P<answer>[^\n]+?)[.\s*]*\Z"
 PHRASES = (
     # MetaMathQA says the answer twice.
-    rf"\A(?P<thinking>.*\S)\s*\n####[^\n]*\n\s*The answer is:?\s*(?P<answer>{LAST_LINE}",
-    rf"\A(?P<thinking>.*\S)\s+[Tt]he (?:final )?answer is:?\s*(?P<answer>{LAST_LINE}",
-    rf"\A(?P<thinking>.*\S)\s*\n(?:Final )?[Aa]nswer:\s*(?P<answer>{LAST_LINE}",
+    rf"\A(?P<thinking>.*\S)\s*\n####[^\n]*\n\s*The answer is:?\s*{LAST_LINE}",
+    rf"\A(?P<thinking>.*\S)\s+\**[Tt]he (?:final )?answer is:?\s*{LAST_LINE}",
+    rf"\A(?P<thinking>.*\S)\s*\n\**(?:Final )?[Aa]nswer\**:\s*{LAST_LINE}",
 )
 
 
@@ -122,6 +123,8 @@ def _oddity(name: str, text: str, thinking: str, answer: str) -> str | None:
         return "the last `####` is a heading"
     if name in PHRASES and BOX.search(answer):
         return "the answer is a box"
+    if name in PHRASES and "**" in answer:
+        return "a part of the answer is bold"
     if name == "boxed":
         last = text.rindex(r"\boxed{")
         if text[max(text.rfind("\n", 0, last), 0) : last].count(r"\boxed{"):

@@ -16,6 +16,7 @@ from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection
 
 RawRow = Mapping[str, Any]
+PLACES = {"letter": 0, "letter_from_1": 1}  # formats, and where they begin to count
 FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
 
 
@@ -31,8 +32,8 @@ class Field:
     def text(self, row: RawRow) -> str:
         """Return the value as text; null, NaN, lists and mappings are no text.
 
-        Two formats are our own: `letters` writes options a line each, `letter` turns the place of
-        one, counted from 0, into its letter.
+        Three formats are our own: `letters` writes options a line each; `letter` turns the place of
+        one, counted from 0, into its letter, and `letter_from_1` one that is counted from 1.
         """
         value, name = row.get(self.column), self.column
         for key in self.keys:
@@ -44,8 +45,10 @@ class Field:
                 raise RowError(f"`{name}` does not exist") from error
         if value is None:
             raise RowError(f"`{name}` is null")
-        if self.spec in ("letters", "letter"):
-            return (lettered if self.spec == "letters" else letter)(value, name)
+        if self.spec == "letters":
+            return lettered(value, name)
+        if self.spec in PLACES:
+            return letter(value, name, PLACES[self.spec])
         if isinstance(value, float) and not math.isfinite(value):
             raise RowError(f"`{name}` is {value}, which is no number")
         if isinstance(value, list | tuple | dict | bytes):

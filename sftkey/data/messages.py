@@ -33,10 +33,10 @@ def _message(message: Any, place: int) -> dict[str, str]:
     if isinstance(content, list):
         inside, content = _from_parts(content, place)
         thinking = thinking or inside
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise RowError(f"message {place} has no text as `role` and `content`")
     if message.get("tool_calls"):
         raise RowError(f"message {place} calls a tool, which no template of ours writes")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RowError(f"message {place} has no text as `role` and `content`")
     read = {"role": ROLES.get(role.lower(), role.lower()), "content": content}
     if thinking is None and texts:
         thinking = next(iter(texts.values()))

@@ -9,7 +9,6 @@ import io
 import json
 import lzma
 import math
-import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sftkey.errors import DataError, first_line
+from sftkey.files import irregular
 
 Rows = list[dict[str, Any]]
 
@@ -83,17 +83,24 @@ def read_file(file: Path) -> Rows:
             something else than rows.
     """
     kind = ending(file.name)
+    # A fifo or a device would be read without end.
+    if what := "a folder" if file.is_dir() else irregular(file):
+        raise DataError(str(file), f"expected a file of rows; got {what}")
     try:
-        # A fifo or a device would be read without end; `stat` opens nothing.
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise DataError(str(file), "expected a file of rows; got a pipe, a device or a socket")
         with file.open("rb") as raw, io.BufferedReader(_unpacked(raw, file)) as stream:
-            return _rows_of(stream, file, kind)
+            # What a zip archive holds has a name of its own.
+            inner = ending(stream.raw.name) if kind == ".zip" else kind
+            return _rows_of(stream, file, inner)
     except FileNotFoundError as error:
         raise DataError(str(file), "no such file") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        what = kind.removeprefix(".") or "text"
-        raise DataError(str(file), f"expected {what} in UTF-8; got {error}") from error
+    except UnicodeDecodeError as error:
+        what = f"expected {kind.removeprefix('.') or 'text'} in UTF-8; got {error}"
+        raise DataError(str(file), what, hint="save it as UTF-8, which every editor can") from error
+    except csv.Error as error:
+        what = f"expected {kind.removeprefix('.') or 'csv'} in UTF-8; got {error}"
+        unclosed = "a quote (\") isn't closed; one inside a cell is written twice"
+        hint = unclosed if "unexpected end" in str(error) else None
+        raise DataError(str(file), what, hint=hint) from error
     except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(str(file), f"can't be unpacked: {first_line(error)}") from error
     except OSError as error:
@@ -131,12 +138,12 @@ def _rows_of(stream: io.BufferedReader, file: Path, kind: str) -> Rows:
     if first == b"[" or (first == b"{" and kind not in LINES):
         return _json(stream, file)
     if kind not in (".json", *LINES) and start.strip() and first != b"{":
-        raise DataError(
-            str(file),
-            "expected JSON, CSV, parquet or arrow; got something else",
-            hint=f"its name should end in {', '.join(ENDINGS)}, or one of these and "
-            f"{', '.join(PACKED)}",
-        )
+        what = "expected JSON, CSV, parquet or arrow; got something else"
+        hint = f"its name should end in {', '.join(ENDINGS)}, or one of these and "
+        hint += ", ".join(PACKED)
+        if start[257:262] == b"ustar":
+            what, hint = f"{what.partition(';')[0]}; got a tar archive", "unpack it first"
+        raise DataError(str(file), what, hint=hint)
     return _json_lines(stream, file)
 
 
@@ -215,12 +222,17 @@ def _parse(text: str, file: Path, line: int | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
-        raise DataError(str(file), f"{place}: expected JSON; got {error.msg!r}") from error
+        what, hint = f"{place}: expected JSON; got {error.msg!r}", None
+        if line and error.msg == "Extra data":
+            hint = "one object a line, without commas between the lines"
+        raise DataError(str(file), what, hint=hint) from error
     except ValueError:  # a number of thousands of digits: no row's text changes by reading it so
         return json.loads(text, parse_int=str)
     except RecursionError as error:
         place = f"line {line}: " if line else ""
-        raise DataError(str(file), f"{place}expected a row; got too many brackets") from error
+        what = f"{place}expected a row; got too many brackets"
+        hint = "values inside one another so deep are no text of a row: remove them, or write "
+        raise DataError(str(file), what, hint=f"{hint}them as one text") from error
 
 
 def _object(item: Any, file: Path, place: str) -> dict[str, Any]:
@@ -236,7 +248,7 @@ def _csv(text: io.TextIOWrapper, file: Path, kind: str) -> Rows:
     # A German or French spreadsheet writes semicolons.
     delimiter = "\t" if kind == ".tsv" else ","
     if delimiter not in header:
-        delimiter = next((each for each in ";\t," if each in header), delimiter)
+        delimiter = next((each for each in ";\t,|" if each in header), delimiter)
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     rows: Rows = []
     for row in reader:

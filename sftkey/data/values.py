@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import string
 from typing import Any
+
+LABELS = ("label", "key", "id", "letter")
+TEXTS = ("text", "value", "content", "option")
+# What numpy prints has no commas, and Python would join its texts: `['a pen' 'a bird']`.
+WITHOUT_COMMA = re.compile(r"""['"]\s+['"]""")
 
 
 class RowError(ValueError):
@@ -22,36 +28,38 @@ class RowError(ValueError):
 
 
 def parsed_json(value: Any) -> Any:
-    """Return what a text of JSON holds; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    """Return what a text of JSON or a printed Python list holds; anything else as it is.
+
+    >>> parsed_json('["a pen"]'), parsed_json("['a pen', None]"), parsed_json("[see below]")
+    (['a pen'], ['a pen', None], '[see below]')
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    if value.rstrip()[-1:] not in ("]", "}") or WITHOUT_COMMA.search(value):
+        return value
+    try:  # a table's list, written as text by pandas
+        printed = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+    return printed if isinstance(printed, list | dict) else value
 
 
 def lettered(options: Any, name: str) -> str:
     r"""Write options a line each, with their letters.
 
     Args:
-        options: A list of texts; a mapping from letters to texts; or one of two lists, `label` and
-            `text`.
+        options: A list of texts, or of mappings with `label` and `text`; a mapping from letters to
+            texts; or one of two lists, `label` and `text`.
         name: What it is called in an error.
 
     >>> lettered(["a pen", "a bird"], "choices")
     'A) a pen\nB) a bird'
     """
-    options = parsed_json(options)
-    pairs: list[tuple[str, Any]]
-    if isinstance(options, dict) and {"label", "text"} <= options.keys():
-        pairs = list(zip(options["label"], options["text"], strict=False))
-    elif isinstance(options, dict):
-        pairs = [(label, text) for label, text in options.items() if text is not None]
-    elif isinstance(options, list) and len(options) <= len(string.ascii_uppercase):
-        pairs = list(zip(string.ascii_uppercase, options, strict=False))
-    else:
-        raise RowError(f"`{name}` holds a {type(options).__name__}, no list of options")
+    pairs = _pairs(parsed_json(options), name)
     if not pairs or any(isinstance(text, list | dict) or text is None for _, text in pairs):
         raise RowError(f"`{name}` holds no options")
     if all(re.match(rf"\(?{re.escape(label)}\s*[).:]", str(text)) for label, text in pairs):
@@ -59,12 +67,44 @@ def lettered(options: Any, name: str) -> str:
     return "\n".join(f"{label}) {text}" for label, text in pairs)
 
 
-def letter(place: Any, name: str) -> str:
-    """Return the letter of the option at a place, from 0: A for 0."""
+def options_in(options: Any) -> list[tuple[str, str]]:
+    """Return the labels and texts that `lettered` writes; nothing where it writes none."""
+    try:
+        return [(label, str(text)) for label, text in _pairs(parsed_json(options), "")]
+    except RowError:
+        return []
+
+
+def _pairs(options: Any, name: str) -> list[tuple[str, Any]]:
+    if isinstance(options, dict):
+        labels, texts = options.get("label"), options.get("text")
+        if isinstance(labels, list) and isinstance(texts, list):
+            return [(str(label), text) for label, text in zip(labels, texts, strict=False)]
+        return [(str(label), text) for label, text in options.items() if text is not None]
+    if isinstance(options, list) and len(options) <= len(string.ascii_uppercase):
+        return [_pair(*each) for each in zip(string.ascii_uppercase, options, strict=False)]
+    raise RowError(f"`{name}` holds a {type(options).__name__}, no list of options")
+
+
+def _pair(label: str, option: Any) -> tuple[str, Any]:
+    """Take label and text out of an option that has both: `{"key": "A", "value": "a pen"}`."""
+    if not isinstance(option, dict):
+        return label, option
+    own = next((str(option[key]) for key in LABELS if option.get(key) is not None), label)
+    return own, next((option[key] for key in TEXTS if option.get(key) is not None), None)
+
+
+def letter(place: Any, name: str, first: int) -> str:
+    """Return the letter of the option at a place.
+
+    >>> letter(0, "answer", first=0), letter("2", "answer", first=1)
+    ('A', 'B')
+    """
     text = str(place).strip()
-    if not re.fullmatch(r"\d{1,2}", text) or int(text) >= len(string.ascii_uppercase):
-        raise RowError(f"`{name}` is {text[:20]!r}, no place of an option, counted from 0")
-    return string.ascii_uppercase[int(text)]
+    number = int(text) - first if re.fullmatch(r"\d{1,2}", text) else -1
+    if not 0 <= number < len(string.ascii_uppercase):
+        raise RowError(f"`{name}` is {text[:20]!r}, no place of an option, counted from {first}")
+    return string.ascii_uppercase[number]
 
 
 def trimmed(text: str) -> str:

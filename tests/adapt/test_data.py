@@ -88,6 +88,11 @@ def test_columns_that_say_what_they_are(
         ({"prompt": "Q", "response": "#### Plan\nAdd.\n\nIt is 7."}, {"thinking", "answer"}),
         ({"prompt": "Q <think>", "response": "c</think>7"}, {"prompt"}),
         ({"question": "Q", "cot": "", "answer": "7"}, {"thinking"}),
+        ({"question": "Q", "cot": ["c"], "answer": "7"}, {"thinking"}),
+        ({"question": "Q", "options": ["a", "b"], "cot": "c", "answer": 1}, {"answer"}),
+        ({"question": "Q", "options": "['a' 'b']", "cot": "c", "answer": "A"}, {"prompt"}),
+        ({"question": "Q", "cot": "c", "answer": "7", "label": "8"}, {"thinking", "answer"}),
+        ({"question": "Q", "response": "c. The answer is **7** eggs."}, {"thinking", "answer"}),
     ],
 )
 def test_columns_that_do_not_are_left_to_the_user(
@@ -97,6 +102,41 @@ def test_columns_that_do_not_are_left_to_the_user(
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
     assert set(choice.undecided) == asked
     assert choice.examples == []
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "said"),
+    [
+        (
+            {"question": "Q", "options": ["a", "b", "c"], "cot": "c", "answer": 1},
+            "answer",
+            "from which number the options are counted: "
+            '"{answer:letter}" (from 0) or "{answer:letter_from_1}" (from 1)',
+        ),
+        (
+            {"Frage": "Q", "Antwort": "7"},
+            "prompt",
+            'a template, such as "{Frage}"; the columns are Frage, Antwort',
+        ),
+        (
+            {"messages": turns("7", tool_calls="x")},
+            "prompt",
+            'a template, such as "{messages}"; the columns are messages; messages: message 1 calls '
+            "a tool, which no template of ours writes",
+        ),
+        (
+            {"question": "Q", "cot": ["c"], "answer": "7"},
+            "thinking",
+            "cot: holds a list, not text; the reasoning's column: none looks so",
+        ),
+    ],
+)
+def test_what_is_asked_names_the_ways(
+    tmp_path: Path, row: dict[str, Any], key: str, said: str
+) -> None:
+    """What is to be written, or what is wrong with the rows, stands in the question."""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
+    assert choice.fields[key] == f"DECIDE: {said}"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +155,36 @@ def test_columns_that_do_not_are_left_to_the_user(
         ({"data": '{"question": "Q", "cot": "c", "answer": "7"}'}, "Q", "7"),
         ({"messages": turns("7", thinking="c")}, "Q", "7"),
         ({"messages": turns("7", reasoning="c")}, "Q", "7"),
+        ({"question": "Q", "response": '{"cot": "c", "answer": "7"}'}, "Q", "7"),
+        ({"question": "Q", "response": "c\n\n**Answer:** 7"}, "Q", "7"),
+        ({"question": "Q", "response": "c. The answer is **7**."}, "Q", "7"),
+        ({"question": "Q", "cot": "c", "answer": "[1, 2]"}, "Q", "[1, 2]"),
+        (
+            {"question": "Q", "options": "['a', 'b']", "cot": "c", "answer": "B"},
+            "Q\nA) a\nB) b",
+            "B",
+        ),
+        (
+            {"question": "Q", "options": ["a", "b"], "cot": "c", "answer": "2"},
+            "Q\nA) a\nB) b",
+            "B",
+        ),
+        (
+            {"question": "Q", "opa": "a", "opb": "b", "cot": "c", "answer": 0},
+            "Q\nA) a\nB) b",
+            "A",
+        ),
+        (
+            {
+                "question": "Q",
+                "options": [{"key": "A", "value": "a"}, {"key": "B", "value": "b"}],
+                "cot": "c",
+                "answer": "b",
+                "label": "B",
+            },
+            "Q\nA) a\nB) b",
+            "b",
+        ),
     ],
 )
 def test_layouts_are_read_whole(

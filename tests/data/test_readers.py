@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,12 @@ def test_a_zip_of_several_files_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("r.tsv", "q\ta\n1,5?\t007\n"), ("r.csv", "q;a\n1,5?;007\n"), ("r.CSV", 'q,a\n"1,5?",007\n')],
+    [
+        ("r.tsv", "q\ta\n1,5?\t007\n"),
+        ("r.csv", "q;a\n1,5?;007\n"),
+        ("r.CSV", 'q,a\n"1,5?",007\n'),
+        ("r.csv", "q|a\n1,5?|007\n"),
+    ],
 )
 def test_tables_of_text(tmp_path: Path, name: str, text: str) -> None:
     """Tabs, a spreadsheet's semicolons, commas; cells stay as they were written."""
@@ -191,10 +197,10 @@ def test_what_has_no_end_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     """A pipe without writer would wait for ever, a device would fill the memory."""
     os.mkfifo(tmp_path / "r.jsonl")
     (tmp_path / "z.jsonl").symlink_to("/dev/zero")
-    for name in ("r.jsonl", "z.jsonl"):
-        assert message_of(tmp_path / name) == (
-            "FILE: expected a file of rows; got a pipe, a device or a socket"
-        )
+    (tmp_path / "f.jsonl").mkdir()
+    for name, kind in (("r", "a pipe"), ("z", "a device"), ("f", "a folder")):
+        message = f"FILE: expected a file of rows; got {kind}"
+        assert message_of(tmp_path / f"{name}.jsonl") == message
 
 
 def test_a_line_that_is_no_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +215,38 @@ def test_odd_json(tmp_path: Path) -> None:
     """Thousands of brackets are an error, thousands of digits are what they are."""
     file = tmp_path / "r.jsonl"
     file.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    assert message_of(file) == "FILE: line 1: expected a row; got too many brackets"
+    assert message_of(file) == (
+        "FILE: line 1: expected a row; got too many brackets\nhint: values inside one another so "
+        "deep are no text of a row: remove them, or write them as one text"
+    )
     file.write_text('{"a": ' + "9" * 5000 + "}")
     assert str(read_file(file)[0]["a"]) == "9" * 5000
+
+
+def test_lines_with_commas_between_them(tmp_path: Path) -> None:
+    """The hint says what a file of lines is."""
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"a": 1},\n{"a": 2}')
+    assert message_of(file) == (
+        "FILE: line 1, column 9: expected JSON; got 'Extra data'\n"
+        "hint: one object a line, without commas between the lines"
+    )
+
+
+def test_a_tar_archive_is_refused(tmp_path: Path) -> None:
+    """Its files are files of their own."""
+    with tarfile.open(tmp_path / "r.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("r.jsonl"))
+    assert message_of(tmp_path / "r.tar.gz") == (
+        "FILE: expected JSON, CSV, parquet or arrow; got a tar archive\nhint: unpack it first"
+    )
+
+
+def test_a_table_in_a_zip_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name inside says what it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all.zip").write_bytes(zipped(b"q,a\n1?,007\n", "inside/r.csv"))
+    assert read_file(tmp_path / "all.zip") == [{"q": "1?", "a": "007"}]
 
 
 def test_a_text_that_is_no_data_is_refused(tmp_path: Path) -> None:

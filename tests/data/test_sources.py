@@ -316,7 +316,12 @@ def test_a_prompt_may_be_messages_and_system_comes_first(tmp_path: Path) -> None
         ),
         ("d.json", "[1]", "item 0: expected an object; got int"),
         ("e.csv", "a,b\n1,2,3\n", "line 2: expected 2 cells; got more"),
-        ("f.csv", 'a\n"1', "expected csv in UTF-8; got unexpected end of data"),
+        (
+            "f.csv",
+            'a\n"1',
+            "expected csv in UTF-8; got unexpected end of data\n"
+            "hint: a quote (\") isn't closed; one inside a cell is written twice",
+        ),
         ("g.parquet", "rows", "expected parquet; got something else"),
         ("h.jsonl", "\n", "expected rows in `train`; got none"),
         ("i.json", "[]", "expected rows in `train`; got none"),
@@ -336,7 +341,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file.write_bytes(b"\xff\xfe")
     assert message_of(section(file)) == (
         f"{file}: expected jsonl in UTF-8; got 'utf-8' codec can't decode byte 0xff in position 0: "
-        "invalid start byte"
+        "invalid start byte\nhint: save it as UTF-8, which every editor can"
     )
 
     def refuse(*_: object, **__: object) -> None:

@@ -113,7 +113,7 @@ def test_every_layout_of_the_gallery_is_read_as_it_says(
 
 def test_the_gallery_is_whole() -> None:
     """Every example is found, and shows what is read from it."""
-    assert (len(GALLERY), len(HUB)) == (23, 2)
+    assert (len(GALLERY), len(HUB)) == (24, 2)
     assert all(layout.shown for layout in GALLERY)
 
 
