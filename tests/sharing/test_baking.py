@@ -57,7 +57,7 @@ def test_a_pipeline_gives_the_answers_of_generate(tmp_path: Path, tiny_folder: P
 
 
 def made(tokenizer: Any, data: dict[str, Any], template: str | None = None, **kwargs: Any) -> Any:
-    """Give a renderer and a section, and the tokenizer with the template that is made of them."""
+    """Return a renderer and a section, and the tokenizer with the template that is made of them."""
     tokenizer = copy.deepcopy(tokenizer)
     if template:
         tokenizer.chat_template = template

@@ -30,14 +30,14 @@ pathlib.Path(sys.argv[3]).write_text(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Any]:
-    """Give a run with a plain stage, which can be merged."""
+    """Return a run with a plain stage, which can be merged."""
     folder = tmp_path_factory.mktemp("run")
     return made_run(folder, tiny_folder, num_trained=1, stages=STAGES[:1])
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Give a folder that has a converter."""
+    """Return a folder that has a converter."""
     folder = tmp_path / "llama.cpp"
     folder.mkdir()
     (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)

@@ -18,7 +18,7 @@ from tests.support.tiny import made_rows
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """Give a run with an adapter that matters, its answers to six questions graded."""
+    """Return a run with an adapter that matters, its answers to six questions graded."""
     folder = tmp_path_factory.mktemp("graded")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))

@@ -27,7 +27,7 @@ Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Path]:
-    """Give a run with four questions, and the task that is written of it."""
+    """Return a run with four questions, and the task that is written of it."""
     folder = tmp_path_factory.mktemp("task")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))

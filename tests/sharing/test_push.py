@@ -26,7 +26,7 @@ from tests.support.runs import STAGES, made_run
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_folder: Path) -> Path:
-    """Give a run with a frozen key stage, whose answers are graded: three of four right."""
+    """Return a run with a frozen key stage, whose answers are graded: three of four right."""
     folder, recipe = made_run(tmp_path, tiny_folder, eval={"grader": "number"})
     response = Response.from_section(recipe.response)
     examples = [Example("q", "", str(n), n) for n in range(4)]

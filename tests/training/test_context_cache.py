@@ -23,7 +23,7 @@ MANY = 2**30
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Give the tokens of each context that a model reads."""
+    """Return the tokens of each context that a model reads."""
     counted: list[int] = []
     real = detached._read_context
 
@@ -43,7 +43,7 @@ def model_of(family: str) -> Any:
 
 
 def losses(model: Any, cache: ContextCache | None) -> torch.Tensor:
-    """Give a frozen stage's losses on a batch."""
+    """Return a frozen stage's losses on a batch."""
     inputs: dict[str, Any] = made_batch() | {"key_starts": STARTS}
     inputs["context_cache"] = cache.read if cache else None
     return token_losses(model, inputs, "frozen").detach()
