@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sftkey.activity import activity
 from sftkey.data.renderer import probe_renderer, stop_ids
 from sftkey.errors import RunError
 from sftkey.files import appearing
@@ -38,6 +39,7 @@ class Merged:
     dtype: str
 
 
+@activity("merging")
 def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
     """Write the base with an adapter merged into it, its tokenizer and its generation config.
 

@@ -17,6 +17,8 @@ PACKAGE = ROOT / "sftkey"
 ORDER = (
     "errors",
     "files",
+    "activity",
+    "tables",
     "recipe",
     "data",
     "models",
@@ -29,6 +31,7 @@ ORDER = (
     "diagnosis",
     "pipeline",
     "study",
+    "report",
     "sharing",
     "commands",
     "cli",
