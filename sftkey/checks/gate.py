@@ -212,7 +212,7 @@ def check_recipe(recipe: Recipe) -> Report:
 
 
 def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
-    """Give the rows of the questions that no answer would be right to."""
+    """Return the rows of the questions that no answer would be right to."""
     from sftkey.evaluation.grading import unreadable
 
     questions = prepared.questions(recipe)
@@ -221,7 +221,7 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
 
 
 def require_trainable(recipe: Recipe) -> Prepared:
-    """Give the rows of a recipe that may be trained; what is worth knowing is logged.
+    """Return the rows of a recipe that may be trained; what is worth knowing is logged.
 
     Raises:
         CheckError: Something refuses the recipe; it holds every finding that does.

@@ -44,7 +44,7 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2")  # what renders and tokeniz
 def content_key(
     examples: Sequence[Example], renderer: Renderer, settings: Mapping[str, Any]
 ) -> str:
-    """Give a hash of examples, frame, tokenizer, template, settings, and of what works on them."""
+    """Return a hash of examples, frame, tokenizer, template, settings, and what works on them."""
     about = {
         "sftkey": [__version__, _sources()],
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -150,7 +150,7 @@ class CachedRows:
 def tokenized_rows(
     examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
 ) -> tuple[Dataset, CachedRows]:
-    """Give the rows of examples, from the cache if they lie there.
+    """Return the rows of examples, from the cache if they lie there.
 
     Args:
         examples: All of one split.
@@ -297,7 +297,7 @@ class Prepared:
         return not any(example.thinking.strip() for example in self.train_examples)
 
     def questions(self, recipe: Recipe) -> list[Example]:
-        """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
+        """Return the test rows that are asked: always the same ones, drawn by the recipe's seed."""
         count = min(recipe.eval.num_questions, len(self.test))
         drawn = random.Random(recipe.seed).sample(range(len(self.test)), count)
         return [self.test[number] for number in sorted(drawn)]

@@ -30,19 +30,19 @@ TEMPLATE_ERRORS = (TemplateError, AttributeError, KeyError, TypeError, ValueErro
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give the name by which an error speaks of a tokenizer."""
+    """Return the name by which an error speaks of a tokenizer."""
     return tokenizer.name_or_path or "tokenizer"
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Give the special tokens by their texts."""
+    """Return the special tokens by their texts."""
     added = tokenizer.added_tokens_decoder.items()
     special = {token.content: number for number, token in added if token.special}
     return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def special_pattern(special: Mapping[str, int]) -> re.Pattern[str]:
-    """Give a pattern that finds special tokens in a text, the longest first."""
+    """Return a pattern that finds special tokens in a text, the longest first."""
     tokens = sorted(special, key=len, reverse=True)
     return re.compile("|".join(re.escape(token) for token in tokens) or r"(?!)")
 
@@ -106,7 +106,7 @@ def _raises_on_system(
 def probe_template(
     tokenizer: PreTrainedTokenizerBase, response: Response, kwargs: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Give the text between generation prompt and completion, and all the text after it.
+    """Return the text between generation prompt and completion, and all the text after it.
 
     Raises:
         FrameError: There is no template, or its training text doesn't go on where its generation
@@ -169,7 +169,7 @@ def _check_header(name: str, header: str, response: Response) -> None:
 
 
 def _assistant_prefix(name: str, before: str, prompt: str, header: str, response: Response) -> str:
-    """Give what stands between the prompt and the completion.
+    """Return what stands between the prompt and the completion.
 
     What the template writes about thinking is left out where the response has tags of its own for
     it: Qwen3 sets an empty block beside every answer, and the native tags take its place.
@@ -249,7 +249,7 @@ class Renderer:
         return probe_renderer(tokenizer, response or ResponseSection(), chat_template_kwargs)
 
     def prompt_text(self, prompt: str | Sequence[Mapping[str, str]]) -> str:
-        """Give the text that inference feeds, up to where the model begins to write.
+        """Return the text that inference feeds, up to where the model begins to write.
 
         Raises:
             FrameError: The template drops or raises on what the prompt holds, or `plain` got chat
@@ -267,12 +267,12 @@ class Renderer:
         return prompt
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Give the very ids that inference feeds and that training rows begin with."""
+        """Return the very ids that inference feeds and that training rows begin with."""
         text = self.prompt_text(prompt)
         return [*self.bos_before(text), *self.encode([text])[0].ids]
 
     def bos_before(self, prompt_text: str) -> tuple[int, ...]:
-        """Give the ids to set before a prompt: none where its text begins with them already."""
+        """Return the ids to set before a prompt: none where its text begins with them already."""
         bos = self.tokenizer.bos_token
         return () if bos and prompt_text.startswith(bos) else self.bos_ids
 
@@ -288,7 +288,7 @@ class Renderer:
         return encode_prompts(list(prompts), add_special_tokens=False), self.encode(wholes)
 
     def backend_state(self) -> str:
-        """Give all that tokenizing depends on, as JSON."""
+        """Return all that tokenizing depends on, as JSON."""
         return self._backend.to_str()
 
     @property
@@ -312,7 +312,7 @@ class Renderer:
         return special_pattern(self.special_ids)
 
     def lost_character(self, text: str) -> str | None:
-        """Give the first character of a text that the tokenizer would lose, if it has one."""
+        """Return the first character of a text that the tokenizer would lose, if it has one."""
         lost = self._lost_bytes
         if lost is None or not lost.search(text.encode()):
             return None
@@ -403,7 +403,7 @@ def _checked(renderer: Renderer) -> Renderer:
 
 
 def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
-    """Give the id of a plain row's end."""
+    """Return the id of a plain row's end."""
     special = special_ids(tokenizer)
     if end not in special:
         raise FrameError(
@@ -415,7 +415,7 @@ def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
 
 
 def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Give the ids that the tokenizer sets before a text by itself."""
+    """Return the ids that the tokenizer sets before a text by itself."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = range(len(whole) - len(bare) + 1)
@@ -424,7 +424,7 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def stop_ids(renderer: Renderer, published: int | Iterable[int] | None = None) -> list[int]:
-    """Give the ids that must stop generation: the trained end of turn, then the published ones.
+    """Return the ids that must stop generation: the trained end of turn, then the published ones.
 
     Args:
         renderer: The run's renderer.

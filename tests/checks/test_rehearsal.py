@@ -21,7 +21,7 @@ MakeRecipe = Callable[..., Path]
 
 
 def refused(recipe: Path, *overrides: str) -> list[str]:
-    """Give what `check` refuses a recipe for."""
+    """Return what `check` refuses a recipe for."""
     try:
         report = check_recipe(load_recipe(recipe, overrides))
     except RecipeError as error:

@@ -19,13 +19,13 @@ WORDS = "How many legs do 3 cats and 2 birds have together"
 
 @pytest.fixture
 def prompts(tiny_tokenizer: Any) -> list[list[int]]:
-    """Give seven prompts of one to many tokens, longest neither first nor last."""
+    """Return seven prompts of one to many tokens, longest neither first nor last."""
     texts = [WORDS[:1], WORDS[:9], WORDS * 2, WORDS[5:30], "<|im_start|>user\n" + WORDS, "7", "a b"]
     return [tiny_tokenizer(text)["input_ids"] for text in texts]
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Give the settings of a greedy generation that never stops, with changes."""
+    """Return the settings of a greedy generation that never stops, with changes."""
     return {"stop_ids": [2], "max_new_tokens": 12, "batch_size": 3, **changes}
 
 
@@ -125,7 +125,7 @@ def test_training_state_is_as_before_and_the_cache_is_used(
 
 @pytest.fixture(scope="module")
 def by_argmax(tiny_tokenizer: Any) -> tuple[list[int], list[tuple[list[int], bool]]]:
-    """Give ends, one of which comes, and three answers of the tiny model, computed by hand."""
+    """Return ends, one of which comes, and three answers of the tiny model, computed by hand."""
     model = made_model(tiny_tokenizer).eval()
     prompts = [tiny_tokenizer(text)["input_ids"] for text in (WORDS[:1], WORDS[:9], WORDS * 2)]
     stop_ids = [2, by_hand(model, prompts[0], [], 3)[-1]]

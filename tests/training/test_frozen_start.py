@@ -44,7 +44,7 @@ def before_key(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def again(before_key: Path, tmp_path: Path) -> Callable[[], Any]:
-    """Give a function that goes on with a copy of that run."""
+    """Return a function that goes on with a copy of that run."""
     runs = shutil.copytree(before_key / "runs", tmp_path / "runs")
     return lambda: done(before_key / "tiny.yaml", runs)
 
