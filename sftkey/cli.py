@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from sftkey.commands.terminal import log_to_stderr
+from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.errors import SFTKeyError
 
 app = typer.Typer(
@@ -341,9 +341,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report who uses them otherwise
     log_to_stderr()
     try:
-        app([word for word in words if word != "--debug"], prog_name="sftkey")
+        with never_silent():
+            app([word for word in words if word != "--debug"], prog_name="sftkey")
     except SFTKeyError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)

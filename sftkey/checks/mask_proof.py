@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sftkey.activity import activity
 from sftkey.data.labels import IGNORED, labels_for
 from sftkey.data.renderer import TEMPLATE_ERRORS, Renderer
 from sftkey.data.response import Example, Segment
@@ -188,6 +189,7 @@ class Proof:
         return sum(n for reason, n in self.refused.items() if SPECIAL_TEXT not in reason)
 
 
+@activity("proving the masks on hard rows")
 def prove(renderer: Renderer, num_rows: int, seed: int) -> Proof:
     """Tokenize hard rows, and judge every one."""
     examples = hard_examples(renderer, num_rows, seed)

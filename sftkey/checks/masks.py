@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from sftkey.activity import activity
 from sftkey.checks.findings import Finding, of_rows
 from sftkey.checks.mask_proof import judge
 from sftkey.data.collator import KeyCollator
@@ -56,6 +57,7 @@ class Masks:
             self.faults.setdefault((code, what), []).extend(numbers)
 
 
+@activity("checking the masks")
 def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
     """Collate all rows of a split for every stage, and compare with what the recipe says."""
     masks = Masks()

@@ -145,24 +145,22 @@ def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) 
 
 def rendered_plan(plan: Plan) -> RenderableType:
     """Return the table: a column a stage, a row a part, and below what would fit."""
-    from rich import box
-    from rich.table import Table
+    from rich.console import Group
 
     from sftkey.memory_plan.plan import RESERVED_BYTES, gib
+    from sftkey.tables import FittedTable
 
-    table = Table(box=box.SIMPLE, title="peak memory on CUDA, GiB (planned)", title_justify="left")
-    table.add_column("")
-    for stage in plan.stages:
-        table.add_column(f"{stage.name}, {stage.rows} x {stage.length}", justify="right")
+    heads = [f"{stage.name}\n{stage.rows} x {stage.length}" for stage in plan.stages]
+    table = FittedTable("GiB", heads)
     for part in plan.stages[0].parts:
-        table.add_row(part, *(gib(stage.parts[part]) for stage in plan.stages))
+        table.add([part, *(gib(stage.parts[part]) for stage in plan.stages)])
     table.add_section()
-    table.add_row("peak", *(gib(stage.peak_bytes) for stage in plan.stages))
-    table.add_row("set aside", *(gib(RESERVED_BYTES) for _ in plan.stages))
+    table.add(["peak", *(gib(stage.peak_bytes) for stage in plan.stages)])
+    table.add(["set aside", *(gib(RESERVED_BYTES) for _ in plan.stages)])
     table.add_section()
-    table.add_row("longest rows that fit", *(_count(stage.longest) for stage in plan.stages))
-    table.add_row("most rows that fit", *(_count(stage.most_rows) for stage in plan.stages))
-    return table
+    table.add(["longest rows that fit", *(_count(stage.longest) for stage in plan.stages)])
+    table.add(["most rows that fit", *(_count(stage.most_rows) for stage in plan.stages)])
+    return Group("peak memory on CUDA, GiB (planned)", table)
 
 
 def _count(number: int) -> str:

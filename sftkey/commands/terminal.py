@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 
+from sftkey.activity import current
+
+SILENCE_SECONDS = 10.0  # of nothing said on stderr, after which it is said what goes on
 PIPE_WIDTH = 10_000  # no line of ours is as long, so a pipe gets it unbroken
 
 
@@ -23,7 +33,80 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line, to the stderr of this moment."""
         note = "note: " if record.levelno >= logging.WARNING else ""
-        print(f"{note}{record.getMessage()}", file=sys.stderr, flush=True)
+        say(f"{note}{record.getMessage()}")
+
+
+def say(text: str) -> None:
+    """Print to stderr; on a terminal lines break between words, never inside a path or option."""
+    if sys.stderr.isatty():
+        text = wrapped(text, shutil.get_terminal_size().columns)
+    print(text, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break lines between words; what follows a break stands two columns further to the right.
+
+    >>> print(wrapped("  hint: write trainer.learning_rate=1e-4", 24))
+      hint: write
+        trainer.learning_rate=1e-4
+    """
+    lines = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        broken = textwrap.wrap(
+            line.lstrip(),
+            width,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += broken or [""]
+    return "\n".join(lines)
+
+
+class _Watched:
+    """A stream that knows when it was last written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.last = stream, time.monotonic()
+
+    def write(self, text: str) -> int:
+        """Write, and note the time."""
+        self.last = time.monotonic()
+        return int(self.stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def never_silent(seconds: float = SILENCE_SECONDS) -> Iterator[None]:
+    """Say what goes on whenever stderr has been silent for so many seconds.
+
+    Of several processes the first one does.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    before, ended = sys.stderr, threading.Event()
+    watched = _Watched(before)
+
+    def watch() -> None:
+        while not ended.wait(seconds / 10):
+            now, doing = time.monotonic(), current()
+            if doing is not None and now - max(watched.last, doing.since) >= seconds:
+                say(f"… {doing}, {now - doing.since:.0f} s")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    sys.stderr = watched
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        sys.stderr = before
 
 
 def log_to_stderr() -> None:

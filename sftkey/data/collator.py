@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
+from sftkey.activity import activity
 from sftkey.data.labels import IGNORED, PADDING, labels_for, weights_by_segment
 from sftkey.errors import DataError, ModelError, RecipeError
 from sftkey.recipe.schema import Recipe, StageSection
@@ -44,6 +45,7 @@ def stage_rows(
     return packs if packs is not None and reads_packs(recipe, stage) else train
 
 
+@activity("packing the rows")
 def pack_rows(rows: Dataset, max_length: int) -> Dataset:
     """Pack rows with TRL's packer (best fit decreasing); the same rows always pack alike.
 

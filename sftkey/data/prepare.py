@@ -23,6 +23,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sftkey import __version__
+from sftkey.activity import activity
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.refused import NUM_SHOWN, refuse_left_out
 from sftkey.data.renderer import Renderer, probe_renderer
@@ -145,6 +146,7 @@ class CachedRows:
     tokens: dict[str, int]
 
 
+@activity("tokenizing the rows")
 def tokenized_rows(
     examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
 ) -> tuple[Dataset, CachedRows]:

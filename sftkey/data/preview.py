@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sftkey.data.collator import KeyCollator
@@ -17,6 +16,7 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.sources import with_defaults
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.recipe.schema import Recipe
+from sftkey.tables import FittedTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,9 +218,9 @@ def rendered_statistics(numbers: Mapping[str, Any]) -> RenderableType:
             listed += ["…"] * (counted["count"] > len(listed))
             line = f"{split}: {counted['count']} {noun} {what} ({', '.join(listed)}): {reason}"
             lines.append(Text(line, "yellow"))
-    table = Table("tokens", *COLOURS)
+    table = FittedTable("tokens", COLOURS)
     for split, tokens in numbers["tokens"].items():
-        table.add_row(split, *(str(tokens[name]) for name in COLOURS))
+        table.add([split, *(str(tokens[name]) for name in COLOURS)])
     for stage, share in numbers["loss_share"].items():
-        table.add_row(f"loss of {stage}", *(f"{share[name]:.1%}" for name in COLOURS))
+        table.add([f"loss of {stage}", *(f"{share[name]:.1%}" for name in COLOURS)])
     return Group(*lines, table)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sftkey.activity import activity
 from sftkey.data.examples import Loaded, Turns, Unsplit
 from sftkey.data.refused import NUM_SHOWN, OTHERS, numbered
 from sftkey.data.response import Example
@@ -47,6 +48,7 @@ class Splits:
         }
 
 
+@activity("reading the rows")
 def load_splits(
     data: DataSection,
     seed: int,

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
+from sftkey.activity import activity, tell
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
@@ -37,6 +38,7 @@ class KeyContext:
     key: list[int]
 
 
+@activity("measuring the loss of the keys")
 def key_losses(
     model: PreTrainedModel | PeftModel, contexts: Sequence[KeyContext], switch: Switch | None = None
 ) -> list[float]:
@@ -254,6 +256,7 @@ def ask(
     }
 
 
+@activity("asking the model")
 def _answers(
     thinking: str,
     model: PreTrainedModel | PeftModel,
@@ -275,6 +278,7 @@ def _answers(
         switch=find_switch(model, renderer, thinking_given=thinking == "given"),
     ):
         generations[position] = generation
+        tell(f"{len(generations)} of {len(contexts)} answers after {thinking} thinking")
         if report:
             report(thinking, len(generations), len(contexts))
     return [generations[position] for position in range(len(contexts))]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from sftkey.diagnosis.rule import (
@@ -17,6 +15,7 @@ from sftkey.diagnosis.rule import (
     Recommendation,
     own_thinking_is_empty,
 )
+from sftkey.tables import FittedTable
 
 THINKINGS = {"own": "its own", "reference": "the reference's", "none": "none"}
 
@@ -53,19 +52,11 @@ def render(figures: ConditionFigures, recommendation: Recommendation) -> Group:
     return Group(_conditions(figures), Text(), _differences(figures), *lines)
 
 
-def _grid(first: str, headers: list[str]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    grid.add_column(first, no_wrap=True)
-    for header in headers:
-        grid.add_column(header, justify="right", no_wrap=True)
-    return grid
-
-
-def _conditions(figures: ConditionFigures) -> Table:
+def _conditions(figures: ConditionFigures) -> FittedTable:
     headers = ["right", "Acc\n[95%]", "never\nstopped", "un-\nparsed", "answered\nwrong"]
-    grid = _grid("after the\nthinking", [*headers, "key loss,\nnats a token"])
+    grid = FittedTable("after the\nthinking", [*headers, "key loss,\nnats a token"])
     for name, thinking in THINKINGS.items():
-        grid.add_row(thinking, *_cells(getattr(figures, name), figures.num_rows))
+        grid.add([thinking, *_cells(getattr(figures, name), figures.num_rows)])
     return grid
 
 
@@ -80,14 +71,14 @@ def _cells(condition: Condition, num_rows: int) -> list[str]:
     ]
 
 
-def _differences(figures: ConditionFigures) -> Table:
-    grid = _grid("difference", ["points [95%]", "nats a token [95%]"])
+def _differences(figures: ConditionFigures) -> FittedTable:
+    grid = FittedTable("difference", ["points [95%]", "nats a token [95%]"])
     for name, gap in {
         "reference's - own": figures.reference_over_own,
         "own - none": figures.own_over_none,
         "reference's - none": figures.reference_over_none,
     }.items():
-        grid.add_row(name, gap.points.replace(" points", ""), _nats(gap))
+        grid.add([name, gap.points.replace(" points", ""), _nats(gap)])
     return grid
 
 

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from sftkey.evaluation.conversations import difference_with_interval, two_sided_p
@@ -18,6 +16,7 @@ from sftkey.evaluation.results import StageResult, read_results
 from sftkey.evaluation.statistics import CHANCE, holm
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, thinking_table
 from sftkey.evaluation.thinking_form import form_table
+from sftkey.tables import FittedTable
 
 
 @dataclass(frozen=True)
@@ -152,28 +151,24 @@ def render(comparison: Comparison) -> Group:
     """Return the tables and their sentences, for a rich console."""
     rows = [(row.name, row.result, row.thinking) for row in comparison.rows]
     told = any(result.num_thinking_judged is not None for _, result, _ in rows)
-    second: list[Table | Text] = [Text(), thinking_table(rows), Text()] if told else []
+    second: list[FittedTable | Text] = [Text(), thinking_table(rows), Text()] if told else []
     forms = form_table((name, result.rates, change.valid) for name, result, change in rows)
     second += [] if forms is None else [*([] if second else [Text()]), forms, Text()]
     return Group(table(comparison), *second, *map(Text, sentences(comparison)))
 
 
-def table(comparison: Comparison) -> Table:
+def table(comparison: Comparison) -> FittedTable:
     """Return the table: a row for each stage, intervals below their figures."""
     several = len({row.run for row in comparison.rows}) > 1
     units = {row.result.thinking_unit for row in comparison.rows}
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for header in [*(["run"] if several else []), "stage"]:
-        grid.add_column(header, overflow="fold")  # the only ones that a narrow terminal breaks
     headers = ["n", "Acc\n[95%]", "Fmt", "Score", "un-\nparsed", "never\nstopped"]
     headers += [
         "think.\n" + ("tokens" if units == {"tokens"} else "chars"),
         "points more, p\n[95%]",
     ]
-    for header in headers:
-        grid.add_column(header, justify="right", no_wrap=True)
+    grid = FittedTable("run, stage" if several else "stage", headers)
     for row in comparison.rows:
-        grid.add_row(*([Text(row.run)] if several else []), *map(Text, _cells(row)))
+        grid.add([row.name, *_cells(row)])
     return grid
 
 
@@ -269,7 +264,6 @@ def _cells(row: StageRow) -> list[str]:
     result, difference = row.result, row.difference
     unstopped, thinking = result.num_never_stopped, result.mean_thinking_length
     return [
-        result.stage,
         str(result.num_questions),
         "{:.3f}\n[{:.3f}, {:.3f}]".format(result.acc, *result.acc_interval),
         f"{result.fmt:.3f}",

@@ -6,14 +6,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from sftkey.evaluation.conversations import one_sided_p
 from sftkey.evaluation.results import Question, StageResult
 from sftkey.evaluation.statistics import CHANCE, discordant
 from sftkey.evaluation.thinking_form import ValidChange, valid_change
+from sftkey.tables import FittedTable
 
 MOST_LOSS = 0.02  # nats a token by which the thinking's validation loss may rise
 REMEDY = (
@@ -132,30 +129,28 @@ def thinking_change(
     )
 
 
-def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> Table:
+def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> FittedTable:
     """Return the table of what the stages did to the thinking, a row for each named result.
 
     Whether answers follow from their thinking is a column where a rule can tell it of any.
     """
     rows = list(rows)
     told = any(result.num_judged_following for _, result, _ in rows)
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    grid.add_column("thinking\nafter", overflow="fold")
-    for header in [
+    headers = [
         "identical\nto before",
         "right",
         "turned\nwrong",
         "turned\nright",
         "validation loss,\nnats a token",
         *(["answer\nfollows"] if told else []),
-    ]:
-        grid.add_column(header, justify="right", no_wrap=True)
+    ]
+    grid = FittedTable("thinking\nafter", headers)
     for name, result, change in rows:
         cells = [name, *_change_cells(result, change)]
         if told:
             judged = result.num_judged_following
             cells.append(f"{result.num_following}/{judged}" if judged else "?")
-        grid.add_row(*map(Text, cells))
+        grid.add(cells)
     return grid
 
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from sftkey.data.response import Parsed, Response
 from sftkey.evaluation.conversations import one_sided_p, share_interval
 from sftkey.evaluation.statistics import discordant
+from sftkey.tables import FittedTable
 
 Form = Literal["valid", "empty", "truncated", "missing"]
 PASSED = "right and valid"
@@ -132,19 +130,17 @@ def valid_change(pairs: Iterable[tuple[Formed, Formed]]) -> ValidChange | None:
 
 def form_table(
     rows: Iterable[tuple[str, Mapping[str, Rate] | None, ValidChange | None]],
-) -> Table | None:
+) -> FittedTable | None:
     """Return the table of the forms, a row for each stage that has them; None without any."""
     known = [(name, rates, change) for name, rates, change in rows if rates]
     if not known:
         return None
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    grid.add_column("thinking\nafter", overflow="fold")
     headers = ["valid VR\n[95%]", "empty\nER", "truncated\nTR", "missing\nMR"]
-    for header in [*headers, "Rpass@1\n[95%]", "lost, gained\nvalid, p"]:
-        grid.add_column(header, justify="right", no_wrap=True)
+    headers += ["Rpass@1\n[95%]", "lost, gained\nvalid, p"]
+    grid = FittedTable("thinking\nafter", headers)
     for name, rates, change in known:
         cells = [rates["valid"].text("\n")]
         cells += [f"{rates[form].rate:.3f}" for form in ("empty", "truncated", "missing")]
         lost = f"{change.num_lost}, {change.num_gained}\n{change.p_text()}" if change else ""
-        grid.add_row(*map(Text, [name, *cells, rates[PASSED].text("\n"), lost]))
+        grid.add([name, *cells, rates[PASSED].text("\n"), lost])
     return grid

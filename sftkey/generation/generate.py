@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sftkey.activity import activity, tell
 from sftkey.data.response import QuestionKey
 from sftkey.errors import Problem, RunError
 
@@ -136,6 +137,7 @@ def _forget_longer_rows(model: PreTrainedModel | PeftModel) -> None:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
+@activity("generating")
 def generate_to_file(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -177,6 +179,7 @@ def generate_to_file(
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             done[key] = generation
+            tell(f"{len(done)} of {len(keys)} answers")
             if report:
                 report(len(done), len(keys))
     return {key: done[key] for key in keys}

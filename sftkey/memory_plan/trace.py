@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sftkey.activity import activity
 from sftkey.errors import ModelError, first_line
 from sftkey.memory_plan.held import DTYPE_BYTES, Setting, Skeleton, named
 from sftkey.memory_plan.meta import META, Adapted, Device, Head, Memory, Nf4
@@ -71,6 +72,7 @@ class Trace:
     cache: int
 
 
+@activity("planning the memory")
 @cache
 def traced(skeleton: Skeleton, setting: Setting, batch: Batch) -> Trace:
     """Run a batch of a stage without its output head.

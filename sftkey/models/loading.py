@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from sftkey.activity import activity
 from sftkey.errors import ModelError, first_line
 from sftkey.models.device import DTYPES, Device, free_bytes, launched_with
 from sftkey.models.source import (
@@ -53,6 +54,7 @@ class PublishedGenerationConfig(GenerationConfig):
         """Refuse nothing: it was published so, and generation here takes none of its settings."""
 
 
+@activity("loading the tokenizer")
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with the recipe's chat template if it has one, and with a pad token.
 
@@ -85,6 +87,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@activity("loading the model")
 def load_model(
     section: ModelSection, device: Device, *, full: bool = False, folder: Path | None = None
 ) -> PreTrainedModel:

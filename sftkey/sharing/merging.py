@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sftkey.activity import activity
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.errors import RunError
 from sftkey.files import appearing
@@ -59,6 +60,7 @@ def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
     return merge(recipe, weights, output)
 
 
+@activity("merging")
 def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
     """Write the base with an adapter merged into it, so that it answers as the run measured it.
 

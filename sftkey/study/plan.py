@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
@@ -18,6 +16,7 @@ from sftkey.study.results import FinishedCell
 from sftkey.study.run import StudyRun
 from sftkey.study.seeds import MOST_SEEDS, Supposed, seeds_needed
 from sftkey.study.summary import stated, supposed_of
+from sftkey.tables import FittedTable
 from sftkey.training.run_folder import prefix_key
 
 
@@ -148,15 +147,12 @@ def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> Renderabl
         planned: The cells.
         notes: What has to be chosen first, and what such a study can show.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("task", "arm", "seed", "stages and their steps"):
-        table.add_column(header, overflow="fold")
-    for header in ("tokens", "time"):
-        table.add_column(header, justify="right")
+    table = FittedTable("task, arm, seed", ("stages and their steps", "tokens", "time"))
     for each in planned:
         cell, stages = each.cell, ", ".join(map(_stage, each.stages))
         time = "finished" if each.finished else _time(each.seconds)
-        table.add_row(cell.task, cell.arm, str(cell.seed), stages, str(each.num_tokens), time)
+        name = f"{cell.task} {cell.arm} {cell.seed}"
+        table.add([name, stages, str(each.num_tokens), time])
     left = [each for each in planned if not each.finished]
     times = [each.seconds for each in left]
     known = None if None in times else sum(time for time in times if time is not None)

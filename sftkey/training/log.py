@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from sftkey.activity import tell
 from sftkey.errors import DivergedError, RunError
 from sftkey.files import write_text
 from sftkey.training.run_folder import Ledger
@@ -37,14 +39,16 @@ class RunProgress:
         self.training_seconds = 0.0
         self._last = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=40)),
+            BarColumn(bar_width=None),  # what is left of the line
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("steps, {task.fields[left]}", table_column=Column(no_wrap=True)),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
+            expand=True,
         )
-        self._task = self._bar.add_task("run", total=self.num_steps, figures="")
+        self._task = self._bar.add_task("run", total=self.num_steps, left="? left")
+        self._head = ""  # of the losses above the bar
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -61,7 +65,8 @@ class RunProgress:
     def note(self, text: str) -> None:
         """Write one line."""
         if not self.quiet:
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            whole = not self.console.is_terminal  # a pipe gets each line unbroken
+            self.console.print(text, highlight=False, soft_wrap=whole, markup=False)
 
     @property
     def num_steps(self) -> int:
@@ -76,6 +81,7 @@ class RunProgress:
         """
         self._num_steps[stage] = num_steps
         self._bar.update(self._task, description=stage, total=self.num_steps)
+        self._head = ""
         self._last = time.monotonic()
 
     def step(self) -> None:
@@ -84,7 +90,7 @@ class RunProgress:
         self.training_seconds += now - self._last
         self._last = now
         self.steps_done += 1
-        self._bar.update(self._task, advance=1)
+        self._bar.update(self._task, advance=1, left=f"{clock(self.seconds_left)} left")
 
     def pause(self) -> None:
         """Leave out of the clock what was no training: validation, checkpoints."""
@@ -98,23 +104,46 @@ class RunProgress:
 
     def answers(self, stage: str, num_done: int, num_all: int) -> None:
         """Show how many questions a stage has answered; without a terminal, the first and last."""
-        self._bar.update(self._task, description=stage, figures=f"answers {num_done}/{num_all}")
+        self._bar.update(self._task, description=f"{stage}: answers {num_done}/{num_all}")
         if self._bar.disable and num_done in (0, num_all):
             self.note(f"{stage}: {num_done} of {num_all} questions answered")
 
-    def log(self, stage: str, step: int, max_steps: int, line: dict[str, object]) -> None:
-        """Show the figures of one log line."""
-        segments = line["segments"]
-        assert isinstance(segments, dict)
-        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in segments.items())
-        minutes, seconds = divmod(round(self.seconds_left), 60)
-        figures = (
-            f"loss {line['loss']:.4f} ({shown})  "
-            f"{line['tokens_per_second']:.0f} tokens/s  {minutes}:{seconds:02d} left"
-        )
-        self._bar.update(self._task, figures=figures)
+    def validating(self, stage: str, num_done: int, num_all: int) -> None:
+        """Show how many batches of validation rows are read."""
+        how_far = f"validation {num_done}/{num_all}"
+        tell(how_far)
+        whole = stage if num_done == num_all else f"{stage}: {how_far}"
+        self._bar.update(self._task, description=whole)
+
+    def log(self, stage: str, step: int, max_steps: int, line: dict[str, Any]) -> None:
+        """Write the figures of one log line: below a head on a terminal, else all in one line."""
+        pace, left = f"{line['tokens_per_second']:.0f}", clock(self.seconds_left)
+        segments: dict[str, float] = line["segments"]
         if self._bar.disable:
+            shown = ", ".join(f"{name} {loss:.4f}" for name, loss in segments.items())
+            figures = f"loss {line['loss']:.4f} ({shown})  {pace} tokens/s  {left} left"
             self.note(f"{stage} {step}/{max_steps}  {figures}")
+            return
+        cells = {"step": f"{step}/{max_steps}", "loss": f"{line['loss']:.4f}"}
+        cells |= {name: f"{loss:.4f}" for name, loss in segments.items()}
+        cells |= {"tokens/s": pace, "left": left}
+        widths = {name: max(len(name), 10 if name == "step" else 6) for name in cells}
+        head = " ".join(f"{name:>{width}}" for name, width in widths.items())
+        if head != self._head:
+            self._head = head
+            self.note(f"{stage}, loss by segment in nats a token\n{head}")
+        self.note(" ".join(f"{cells[name]:>{width}}" for name, width in widths.items()))
+
+
+def clock(seconds: float) -> str:
+    """Write a time as `m:ss`, or `h:mm:ss`.
+
+    >>> clock(59.6), clock(3600)
+    ('1:00', '1:00:00')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -226,6 +255,7 @@ class StageLog(TrainerCallback):
         self.record = ledger.stages[number]
         self.path = ledger.log(number)
         self.tolerance = tolerance
+        self._num_read = 0  # batches of the validation that goes on
         self._since = time.monotonic()
 
     def on_train_begin(
@@ -243,6 +273,19 @@ class StageLog(TrainerCallback):
     ) -> None:
         """Move the bar."""
         self.progress.step()
+        tell(f"step {state.global_step} of {state.max_steps}")
+
+    def on_prediction_step(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show how far a validation is."""
+        self._num_read += 1
+        self.progress.validating(self.record.name, self._num_read, len(eval_dataloader))
 
     def on_log(
         self,
@@ -288,6 +331,7 @@ class StageLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the validation losses; at the first step compare them with the stage before."""
+        self._num_read = 0
         losses = segments_of(kwargs["metrics"], "eval_loss_")
         at = {0: "start", state.max_steps: "end"}.get(state.global_step, str(state.global_step))
         self.record.validation[at] = losses

@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sftkey.activity import activity
 from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
 from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
 from sftkey.errors import DeviceError
@@ -220,12 +221,13 @@ class Run:
         elif self.measures_gradients and stage.context != "frozen":
             record.gradient_norm = gradient_norms(trainer)
             self.ledger.save()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
-            self.progress.note(f"{stage.name}: {kept}")
-        trainer.evaluate()
-        refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
-        self._save(trainer, number)
+        with activity(f"training {stage.name}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
+                self.progress.note(f"{stage.name}: {kept}")
+            trainer.evaluate()
+            refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
+            self._save(trainer, number)
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"
         self.ledger.finish(self.ledger.adapter(number), log.path)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable
 
 import psutil
 import pytest
 import torch
 
-from sftkey.commands.terminal import available_cores, use_all_cores
+from sftkey.activity import activity, current, tell
+from sftkey.commands.terminal import available_cores, never_silent, use_all_cores, wrapped
 
 
 @pytest.fixture
@@ -64,3 +67,45 @@ def test_cores_are_physical_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert available_cores() == 1
+
+
+def test_lines_break_between_words_alone() -> None:
+    """What is to be copied, a path or an option, stays whole even where it is too long."""
+    path = "runs/" + "x" * 40
+    assert wrapped(f"error: a b\nhint: write {path} now", 24) == (
+        f"error: a b\nhint: write\n  {path}\n  now"
+    )
+
+
+def test_a_silent_command_says_what_it_is_at(capsys: pytest.CaptureFixture[str]) -> None:
+    """After some silence the innermost activity is named, with how far it is and its seconds."""
+    before = sys.stderr
+    with never_silent(0.05):
+        with activity("generating"):
+            tell("3 of 200")
+            time.sleep(0.2)
+        time.sleep(0.1)
+    assert sys.stderr is before
+    assert current() is None
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 4
+    assert set(lines) == {"… generating, 3 of 200, 0 s"}
+
+
+def test_a_command_that_speaks_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where something is written often enough, nothing is added."""
+    with never_silent(1.0), activity("generating"):
+        for _ in range(6):
+            print("x", file=sys.stderr)
+            time.sleep(0.05)
+    assert capsys.readouterr().err == "x\n" * 6
+
+
+def test_only_the_first_process_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others stay silent."""
+    monkeypatch.setenv("RANK", "1")
+    with never_silent(0.02), activity("generating"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""

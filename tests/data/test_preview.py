@@ -190,5 +190,5 @@ def test_terminal_statistics(made_recipe: Any) -> None:
         "the answer holds the text of the special token '<|im_end|>'\n"
     )
     lines = text.splitlines()
-    for start in ("│ train ", "│ validation ", "│ loss of completion ", "│ loss of key "):
+    for start in ("train ", "validation ", "loss of completion ", "loss of key "):
         assert any(line.startswith(start) for line in lines)

@@ -219,7 +219,7 @@ def test_names_with_brackets_are_shown_as_they_are() -> None:
     """A run's name is no markup."""
     lines = printed(compare({"runs/[bold]a": [BASE], "runs/b[/]": [COMPLETION]}), width=120)
     assert lines[3].startswith("runs/[bold]a base")
-    assert lines[5].startswith("runs/b[/]    completion")
+    assert lines[5].startswith("runs/b[/] completion")
 
 
 def test_runs_are_paired_by_their_last_stages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,33 @@ def test_what_a_stage_ends_with_is_said() -> None:
     assert kept_checkpoint(state, loads_best=True).endswith(", the last")  # type: ignore[union-attr]
     state.best_model_checkpoint = None
     assert "no checkpoint has a finite validation loss" in str(kept_checkpoint(state, True))
+
+
+LINE = {
+    "loss": 1.25,
+    "segments": {"thinking": 1.5, "answer_tag": 0.25, "answer": 2.0, "end": 0.125},
+    "tokens_per_second": 2413.2,
+}
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_terminal_shows_bar_step_and_time_and_keeps_the_losses(width: int) -> None:
+    """One line of progress at any width; above it a row for each log, below one head."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    with RunProgress({"completion": 1200}, console) as progress:
+        progress.begin("completion", 1200)
+        for step in (10, 20):
+            progress.step()
+            progress.log("completion", step, 1200, LINE)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n")
+    lines = [line.rstrip() for line in text.split("\n")]
+    assert max(map(len, lines)) <= width
+    assert re.fullmatch(r"completion [━╸╺─ ]{20,} +2/1200 +steps, \d+:\d\d left", lines[-2])
+    heads = [line for line in lines if "answer_tag" in line]
+    assert [line.split() for line in heads] == [
+        ["step", "loss", "thinking", "answer_tag", "answer", "end", "tokens/s", "left"]
+    ]
+    rows = [line.split()[:6] for line in lines if "1.2500" in line]
+    assert [row[0] for row in rows] == ["10/1200", "20/1200"]
+    assert rows[0][1:] == ["1.2500", "1.5000", "0.2500", "2.0000", "0.1250"]

@@ -17,6 +17,8 @@ PACKAGE = ROOT / "sftkey"
 ORDER = (
     "errors",
     "files",
+    "activity",
+    "tables",
     "recipe",
     "data",
     "models",

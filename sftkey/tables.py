@@ -1,0 +1,55 @@
+"""Tables that no terminal breaks: where one is too wide, each of its rows becomes a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+UNBOUNDED = 10_000  # columns: no table of ours is as wide
+
+
+class FittedTable(Table):
+    """A table whose words stay whole at any width.
+
+    Where the console is narrower than the table, a row is a block instead: the first cell, and
+    below it a line for each other one that isn't empty, with its header before it.
+
+    Args:
+        first: Header of the first column, which names the rows.
+        headers: Of the other columns; a line break in one stays only in the table.
+        left: Whether the other columns are texts, and begin at the left.
+    """
+
+    def __init__(self, first: str, headers: Iterable[str], left: bool = False) -> None:
+        super().__init__(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        self.add_column(first, no_wrap=True)
+        for header in headers:
+            self.add_column(header, justify="left" if left else "right", no_wrap=True)
+
+    def add(self, cells: Sequence[str]) -> None:
+        """Add a row of plain texts: brackets in them are no markup."""
+        self.add_row(*map(Text, cells))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(max_width=UNBOUNDED)
+        if Measurement.get(console, unbounded, self).maximum <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        headers = [_one_line(str(column.header)) for column in self.columns]
+        width = max(map(len, headers[1:]), default=0)
+        for cells in zip(*(column.cells for column in self.columns), strict=True):
+            name, *texts = (_one_line(str(cell)) for cell in cells)
+            yield Text(name, "bold")
+            for header, text in zip(headers[1:], texts, strict=True):
+                if text:
+                    yield Text(f"  {header:<{width}}  {text}")
+
+
+def _one_line(text: str) -> str:
+    """Join the lines of a cell: `un-` and `parsed` make one word."""
+    return text.replace("-\n", "").replace("\n", " ")
