@@ -21,7 +21,7 @@ from sftkey.data import row_cache
 from sftkey.data import row_cache as content
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
-from sftkey.data.row_cache import CachedRows, content_key, tokenized_rows
+from sftkey.data.row_cache import SCHEMA, CachedRows, content_key, tokenized_rows
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
@@ -97,7 +97,7 @@ def test_rows_are_those_of_tokenizing_all_at_once(
     assert contents(first) == contents(tokenized_rows(examples, probed, max_length, trim))
     rows, outcome = first
     kept = [row for row in fitted if isinstance(row, Row)]
-    assert list(rows) == [vars(row) for row in kept]
+    assert list(rows) == [{name: vars(row)[name] for name in SCHEMA.names} for row in kept]
     segments = [segment for row in kept for segment in row.segment_ids]
     assert list(outcome.tokens.values()) == [segments.count(number) for number in range(5)]
     assert [tuple(each) for each in outcome.refused] == [
