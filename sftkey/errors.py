@@ -44,7 +44,7 @@ class SFTKeyError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """Give the text that the user reads: one line, or a head with a line for each problem."""
+        """Return the text that the user reads: one line, or a head with a line for each problem."""
         if len(self.problems) == 1 and not self.problems[0].where:
             lines = [f"{self.where}: {self.problems[0]}"]
         else:
@@ -97,7 +97,7 @@ class DiskError(SFTKeyError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of an error's text, or its kind where it has none."""
+    """Return the first line of an error's text, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -110,6 +110,6 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """Give `; did you mean …?` for the nearest known word, if it is near."""
+    """Return `; did you mean …?` for the nearest known word, if it is near."""
     near = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f"; did you mean `{near[0]}`?" if near else ""

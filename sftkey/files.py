@@ -213,7 +213,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """Give `path`, or the first of `path.1`, `path.2` … that doesn't exist."""
+    """Return `path`, or the first of `path.1`, `path.2` … that doesn't exist."""
     count, free = 0, path
     while free.exists():
         count += 1
@@ -222,7 +222,7 @@ def free_name(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Give the folder of what is fetched or made once: `SFTKEY_CACHE`, or in the user's cache."""
+    """Return the folder of what is fetched or made once: `SFTKEY_CACHE`, or in the user's cache."""
     if own := os.environ.get("SFTKEY_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sftkey"

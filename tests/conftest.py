@@ -47,19 +47,19 @@ def in_float64() -> Generator[None, None, None]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """Give the byte-level tokenizer of the tests."""
+    """Return the byte-level tokenizer of the tests."""
     return made_tokenizer()
 
 
 @pytest.fixture
 def tiny_model(tiny_tokenizer: Any) -> Any:
-    """Give a fresh two-layer Llama of random weights, always the same ones."""
+    """Return a fresh two-layer Llama of random weights, always the same ones."""
     return made_model(tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """Give a model folder as `save_pretrained` writes it: weights, config, tokenizer."""
+    """Return a model folder as `save_pretrained` writes it: weights, config, tokenizer."""
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     made_model(tiny_tokenizer).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -68,7 +68,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -
 
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, tiny_folder: Path) -> Callable[..., Path]:
-    """Give a factory of recipe files in a test's folder: `write_recipe` on the tiny model."""
+    """Return a factory of recipe files in a test's folder: `write_recipe` on the tiny model."""
     return functools.partial(write_recipe, tmp_path, tiny_folder)
 
 

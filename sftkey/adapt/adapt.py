@@ -77,7 +77,7 @@ def _last(name: str) -> str:
 
 
 def _family(name: str) -> str:
-    """Give the letters that a name begins with: `qwen` of Qwen2.5-1.5B and of qwen2_moe."""
+    """Return the letters that a name begins with: `qwen` of Qwen2.5-1.5B and of qwen2_moe."""
     match = re.match("[a-z]+", _last(name).removeprefix("pypi:").removeprefix("meta-"))
     return match[0] if match else ""
 

@@ -98,7 +98,7 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
 
 
 def _candidates(template: str) -> Iterator[tuple[ResponseSection, dict[str, Any], str]]:
-    """Give tags with what the template is told, the best first, and why."""
+    """Return tags with what the template is told, the best first, and why."""
     switch = "enable_thinking" in template
     if "<|channel|>" in template:
         yield CHANNELS, {}, "the model's own channels"

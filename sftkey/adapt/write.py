@@ -126,7 +126,7 @@ def _size(billions: float) -> str:
 
 
 def sections(choices: Choices) -> Iterator[WrittenSection]:
-    """Give all sections in order."""
+    """Return all sections in order."""
     yield "", [Line("name", choices.name), Line("seed", choices.seed)]
     yield "model", list(_model(choices))
     if choices.full:
@@ -183,7 +183,7 @@ def _lora(choices: Choices) -> Iterator[Line]:
 
 
 def _taken_over(values: dict[str, Any], choices: Choices) -> Iterator[Line]:
-    """Give values of the other recipe; the first line says so for all."""
+    """Return values of the other recipe; the first line says so for all."""
     why = f"{choices.as_other}, like what follows" if len(values) > 1 else choices.as_other
     for key, value in values.items():
         yield Line(key, value, why)

@@ -32,7 +32,7 @@ class Finding:
     refuses: bool = True
 
     def __str__(self) -> str:
-        """Give the finding for people: the hint stands in a line of its own."""
+        """Return the finding for people: the hint stands in a line of its own."""
         return self.message if self.hint is None else f"{self.message}\n    hint: {self.hint}"
 
 
@@ -57,7 +57,7 @@ class Report:
         return [finding for finding in self.findings if finding.refuses]
 
     def as_json(self) -> dict[str, Any]:
-        """Give findings and statistics as DESIGN.md says."""
+        """Return findings and statistics as DESIGN.md says."""
         return {
             "findings": [asdict(finding) for finding in self.findings],
             "statistics": self.statistics,

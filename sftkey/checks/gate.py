@@ -231,7 +231,7 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int
 
 
 def require_trainable(recipe: Recipe) -> Prepared:
-    """Give the rows of a recipe that may be trained; what is worth knowing is logged.
+    """Return the rows of a recipe that may be trained; what is worth knowing is logged.
 
     Raises:
         CheckError: Something refuses the recipe; it holds every finding that does.

@@ -145,7 +145,7 @@ def _text(draw: random.Random, kinds: Sequence[Sequence[str]], most: int) -> str
 def _prompt(
     draw: random.Random, question: str, takes_system: bool
 ) -> str | tuple[dict[str, str], ...]:
-    """Give a question alone mostly, else with a system message or after an earlier turn."""
+    """Return a question alone mostly, else with a system message or after an earlier turn."""
     user = {"role": "user", "content": question}
     chance = draw.random()
     if chance < 0.15:
@@ -291,7 +291,7 @@ class Oracle:
         return given == found
 
     def fed(self, example: Example) -> list[int]:
-        """Give the ids that inference feeds, by upstream's own call."""
+        """Return the ids that inference feeds, by upstream's own call."""
         tokenizer, prompt = self.renderer.tokenizer, example.prompt
         if self.renderer.kind == "plain":
             has_bos = tokenizer.bos_token and str(prompt).startswith(tokenizer.bos_token)
@@ -315,13 +315,13 @@ class Oracle:
         return list(ids)
 
     def texts(self, example: Example) -> tuple[str, str]:
-        """Give the text up to the end of the thinking, and the text of the key."""
+        """Return the text up to the end of the thinking, and the text of the key."""
         pieces = self.renderer.response.pieces(example.thinking, example.answer)
         key = "".join(text for _, text in pieces[1:])
         return self.renderer.assistant_prefix + pieces[0][1], key + self.renderer.end
 
     def normal(self, text: str) -> str:
-        """Give what a tokenizer keeps of a text: its own normal form, blanks as blanks."""
+        """Return what a tokenizer keeps of a text: its own normal form, blanks as blanks."""
         if self.normalizer is not None:
             parts = self.added.split(text) if self.added else [text]
             text = "".join(p if n % 2 else self._normal_part(p) for n, p in enumerate(parts))
@@ -339,7 +339,7 @@ class Oracle:
         return text.lstrip(" ").removeprefix(BEFORE)
 
     def _blank(self, fed: Sequence[int]) -> str:
-        """Give what the tokenizer may set between a prompt and the completion."""
+        """Return what the tokenizer may set between a prompt and the completion."""
         return " " if self.sets_blank and fed and fed[-1] in self.special else ""
 
     def _completion_fault(self, example: Example, row: Row, blank: str) -> str | None:
@@ -411,6 +411,6 @@ class Oracle:
 
 
 def trained(row: Row, loss_on: str) -> list[int]:
-    """Give the places of the tokens that a stage trains."""
+    """Return the places of the tokens that a stage trains."""
     labels, _ = labels_for(torch.tensor(row.input_ids), torch.tensor(row.segment_ids), loss_on)
     return (labels != IGNORED).nonzero().flatten().tolist()

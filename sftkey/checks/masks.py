@@ -48,7 +48,7 @@ class Masks:
     key_shares: list[float] = field(default_factory=list)
 
     def findings(self, split: str) -> Iterator[Finding]:
-        """Give a finding for each fault."""
+        """Return a finding for each fault."""
         for (code, what), rows in self.faults.items():
             yield of_rows(code, f"{split}: {what}", rows, HINTS.get(code, BUG))
 
@@ -130,7 +130,7 @@ def _note_row_faults(
 
 
 def _closing(renderer: Renderer) -> str:
-    """Give the text that every row ends in, as the tokenizer decodes it."""
+    """Return the text that every row ends in, as the tokenizer decodes it."""
     (encoding,) = renderer.encode([renderer.response.answer_close + renderer.end])
     return _decode(renderer, [encoding.ids])[0].lstrip()
 

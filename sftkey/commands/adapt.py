@@ -91,7 +91,7 @@ def _report(adapted: Adapted, console: Console) -> None:
 
 
 def proof_lines(proof: Proof) -> list[str]:
-    """Give the numbers of a proof: rows tried, right, refused by reason, wrong."""
+    """Return the numbers of a proof: rows tried, right, refused by reason, wrong."""
     refused = sum(proof.refused.values())
     lines = [
         f"masks proven on {proof.rows} hard rows: {proof.right} right, {len(proof.wrong)} wrong, "

@@ -78,7 +78,7 @@ def check(
 
 
 def rendered(recipe: Recipe, report: Report) -> RenderableType:
-    """Give findings and statistics for a terminal; the last line says whether it passes."""
+    """Return findings and statistics for a terminal; the last line says whether it passes."""
     from rich.console import Group
     from rich.text import Text
 
@@ -94,7 +94,7 @@ def rendered(recipe: Recipe, report: Report) -> RenderableType:
 
 
 def rendered_numbers(numbers: dict[str, Any]) -> list[RenderableType]:
-    """Give the counts: rows and tokens, the key's share, each stage's steps and tokens."""
+    """Return the counts: rows and tokens, the key's share, each stage's steps and tokens."""
     from rich.text import Text
 
     from sftkey.data.preview import rendered_statistics
@@ -144,7 +144,7 @@ def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) 
 
 
 def rendered_plan(plan: Plan) -> RenderableType:
-    """Give the table: a column a stage, a row a part, and below what would fit."""
+    """Return the table: a column a stage, a row a part, and below what would fit."""
     from rich import box
     from rich.table import Table
 

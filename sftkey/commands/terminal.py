@@ -12,7 +12,7 @@ PIPE_WIDTH = 10_000  # no line of ours is as long, so a pipe gets it unbroken
 
 
 def stdout_console() -> Console:
-    """Give the console of the data; markup is off, since data may hold brackets."""
+    """Return the console of the data; markup is off, since data may hold brackets."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return Console(width=width, markup=False, highlight=False)
 
@@ -48,7 +48,7 @@ def quiet_libraries() -> None:
 
 
 def use_all_cores() -> None:
-    """Give this process its share of the physical cores that it may use.
+    """Return this process its share of the physical cores that it may use.
 
     The launchers set `OMP_NUM_THREADS=1`, which leaves all cores but one idle. Another value is
     the user's own and stays. The variable is set for libraries that load an OpenMP of their own

@@ -40,7 +40,7 @@ def packed_rows(recipe: Recipe, train: Dataset) -> Dataset | None:
 def stage_rows(
     recipe: Recipe, stage: StageSection, train: Dataset, packs: Dataset | None
 ) -> Dataset:
-    """Give what a stage's batches are made of: rows, or packs of them."""
+    """Return what a stage's batches are made of: rows, or packs of them."""
     return packs if packs is not None and reads_packs(recipe, stage) else train
 
 
@@ -169,7 +169,7 @@ class KeyCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Give the batch of these rows."""
+        """Return the batch of these rows."""
         packed = "seq_lengths" in rows[0]
         if packed and self.one_line:
             columns = ("input_ids", "segment_ids", "seq_lengths")
@@ -212,7 +212,7 @@ def _positions(packs: Sequence[Sequence[int]], length: int) -> torch.Tensor:
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
-    """Give rows of unequal lengths as one (B, length) tensor.
+    """Return rows of unequal lengths as one (B, length) tensor.
 
     numpy reads lists ten times as fast as torch does.
     """

@@ -147,7 +147,7 @@ RULES: dict[str, Rule] = {"think_tags": think_tags, "boxed": boxed, "hash_marks"
 
 
 def make_rule(name: str) -> Rule:
-    """Give the rule of that name, or one made of a regular expression.
+    """Return the rule of that name, or one made of a regular expression.
 
     The expression has the groups `thinking` and `answer` (the recipe has checked it); it is
     searched for, `.` matches line ends too, and what the groups hold is taken as it is.
@@ -346,7 +346,7 @@ def _constant(text: str, columns: Sequence[str]) -> str:
 
 
 def _prompt(row: RawRow, template: Template) -> Any:
-    """Give the prompt: a list of messages as it is, everything else as text."""
+    """Return the prompt: a list of messages as it is, everything else as text."""
     value = row.get(template.column) if template.column else None
     if template.column and _holds_messages(template.column, [row]):
         return read_messages(value)
@@ -365,7 +365,7 @@ def _by_rule(text: str, rule: Rule | None) -> tuple[str, str]:
 def _conversation(
     messages: tuple[dict[str, str], ...], rule: Rule | None, turns: Turns, reasoning: bool
 ) -> Iterator[Parts | RowError]:
-    """Give the last assistant turn of a conversation, or every one, with the messages before it."""
+    """Return a conversation's last assistant turn, or every one, with the messages before it."""
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:
         raise RowError("no assistant turn")

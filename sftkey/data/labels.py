@@ -29,7 +29,7 @@ def weights_by_segment(loss_on: str | Mapping[str, float]) -> tuple[float, ...]:
 def labels_for(
     input_ids: torch.Tensor, segment_ids: torch.Tensor, loss_on: str | Mapping[str, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the labels and loss weights of tokens, from nothing but the segments they belong to.
+    """Return the labels and loss weights of tokens, from nothing but the segments they belong to.
 
     A label stands at its own token's place; whoever computes the loss shifts labels and weights
     alike. Padding is told by its segment, never by its id: where a tokenizer pads with the end of

@@ -87,7 +87,7 @@ class Prepared:
         return not any(example.thinking.strip() for example in self.train_examples)
 
     def questions(self, recipe: Recipe) -> list[Example]:
-        """Give the test rows that are asked: always the same ones, drawn by the recipe's seed."""
+        """Return the test rows that are asked: always the same ones, drawn by the recipe's seed."""
         count = min(recipe.eval.num_questions, len(self.test))
         drawn = random.Random(recipe.seed).sample(range(len(self.test)), count)
         return [self.test[number] for number in sorted(drawn)]

@@ -32,7 +32,7 @@ COLOURS = {
 
 
 def preview_rows(recipe: Recipe, prepared: Prepared, num_rows: int) -> list[dict[str, Any]]:
-    """Give the first rows in source order, with every token and its weight in each stage.
+    """Return the first rows in source order, with every token and its weight in each stage.
 
     Test rows are shown as they would be trained on, though no stage does.
 
@@ -59,7 +59,7 @@ def preview_rows(recipe: Recipe, prepared: Prepared, num_rows: int) -> list[dict
 def _first_rows(
     recipe: Recipe, prepared: Prepared, num_rows: int
 ) -> list[tuple[int, str, Row | Refusal]]:
-    """Give index, split and row in source order; a split of its own source follows train's."""
+    """Return index, split and row in source order; a split of its own source follows train's."""
     data = with_defaults(recipe.data)
     datasets = {"train": prepared.train, "validation": prepared.validation}
     found: list[tuple[int, str, Any]] = []
@@ -84,7 +84,7 @@ def _first_rows(
 
 
 def _refused(prepared: Prepared) -> list[Refusal]:
-    """Give the refused rows: all that the tokenizer refused, the first 20 that the splits did."""
+    """Return the refused rows: all that the tokenizer refused, the first 20 that the splits did."""
     refused = list(prepared.refusals)
     known = {(row.split, row.index) for row in refused}
     for where, counted in prepared.counts["dropped"].items():
@@ -136,7 +136,7 @@ def row_tokens(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Give the text that each token adds to a row; joined, they are the decoded row.
+    """Return the text that each token adds to a row; joined, they are the decoded row.
 
     A character of several tokens stands at the last of them; the others add nothing.
     """
@@ -156,7 +156,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def statistics(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    """Give rows, what was dropped and why, tokens, and what each stage's loss is made of.
+    """Return rows, what was dropped and why, tokens, and what each stage's loss is made of.
 
     Returns:
         JSON: `rows` by split; `dropped` and `trimmed` by reason; `tokens` by split and segment;
@@ -180,7 +180,7 @@ def statistics(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 
 
 def rendered_rows(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Give rows for a terminal: a text for each stage, coloured by segment, ⟦trained⟧ in brackets.
+    """Return rows for a terminal: a text a stage, coloured by segment, ⟦trained⟧ in brackets.
 
     The brackets and the weights in them say it where there are no colours.
     """
@@ -207,7 +207,7 @@ def _rendered(tokens: Sequence[Mapping[str, Any]], stage: str) -> Text:
 
 
 def rendered_statistics(numbers: Mapping[str, Any]) -> RenderableType:
-    """Give the statistics for a terminal: rows, what was dropped, tokens, shares of the loss."""
+    """Return the statistics for a terminal: rows, what was dropped, tokens, shares of the loss."""
     rows = ", ".join(f"{name} {count}" for name, count in numbers["rows"].items())
     lines = [Text(f"rows: {rows}")]
     for what in ("dropped", "trimmed"):

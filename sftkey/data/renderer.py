@@ -81,7 +81,7 @@ class Renderer:
         return probe_renderer(tokenizer, response or ResponseSection(), chat_template_kwargs)
 
     def prompt_text(self, prompt: str | Sequence[Mapping[str, str]]) -> str:
-        """Give the text that inference feeds, up to where the model begins to write.
+        """Return the text that inference feeds, up to where the model begins to write.
 
         Raises:
             FrameError: The template drops or raises on what the prompt holds, or writes another
@@ -116,12 +116,12 @@ class Renderer:
             )
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Give the very ids that inference feeds and that training rows begin with."""
+        """Return the very ids that inference feeds and that training rows begin with."""
         text = self.prompt_text(prompt)
         return [*self.bos_before(text), *self.encode([text])[0].ids]
 
     def bos_before(self, prompt_text: str) -> tuple[int, ...]:
-        """Give the ids to set before a prompt: none where its text begins with them already."""
+        """Return the ids to set before a prompt: none where its text begins with them already."""
         bos = self.tokenizer.bos_token
         return () if bos and prompt_text.startswith(bos) else self.bos_ids
 
@@ -137,7 +137,7 @@ class Renderer:
         return encode_prompts(list(prompts), add_special_tokens=False), self.encode(wholes)
 
     def backend_state(self) -> str:
-        """Give all that tokenizing depends on, as JSON."""
+        """Return all that tokenizing depends on, as JSON."""
         return self._backend.to_str()
 
     @property
@@ -181,7 +181,7 @@ class Renderer:
         return special_pattern(self.special_ids)
 
     def lost_character(self, text: str) -> str | None:
-        """Give the first character of a text that the tokenizer would lose, if it has one."""
+        """Return the first character of a text that the tokenizer would lose, if it has one."""
         lost = self._lost_bytes
         if lost is None or not lost.search(text.encode()):
             return None
@@ -291,7 +291,7 @@ def _checked(renderer: Renderer) -> Renderer:
 
 
 def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
-    """Give the id of a plain row's end."""
+    """Return the id of a plain row's end."""
     special = special_ids(tokenizer)
     if end not in special:
         raise FrameError(
@@ -303,7 +303,7 @@ def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
 
 
 def ids_set_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Give the ids that the tokenizer sets before a text by itself."""
+    """Return the ids that the tokenizer sets before a text by itself."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     starts = range(len(whole) - len(bare) + 1)
@@ -312,7 +312,7 @@ def ids_set_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def stop_ids(renderer: Renderer, published: int | Iterable[int] | None = None) -> list[int]:
-    """Give the ids that must stop generation: the trained end of turn, then the published ones.
+    """Return the ids that must stop generation: the trained end of turn, then the published ones.
 
     Where several tokens end a turn, the text is over at the first.
 

@@ -114,7 +114,7 @@ class Response:
         return cls(*section.thinking, *section.answer)
 
     def pieces(self, thinking: str, answer: str) -> list[tuple[Segment, str]]:
-        """Give the completion as texts with their segments, in order; nothing is stripped."""
+        """Return the completion as texts with their segments, in order; nothing is stripped."""
         return [
             (Segment.THINKING, self.thinking_open + thinking + self.thinking_close),
             (Segment.ANSWER_TAG, self.answer_open),
@@ -123,7 +123,7 @@ class Response:
         ]
 
     def render(self, thinking: str, answer: str) -> str:
-        """Give the completion as one text."""
+        """Return the completion as one text."""
         return "".join(text for _, text in self.pieces(thinking, answer))
 
     def parse(self, text: str) -> Parsed:

@@ -33,7 +33,7 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2")  # what renders and tokeniz
 def content_key(
     examples: Sequence[Example], renderer: Renderer, settings: Mapping[str, Any]
 ) -> str:
-    """Give a hash of examples, frame, tokenizer, template, settings, and of what works on them."""
+    """Return a hash of examples, frame, tokenizer, template, settings, and what works on them."""
     about = {
         "sftkey": [__version__, _sources()],
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -111,7 +111,7 @@ class CachedRows:
 def tokenized_rows(
     examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
 ) -> tuple[Dataset, CachedRows]:
-    """Give the rows of examples, from the cache if they lie there.
+    """Return the rows of examples, from the cache if they lie there.
 
     Args:
         examples: All of one split.

@@ -104,7 +104,7 @@ MADE: dict[str, Callable[[DataSection, int], Any]] = {
 
 
 def with_defaults(data: DataSection) -> DataSection:
-    """Give the section with a built-in source's values where it has none of its own."""
+    """Return the section with a built-in source's values where it has none of its own."""
     values = BUILT_IN.get(data.source, {})
     open_fields = {name: value for name, value in values.items() if getattr(data, name) is None}
     if data.thinking is not None or data.answer is not None:  # templates instead of a rule
@@ -200,7 +200,7 @@ def num_columns(data: DataSection) -> int:
 
 
 def question_prompt(data: DataSection, question: str) -> Prompt:
-    r"""Give the prompt that a row with this question would have.
+    r"""Return the prompt that a row with this question would have.
 
     A recipe that puts several columns together can't know which part is which: there the question
     is taken as the whole text.

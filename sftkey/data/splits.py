@@ -36,7 +36,7 @@ class Splits:
     counts: dict[str, Any]
 
     def dropped(self) -> dict[str, Any]:
-        """Give what was dropped by "split: reason", with `count`, the first `rows` and `code`."""
+        """Return what was dropped by "split: reason", with `count`, the first `rows` and `code`."""
         return {
             f"{item['split']}: {item['reason']}": {
                 "count": item["num_rows"],
@@ -124,7 +124,7 @@ def _without_empty_thinking(
 
 
 def _amounts(data: DataSection) -> dict[str, Amount]:
-    """Give what the recipe says of test and validation, or the defaults where there are splits."""
+    """Return what the recipe says of test and validation, or the defaults with splits."""
     given: dict[str, Amount] = {"test": data.test, "validation": data.validation}
     defaults: dict[str, Amount] = {"test": "test", "validation": 200} if has_splits(data) else {}
     return {name: defaults.get(name) if it is None else it for name, it in given.items()}
@@ -200,7 +200,7 @@ def _take(
 
 
 def _in_order(examples: list[Example], seed: int) -> list[int]:
-    """Give the numbers of the rows in the order in which they are chosen.
+    """Return the numbers of the rows in the order in which they are chosen.
 
     A row's place depends on the seed and its number alone, so other rows that come or go don't
     change which of two rows comes first.
@@ -213,13 +213,13 @@ def _in_order(examples: list[Example], seed: int) -> list[int]:
 
 
 def _normalized(text: str) -> str:
-    """Give what two texts must share to be the same: NFKC, case folded, white space collapsed."""
+    """Return what two texts must share to be the same: NFKC, case folded, white space collapsed."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def _same(prompt: str | tuple[dict[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Give a key that equal prompts share; a text is a user's message."""
+    """Return a key that equal prompts share; a text is a user's message."""
     if isinstance(prompt, str):
         return (("user", _normalized(prompt)),)
     return tuple((message["role"], _normalized(message["content"])) for message in prompt)

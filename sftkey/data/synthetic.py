@@ -246,5 +246,5 @@ def _create(data: DataSection, seed: int) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Give an error's text; upstream's assertions often have none."""
+    """Return an error's text; upstream's assertions often have none."""
     return str(error) or type(error).__name__

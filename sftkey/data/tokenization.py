@@ -52,12 +52,12 @@ class Tokens:
     shift: int = 0
 
     def span(self, place: int) -> tuple[int, int]:
-        """Give where a token's characters begin and end; -1 is the last token before these."""
+        """Return where a token's characters begin and end; -1 is the last token before these."""
         span: Any = self.encoding.token_to_chars(self.first + place)
         return max(span[0] - self.shift, 0), span[1] - self.shift
 
     def place_of(self, character: int) -> int:
-        """Give the first token that begins at a character or behind it."""
+        """Return the first token that begins at a character or behind it."""
         if character == 0:
             return 0
         key: Any = self.encoding.token_to_chars  # (start, stop), which compares by its start
@@ -66,7 +66,7 @@ class Tokens:
 
 
 def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[int]:
-    """Give each token's segment from the characters it stands for.
+    """Return each token's segment from the characters it stands for.
 
     Tokens that are bytes of one character all stand for it; a token of no character (the blank that
     SentencePiece sets before a text) goes with the character it stands before.
@@ -219,7 +219,7 @@ def _rows(
 
 
 def _write(example: Example, renderer: Renderer) -> _Text | _Fault:
-    """Give the texts of a row, or why there are none."""
+    """Return the texts of a row, or why there are none."""
     for name, text in _texts(example, renderer):
         token = renderer.special_pattern.search(text)
         if token:
@@ -241,7 +241,7 @@ def _write(example: Example, renderer: Renderer) -> _Text | _Fault:
 
 
 def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
-    """Give the texts that may not hold special tokens: a plain prompt may, it is its own frame."""
+    """Return texts that may not hold special tokens: a plain prompt may, it is its own frame."""
     yield "thinking", example.thinking
     yield "answer", example.answer
     if renderer.kind == "chat":
@@ -251,7 +251,7 @@ def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Give all texts in a message, tool calls and earlier thinking included."""
+    """Return all texts in a message, tool calls and earlier thinking included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -262,7 +262,7 @@ def _strings(value: Any) -> Iterator[str]:
 def _row(
     example: Example, text: _Text, prompt: Encoding, whole: Encoding, renderer: Renderer
 ) -> Row | _Fault:
-    """Give a row, or why there is none."""
+    """Return a row, or why there is none."""
     lost = renderer.lost_character(text.rest)
     if lost:
         return _Fault(f"the completion holds {lost!r}, which the tokenizer would lose")

@@ -40,7 +40,7 @@ class KeyContext:
 def key_losses(
     model: PreTrainedModel | PeftModel, contexts: Sequence[KeyContext], switch: Switch | None = None
 ) -> list[float]:
-    """Give the loss of each key in nats, summed over its tokens; nothing before it counts.
+    """Return the loss of each key in nats, summed over its tokens; nothing before it counts.
 
     Args:
         model: On its device.
@@ -121,7 +121,7 @@ def _switching_logits(
 def _logits(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, width: int, cache: DynamicCache | None = None
 ) -> torch.Tensor:
-    """Give the logits of the last columns: `(B, width, V)`."""
+    """Return the logits of the last columns: `(B, width, V)`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     taken = inspect.signature(base.forward).parameters
     places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -281,7 +281,7 @@ def _answers(
 
 
 def _own(asked: Asked, generation: Generation, renderer: Renderer) -> KeyContext | None:
-    """Give the reference's key behind what the model thought; None if that never ended."""
+    """Return the reference's key behind what the model thought; None if that never ended."""
     num_tokens = num_thinking_tokens(generation.ids, renderer)
     if num_tokens is None:
         return None

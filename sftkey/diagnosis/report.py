@@ -22,7 +22,7 @@ THINKINGS = {"own": "its own", "reference": "the reference's", "none": "none"}
 
 
 def as_json(figures: ConditionFigures, recommendation: Recommendation) -> dict[str, Any]:
-    """Give a diagnosis as plain data; shares and differences run from -1 to 1."""
+    """Return a diagnosis as plain data; shares and differences run from -1 to 1."""
     return {
         "num_rows": figures.num_rows,
         "chance": figures.chance,
@@ -44,7 +44,7 @@ def as_json(figures: ConditionFigures, recommendation: Recommendation) -> dict[s
 
 
 def render(figures: ConditionFigures, recommendation: Recommendation) -> Group:
-    """Give both tables and the paragraph, for a rich console."""
+    """Return both tables and the paragraph, for a rich console."""
     lines = [Text()]
     if figures.num_unclosed:
         what = f"{figures.num_unclosed} of {figures.num_rows} own thinkings never ended"

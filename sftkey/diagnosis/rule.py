@@ -63,7 +63,7 @@ class Gap:
 
     @property
     def points(self) -> str:
-        """Give the difference of the shares in percentage points, with its interval."""
+        """Return the difference of the shares in percentage points, with its interval."""
         low, high = self.acc_interval
         return f"{100 * self.acc:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
 
@@ -154,7 +154,7 @@ def _gap(before: Sequence[Outcome], after: Sequence[Outcome]) -> Gap:
 def _nats_gap(
     pairs: Sequence[tuple[float, int, float, int]],
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """Give a difference of losses a token over pairs of rows, with a 95% t interval.
+    """Return a difference of losses a token over pairs of rows, with a 95% t interval.
 
     Losses a token are ratios of two sums, so each row counts with its residuals from them
     (linearization: Cochran 1977, Sampling Techniques, section 6.4).
@@ -204,7 +204,7 @@ class Recommendation:
 
     @property
     def paragraph(self) -> str:
-        """Give all of it as one text."""
+        """Return all of it as one text."""
         return " ".join((self.sentence, *self.warnings))
 
 

@@ -112,7 +112,7 @@ def _chosen(
 
 
 def _stage_number(folder: Path, recipe: Recipe, stage: str | None) -> int:
-    """Give the place of a trained stage, the first being 1 and the base model 0."""
+    """Return the place of a trained stage, the first being 1 and the base model 0."""
     from sftkey.training.run_folder import Ledger
 
     trained = [each.status == "trained" for each in Ledger(folder, recipe, main=False).stages]

@@ -40,7 +40,7 @@ class Difference:
     num_conversations: int | None = None
 
     def points(self) -> str:
-        """Give the interval in percentage points."""
+        """Return the interval in percentage points."""
         return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in self.interval))
 
 
@@ -129,7 +129,7 @@ def compare_runs(folders: Iterable[Path], alpha: float | None = None) -> Compari
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Give a comparison as plain data; differences and shares run from -1 to 1."""
+    """Return a comparison as plain data; differences and shares run from -1 to 1."""
     return {
         "stages": [
             {
@@ -149,7 +149,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def render(comparison: Comparison) -> Group:
-    """Give the tables and their sentences, for a rich console."""
+    """Return the tables and their sentences, for a rich console."""
     rows = [(row.name, row.result, row.thinking) for row in comparison.rows]
     told = any(result.num_thinking_judged is not None for _, result, _ in rows)
     second: list[Table | Text] = [Text(), thinking_table(rows), Text()] if told else []
@@ -159,7 +159,7 @@ def render(comparison: Comparison) -> Group:
 
 
 def table(comparison: Comparison) -> Table:
-    """Give the table: a row for each stage, intervals below their figures."""
+    """Return the table: a row for each stage, intervals below their figures."""
     several = len({row.run for row in comparison.rows}) > 1
     units = {row.result.thinking_unit for row in comparison.rows}
     grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)

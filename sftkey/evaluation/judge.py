@@ -47,7 +47,7 @@ class JudgeFigures(BaseModel):
 
 
 def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Give Cohen's kappa of two graders; None where chance alone would have them always agree.
+    """Return Cohen's kappa of two graders; None where chance alone would have them always agree.
 
     1 is agreement throughout, 0 what graders with these shares reach by chance (Cohen 1960).
     """
@@ -120,7 +120,7 @@ class Verdicts:
                 self._known |= _row(line)
 
     def get(self, prompt: str) -> bool | None:
-        """Give the verdict on a prompt; None where there is none."""
+        """Return the verdict on a prompt; None where there is none."""
         return self._known.get(_sha256(prompt))
 
     def keep(self, prompt: str, right: bool) -> None:
@@ -218,7 +218,7 @@ class Judge:
         return flags | judged
 
     def _verdicts(self, prompts: Iterable[str]) -> dict[str, bool | None]:
-        """Give the verdicts by prompt: kept ones, and those that are asked for now."""
+        """Return the verdicts by prompt: kept ones, and those that are asked for now."""
         kept = Verdicts(self.section.base_url, self.section.model)
         verdicts = {prompt: kept.get(prompt) for prompt in prompts}
         asked = [prompt for prompt, right in verdicts.items() if right is None]
@@ -250,7 +250,7 @@ class Judge:
 
 
 def judge_prompt(example: Example, answer: str) -> str:
-    """Give what the judge is sent, and no more; the recipe's system message isn't part of it."""
+    """Return what the judge is sent, and no more; the recipe's system message isn't part of it."""
     question = example.prompt
     if not isinstance(question, str):
         turns = [turn for turn in question if turn["role"] != "system"]
@@ -270,7 +270,7 @@ def parse_verdict(text: object) -> bool | None:
 
 
 def open_client(section: JudgeSection) -> OpenAI:
-    """Give what speaks to the endpoint; nothing is sent yet.
+    """Return what speaks to the endpoint; nothing is sent yet.
 
     Raises:
         RecipeError: Its package isn't installed, or the key's environment variable isn't set.

@@ -263,7 +263,7 @@ class StageResult(BaseModel):
         return [question.index for question in self.questions]
 
     def score_at(self, alpha: float) -> float:
-        """Give alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
+        """Return alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
         return score_of(self.acc, self.fmt, alpha)
 
 
@@ -334,7 +334,7 @@ def score(
 
 
 def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
-    """Give what the questions' flags add up to."""
+    """Return what the questions' flags add up to."""
     num_right = sum(question.correct for question in questions)
     num_strict = sum(question.strict for question in questions)
     rows = [question.index for question in questions]
@@ -354,7 +354,7 @@ def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
 
 
 def _of_thinkings(questions: Sequence[Question]) -> dict[str, Any]:
-    """Give what the flags of the thinkings add up to, as far as a rule could tell them."""
+    """Return what the flags of the thinkings add up to, as far as a rule could tell them."""
     right = [each.thinking_right for each in questions if each.thinking_right is not None]
     follows = [each.follows for each in questions if each.follows is not None]
     counts = {"num_thinking_judged": len(right), "num_thinking_right": sum(right)}
@@ -366,7 +366,7 @@ def _of_thinkings(questions: Sequence[Question]) -> dict[str, Any]:
 def _mean_length(
     thinkings: Iterable[str | None], tokenizer: PreTrainedTokenizerBase | None
 ) -> float | None:
-    """Give the mean number of tokens, without a tokenizer of characters, where there is any."""
+    """Return the mean number of tokens, without a tokenizer of characters, where there is any."""
     texts = [thinking for thinking in thinkings if thinking is not None]
     if not texts:
         return None

@@ -56,7 +56,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
 
 
 def stage_judge(run: Run, stage: str) -> Judge | None:
-    """Give what asks the recipe's judge about a stage; without one nothing is imported."""
+    """Return what asks the recipe's judge about a stage; without one nothing is imported."""
     section = run.recipe.eval.judge
     if section is None:
         return None
@@ -78,7 +78,7 @@ def refuse_unready_judge(recipe: Recipe) -> None:
 
 
 def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
-    """Give the thinking's validation loss before and after a stage; None of the base model."""
+    """Return the thinking's validation loss before and after a stage; None of the base model."""
     for record in run.ledger.stages:
         losses = [record.validation.get(at, {}).get("thinking") for at in ("start", "end")]
         if record.name == stage and losses[0] is not None and losses[1] is not None:

@@ -14,7 +14,7 @@ Z_95 = 1.959963984540054  # the normal quantile at 0.975: every interval here is
 
 
 def wilson(num_right: int, num_questions: int) -> tuple[float, float]:
-    """Give Wilson's score interval of a share; without a question it is all of [0, 1].
+    """Return Wilson's score interval of a share; without a question it is all of [0, 1].
 
     It holds for few questions and for shares near 0 and 1, where the normal interval doesn't
     (Wilson 1927; Brown, Cai and DasGupta 2001).
@@ -26,7 +26,7 @@ def wilson(num_right: int, num_questions: int) -> tuple[float, float]:
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
-    """Give the difference of two shares on the same questions, and the ends of its 95% interval.
+    """Return the difference of two shares on the same questions, and the ends of its 95% interval.
 
     All three are shares (0.01 is one point), above 0 where `after` has more right. The interval
     is Tango's score interval: unlike the normal one it holds where few questions changed sides,
@@ -81,7 +81,7 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
 
 
 def chance_of_worse(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Give the p of McNemar's exact test against one side: that `after` has fewer right.
+    """Return the p of McNemar's exact test against one side: that `after` has fewer right.
 
     For a warning, which asks whether something got worse and not whether it changed.
     """
@@ -117,5 +117,5 @@ def _tango_score(difference: float, gains: int, losses: int, num_questions: int)
 
 
 def score_of(acc: float, fmt: float, alpha: float) -> float:
-    """Give alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
+    """Return alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
     return alpha * acc + (1 - alpha) * fmt

@@ -89,7 +89,7 @@ def arrives(thinking: str, answer: str) -> bool:
 
 
 def thinking_hash(text: str, response: Response) -> str:
-    """Give 16 hex digits that are equal where two completions are, up to the thinking's end.
+    """Return 16 hex digits that are equal where two completions are, up to the thinking's end.
 
     The thinking ends at the first closing tag, where a key would begin; one that was never closed
     is all of its text.
@@ -116,7 +116,7 @@ def _says(step: Step, wanted: Step) -> bool:
 
 
 def _steps(text: str, words: bool) -> list[Step]:
-    """Give the numbers and signs of each clause that has a number, or of each all that it says."""
+    """Return the numbers and signs of each clause that has a number, or all that each says."""
     steps = []
     for clause in _STEP_ENDS.split(text):
         clause = plain(_BULLET.sub("", clause)).casefold()
@@ -177,7 +177,7 @@ def follow_thinkings(
 
 
 def last_named(thinking: str, choices: Sequence[str]) -> str | None:
-    """Give the choice that a thinking names last; a single letter counts in upper case alone.
+    """Return the choice that a thinking names last; a single letter counts in upper case alone.
 
     >>> last_named("It is no fish, so the claim is False.", ["true", "false"])
     'false'

@@ -81,7 +81,7 @@ class ThinkingChange:
         return [f"{self.after} harmed the thinking: {'; '.join(harms)}. {REMEDY}"] if harms else []
 
     def line(self) -> str:
-        """Give all that is known in one line, for the log."""
+        """Return all that is known in one line, for the log."""
         figures = []
         if self.num_identical is not None:
             figures.append(f"{self.num_identical} of {self.num_questions} identical")
@@ -99,7 +99,7 @@ class ThinkingChange:
         return f"{self.after}: thinking{since}: {', '.join(figures) or 'nothing is known'}"
 
     def as_json(self) -> dict[str, Any]:
-        """Give the figures as plain data."""
+        """Return the figures as plain data."""
         return {**asdict(self), "harms": self.harms()}
 
 
@@ -133,7 +133,7 @@ def thinking_change(
 
 
 def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> Table:
-    """Give the table of what the stages did to the thinking, a row for each named result.
+    """Return the table of what the stages did to the thinking, a row for each named result.
 
     Whether answers follow from their thinking is a column where a rule can tell it of any.
     """

@@ -69,7 +69,7 @@ class Switch:
 
     @property
     def marker(self) -> str:
-        """Give what tells that the thinking has ended."""
+        """Return what tells that the thinking has ended."""
         unclosed = self.close + self.answer_open
         return self.close.strip() or unclosed.rstrip() or unclosed
 
@@ -267,7 +267,7 @@ def _kept(
 def _padded(
     model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the prompts, filled up on the left, and their mask: `(B, T)` each."""
+    """Return the prompts, filled up on the left, and their mask: `(B, T)` each."""
     length = max(len(prompt) for prompt in prompts)
     padding = [[config.pad_token_id] * (length - len(prompt)) for prompt in prompts]
     rows = [pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
@@ -282,6 +282,6 @@ def _changed(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
 
 
 def cache_name(model: PreTrainedModel | PeftModel) -> str:
-    """Give the argument of the cache, which transformers 5.24 renamed."""
+    """Return the argument of the cache, which transformers 5.24 renamed."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

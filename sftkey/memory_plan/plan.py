@@ -400,7 +400,7 @@ class Fit:
     changes: list[str] | None
 
     def as_json(self) -> dict[str, Any]:
-        """Give plan and changes."""
+        """Return plan and changes."""
         return {**self.plan.as_json(), "changes": self.changes}
 
     @property
@@ -418,7 +418,7 @@ class Fit:
         return f"write {' '.join(self.changes)}" if self.changes else NONE_FITS
 
     def finding(self) -> dict[str, Any]:
-        """Give the fields of the gate's finding."""
+        """Return the fields of the gate's finding."""
         return {
             "code": "memory",
             "rows": (),

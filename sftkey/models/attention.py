@@ -78,7 +78,7 @@ class GroupedAttention:
         return found.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
     def _grouped(self, mask: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Give the mask of a group's queries as numbers; all layers share the tensor."""
+        """Return the mask of a group's queries as numbers; all layers share the tensor."""
         if id(mask) not in self._masks:
             numbers = mask
             if mask.dtype == torch.bool:

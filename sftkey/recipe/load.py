@@ -86,7 +86,7 @@ def _filled(values: Any, section: type[Section]) -> dict[str, Any]:
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """Give the keys, as overrides write them, whose values differ between two recipes."""
+    """Return the keys, as overrides write them, whose values differ between two recipes."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     if [stage.name for stage in old.stages] == [stage.name for stage in new.stages]:
         for plain in (before, after):

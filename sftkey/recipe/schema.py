@@ -406,7 +406,7 @@ class Recipe(Section):
         )
 
     def stage_trainer(self, stage: StageSection) -> dict[str, Any]:
-        """Give the shared trainer settings with the stage's own laid over."""
+        """Return the shared trainer settings with the stage's own laid over."""
         return {**self.trainer, **stage.trainer}
 
     def to_yaml(self) -> str:

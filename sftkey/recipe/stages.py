@@ -82,7 +82,7 @@ class KeyAdapterSpec:
 
 
 def key_adapter_specs(recipe: Recipe, stage: StageSection) -> list[KeyAdapterSpec]:
-    """Give the adapters of a frozen stage; those of a grid are all combinations of its values."""
+    """Return the adapters of a frozen stage; those of a grid are all combinations of its values."""
     own = stage.lora if stage.lora is not None else recipe.lora
     lora = {key: value for key, value in (own or {}).items() if key not in ON_ALL_TOKENS}
     grid = stage.grid or {}

@@ -44,7 +44,7 @@ def buckets(cells: Cells, control: Cells, measure: Measure) -> tuple[Bucket, ...
 
 
 def _bucket(part: Any, measured: Any, rows: Any, flags: tuple[Any, Any], same: bool) -> Bucket:
-    """Give the figures of some questions of each seed, whose places are `(S, q)`.
+    """Return the figures of some questions of each seed, whose places are `(S, q)`.
 
     Args:
         part: The places.
@@ -72,7 +72,7 @@ def _bucket(part: Any, measured: Any, rows: Any, flags: tuple[Any, Any], same: b
 
 
 def _measured(cell: FinishedCell, measure: Measure) -> list[float] | None:
-    """Give the measure of each question; None where the cell doesn't have the lengths."""
+    """Return the measure of each question; None where the cell doesn't have the lengths."""
     thinking, key = (cell.reference_tokens.get(name, []) for name in ("thinking", "key"))
     if len(thinking) != len(cell.questions) or len(key) != len(thinking):
         return None

@@ -76,19 +76,19 @@ class StudyFolder:
         return StudyFolder(self.root / "screen", self.root)
 
     def runs(self, task: str) -> Path:
-        """Give the folder of a task's runs."""
+        """Return the folder of a task's runs."""
         return self.root / task
 
     def run(self, cell: Cell) -> Path:
-        """Give a cell's run folder."""
+        """Return a cell's run folder."""
         return self.runs(cell.task) / cell.name
 
     def record(self, cell: Cell) -> Path:
-        """Give the file that is there when a cell is finished."""
+        """Return the file that is there when a cell is finished."""
         return self.root / "cells" / cell.task / cell.arm / f"seed-{cell.seed}.json"
 
     def choices(self, task: str) -> Path:
-        """Give the file of what was chosen on a task's validation rows."""
+        """Return the file of what was chosen on a task's validation rows."""
         return (self.chosen or self.root) / "choices" / f"{task}.json"
 
 
@@ -98,13 +98,13 @@ def hashed(value: Any) -> str:
 
 
 def rows_key(recipe: Recipe) -> str:
-    """Give what two recipes share that make the same rows."""
+    """Return what two recipes share that make the same rows."""
     sections = recipe.model_dump(mode="json", include={"seed", "model", "data", "response"})
     return hashed(sections)
 
 
 def prefix_key(recipe: Recipe, num_stages: int) -> str:
-    """Give what two recipes share whose first stages end in the same weights.
+    """Return what two recipes share whose first stages end in the same weights.
 
     That is all but the name, the evaluation and the later stages.
     """
@@ -280,7 +280,7 @@ def hardware(run: Run) -> str:
 
 
 def commit() -> str:
-    """Give the commit of the sources, marked where they were changed; else the version."""
+    """Return the commit of the sources, marked where they were changed; else the version."""
     arguments = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
         done = subprocess.run(

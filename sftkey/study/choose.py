@@ -55,7 +55,7 @@ class StudyChoices:
     note: Callable[[str], None]
 
     def of(self, arm: str, choose: bool = True) -> Picked:
-        """Give what is chosen for an arm's stages.
+        """Return what is chosen for an arm's stages.
 
         Args:
             arm: One of the study's.
@@ -103,7 +103,7 @@ class StudyChoices:
         return [self._key(arm, n) for arm in self.arms for n in range(len(strategies[arm].stages))]
 
     def _key(self, arm: str, number: int) -> str:
-        """Give what two arms share that come to a stage in the same way."""
+        """Return what two arms share that come to a stage in the same way."""
         strategy = self.study.strategy(arm)
         last = number == len(strategy.stages) - 1
         way = [list(map(dict, strategy.stages[: number + 1])), dict(strategy.response or {})]
@@ -193,7 +193,7 @@ class StudyChoices:
         return {**acc, "loss": loss if math.isfinite(loss) else None}
 
     def _few_rows(self, choice: Choice, recipe: Recipe) -> Prepared:
-        """Give the first training rows, and the validation rows where test rows are asked."""
+        """Return the first training rows, and the validation rows where test rows are asked."""
         prepared = self.rows(recipe)
         if prepared.validation is None:
             what = "choose: expected validation rows to choose on; got none"
@@ -239,7 +239,7 @@ def _rank(tried: ChoiceFigures) -> tuple[float, float]:
 
 
 def accuracy(run: Run) -> float:
-    """Give Acc, by the rule, of what the last stage answered."""
+    """Return Acc, by the rule, of what the last stage answered."""
     questions, renderer, settings = run.answers.questions, run.prepared.renderer, run.recipe.eval
     stage = run.recipe.stages[-1].name
     file = run.ledger.generations(stage)
@@ -257,7 +257,7 @@ def accuracy(run: Run) -> float:
 
 
 def validation_loss(losses: dict[str, float], prepared: Prepared, by: str) -> float:
-    """Give the mean loss a token over the segments of `by`, from the means of all segments."""
+    """Return the mean loss a token over the segments of `by`, from the means of all segments."""
     weights, tokens = weights_by_segment(by), prepared.counts["tokens"]["validation"]
     counted = {
         segment.name.lower(): tokens[segment.name] for segment in Segment if weights[segment]

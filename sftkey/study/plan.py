@@ -103,7 +103,7 @@ class Pace:
         return total
 
     def _rate(self, task: str, stage: str) -> float | None:
-        """Give the tokens a second of such a stage on this task, else of whatever was trained."""
+        """Return the tokens a second of such a stage on this task, else of whatever was trained."""
         timed = [
             (record["task"] == task and name == stage, record["tokens"][name], seconds)
             for record in self.records
@@ -117,7 +117,7 @@ class Pace:
 
 
 def _own_seconds(record: dict[str, Any]) -> float:
-    """Give the seconds of the stages that this cell trained itself."""
+    """Return the seconds of the stages that this cell trained itself."""
     shared = record["shared_from"]
     return float(sum(s for name, s in record["seconds"].items() if not shared[name]))
 

@@ -20,7 +20,7 @@ def report(
     title: str = "Results",
     alpha: float | None = None,
 ) -> str:
-    """Give `report.md`.
+    """Return `report.md`.
 
     Args:
         results: The study's.
@@ -71,7 +71,7 @@ def _pictures(files: Sequence[str]) -> list[str]:
 
 
 def table(results: StudyResults, task: str, alpha: float | None = None) -> str:
-    """Give a task's table in Markdown; `alpha` adds Score."""
+    """Return a task's table in Markdown; `alpha` adds Score."""
     arms = [arm for arm in results.arms if arm.task == task]
     rows = [[cell.format(control=results.control) for cell in HEAD], *map(_row, arms)]
     if alpha is not None:
@@ -291,7 +291,7 @@ def _num_rows(results: StudyResults, task: str, name: str) -> int:
 
 
 def _looks(results: StudyResults, arm: str) -> tuple[str, str]:
-    """Give an arm's colour and marker, the same in every picture; the control is black."""
+    """Return an arm's colour and marker, the same in every picture; the control is black."""
     if arm == results.control:
         return BLACK, "s"
     names = list(dict.fromkeys(each.name for each in results.arms))
@@ -358,7 +358,7 @@ Bar = tuple[str, dict[str, float]]
 
 
 def _bars(arms: Sequence[ArmFigures]) -> list[Bar]:
-    """Give the bars of loss and gradient, of every stage of every arm that starts elsewhere."""
+    """Return the bars of loss and gradient, of every stage of every arm that starts elsewhere."""
     bars: list[Bar] = []
     for arm in arms:
         for stage in arm.stages:

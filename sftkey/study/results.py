@@ -174,7 +174,7 @@ def write_results(folder: Path, results: StudyResults) -> Path:
 
 
 def find_results(path: Path) -> Path | None:
-    """Give the results that a path names: the file itself, or that of a study's folder."""
+    """Return the results that a path names: the file itself, or that of a study's folder."""
     if path.is_file():
         return path
     return path / RESULTS if (path / RESULTS).is_file() else None
@@ -228,7 +228,7 @@ class Answered(BaseModel):
         return [question.index for question in self.questions]
 
     def flags(self, name: str) -> list[bool]:
-        """Give one kind of flag that every question has."""
+        """Return one kind of flag that every question has."""
         return [getattr(question, name) for question in self.questions]
 
 
@@ -288,7 +288,7 @@ def _read(file: Path) -> FinishedCell:
 
 
 def table_of(answered: Iterable[Answered], name: str) -> Any:
-    """Give one kind of flag as an array `(S, Q)`."""
+    """Return one kind of flag as an array `(S, Q)`."""
     return np.array([each.flags(name) for each in answered], dtype=bool)
 
 

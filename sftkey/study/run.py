@@ -70,7 +70,7 @@ class StudyRun:
     _questions: dict[str, Sequence[Example]] = field(default_factory=dict)
 
     def cells(self, choose: bool = True) -> Iterator[Cell]:
-        """Give all cells in the order in which they are run: one that others start from is first.
+        """Return all cells in the order in which they are run: one that others start from is first.
 
         Args:
             choose: Choose what is still to be chosen; otherwise it is as in the recipes.
@@ -84,11 +84,11 @@ class StudyRun:
 
     @property
     def arms(self) -> list[str]:
-        """Give the arms with few stages first, since later ones take these over."""
+        """Return the arms with few stages first, since later ones take these over."""
         return sorted(self.study.arms, key=lambda arm: len(self.study.strategy(arm).stages))
 
     def choices(self, file: Path) -> StudyChoices:
-        """Give what was chosen for a task, and what chooses."""
+        """Return what was chosen for a task, and what chooses."""
         return StudyChoices(
             self.study, file, self.folder, self.arms, self.rows, self.matched, self.note
         )
@@ -125,7 +125,7 @@ class StudyRun:
         return laid
 
     def rows(self, recipe: Recipe) -> Prepared:
-        """Give a recipe's rows; arms of one seed share them."""
+        """Return a recipe's rows; arms of one seed share them."""
         key = rows_key(recipe)
         if key not in self._rows:
             self._rows[key] = self._read(recipe)
@@ -254,7 +254,7 @@ class StudyRun:
             raise RunError(error.where, error.problems, OTHER_STUDY) from None
 
     def _base(self, run: Run, cell: Cell) -> Path:
-        """Give the file of the base model's answers to these very questions."""
+        """Return the file of the base model's answers to these very questions."""
         settings = run.recipe.eval.model_dump(include={"max_new_tokens", "temperature"})
         asked = {
             "prompts": [

@@ -94,7 +94,7 @@ def strategy_recipe(
     overrides: Sequence[str] = (),
     chosen: Sequence[Mapping[str, float]] = (),
 ) -> Recipe:
-    """Give a recipe with a strategy's stages in place of its own.
+    """Return a recipe with a strategy's stages in place of its own.
 
     Args:
         file: The recipe.
@@ -254,7 +254,7 @@ class Study(StudySection):
         return self.model_copy(update={"arms": kept}) if self.confirm else None
 
     def strategy(self, arm: str) -> Strategy:
-        """Give the strategy of an arm."""
+        """Return the strategy of an arm."""
         own = self.strategies.get(arm)
         return Strategy(own.stages, overrides=own.overrides) if own else STRATEGIES[arm]
 
@@ -379,7 +379,7 @@ def arm_recipe(
     chosen: Sequence[Mapping[str, float]] = (),
     num_stages: int | None = None,
 ) -> Recipe:
-    """Give the recipe of an arm's cell.
+    """Return the recipe of an arm's cell.
 
     Args:
         study: The study.

@@ -41,7 +41,7 @@ class Estimate:
 
 
 def mean_interval(right: Any, same_questions: bool = True) -> tuple[Floats, Floats, Floats]:
-    """Give the share of right flags `(…)` and the ends of its 95% interval over both chances."""
+    """Return the share of right flags `(…)` and the ends of its 95% interval over both chances."""
     values = np.asarray(right, dtype=np.float64)
     low, high = _ends(_with(values, _ADDED_TO_SHARES), same_questions)
     return values.mean((-2, -1)), np.maximum(low, 0.0), np.minimum(high, 1.0)
@@ -50,7 +50,7 @@ def mean_interval(right: Any, same_questions: bool = True) -> tuple[Floats, Floa
 def difference_interval(
     arm: Any, control: Any, same_questions: bool = True
 ) -> tuple[Floats, Floats, Floats]:
-    """Give how much more an arm has right `(…)` and the ends of its 95% interval.
+    """Return how much more an arm has right `(…)` and the ends of its 95% interval.
 
     Args:
         arm: Flags `(…, S, Q)`.
@@ -63,13 +63,13 @@ def difference_interval(
 
 
 def mean_estimate(right: Any, same_questions: bool = True) -> Estimate:
-    """Give the interval of flags `(S, Q)`."""
+    """Return the interval of flags `(S, Q)`."""
     value, low, high = map(float, mean_interval(right, same_questions))
     return Estimate(value, (low, high), *np.shape(right))
 
 
 def difference_estimate(arm: Any, control: Any, same_questions: bool = True) -> Estimate:
-    """Give the interval of the difference of flags `(S, Q)`."""
+    """Return the interval of the difference of flags `(S, Q)`."""
     value, low, high = map(float, difference_interval(arm, control, same_questions))
     return Estimate(value, (low, high), *np.shape(arm))
 

@@ -94,7 +94,7 @@ def _thinking_loss(cells: Cells) -> tuple[float, float] | None:
 
 
 def shares(cells: Cells) -> tuple[Shares, Shares]:
-    """Give each segment's share of the loss and of the gradient's norm, by stage, over seeds.
+    """Return each segment's share of the loss and of the gradient's norm, by stage, over seeds.
 
     Of the validation rows' completions as the stage finds them, trained or not: what a plain loss
     over all of it would be made of.
@@ -335,7 +335,7 @@ def _same_stages(cells: Cells, earlier: Cells, stages: Sequence[str]) -> bool:
 
 
 def _base(cells: Cells) -> ArmFigures | None:
-    """Give the row of the model before all stages: no seed trained it.
+    """Return the row of the model before all stages: no seed trained it.
 
     Greedy answers to the same questions are the same for all seeds, and count once; other
     questions of other seeds are so many more of one model.

@@ -43,7 +43,7 @@ class Answers:
 
     @cached_property
     def questions(self) -> list[Example]:
-        """Give the test rows that are asked."""
+        """Return the test rows that are asked."""
         return self.prepared.questions(self.recipe)
 
     def missing(self, name: str) -> bool:

@@ -32,7 +32,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:
-    """Give the newest whole checkpoint of a stage.
+    """Return the newest whole checkpoint of a stage.
 
     Args:
         folder: Where the stage's checkpoints lie.

@@ -44,11 +44,11 @@ class Aligned:
 
     @property
     def num_context(self) -> int:
-        """Give C."""
+        """Return C."""
         return self.input_ids.shape[1] - self.labels.shape[1]
 
     def repeated(self, count: int) -> Aligned:
-        """Give the batch so many times over, one copy behind another."""
+        """Return the batch so many times over, one copy behind another."""
         if count == 1:
             return self
         return Aligned(
@@ -181,7 +181,7 @@ def _read_context(model: PreTrainedModel, batch: Aligned, num_chunks: int) -> Dy
 
 
 def _num_chunks(input_ids: torch.Tensor) -> int:
-    """Give the number of passes: the same for all processes, since sharded layers meet in each."""
+    """Return the number of passes: the same in all processes; sharded layers meet in each."""
     num_chunks = torch.tensor(-(-input_ids.numel() // CHUNK_TOKENS), device=input_ids.device)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(num_chunks, distributed.ReduceOp.MAX)
@@ -189,7 +189,7 @@ def _num_chunks(input_ids: torch.Tensor) -> int:
 
 
 def _cache_name(backbone: torch.nn.Module) -> str:
-    """Give the argument of the cache, which transformers 5.24 renamed."""
+    """Return the argument of the cache, which transformers 5.24 renamed."""
     return (
         "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
     )

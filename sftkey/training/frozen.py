@@ -21,7 +21,7 @@ WEIGHTS_FILE = "key_adapters.safetensors"  # of a checkpoint; the context's weig
 
 
 def key_starts(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Give the place of the token that predicts a row's first key token: T of the paper's Eq. 4.
+    """Return the place of the token that predicts a row's first key token: T of the paper's Eq. 4.
 
     Args:
         segment_ids: `(B, T)`, filled up with -1 on the right.
@@ -54,7 +54,7 @@ class FrozenTrainer(KeyTrainer):
 
     @property
     def best(self) -> int:
-        """Give the number of the adapter with the lowest validation loss so far."""
+        """Return the number of the adapter with the lowest validation loss so far."""
         losses = torch.tensor(self.member_losses or [0.0] * len(self.members))
         return int(losses.nan_to_num(nan=torch.inf).argmin())
 
@@ -92,7 +92,7 @@ class FrozenTrainer(KeyTrainer):
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Give each adapter's sums, `(N, 2, 5)`: the context's losses are the same for all."""
+        """Return each adapter's sums, `(N, 2, 5)`: the context's losses are the same for all."""
         targets = segment_ids[:, 1:]
         of_key = targets >= Segment.ANSWER_TAG
         context = token_losses(self.model_wrapped, inputs)
@@ -111,7 +111,7 @@ class FrozenTrainer(KeyTrainer):
         return sums[self.best]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Give each adapter of a grid a group, and so a learning rate, of its own."""
+        """Return each adapter of a grid a group, and so a learning rate, of its own."""
         if len(self.members) == 1 and self.members[0].learning_rate is None:
             optimizer: torch.optim.Optimizer = super().create_optimizer(model)
             return optimizer

@@ -260,7 +260,7 @@ class StageLog(TrainerCallback):
 
 
 def segments_of(figures: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Give the figures whose key begins with `prefix`, under the rest of it."""
+    """Return the figures whose key begins with `prefix`, under the rest of it."""
     return {
         key.removeprefix(prefix): value for key, value in figures.items() if key.startswith(prefix)
     }

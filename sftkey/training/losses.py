@@ -26,7 +26,7 @@ NARROWEST_TILE, WIDEST_TILE = 256, 32768  # entries of the vocabulary
 def token_losses(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], context: Context = "exact"
 ) -> torch.Tensor:
-    """Give the negative log-likelihood of every labelled token, in nats.
+    """Return the negative log-likelihood of every labelled token, in nats.
 
     It is one call of the model with a keyword, so that DDP, FSDP and PEFT see it as any other.
 

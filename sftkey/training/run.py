@@ -138,7 +138,7 @@ class Run:
 
     @cached_property
     def answers(self) -> Answers:
-        """Give what writes the answers to the test questions."""
+        """Return what writes the answers to the test questions."""
         return Answers(self.recipe, self.ledger, self.tokenizer, self.prepared, self.progress)
 
     def stages(self, train: bool = True) -> Iterator[str]:
@@ -342,6 +342,6 @@ def make_progress(
 
 
 def handoff_tolerance(recipe: Recipe, device: Device) -> float:
-    """Give how far a stage's first losses may lie from the last ones before it, nats a token."""
+    """Return how far a stage's first losses may lie from the last ones before it, nats a token."""
     exact = recipe.model.quantization == "none" and device.compute_dtype == torch.float32
     return 1e-4 if exact else 1e-3

@@ -58,15 +58,15 @@ class Ledger:
         return self.folder / "ledger.json"
 
     def stage_folder(self, number: int) -> Path:
-        """Give the folder of the stage at `number`, counted from 0: `stages/1-completion`, say."""
+        """Return the folder of the stage at `number` from 0: `stages/1-completion`, say."""
         return self.folder / "stages" / f"{number + 1}-{self.stages[number].name}"
 
     def adapter(self, number: int) -> Path:
-        """Give the folder of what a stage has trained: its adapter, or its whole model."""
+        """Return the folder of what a stage has trained: its adapter, or its whole model."""
         return self.stage_folder(number) / "adapter"
 
     def generations(self, name: str) -> Path:
-        """Give the file of a stage's answers, or of the base model's; it is there when whole."""
+        """Return the file of a stage's answers, or of the base model's; it is there when whole."""
         return self.folder / "evaluation" / f"{name}.jsonl"
 
     def save(self) -> None:
@@ -132,7 +132,7 @@ def refuse_changed(folder: Path, recipe: Recipe) -> None:
 
 
 def value_at(recipe: Recipe, key: str) -> Any:
-    """Give what a recipe says at a dotted path; stages go by their names."""
+    """Return what a recipe says at a dotted path; stages go by their names."""
     value: Any = recipe.model_dump(mode="json")
     value["stages"] = {stage["name"]: stage for stage in value["stages"]}
     for part in key.split("."):
@@ -157,7 +157,7 @@ def run_recipe(folder: Path) -> Recipe:
 
 
 def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
-    """Give the place of a trained stage, the first being 1; 0 is the base model.
+    """Return the place of a trained stage, the first being 1; 0 is the base model.
 
     Args:
         folder: The run's.

@@ -73,7 +73,7 @@ NUM_ROWS = 16  # validation rows: half a minute of a small model on two cores
 
 
 def gradient_norms(trainer: KeyTrainer) -> dict[str, float]:
-    """Give by segment the norm of its loss's gradient, summed over rows, on what is trained.
+    """Return by segment the norm of its loss's gradient, summed over rows, on what is trained.
 
     Every segment of the completion is measured, trained by the stage or not, on the first
     validation rows, without dropout. Nothing of the trainer changes.

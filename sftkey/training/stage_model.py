@@ -57,7 +57,7 @@ def refuse_mixed_rows(model: PreTrainedModel | PeftModel, probe: bool = True) ->
 
 @torch.no_grad()
 def _moved(model: PreTrainedModel) -> tuple[float, float]:
-    """Give the share by which packing moves a second row's hidden states, and how far it may."""
+    """Return the share by which packing moves a second row's hidden states, and how far it may."""
     vocabulary: Any = model.get_input_embeddings().num_embeddings
     places = [torch.arange(length, device=model.device)[None] for length in PROBE]
     rows = [(each * 7 + number + 3) % vocabulary for number, each in enumerate(places)]

@@ -143,7 +143,7 @@ class KeyTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Give a micro-batch's part of the step's loss; `num_items_in_batch` is the step's Σ wₜ."""
+        """Return a micro-batch's part of the step's loss; `num_items_in_batch`: the step's Σ wₜ."""
         segment_ids = inputs.pop("segment_ids")
         weights = inputs.pop("loss_weights")[:, 1:]
         losses = self._losses(model, inputs, segment_ids)
@@ -183,7 +183,7 @@ class KeyTrainer(SFTTrainer):
     def _losses(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Give the losses of the labelled tokens, `(B, T - 1)` or several times that."""
+        """Return the losses of the labelled tokens, `(B, T - 1)` or several times that."""
         return token_losses(model, inputs, self.context)
 
     def _get_num_items_in_batch(
@@ -215,7 +215,7 @@ class KeyTrainer(SFTTrainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
-        """Give none: `evaluation_loop` chooses its own order."""
+        """Return none: `evaluation_loop` chooses its own order."""
 
     def _count(
         self,
@@ -242,7 +242,7 @@ class KeyTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, **kwargs: Any
     ) -> EvalLoopOutput:
-        """Give the validation loss of every segment, trained or not, counted token by token.
+        """Return the validation loss of every segment, trained or not, counted token by token.
 
         Every process takes its share of the rows; none counts twice, as rows would that a
         distributed sampler repeats to fill the last batch.
@@ -269,15 +269,15 @@ class KeyTrainer(SFTTrainer):
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Give the sums of a batch of validation rows, `(2, 5)`."""
+        """Return the sums of a batch of validation rows, `(2, 5)`."""
         return segment_sums(token_losses(self.model_wrapped, inputs), segment_ids[:, 1:])
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
-        """Give the sums of all validation rows that are reported, `(2, 5)`."""
+        """Return the sums of all validation rows that are reported, `(2, 5)`."""
         return sums
 
     def _weighted(self, sums: torch.Tensor) -> torch.Tensor:
-        """Give the stage's own loss, from sums `(…, 2, 5)`."""
+        """Return the stage's own loss, from sums `(…, 2, 5)`."""
         weights = torch.tensor(self.segment_weights)
         above, below = (sums * weights).sum(-1).unbind(-1)
         return above / below

@@ -46,7 +46,7 @@ def written(tokenizer: Any, stops: list[str] | None = None, **config: Any) -> Re
 
 
 def refusals(recipe: Recipe) -> list[str]:
-    """Give what the gate refuses."""
+    """Return what the gate refuses."""
     return [str(finding) for finding in check(recipe).refusals]
 
 

@@ -182,7 +182,7 @@ def test_a_built_in_name_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def renderer() -> Renderer:
-    """Give a frame."""
+    """Return a frame."""
     return probe_renderer(made("look_ahead", CHATML), ResponseSection())
 
 

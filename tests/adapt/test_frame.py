@@ -22,7 +22,7 @@ DATE = {"date_string": "26 Jul 2024"}
 
 
 def tags(choice: FrameChoice) -> tuple[Any, Any]:
-    """Give the tags that were chosen."""
+    """Return the tags that were chosen."""
     return choice.section.thinking, choice.section.answer
 
 

@@ -47,7 +47,7 @@ class Cost:
     peak: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the cost as a line of `--json`."""
+        """Return the cost as a line of `--json`."""
         spread = Spread.of(self.seconds)
         return {
             "method": self.method,
@@ -125,7 +125,7 @@ def bars(costs: Sequence[Cost], num_rows: int, length: int) -> list[Bar]:
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Give the median of the rounds' own ratios: what slows one round slows both of its sides."""
+    """Return the median of the rounds' own ratios: what slows one round slows both of its sides."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def settings(device: str, quick: bool) -> tuple[list[tuple[int, int]], list[int]]:
-    """Give rows and lengths of the table's batches, the bars' first, and the lengths that grow."""
+    """Return rows and lengths of the table's batches, the bars' first, then growing lengths."""
     if quick:
         return [(4, 64), (1, 128)], [32, 64]
     if device == "cuda":

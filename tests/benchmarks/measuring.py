@@ -26,7 +26,7 @@ class Bar:
     at_most: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the bar as it stands in the last line of `--json`."""
+        """Return the bar as it stands in the last line of `--json`."""
         holds = self.measured <= self.limit if self.at_most else self.measured >= self.limit
         measured = round(self.measured, 3)
         return {"name": self.name, "measured": measured, "limit": self.limit, "holds": holds}
@@ -78,7 +78,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_bytes(step: Step, device: str = "cpu") -> int:
-    """Give by how much a step's allocations rise above what is held when it starts.
+    """Return by how much a step's allocations rise above what is held when it starts.
 
     CUDA counts itself; on the CPU it is torch's allocator, through the profiler's records.
     """

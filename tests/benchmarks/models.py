@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def vocabulary(self) -> int:
-        """Give the number of tokens."""
+        """Return the number of tokens."""
         size: int = self.config["vocab_size"]
         return size
 

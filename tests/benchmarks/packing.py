@@ -121,12 +121,12 @@ def _epoch(sides: Sides, steps: Batches) -> float:
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Give the median of the rounds' own ratios: what slows one round slows both of its sides."""
+    """Return the median of the rounds' own ratios: what slows one round slows both of its sides."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _shares(sides: Sides, steps: Batches) -> dict[str, float]:
-    """Give the seconds of an epoch's products and attention, backward included, by the profiler."""
+    """Return the profiler's seconds of an epoch's products and attention, with backward."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         _epoch(sides, steps)
     own = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}

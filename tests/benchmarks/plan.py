@@ -79,7 +79,7 @@ class Row:
         return (self.planned_held + self.planned_peak) / measured - 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Give it as it stands in `--json`."""
+        """Return it as it stands in `--json`."""
         errors = {"error": round(self.error, 4), "whole_error": round(self.whole_error, 4)}
         return {**asdict(self), **errors, "held_out": self.held_out}
 
@@ -107,7 +107,7 @@ class WithoutProducts(TorchDispatchMode):
 def planned(
     device: Kind, shape: Shape, method: str, rows: Batch, num_labelled: int
 ) -> tuple[int, int]:
-    """Give what the plan says is held, and what a batch needs beside."""
+    """Return what the plan says is held, and what a batch needs beside."""
     dtype = "bfloat16" if shape.quantized else "float32"
     setting = Setting(
         kind=device,
@@ -133,7 +133,7 @@ def skeleton(name: str) -> Skeleton:
 
 
 def labelled(rows: Batch, method: str) -> int:
-    """Give the number of a row's tokens that the loss is on."""
+    """Return the number of a row's tokens that the loss is on."""
     return rows.num_key if method == "detached" else rows.length - round(rows.length * PROMPT_SHARE)
 
 

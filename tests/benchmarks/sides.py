@@ -113,7 +113,7 @@ class Sides:
         assert abs(loss - expected) < (2e-2 if self.shape.quantized else 1e-4), (loss, expected)
 
     def arguments(self) -> SFTConfig:
-        """Give the settings of all trainers."""
+        """Return the settings of all trainers."""
         return SFTConfig(
             output_dir=str(self.folder),
             bf16=self.device == "cuda",

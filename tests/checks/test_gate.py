@@ -43,7 +43,7 @@ WITHOUT_SYSTEM = (
 
 @pytest.fixture
 def gate(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Gate:
-    """Give a function that writes rows and a recipe over them, and checks it."""
+    """Return a function that writes rows and a recipe over them, and checks it."""
 
     def run(*overrides: str, rows: Any = ROWS, env: Any = None, **sections: Any) -> Report:
         file = tmp_path / "these.jsonl"
@@ -69,7 +69,7 @@ def base_model(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def of_model(folder: Path) -> str:
-    """Give the override of `model` for a folder."""
+    """Return the override of `model` for a folder."""
     return f"model={{name_or_path: {folder}, quantization: none}}"
 
 
@@ -183,7 +183,7 @@ BAD_ROWS_FOUND = [
 
 @pytest.fixture
 def asked_again(tmp_path: Path) -> str:
-    """Give the override of `data.test` for a file with train's first row."""
+    """Return the override of `data.test` for a file with train's first row."""
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps(ROWS[0]) + "\n")
     return f"data.test={file}"
@@ -535,7 +535,7 @@ def test_the_oracle_sees_rows_from_all_over_train(
 
 @pytest.fixture
 def recipe_of(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """Give a function that writes rows with a test split, and a recipe over them."""
+    """Return a function that writes rows with a test split, and a recipe over them."""
 
     def write(rows: list[dict[str, str]] = ROWS, **sections: Any) -> Path:
         file = tmp_path / "these.jsonl"

@@ -20,7 +20,7 @@ COMMANDS = (
 
 
 def ended(*arguments: str) -> int:
-    """Give the exit code of a command."""
+    """Return the exit code of a command."""
     with pytest.raises(SystemExit) as end:
         main(arguments)
     return int(end.value.code or 0)

@@ -42,7 +42,7 @@ def refuse(*arguments: Any, **named: Any) -> None:
 
 
 def figures(out: str, stage: str) -> list[str]:
-    """Give the cells of a stage's row in the table of answers, the first of the two."""
+    """Return the cells of a stage's row in the table of answers, the first of the two."""
     row, *_ = (line for line in out.splitlines() if line.startswith(f"{stage} "))
     return row.split()
 

@@ -46,7 +46,7 @@ def written(run: Path, recipe: Any, number: int, switching: bool) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Any]:
-    """Give a run with a frozen key stage; what its first stage writes holds its closing tag."""
+    """Return a run with a frozen key stage; what its first stage writes holds its closing tag."""
     folder = tmp_path_factory.mktemp("probe")
     text = written(*made_run(folder, tiny_folder, num_trained=1), 1, switching=False)
     # Some letters out of the middle, which stand there for the first time.

@@ -14,7 +14,7 @@ from sftkey.commands.terminal import available_cores, use_all_cores
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Give a function that sets the threads on a machine of eight cores, as a launcher calls it."""
+    """Return what sets the threads on a machine of eight cores, as a launcher calls it."""
     before = torch.get_num_threads()
     monkeypatch.setattr("sftkey.commands.terminal.available_cores", lambda: 8)
 

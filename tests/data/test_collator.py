@@ -24,7 +24,7 @@ WEIGHTS = {"thinking": 0.25, "key": 1.0}
 
 @pytest.fixture
 def rows(tiny_tokenizer: Any) -> list[dict[str, Any]]:
-    """Give three rows of unequal lengths; the tokenizer pads with the end of turn."""
+    """Return three rows of unequal lengths; the tokenizer pads with the end of turn."""
     renderer = probe_renderer(tiny_tokenizer, ResponseSection())
     thinkings = ("1 + 1 = 2", "", "1 + 1 = 2, and 2 + 1 = 3")
     made = tokenize([Example("Count.", text, "3", n) for n, text in enumerate(thinkings)], renderer)

@@ -33,7 +33,7 @@ MakeRecipe = Callable[..., Path]
 
 
 def rows_of(vocabulary: int) -> Dataset:
-    """Give eight rows of 11 to 77 tokens; every token is random, the first one too."""
+    """Return eight rows of 11 to 77 tokens; every token is random, the first one too."""
     return made_rows(vocabulary)
 
 
@@ -45,7 +45,7 @@ def packed_batch(vocabulary: int, **settings: Any) -> tuple[list[Any], dict[str,
 
 
 def packed_against_alone(model: Any, **settings: Any) -> float:
-    """Give the largest distance of a token's loss packed from its loss in its row alone."""
+    """Return the largest distance of a token's loss packed from its loss in its row alone."""
     packs, batch = packed_batch(VOCABULARY, **settings)
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
     add_token_losses(model)
@@ -290,7 +290,7 @@ def test_a_resumed_stage_meets_the_same_order(
 
 
 def lengths_of_batches(trainer: KeyTrainer) -> list[list[int]]:
-    """Give the rows' lengths of each batch of an epoch."""
+    """Return the rows' lengths of each batch of an epoch."""
     return [(batch["segment_ids"] >= 0).sum(1).tolist() for batch in trainer.get_train_dataloader()]
 
 

@@ -20,7 +20,7 @@ ROWS = [
 
 @pytest.fixture
 def prepared(tiny_recipe: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path) -> Write:
-    """Give a function that writes rows and a recipe over them, and prepares it."""
+    """Return a function that writes rows and a recipe over them, and prepares it."""
 
     def write(rows: list[dict[str, str]], *overrides: str, need_test: bool = False) -> Prepared:
         file = tmp_path / "these.jsonl"

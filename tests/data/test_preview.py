@@ -37,7 +37,7 @@ STAGES = [
 def made_recipe(
     tiny_recipe: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path
 ) -> Callable[..., tuple[Recipe, Prepared]]:
-    """Give a function that prepares a recipe of three stages over six rows, one of them refused."""
+    """Return what prepares a recipe of three stages over six rows, one of them refused."""
 
     def make(**data: Any) -> tuple[Recipe, Prepared]:
         for name in ("six", "test"):
@@ -142,7 +142,7 @@ def test_statistics(made_recipe: Any) -> None:
 
 
 def printed(renderable: Any, **options: Any) -> str:
-    """Give what a console of 100 columns prints."""
+    """Return what a console of 100 columns prints."""
     console = Console(width=100, **options)
     with console.capture() as capture:
         console.print(renderable)

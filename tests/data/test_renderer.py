@@ -31,7 +31,7 @@ DEEPSEEK_END = "<\uff5cend▁of▁sentence\uff5c>"  # full-width bars
 
 
 def standing_in(template: str) -> Any:
-    """Give a byte-level tokenizer with the special tokens that a template of trl's writes."""
+    """Return a byte-level tokenizer with the special tokens that a template of trl's writes."""
     tokenizer = KINDS["look_ahead"]()
     text = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
     tokenizer.add_special_tokens({"extra_special_tokens": sorted(set(CONTROL.findall(text)))})
@@ -115,7 +115,7 @@ def test_every_template_of_trl_is_framed_or_refused() -> None:
 
 
 def refusal(tokenizer: Any, section: ResponseSection = OWN, **kwargs: Any) -> str:
-    """Give the text of the error with which a frame is refused."""
+    """Return the text of the error with which a frame is refused."""
     with pytest.raises(FrameError) as raised:
         probe_renderer(tokenizer, section, kwargs)
     return str(raised.value)

@@ -38,13 +38,13 @@ EXAMPLES = [
 
 @pytest.fixture
 def renderer() -> Renderer:
-    """Give a frame over a made tokenizer."""
+    """Return a frame over a made tokenizer."""
     return probe_renderer(made("look_ahead", CHATML), ResponseSection())
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder of the entries of a cache that is empty."""
+    """Return the folder of the entries of a cache that is empty."""
     monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
     return tmp_path / "rows"
 
@@ -64,7 +64,7 @@ def made_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def contents(found: tuple[Dataset, CachedRows]) -> tuple[list[Any], list[Any]]:
-    """Give rows and what became of the others as plain lists, as JSON has them."""
+    """Return rows and what became of the others as plain lists, as JSON has them."""
     rows, outcome = found
     return list(rows), json.loads(json.dumps(list(vars(outcome).items())))
 

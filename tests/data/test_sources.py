@@ -52,14 +52,14 @@ def jsonl(file: Path, *rows: object) -> Path:
 
 
 def message_of(data: DataSection, split: str = "train") -> str:
-    """Give the whole text of the error that the section ends in."""
+    """Return the whole text of the error that the section ends in."""
     with pytest.raises(DataError) as caught:
         load_examples(data, seed=7, split=split)
     return str(caught.value)
 
 
 def reasons(data: DataSection, **options: Any) -> list[tuple[int, str]]:
-    """Give what can't be used, with its reason."""
+    """Return what can't be used, with its reason."""
     return [(row.index, row.reason) for row in load_examples(data, seed=7, **options).unsplit]
 
 

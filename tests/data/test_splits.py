@@ -38,14 +38,14 @@ def load(source: object, seed: int = 7, **fields: Any) -> Splits:
 
 
 def message_of(source: object, **fields: Any) -> str:
-    """Give the whole text of the error."""
+    """Return the whole text of the error."""
     with pytest.raises(DataError) as caught:
         load(source, **fields)
     return str(caught.value)
 
 
 def indices(splits: Splits) -> dict[str, list[int]]:
-    """Give the row numbers of each split."""
+    """Return the row numbers of each split."""
     names = ("train", *HELD_OUT)
     return {name: [example.index for example in getattr(splits, name)] for name in names}
 

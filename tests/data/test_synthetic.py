@@ -12,7 +12,7 @@ from sftkey.recipe.schema import DataSection
 
 
 def section(**fields: object) -> DataSection:
-    """Give a section of made orders."""
+    """Return a section of made orders."""
     return DataSection(**{"source": "made", "task": "orders", "num_rows": 60, **fields})
 
 

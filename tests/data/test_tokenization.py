@@ -49,7 +49,7 @@ def test_rows_are_right(kind: str, renderer: str, prompt: str, thinking: str, an
 
 
 def texts_of(row: Row, renderer: Renderer) -> list[tuple[str, str]]:
-    """Give each token's text with the name of its segment."""
+    """Return each token's text with the name of its segment."""
     return [
         (renderer.tokenizer.decode([number]), Segment(segment).name)
         for number, segment in zip(row.input_ids, row.segment_ids, strict=True)
@@ -183,7 +183,7 @@ def test_unknown_character_is_refused() -> None:
 
 
 def losing() -> Renderer:
-    """Give a plain frame over a byte-level vocabulary that lacks the byte 4, as SmolLM2's does."""
+    """Return a plain frame over byte-level tokens that lack the byte 4, as SmolLM2's do."""
     state = json.loads(KINDS["byte_level"]().backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary["another"] = vocabulary.pop("\N{LATIN CAPITAL LETTER A WITH OGONEK}")
@@ -211,7 +211,7 @@ def test_character_that_the_prompt_loses_shifts_nothing() -> None:
 
 
 def swallowing(**sides: bool) -> Renderer:
-    """Give a plain frame whose end of text heeds what stands beside it."""
+    """Return a plain frame whose end of text heeds what stands beside it."""
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, **sides)], special_tokens=True)
     tags = {"thinking": ("", "\n"), "answer": ("", "")}

@@ -17,12 +17,12 @@ SHORT = Example("Q", "4", "16", 5)
 
 @pytest.fixture
 def renderer() -> Renderer:
-    """Give a frame whose tokens are short."""
+    """Return a frame whose tokens are short."""
     return probe_renderer(made("look_ahead", CHATML), ResponseSection())
 
 
 def key_of(row: Row) -> list[int]:
-    """Give the ids after the thinking."""
+    """Return the ids after the thinking."""
     return [
         number
         for number, segment in zip(row.input_ids, row.segment_ids, strict=True)

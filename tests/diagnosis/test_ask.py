@@ -39,7 +39,7 @@ KEY_TEXT = "\n<Answer>\n{}\n</Answer><|im_end|>"
 
 @pytest.fixture
 def renderer(tiny_tokenizer: Any) -> Renderer:
-    """Give the frame of the tests' tokenizer."""
+    """Return the frame of the tests' tokenizer."""
     return probe_renderer(tiny_tokenizer, ResponseSection())
 
 

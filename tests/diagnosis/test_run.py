@@ -51,7 +51,7 @@ def home(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Give the error of a command that ends with 2."""
+    """Return the error of a command that ends with 2."""
     with pytest.raises(SystemExit) as end:
         main(["diagnose", *arguments])
     assert end.value.code == 2
@@ -59,7 +59,7 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def found(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Give what a command prints as JSON."""
+    """Return what a command prints as JSON."""
     with pytest.raises(SystemExit) as end:
         main(["diagnose", *arguments, "--json"])
     assert end.value.code == 0

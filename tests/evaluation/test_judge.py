@@ -45,7 +45,7 @@ HINT = (
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test a cache of its own, and a key."""
+    """Return each test a cache of its own, and a key."""
     monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
@@ -58,12 +58,12 @@ def server() -> Iterator[JudgeServer]:
 
 
 def section(server: JudgeServer, **more: Any) -> dict[str, Any]:
-    """Give the recipe's `eval.judge` for a server."""
+    """Return the recipe's `eval.judge` for a server."""
     return {"base_url": server.base_url, "model": "made-judge", **more}
 
 
 def by_row(flags: Any) -> dict[int, bool | None]:
-    """Give flags of rows that ask one question each by the row."""
+    """Return flags of rows that ask one question each by the row."""
     return {key.row: flag for key, flag in flags.items()}
 
 
@@ -78,7 +78,7 @@ def made_judge(server: JudgeServer, **more: Any) -> Judge:
 
 
 def given(prompt: str) -> str:
-    """Give the answer that a prompt asks about."""
+    """Return the answer that a prompt asks about."""
     (found,) = re.findall(r"<given_answer>\n(.*?)\n</given_answer>", prompt, re.DOTALL)
     return str(found)
 
@@ -285,7 +285,7 @@ class Judged:
         return result
 
     def flags(self) -> list[tuple[bool, bool | None]]:
-        """Give the rule's flags and the judge's."""
+        """Return the rule's flags and the judge's."""
         return [(each["correct"], each.get("judged")) for each in self.result()["questions"]]
 
 
@@ -306,7 +306,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge
 
 
 def said(out: str) -> list[str]:
-    """Give the sentences about the judge from what was printed."""
+    """Return the sentences about the judge from what was printed."""
     return re.findall(r"(\w+: the judge .*?\.)(?= base: | key: | After |$)", " ".join(out.split()))
 
 

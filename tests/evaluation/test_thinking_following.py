@@ -11,7 +11,7 @@ from sftkey.evaluation.thinking_change import ThinkingChange, thinking_table
 
 
 def examples(*references: tuple[str, str]) -> list[Example]:
-    """Give questions with these thinkings and answers."""
+    """Return questions with these thinkings and answers."""
     return [Example(f"Q{n}", *texts, index=n) for n, texts in enumerate(references)]
 
 

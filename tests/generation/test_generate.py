@@ -17,13 +17,13 @@ WORDS = "How many legs do 3 cats and 2 birds have together"
 
 @pytest.fixture
 def prompts(tiny_tokenizer: Any) -> list[list[int]]:
-    """Give seven prompts of one to many tokens, longest neither first nor last."""
+    """Return seven prompts of one to many tokens, longest neither first nor last."""
     texts = [WORDS[:1], WORDS[:9], WORDS * 2, WORDS[5:30], "<|im_start|>user\n" + WORDS, "7", "a b"]
     return [tiny_tokenizer(text)["input_ids"] for text in texts]
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Give the settings of a greedy generation that never stops, with changes."""
+    """Return the settings of a greedy generation that never stops, with changes."""
     return {"stop_ids": [2], "max_new_tokens": 12, "batch_size": 3, **changes}
 
 

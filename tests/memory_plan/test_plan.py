@@ -78,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loader(folder: Path, *overrides: str) -> Callable[..., Recipe]:
-    """Give what loads the recipe of Qwen3-8B with the folder's model, and further overrides."""
+    """Return what loads the recipe of Qwen3-8B with the folder's model, and further overrides."""
     model = f"model.name_or_path={folder}"
     return lambda more=(): load_recipe(RECIPE, [model, *overrides, *more])
 

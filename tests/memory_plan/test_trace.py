@@ -187,7 +187,7 @@ def test_nf4_modules_share_their_inputs_on_cuda(
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give the module of the benchmark."""
+    """Return the module of the benchmark."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return import_module("plan")
 

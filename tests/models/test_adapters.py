@@ -27,7 +27,7 @@ ROWS = torch.arange(12)[None]
 
 
 def section(folder: Path, quantization: str = "none") -> ModelSection:
-    """Give the model section of a folder."""
+    """Return the model section of a folder."""
     return ModelSection.model_validate({"name_or_path": str(folder), "quantization": quantization})
 
 
@@ -37,12 +37,12 @@ def loaded(folder: Path, quantization: str = "none", dtype: torch.dtype = torch.
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
-    """Give the parameters that are trained."""
+    """Return the parameters that are trained."""
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
 def moved(model: Any) -> Any:
-    """Give the adapter weights that do something, as training would."""
+    """Return the adapter weights that do something, as training would."""
     torch.manual_seed(1)
     for parameter in trained(model).values():
         parameter.data.normal_(std=0.1)
@@ -51,20 +51,20 @@ def moved(model: Any) -> Any:
 
 @pytest.fixture
 def base(tiny_folder: Path) -> dict[str, str | None]:
-    """Give the identity of the tiny model."""
+    """Return the identity of the tiny model."""
     return base_identity(section(tiny_folder))
 
 
 @pytest.fixture
 def ours(tiny_model: Any, base: dict[str, str | None], tmp_path: Path) -> Path:
-    """Give an adapter that we saved."""
+    """Return an adapter that we saved."""
     save_adapter(moved(add_lora(tiny_model, LORA, seed=7)), tmp_path / "adapter", base)
     return tmp_path / "adapter"
 
 
 @pytest.fixture
 def theirs(ours: Path) -> Path:
-    """Give an adapter as peft saves it: the base's name alone says what it was trained on."""
+    """Return an adapter as peft saves it: the base's name alone says what it was trained on."""
     (ours / "base.json").unlink()
     return ours
 
@@ -140,12 +140,12 @@ def test_sixteen_bit_adapter_is_upcast(
 
 
 def adapter_weights(folder: Path) -> Path:
-    """Give the file of an adapter's weights."""
+    """Return the file of an adapter's weights."""
     return folder / "adapter_model.safetensors"
 
 
 def added(tiny_model: Any, **lora: Any) -> str:
-    """Give the error of a new adapter."""
+    """Return the error of a new adapter."""
     with pytest.raises(ModelError) as error:
         add_lora(tiny_model, LORA | lora, seed=7)
     return str(error.value)
@@ -297,7 +297,7 @@ def test_whole_model(tiny_folder: Path, base: dict[str, str | None], tmp_path: P
 
 
 def refusal(tiny_folder: Path, folder: Path, lora: dict[str, Any] | None = None) -> str:
-    """Give the error of loading an adapter onto a folder's model."""
+    """Return the error of loading an adapter onto a folder's model."""
     with pytest.raises(ModelError) as error:
         load_adapter(loaded(tiny_folder), folder, base_identity(section(tiny_folder)), lora=lora)
     return str(error.value)

@@ -11,7 +11,7 @@ from sftkey.recipe.schema import ModelSection
 
 
 def section(**settings: str) -> ModelSection:
-    """Give a model section, unquantized unless asked for."""
+    """Return a model section, unquantized unless asked for."""
     return ModelSection.model_validate(
         {"name_or_path": "some/model", "quantization": "none", **settings}
     )
@@ -19,7 +19,7 @@ def section(**settings: str) -> ModelSection:
 
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Give a machine that has nothing but a CPU."""
+    """Return a machine that has nothing but a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     return monkeypatch
@@ -27,7 +27,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def two_gpus(no_device: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Give a machine whose first GPU is new and whose second is old."""
+    """Return a machine whose first GPU is new and whose second is old."""
     no_device.setattr(torch.cuda, "is_available", lambda: True)
     no_device.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
     return no_device

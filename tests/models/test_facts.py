@@ -110,7 +110,7 @@ def test_a_package_names_its_weights(
 
 
 def error(name: str) -> str:
-    """Give the error of a model that can't be read."""
+    """Return the error of a model that can't be read."""
     with pytest.raises(ModelError) as raised:
         read_facts(name)
     return str(raised.value)

@@ -22,7 +22,7 @@ CPU = Device("cpu", 0, torch.float32)
 
 
 def section(folder: Path | str, quantization: str = "none", **settings: Any) -> ModelSection:
-    """Give the model section of a folder, unquantized unless asked for."""
+    """Return the model section of a folder, unquantized unless asked for."""
     return ModelSection.model_validate(
         {"name_or_path": str(folder), "quantization": quantization, **settings}
     )
@@ -30,7 +30,7 @@ def section(folder: Path | str, quantization: str = "none", **settings: Any) -> 
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """Give a copy of the model's folder, to be spoilt."""
+    """Return a copy of the model's folder, to be spoilt."""
     return shutil.copytree(tiny_folder, tmp_path / "tiny-llama")
 
 
@@ -196,7 +196,7 @@ def quantized(folder: Path) -> Any:
 
 
 def input_gradient(model: Any) -> torch.Tensor:
-    """Give the gradient at the model's input, in training mode."""
+    """Return the gradient at the model's input, in training mode."""
     embedded = model.get_input_embeddings()(torch.arange(12)[None]).detach().requires_grad_()
     model.train()
     model(inputs_embeds=embedded).logits.square().sum().backward()

@@ -24,7 +24,7 @@ IDS = torch.arange(3, 40)[None]
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_folder: Path) -> tuple[Path, Any]:
-    """Give a run with a frozen key stage behind a plain one."""
+    """Return a run with a frozen key stage behind a plain one."""
     return made_run(tmp_path, tiny_folder)
 
 
@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def refusal(*arguments: Any, **named: Any) -> str:
-    """Give the text of the error that a merge ends with."""
+    """Return the text of the error that a merge ends with."""
     with pytest.raises(RunError) as raised:
         merge(*arguments, **named)
     return str(raised.value)

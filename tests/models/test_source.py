@@ -19,7 +19,7 @@ RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 
 @pytest.fixture
 def hub_answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[Any, ...]]]:
-    """Give a hub that answers with an error or a file; its calls are listed."""
+    """Return a hub that answers with an error or a file; its calls are listed."""
     source._snapshot.cache_clear()
 
     def answer(result: Any) -> list[tuple[Any, ...]]:
@@ -38,7 +38,7 @@ def hub_answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[A
 
 
 def message(name: str, **settings: Any) -> str:
-    """Give the error of a source that isn't found."""
+    """Return the error of a source that isn't found."""
     with pytest.raises(ModelError) as error:
         find_source(name, **settings)
     return str(error.value)

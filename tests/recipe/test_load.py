@@ -45,7 +45,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """Give the text of the error, the recipe's own path left out."""
+    """Return the text of the error, the recipe's own path left out."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
     return str(caught.value).replace(str(path), "FILE")

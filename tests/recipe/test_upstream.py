@@ -23,7 +23,7 @@ def field_of(annotation: str) -> Field:
 
 
 def names(config: Any) -> set[str]:
-    """Give the fields that a config class takes."""
+    """Return the fields that a config class takes."""
     return {field.name for field in dataclasses.fields(config) if field.init}
 
 

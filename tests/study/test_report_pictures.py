@@ -47,7 +47,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def inked(file: Path, num_panes: int) -> list[float]:
-    """Give the share of each pane's pixels that aren't white."""
+    """Return the share of each pane's pixels that aren't white."""
     from matplotlib.image import imread
 
     pixels = imread(file)[..., :3]

@@ -33,7 +33,7 @@ def summed(cells: Sequence[Cell]) -> StudyResults:
 
 
 def named(results: StudyResults, name: str = "sftkey") -> ArmFigures:
-    """Give the only row of that name."""
+    """Return the only row of that name."""
     (arm,) = [arm for arm in results.arms if arm.name == name]
     return arm
 
@@ -119,7 +119,7 @@ def measured(by: str, num: int = 40) -> list[Cell]:
 
 
 def quarters(arm: ArmFigures, by: str) -> tuple[Bucket, ...]:
-    """Give an arm's quarters by a measure; by the other, which is constant, it has none."""
+    """Return an arm's quarters by a measure; by the other, which is constant, it has none."""
     found, none = arm.by_thinking_length, arm.by_ratio
     if by == "ratio":
         found, none = none, found

@@ -77,7 +77,7 @@ class Finished:
         return cell
 
     def written(self) -> dict[str, int]:
-        """Give all cells and when each was written."""
+        """Return all cells and when each was written."""
         files = self.folder.glob("cells/*/*/*.json")
         return {str(file): file.stat().st_mtime_ns for file in files}
 
@@ -548,7 +548,7 @@ def test_matched_steps_train_as_many_tokens_as_the_key_stage() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path, tiny_folder: Path) -> Path:
-    """Give a recipe of two stages."""
+    """Return a recipe of two stages."""
     return write_study(tmp_path, tiny_folder).with_name("task.yaml")
 
 

@@ -45,7 +45,7 @@ def studies(
 
 
 def covered(interval: tuple[Any, Any, Any], truth: float) -> float:
-    """Give the share of intervals that hold the truth."""
+    """Return the share of intervals that hold the truth."""
     _, low, high = interval
     return float(((low <= truth) & (truth <= high)).mean())
 

@@ -31,20 +31,20 @@ def summed(cells: Sequence[Cell], control: str = "sft_tag", order: Sequence[str]
 
 
 def named(results: StudyResults, name: str) -> ArmFigures:
-    """Give the only row of that name."""
+    """Return the only row of that name."""
     (arm,) = [arm for arm in results.arms if arm.name == name]
     return arm
 
 
 def compared(results: StudyResults, name: str = "sftkey") -> DifferenceToControl:
-    """Give an arm's difference to the control, which it must have."""
+    """Return an arm's difference to the control, which it must have."""
     difference = named(results, name).difference_to_control
     assert difference is not None
     return difference
 
 
 def right(*ranges: range, num: int = 100) -> list[bool]:
-    """Give flags that are right on some questions."""
+    """Return flags that are right on some questions."""
     return [any(number in each for each in ranges) for number in range(num)]
 
 

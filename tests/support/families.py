@@ -111,7 +111,7 @@ class Family:
         return (TRL_TEMPLATES / f"{self.template}.jinja").read_text(encoding="utf-8")
 
     def standing_in(self) -> Any:
-        """Give a tokenizer trained in-process, with this family's control tokens and template."""
+        """Return a tokenizer trained in-process, with this family's control tokens and template."""
         tokenizer = KINDS[self.kind]()
         found = {*CONTROL.findall(self.jinja or ""), self.end, *self.stops, *self.others}
         new = sorted({*found, self.bos or self.end, self.eos or self.end} - {"<s>", "</s>"})
@@ -121,7 +121,7 @@ class Family:
 
     @cache  # noqa: B019 (families live as long as the tests, and loading takes seconds)
     def real_one(self) -> Any:
-        """Give the family's published tokenizer with its template, always the same one."""
+        """Return the family's published tokenizer with its template, always the same one."""
         assert self.real is not None
         tokenizer = deepcopy(real_tokenizer(self.real))
         if self.name == "DeepSeek R1 distilled":  # Qwen's vocabulary, control tokens of its own

@@ -30,7 +30,7 @@ class JudgeServer:
 
     @property
     def prompts(self) -> list[str]:
-        """Give the prompts in the order in which they came."""
+        """Return the prompts in the order in which they came."""
         return [body["messages"][-1]["content"] for body in self.asked]
 
     def answer(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, bytes]:

@@ -134,7 +134,7 @@ def made_batch() -> dict[str, torch.Tensor]:
 
 
 def plain_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Give the `(B, T - 1)` losses as the model's own forward has them, from all logits."""
+    """Return the `(B, T - 1)` losses as the model's own forward has them, from all logits."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(
@@ -143,7 +143,7 @@ def plain_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def gradients(model: Any, losses: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give all gradients of a weighted sum of losses, zeros for none; tokens weigh differently."""
+    """Return all gradients of a weighted sum of losses, zeros for none; weights differ."""
     model.zero_grad()
     found = losses()
     weights = torch.linspace(0.5, 1.5, found.numel()).view_as(found)
@@ -156,7 +156,7 @@ def gradients(model: Any, losses: Callable[[], torch.Tensor]) -> dict[str, torch
 
 
 def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Give the largest distance of two gradients, as a share of the expected one's length."""
+    """Return the largest distance of two gradients, as a share of the expected one's length."""
     assert found.keys() == expected.keys()
     return max(
         ((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-9)).item()

@@ -47,7 +47,7 @@ MOST_SECONDS = 600
 
 
 def fetch(name: str) -> Path:
-    """Give a folder that `AutoTokenizer.from_pretrained` reads, or skip the test with the reason.
+    """Return a folder that `AutoTokenizer.from_pretrained` reads, or skip the test with the reason.
 
     It lies in the folder `SFTKEY_TEST_CACHE`, or in the user's cache; processes that ask at once
     wait for one of them.

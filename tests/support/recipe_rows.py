@@ -88,7 +88,7 @@ HUB = {
 
 
 def hub_rows(data: DataSection, split: str) -> list[dict[str, Any]]:
-    """Give rows as the hub would: of the configs and splits that it has."""
+    """Return rows as the hub would: of the configs and splits that it has."""
     config, splits, row = HUB[data.source]
     name = re.sub(r"\[:\d+\]$", "", split)
     assert data.config == config

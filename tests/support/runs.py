@@ -83,5 +83,5 @@ def ledger_of(run: Path, recipe: Recipe) -> Ledger:
 
 
 def frame_of(recipe: Recipe) -> Any:
-    """Give a run's frame."""
+    """Return a run's frame."""
     return probe_renderer(load_tokenizer(recipe.model), recipe.response)

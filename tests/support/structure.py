@@ -17,7 +17,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Give the dotted name of everything that the sources import (absolute imports alone)."""
+    """Return the dotted name of everything that the sources import (absolute imports alone)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -75,7 +75,7 @@ def resolve(target: str, files: dict[str, Path]) -> str:
 
 
 def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Give every module that can reach itself, with the way that it takes."""
+    """Return every module that can reach itself, with the way that it takes."""
     found = []
     for start in edges:
         ways = [[start, target] for target in sorted(edges[start])]
@@ -92,7 +92,7 @@ def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def reachable(edges: dict[str, set[str]], start: str) -> set[str]:
-    """Give all that a module imports, and what these import; a module's package is one of these."""
+    """Return all that a module imports, and what these import; its package is one of them."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
@@ -104,7 +104,7 @@ def reachable(edges: dict[str, set[str]], start: str) -> set[str]:
 
 
 def function_lengths(root: Path) -> Iterator[tuple[str, int]]:
-    """Give each function and the number of its lines, the docstring not counted."""
+    """Return each function and the number of its lines, the docstring not counted."""
     for name, file in modules(root).items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -117,7 +117,7 @@ KINDS = {"byte_level": byte_level, "look_ahead": look_ahead, "unigram": unigram}
 
 @cache
 def made(kind: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Give a tokenizer of that kind with a chat template, always the same one."""
+    """Return a tokenizer of that kind with a chat template, always the same one."""
     tokenizer = KINDS[kind]()
     tokenizer.chat_template = chat_template
     return tokenizer

@@ -181,7 +181,7 @@ def test_a_key_that_begins_one_token_late_is_found(monkeypatch: pytest.MonkeyPat
 
 
 def growth(length: int) -> float:
-    """Give what a context's doubling from `length` adds to the peak, as a multiple of its cache."""
+    """Return what doubling a context of `length` adds to the peak, in multiples of its cache."""
     fields = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     model = made_family("llama", **fields, num_hidden_layers=6)
     add_token_losses(model, "detached")
@@ -269,7 +269,7 @@ def ranks_gradients(rank: int, folder: str) -> None:
 
 
 def both_gradients(rank: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Give a rank's gradients under DDP and FSDP2, exact and detached."""
+    """Return a rank's gradients under DDP and FSDP2, exact and detached."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 

@@ -31,7 +31,7 @@ RANKS = {"key-0": 2, "key-1": 2, "key-2": 4}
 
 
 def lora(**fields: Any) -> LoraConfig:
-    """Give an adapter that does something: both of its factors are filled."""
+    """Return an adapter that does something: both of its factors are filled."""
     return LoraConfig(
         **{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | fields,
         init_lora_weights=False,
@@ -57,14 +57,14 @@ def adapted(model: Any, *, context: bool = True, **keys: LoraConfig) -> Any:
 
 
 def gradients(model: Any, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Give the gradients of the losses' sum for all that is trained."""
+    """Return the gradients of the losses' sum for all that is trained."""
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     found = torch.autograd.grad(losses.sum(), list(trained.values()))
     return dict(zip(trained, found, strict=True))
 
 
 def frozen_losses(model: Any) -> torch.Tensor:
-    """Give the losses of a frozen stage, context cached and adapters switched between passes."""
+    """Return the losses of a frozen stage, context cached and adapters switched between passes."""
     add_token_losses(model.get_base_model(), "frozen")
     return token_losses(model, made_batch() | {"key_starts": STARTS}, "frozen")
 

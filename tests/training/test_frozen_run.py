@@ -46,13 +46,13 @@ def trained(double: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def stages(**fields: Any) -> list[dict[str, Any]]:
-    """Give a first stage and a frozen one."""
+    """Return a first stage and a frozen one."""
     frozen = {"name": "key", "loss_on": "key", "context": "frozen"} | fields
     return [{"name": "completion", "loss_on": "completion"}, frozen]
 
 
 def thinkings(folder: Path, name: str) -> list[str]:
-    """Give what a stage wrote before the key."""
+    """Return what a stage wrote before the key."""
     lines = (folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()
     rows = sorted((json.loads(line) for line in lines), key=lambda row: row["index"])
     return [row["text"].partition("</Thinking>")[0] for row in rows]
@@ -85,7 +85,7 @@ def test_the_stage_says_what_it_stands_on(trained: Run) -> None:
 
 
 def generated_losses(run: Run) -> dict[str, float]:
-    """Give the validation rows' losses of the key as it is generated: on a cache, switching."""
+    """Return the validation rows' losses of the key as it is generated: on a cache, switching."""
     model: Any = load_stage(run.recipe, run.ledger, run.device, run.prepared.renderer, 2).eval()
     sums = torch.zeros(2, len(Segment))
     for row in run.validation:

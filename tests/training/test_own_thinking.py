@@ -28,18 +28,18 @@ FIRST = {"name": "completion", "loss_on": "completion"}
 
 
 def own(**fields: Any) -> dict[str, Any]:
-    """Give a stage over own thinking."""
+    """Return a stage over own thinking."""
     return {"name": "key", "loss_on": "key", "thinking": "own", **fields}
 
 
 def stage(**how: Any) -> StageSection:
-    """Give the same as a part of a recipe."""
+    """Return the same as a part of a recipe."""
     return StageSection(name="key", loss_on="key", thinking="own", own=OwnThinking(**how))
 
 
 @pytest.fixture
 def prepared(tiny_recipe: MakeRecipe) -> Prepared:
-    """Give the rows of the tiny recipe."""
+    """Return the rows of the tiny recipe."""
     return read_rows(load_recipe(tiny_recipe(stages=[FIRST, own()])))
 
 
@@ -60,7 +60,7 @@ def writes(monkeypatch: pytest.MonkeyPatch, thinking: str) -> list[dict[int, Any
 def trained_rows(
     recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, list[Any]]:
-    """Give a run, and the rows that its trainers got, stage by stage."""
+    """Return a run, and the rows that its trainers got, stage by stage."""
     from sftkey.training import run as module
 
     rows: list[Any] = []

@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Run:
 
 @pytest.fixture
 def again(whole: Run, tmp_path: Path) -> tuple[Path, Path]:
-    """Give the recipe of the whole run, and a copy of its `runs` for a test that changes them."""
+    """Return the recipe of the whole run, and a copy of its `runs` for a test that changes them."""
     runs = whole.ledger.folder.parent
     return runs.parent / "tiny.yaml", shutil.copytree(runs, tmp_path / "runs")
 

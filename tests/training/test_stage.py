@@ -20,7 +20,7 @@ NUM_ROWS = 7  # validation rows of `made_trainer`
 
 
 def adapted(tokenizer: Any) -> Any:
-    """Give a model with an adapter that does something already, and much dropout."""
+    """Return a model with an adapter that does something already, and much dropout."""
     config = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(made_model(tokenizer), config)
     dice = torch.Generator().manual_seed(1)

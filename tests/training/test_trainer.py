@@ -73,7 +73,7 @@ def config(folder: Path, **settings: Any) -> SFTConfig:
 
 
 def training_lines(trainer: SFTTrainer) -> list[dict[str, Any]]:
-    """Give the log lines of training steps."""
+    """Return the log lines of training steps."""
     return [line for line in trainer.state.log_history if "loss" in line]
 
 

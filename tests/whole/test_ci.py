@@ -35,7 +35,7 @@ def test_known():
 
 
 def command_read(folder: Path) -> str:
-    """Give the command that the script's own function reads from a folder's README."""
+    """Return the command that the script's own function reads from a folder's README."""
     function = re.search(r"^command_of_readme\(\) \{.*?^\}$", SCRIPT.read_text(), re.M | re.S)
     assert function
     shell = ["bash", "-c", f"{function[0]}\ncommand_of_readme"]

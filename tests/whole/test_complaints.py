@@ -38,7 +38,7 @@ ALL = "3 rows, 0, 1, 2"
 
 @pytest.fixture
 def gate(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Gate:
-    """Give a function that checks a recipe over three rows."""
+    """Return a function that checks a recipe over three rows."""
 
     def run(*overrides: str, rows: Any = ROWS) -> Report:
         file = tmp_path / "these.jsonl"
@@ -49,7 +49,7 @@ def gate(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Gate:
 
 
 def found(report: Report) -> dict[str, list[str]]:
-    """Give the messages of what refuses, by code."""
+    """Return the messages of what refuses, by code."""
     messages: dict[str, list[str]] = {}
     for finding in report.refusals:
         messages.setdefault(finding.code, []).append(finding.message)

@@ -162,7 +162,7 @@ WALK = [line for line in SHOWN if line not in RUN_BY and line not in lines(NOT_R
 
 
 def arguments(command: str) -> list[str]:
-    """Give the words behind `sftkey` that a command comes down to; none where it isn't sftkey's."""
+    """Return the words behind `sftkey` that a command comes down to; none if it isn't ours."""
     words = shlex.split(command)
     if words[0] == "sftkey":
         return words[1:]

@@ -42,7 +42,7 @@ def arm(folder: Path, context: str) -> tuple[Run, ThinkingChange]:
 
 
 def texts(run: Run, name: str) -> str:
-    """Give all that a stage has written."""
+    """Return all that a stage has written."""
     return run.ledger.generations(name).read_text(encoding="utf-8")
 
 

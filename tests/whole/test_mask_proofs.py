@@ -93,7 +93,7 @@ class Pair:
         return ", ".join([*words, *(["tokens added"] if self.added else [])])
 
     def dressed(self) -> Any:
-        """Give a copy of the tokenizer with the template."""
+        """Return a copy of the tokenizer with the template."""
         tokenizer = (deepcopy if self.added else copy)(real_tokenizer(self.tokenizer))
         if self.added:
             tokenizer.add_special_tokens({"extra_special_tokens": list(self.added)})
@@ -107,7 +107,7 @@ class Pair:
         return tokenizer
 
     def section(self) -> ResponseSection:
-        """Give the recipe's section."""
+        """Return the recipe's section."""
         plain = {"frame": "plain", "end": self.end} if self.template == PLAIN else {}
         return RESPONSES[self.response].model_copy(update=plain)
 
@@ -211,7 +211,7 @@ def test_any_text_is_right(number: int, prompt: str, thinking: str, answer: str)
 
 @cache
 def framed(number: int) -> Renderer:
-    """Give the frame of a pair, always the same one."""
+    """Return the frame of a pair, always the same one."""
     return PAIRS[number].renderer()
 
 

@@ -25,7 +25,7 @@ SHIPPED = ("recipes/**/*.yaml", "accelerate_configs/*.yaml")
 
 
 def entries() -> list[str]:
-    """Give the lines of pyproject.toml that ask for something, our own extras left out."""
+    """Return the lines of pyproject.toml that ask for something, our own extras left out."""
     text = (ROOT / "pyproject.toml").read_text()  # by lines: a reader of TOML came with 3.11
     block = text.partition("\ndependencies = [")[2].partition("\n[project.scripts]")[0]
     lines = [line for line in block.splitlines() if line.startswith('  "')]
@@ -87,7 +87,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 
 
 def listed(python: str, folder: Path, **environment: str) -> str:
-    """Give what `sftkey ls` prints in a folder that isn't the checkout."""
+    """Return what `sftkey ls` prints in a folder that isn't the checkout."""
     command = [python, "-m", "sftkey", "ls"]
     whole = {**os.environ, "PYTHONPATH": "", **environment}
     done = subprocess.run(command, cwd=folder, env=whole, capture_output=True, text=True)

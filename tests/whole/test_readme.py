@@ -70,7 +70,7 @@ def test_the_docs_results_are_those_of_the_files(folder: Path) -> None:
 
 
 def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every figure and word of nested mappings and lists, with its place."""
+    """Return every figure and word of nested mappings and lists, with its place."""
     if isinstance(node, (dict, list)):
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _leaves(child, f"{place}.{key}")

