@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from sftkey.checks.mask_proof import Oracle, trained
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.renderer import (
+from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.response import Example, Response, Segment
+from sftkey.data.template import (
     TEMPLATE_ERRORS,
-    Renderer,
-    probe_renderer,
     probe_template,
     render,
     special_ids,
     special_pattern,
 )
-from sftkey.data.response import Example, Response, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
@@ -135,7 +134,7 @@ def _date(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[dict[str, 
 def _is_borrowed(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> bool:
     """Tell whether the template ends turns, but not with a token that this tokenizer has."""
     try:
-        _, after = probe_template(tokenizer, Response.from_section(TAGS), kwargs)
+        after = probe_template(tokenizer, Response.from_section(TAGS), kwargs).after
     except FrameError:
         return False
     return bool(after.strip()) and not special_pattern(special_ids(tokenizer)).search(after)

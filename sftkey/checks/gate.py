@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sftkey.checks.findings import Finding, Report, of_error
-from sftkey.checks.masks import Masks, judged_findings, read_masks
+from sftkey.checks.masks import Masks, id_findings, judged_findings, read_masks
 from sftkey.checks.recipe import recipe_findings, undecided
 from sftkey.checks.rehearsal import rehearsal_findings
 from sftkey.checks.rows import (
@@ -19,7 +19,7 @@ from sftkey.checks.rows import (
     empty_findings,
     frame_findings,
     lenient,
-    template_findings,
+    noted_findings,
 )
 from sftkey.checks.stop import generation_findings, stop_findings
 from sftkey.data.collator import packed_rows, stage_rows
@@ -61,6 +61,7 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
         findings += frame_findings(renderer)
         stops = _attempt(findings, stop_findings, recipe, renderer)
         findings += [] if stops is None else [*stops, *generation_findings(recipe)]
+        findings += _attempt(findings, lambda: list(id_findings(recipe, renderer))) or []
     if not undecided(recipe, "data"):
         splits = _attempt(findings, _read_splits, recipe)
     prepared = None
@@ -108,16 +109,15 @@ def _read_splits(recipe: Recipe) -> Splits:
 def _read_rows(
     findings: list[Finding], recipe: Recipe, renderer: Renderer, splits: Splits
 ) -> Prepared | None:
-    """Tokenize the rows whose prompts the template can write."""
-    lost, usable = template_findings(splits, renderer)
-    findings += lost
-    if not usable.train:
-        return None
-    findings += judged_findings(renderer, usable.train)
+    """Tokenize the rows, and let the oracle judge some of them."""
+    findings += judged_findings(renderer, splits.train)
     # What was left out before is a finding already.
     data = lenient(recipe.data).model_copy(update={"empty_thinking": "drop"})
     kind = recipe.model_copy(update={"data": data})
-    return _attempt(findings, prepare_splits, kind, usable, renderer)
+    prepared = _attempt(findings, prepare_splits, kind, splits, renderer)
+    if prepared is not None:
+        findings += noted_findings(prepared.counts["noted"])
+    return prepared
 
 
 def _numbers(
@@ -198,26 +198,40 @@ def check_recipe(recipe: Recipe) -> Report:
     if report.prepared is None:
         return dataclasses.replace(report, findings=(*report.findings, *findings))
     try:
-        rows = unreadable_answers(recipe, report.prepared)
+        unread = unreadable_answers(recipe, report.prepared)
     except SFTKeyError as error:
         findings += of_error(error)
     else:
-        if rows:
-            what = f"test: the grader {recipe.eval.grader} can't read the answers of these rows"
+        for split, rows in unread.items():
+            what = f"{split}: the grader {recipe.eval.grader} can't read the answers of these rows"
             hint = "choose the eval.grader that fits them: number, choice, exact or math"
-            findings.append(of_rows("references", what, rows, hint))
+            findings.append(of_rows("references", what, rows, hint, refuses=split == "test"))
     if not report.refusals and not any(finding.refuses for finding in findings):
         findings += rehearsal_findings(recipe, report.prepared)
     return dataclasses.replace(report, findings=(*report.findings, *findings))
 
 
-def unreadable_answers(recipe: Recipe, prepared: Prepared) -> list[int]:
-    """Return the rows of the questions that no answer would be right to."""
+def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int]]:
+    """Return the rows by split whose answer the grader wouldn't call right: no model's could be.
+
+    The package behind `math` takes a millisecond or more for each, so it isn't asked about train.
+
+    Raises:
+        RecipeError: `math` without the package that does it.
+    """
     from sftkey.evaluation.grading import unreadable
 
-    questions = prepared.questions(recipe)
-    places = unreadable({n: each.answer for n, each in enumerate(questions)}, recipe.eval.grader)
-    return list(dict.fromkeys(questions[place].index for place in places))
+    splits = {"test": prepared.test, "validation": prepared.validation_examples}
+    if recipe.eval.grader != "math":
+        splits["train"] = prepared.train_examples
+    found = {}
+    for split, examples in splits.items():
+        texts = list(dict.fromkeys(each.answer for each in examples))
+        unread = unreadable(dict(enumerate(texts)), recipe.eval.grader)
+        wrong = {texts[number] for number in unread}
+        rows = (each.index for each in examples if each.answer in wrong)
+        found[split] = list(dict.fromkeys(rows))  # a conversation's turns are one row
+    return {split: rows for split, rows in found.items() if rows}
 
 
 def require_trainable(recipe: Recipe) -> Prepared:

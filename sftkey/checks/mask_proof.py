@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from sftkey.activity import activity
 from sftkey.data.labels import IGNORED, labels_for
-from sftkey.data.renderer import TEMPLATE_ERRORS, Renderer
-from sftkey.data.response import Example, Segment
+from sftkey.data.renderer import Renderer
+from sftkey.data.response import TOOLS, Example, Segment
+from sftkey.data.template import TEMPLATE_ERRORS
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
 
@@ -243,6 +247,8 @@ class Oracle:
         if len(ids) != len(segments):
             return "not a segment for every token"
         fed = self.fed(example)
+        if not self.returns(example):
+            return "another answer is read from the row than stood in the example"
         if ids[: len(fed)] != fed or self.renderer.prompt_ids(example.prompt) != fed:
             return "the row does not begin with what inference feeds"
         places = [n for n, segment in enumerate(segments) if segment == Segment.PROMPT]
@@ -260,6 +266,8 @@ class Oracle:
             fed, prompt = self.fed(example), renderer.prompt_text(example.prompt)
         except TEMPLATE_ERRORS:
             return False
+        if not self.returns(example):
+            return False
         rest = "".join(self.texts(example))
         wanted = (self.normal(rest), self._blank(fed) + self.normal(rest))
         for text, head in ((prompt + rest, renderer.bos_before(prompt)), (rest, fed)):
@@ -274,18 +282,37 @@ class Oracle:
                 return True
         return False
 
+    def returns(self, example: Example) -> bool:
+        """Tell whether the answer is read again from what the tokenizer keeps of the response."""
+        response = self.renderer.response
+        text = self.normal(response.render(example.thinking, example.answer))
+        answer = response.parse(text).answer or ""
+        given, found = (
+            unicodedata.normalize("NFC", each.strip()) for each in (example.answer, answer)
+        )
+        return given == found
+
     def fed(self, example: Example) -> list[int]:
         """Return the ids that inference feeds, by upstream's own call."""
         tokenizer, prompt = self.renderer.tokenizer, example.prompt
         if self.renderer.kind == "plain":
             has_bos = tokenizer.bos_token and str(prompt).startswith(tokenizer.bos_token)
-            return list(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"])
+            bare: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            if has_bos:
+                return list(bare)
+            ids: Any = list(tokenizer(prompt)["input_ids"])
+            while ids[-len(bare) :] != bare and ids[-1] in self.special:
+                ids.pop()  # an end that the tokenizer sets behind a text
+            return ids
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tools = {}
+        if messages[0]["role"] == TOOLS:
+            tools, messages = {"tools": json.loads(messages[0]["content"])}, messages[1:]
         ids = tokenizer.apply_chat_template(
             list(messages),
             add_generation_prompt=True,
             return_dict=False,
-            **self.renderer.chat_template_kwargs,
+            **{**self.renderer.chat_template_kwargs, **tools},
         )
         return list(ids)
 
@@ -311,8 +338,7 @@ class Oracle:
         """Decode what follows a prompt."""
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         text = str(self.renderer.tokenizer.decode([*self.before, *ids], **options))
-        assert text.startswith(BEFORE), text
-        return text[len(BEFORE) :]
+        return text.lstrip(" ").removeprefix(BEFORE)
 
     def _blank(self, fed: Sequence[int]) -> str:
         """Return what the tokenizer may set between a prompt and the completion."""

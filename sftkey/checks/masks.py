@@ -22,13 +22,16 @@ from sftkey.data.labels import COMPLETION, IGNORED, KEY, PADDING, weights_by_seg
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import tokenize
+from sftkey.models.facts import num_embeddings
 from sftkey.recipe.schema import Recipe, StageSection
 
 NUM_JUDGED = 200  # rows of train that the oracle judges
 BATCH_SIZE = 64
 BUG = "no recipe mends this: it is a bug of sftkey, please report it with the tokenizer's name"
+NO_ROW = "take the tokenizer that belongs to the model, with a pad_token that its embedding has"
 HINTS = {
     "nothing-trained": "leave these rows out, or choose another loss_on",
+    "no-embedding": NO_ROW,
     "no-key": "the answer melts into the thinking: choose other tags as response.answer",
 }
 
@@ -62,7 +65,7 @@ def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
     """Collate all rows of a split for every stage, and compare with what the recipe says."""
     masks = Masks()
     closing = _closing(renderer)
-    pad = renderer.tokenizer.pad_token_id
+    pad, num_ids = renderer.tokenizer.pad_token_id, num_embeddings(recipe.model)
     with _one_thread():
         for rows in dataset.iter(batch_size=BATCH_SIZE):
             items = [
@@ -72,6 +75,7 @@ def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
             for stage in recipe.stages:
                 batch = KeyCollator(pad, stage.loss_on, for_key_trainer=True)(items)
                 _note_stage_faults(masks, stage, batch, renderer, rows["index"])
+            _note_ids(masks, batch["input_ids"], num_ids, rows["index"])
             _note_row_faults(masks, batch["segment_ids"], rows, closing, renderer)
     return masks
 
@@ -94,19 +98,23 @@ def _note_stage_faults(
     renderer: Renderer,
     rows: Sequence[int],
 ) -> None:
-    """Compare a batch's labels and weights with the recipe's weights by segment."""
+    """Look for rows of which a stage trains nothing, or not the end of turn."""
     ids, segments, labels = batch["input_ids"], batch["segment_ids"], batch["labels"]
-    by_segment = torch.tensor((*weights_by_segment(stage.loss_on), 0.0))  # PADDING takes the last
-    weights, where = by_segment[segments], f"stages.{stage.name}"
-    wrong = (labels != ids.where(weights > 0, IGNORED)) | (batch["loss_weights"] != weights)
-    masks.note("loss-on", f"{where}: trains other tokens than loss_on says", wrong.any(1), rows)
+    where = f"stages.{stage.name}"
     masks.note("nothing-trained", f"{where}: trains no token", (labels == IGNORED).all(1), rows)
     last = (segments != PADDING).sum(1, keepdim=True) - 1
     end = ids.gather(1, last) == renderer.end_id
-    if by_segment[Segment.END]:
+    if weights_by_segment(stage.loss_on)[Segment.END]:
         end &= labels.gather(1, last) == renderer.end_id
     what = f"{where}: doesn't train {renderer.end_token!r} as the last token"
     masks.note("end-untrained", what, ~end.squeeze(1), rows)
+
+
+def _note_ids(masks: Masks, ids: torch.Tensor, num_ids: int | None, rows: Sequence[int]) -> None:
+    """Look for ids, padding's among them, that the model's embedding has no row for."""
+    if num_ids is not None:
+        what = f"an id of {int(ids.max())}, and the embedding has {num_ids} rows"
+        masks.note("no-embedding", what, (ids >= num_ids).any(1), rows)
 
 
 def _note_row_faults(
@@ -132,6 +140,23 @@ def _closing(renderer: Renderer) -> str:
 def _decode(renderer: Renderer, rows: Sequence[Sequence[int]]) -> list[str]:
     backend = renderer.tokenizer.backend_tokenizer
     return list(backend.decode_batch([list(ids) for ids in rows], skip_special_tokens=False))
+
+
+def id_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
+    """Find tokens of the frame that the model's embedding has no row for.
+
+    Raises:
+        ModelError: The model's config can't be read.
+    """
+    size, tokenizer = num_embeddings(recipe.model), renderer.tokenizer
+    tags = renderer.encode([renderer.response.render("", "")])[0].ids
+    own = {"pad": tokenizer.pad_token_id, "begin of text": tokenizer.bos_token_id}
+    own |= {"end of turn": max(renderer.end_ids), "tag": max(tags, default=None)}
+    for name, number in own.items():
+        if size is not None and number is not None and number >= size:
+            token = tokenizer.convert_ids_to_tokens(number)
+            what = f"the {name} token {token!r} has the id {number}, and the embedding {size} rows"
+            yield Finding("no-embedding", (), f"{recipe.model.name_or_path}: {what}", NO_ROW)
 
 
 def judged_findings(renderer: Renderer, examples: Sequence[Example]) -> Iterator[Finding]:

@@ -1,23 +1,21 @@
-"""What the gate reads off the rows as texts: those left out, and those that a template changes."""
+"""What the gate reads off the rows as texts: those left out, and those that lose something."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sftkey.checks.findings import Finding, of_rows
-from sftkey.data.refused import left_out
-from sftkey.data.renderer import Renderer
-from sftkey.data.response import Example
-from sftkey.data.splits import Splits
-from sftkey.errors import FrameError
+from sftkey.data.refused import left_out, numbered
+from sftkey.data.renderer import Renderer, ids_set_before
+from sftkey.data.template import THINK_TAG, reads_of
+from sftkey.data.tokenization import DROPS_THINKING
 from sftkey.recipe.schema import DataSection
 
-THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
-SPLITS = ("train", "validation", "test")
+SAME_PROMPT = (
+    "inference gets the same prompt; give a model.chat_template that keeps it, if it counts"
+)
 
 
 def lenient(data: DataSection) -> DataSection:
@@ -47,13 +45,14 @@ def empty_findings(rows: Mapping[str, Sequence[int]]) -> Iterator[Finding]:
 
 
 def frame_findings(renderer: Renderer) -> Iterator[Finding]:
-    """Find thinking that the template writes itself, beside the response's own."""
+    """Find thinking that the template writes beside the response's own, and a begin that lacks."""
+    yield from _begin_findings(renderer)
     if not THINK_TAG.search(renderer.assistant_prefix):
         return
     opening = "<think>\n" if "<think>" in renderer.assistant_prefix else ""
     native = f"response.thinking: {json.dumps([opening, chr(10) + '</think>'])}"
     switch = "model.chat_template_kwargs: {enable_thinking: false}; or "
-    knows = "enable_thinking" in str(renderer.tokenizer.chat_template)
+    knows = "enable_thinking" in reads_of(renderer.tokenizer).variables
     yield Finding(
         "template-inserts",
         (),
@@ -63,68 +62,32 @@ def frame_findings(renderer: Renderer) -> Iterator[Finding]:
     )
 
 
-def template_findings(splits: Splits, renderer: Renderer) -> tuple[list[Finding], Splits]:
-    """Find messages that the template drops or rewrites, one prompt of each shape rendered.
+def _begin_findings(renderer: Renderer) -> Iterator[Finding]:
+    """Note a template without the token that the tokenizer sets before every other text."""
+    begin = renderer.tokenizer.bos_token_id
+    if renderer.kind == "plain" or begin not in ids_set_before(renderer.tokenizer):
+        return
+    if begin not in renderer.prompt_ids("Q"):
+        token = renderer.tokenizer.bos_token
+        what = f"the chat template doesn't begin with {token!r}, which the tokenizer sets before "
+        hint = "inference gets the same prompt; write it into a model.chat_template, if it counts"
+        yield Finding("no-begin", (), f"{what}a text by itself", hint, refuses=False)
 
-    Returns:
-        The findings, and the splits without the rows that can't be rendered at all.
+
+def noted_findings(noted: Mapping[str, Any]) -> Iterator[Finding]:
+    """Find what rows lose that are trained all the same.
+
+    Args:
+        noted: By "split: what", as `Prepared.counts` has them.
     """
-    findings: list[Finding] = []
-    kept: dict[str, Any] = {}
-    for split in SPLITS:
-        examples, unusable = getattr(splits, split), set()
-        for alike in _by_shape(examples):
-            found, usable = _shape_findings(split, alike, renderer)
-            findings += found
-            unusable |= set() if usable else {id(example) for example in alike}
-        kept[split] = [example for example in examples if id(example) not in unusable]
-    return findings, replace(splits, **kept)
-
-
-def _by_shape(examples: Sequence[Example]) -> list[list[Example]]:
-    """Group examples by what a template can treat differently: roles, thinking in the messages."""
-    shapes: dict[Any, list[Example]] = {}
-    for example in examples:
-        prompt, shape = example.prompt, None
-        if not isinstance(prompt, str):
-            shape = tuple(
-                (each["role"], bool(THINK_TAG.search(each["content"])), "reasoning_content" in each)
-                for each in prompt
-            )
-        shapes.setdefault(shape, []).append(example)
-    return list(shapes.values())
-
-
-def _shape_findings(
-    split: str, examples: Sequence[Example], renderer: Renderer
-) -> tuple[list[Finding], bool]:
-    """Render the first of these examples; tell also whether such rows can be tokenized."""
-    prompt, rows = examples[0].prompt, [example.index for example in examples]
-    if isinstance(prompt, str):
-        return [], True
-    try:
-        text = renderer.prompt_text(prompt)
-    except FrameError as error:
-        # Without a system message the tokenizer refuses row by row, and the rows are counted there.
-        if renderer.kind == "chat" and all(message["role"] != "system" for message in prompt):
-            return [], True
-        what = f"{split}: {error.problems[0]}"
-        return [of_rows("template", what, rows, error.hint or "")], False
-    return list(_lost(split, prompt, rows, text)), True
-
-
-def _lost(
-    split: str, prompt: Sequence[Mapping[str, str]], rows: Sequence[int], text: str
-) -> Iterator[Finding]:
-    """Find the messages whose text isn't in the rendered prompt."""
-    same = "inference gets the same prompt; give a model.chat_template that keeps it, if it counts"
-    for message in prompt:
-        role, content = message["role"], message["content"]
-        thinking = message.get("reasoning_content", "").strip()
-        if content.strip() not in text and not THINK_TAG.search(content):
-            what = f"{split}: the chat template drops or rewrites the text of a {role} message"
-            hint = "give a model.chat_template that keeps it, or leave these messages out"
-            yield of_rows("template", what, rows, hint)
-        elif content.strip() not in text or thinking not in text:
-            what = f"{split}: the chat template drops the thinking of an earlier {role} message"
-            yield of_rows("template-drops-thinking", what, rows, same, refuses=False)
+    for where, counted in noted.items():
+        drops = where.endswith(DROPS_THINKING)
+        shown = "; ".join(counted.get("examples", ()))
+        message = f"{where}: {numbered(counted['rows'], counted['count'])}"
+        yield Finding(
+            "template-drops-thinking" if drops else "changed",
+            tuple(counted["rows"]),
+            f"{message}; {shown}" if shown else message,
+            SAME_PROMPT if drops else "it is trained as it stands in `sftkey show`",
+            refuses=False,
+        )

@@ -10,12 +10,11 @@ from sftkey.data.renderer import Renderer
 from sftkey.models.facts import (
     EMBEDDINGS,
     HEADS,
-    _json,
     head_is_tied,
+    published_stops,
     settings_left_aside,
-    stop_ids_of,
 )
-from sftkey.models.source import ADAPTER_CONFIG, find_source
+from sftkey.models.source import ADAPTER_CONFIG, find_source, read_json
 from sftkey.recipe.schema import Recipe
 
 
@@ -28,10 +27,10 @@ def stop_findings(recipe: Recipe, renderer: Renderer) -> list[Finding]:
     Raises:
         ModelError: The model's config can't be read.
     """
-    published = stop_ids_of(recipe.model)
-    if published is None:
+    published, verified = published_stops(recipe.model)
+    if not verified:
         return [not_verified(recipe, renderer)]
-    if renderer.end_id in published:
+    if not set(published).isdisjoint(renderer.end_ids):
         return []
     name, end = recipe.model.name_or_path, _shown(renderer, renderer.end_id)
     stops = ", ".join(_shown(renderer, number) for number in published) or "no token"
@@ -80,7 +79,7 @@ def _row_is_trained(recipe: Recipe, end_id: int, tied: bool) -> bool:
     settings = recipe.lora
     if recipe.model.adapter:
         source = find_source(recipe.model.adapter, config_file=ADAPTER_CONFIG)
-        settings = {**(_json(source, ADAPTER_CONFIG) or {}), **settings}
+        settings = {**(read_json(source, ADAPTER_CONFIG) or {}), **settings}
     indices = settings.get("trainable_token_indices") or {}
     by_module = indices if isinstance(indices, dict) else {EMBEDDINGS[0]: indices}
     names = [name for name, ids in by_module.items() if end_id in ids]

@@ -27,7 +27,7 @@ def show(
     from sftkey.commands.terminal import stdout_console
     from sftkey.data.prepare import prepare
     from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
-    from sftkey.models.facts import stop_ids_of
+    from sftkey.models.facts import published_stops
     from sftkey.models.loading import load_tokenizer
 
     prepared = prepare(checked, load_tokenizer(checked.model), need_test=False)
@@ -44,5 +44,5 @@ def show(
     if prepared.answers_only:
         what = "these rows have no reasoning: the model writes it when a stage begins"
         print(f"note: {what}", file=sys.stderr)
-    if stop_ids_of(checked.model) is None:
+    if not published_stops(checked.model)[1]:
         print(f"note: {not_verified(checked, prepared.renderer)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import string
@@ -9,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sftkey.data.messages import read_messages
-from sftkey.data.response import Example
+from sftkey.data.messages import check_trained, read_messages, read_tools, unmarked
+from sftkey.data.response import TOOLS, Example
 from sftkey.data.values import RowError, letter, lettered, parsed_json, trimmed
 from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection
@@ -236,6 +237,9 @@ def make_examples(
                 continue
             if system is not None:
                 prompt = ({"role": "system", "content": system}, *_as_messages(prompt))
+            if tools := read_tools(row.get("tools")):
+                first = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
+                prompt = (first, *_as_messages(prompt))
             loaded.examples.append(Example(prompt, thinking, answer, index, turn))
     return loaded
 
@@ -352,7 +356,7 @@ def _prompt(row: RawRow, template: Template) -> Any:
     """Return the prompt: a list of messages as it is, everything else as text."""
     value = row.get(template.column) if template.column else None
     if template.column and _holds_messages(template.column, [row]):
-        return read_messages(value)
+        return tuple(unmarked(message) for message in read_messages(value))
     return template.fill(row)
 
 
@@ -366,7 +370,7 @@ def _by_rule(text: str, rule: Rule | None) -> tuple[str, str]:
 
 
 def _conversation(
-    messages: tuple[dict[str, str], ...], rule: Rule | None, turns: Turns, reasoning: bool
+    messages: tuple[dict[str, Any], ...], rule: Rule | None, turns: Turns, reasoning: bool
 ) -> Iterator[Parts | RowError]:
     """Return a conversation's last assistant turn, or every one, with the messages before it."""
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -375,6 +379,7 @@ def _conversation(
     for place in places if turns == "all" else places[-1:]:
         turn = messages[place]
         try:
+            check_trained(turn)
             # With a rule, an empty `reasoning_content` says nothing: the content may hold the tags.
             if turn.get("reasoning_content") or (rule is None and "reasoning_content" in turn):
                 thinking, answer = turn["reasoning_content"], turn["content"]
@@ -388,8 +393,9 @@ def _conversation(
             yield tuple(_earlier(each, rule) for each in messages[:place]), thinking, answer
 
 
-def _earlier(message: dict[str, str], rule: Rule | None) -> dict[str, str]:
+def _earlier(message: dict[str, Any], rule: Rule | None) -> dict[str, Any]:
     """Move the thinking of an earlier answer beside its content, where the template handles it."""
+    message = unmarked(message)
     if message["role"] != "assistant" or "reasoning_content" in message or rule is not think_tags:
         return message
     parts = think_tags(message["content"])
@@ -398,7 +404,7 @@ def _earlier(message: dict[str, str], rule: Rule | None) -> dict[str, str]:
     return {**message, "content": parts[1], "reasoning_content": parts[0]}
 
 
-def _as_messages(prompt: Any) -> tuple[dict[str, str], ...]:
+def _as_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
 
 

@@ -18,21 +18,29 @@ class Allowed:
 
     Args:
         key: Of the `data` section; with the value `error` such rows refuse the recipe.
-        hint: What to do about them then.
+        hint: What to do about them then; None where they are only counted.
     """
 
     key: str
-    hint: str
+    hint: str | None
 
 
-UNSPLIT = Allowed("unsplit_rows", "mend these rows; data.unsplit_rows: drop leaves them out")
 # By the code of the rows' refusal; `unsplit_rows` decides on all others.
+DROP = "data.unsplit_rows: drop leaves them out"
+UNSPLIT = Allowed("unsplit_rows", f"mend these rows; {DROP}")
 OTHERS = {
     "empty-thinking": Allowed(
         "empty_thinking",
         "what is trained behind an empty thinking stops reading it: give these rows a reasoning, "
         "or leave data.thinking out and write `thinking: own` in every stage, so that the model "
         "writes it; data.empty_thinking: drop leaves these rows out",
+    ),
+    "not-trained": Allowed("unsplit_rows", None),
+    "not-returned": Allowed(
+        "unsplit_rows", f"choose other tags as response.thinking and response.answer; {DROP}"
+    ),
+    "template": Allowed(
+        "unsplit_rows", f"mend these messages, or choose another model.chat_template; {DROP}"
     ),
     "overlap": Allowed("overlap", "data.overlap: drop leaves these rows out"),
     "too-long": Allowed(

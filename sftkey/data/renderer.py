@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
 from sftkey.data.response import Response
+from sftkey.data.template import (
+    TEMPLATE_ERRORS,
+    Probe,
+    name_of,
+    probe_template,
+    render,
+    render_prompt,
+    special_ids,
+    special_pattern,
+)
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
 
@@ -20,185 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-
-Messages = Sequence[Mapping[str, str]]
-
-QUESTION = "question4f1c"
-SENTINEL = "sentinel9b27"
-# What a template raises by itself, and what it trips over when it meets a message it doesn't know.
-TEMPLATE_ERRORS = (TemplateError, AttributeError, KeyError, TypeError, ValueError)
-
-
-def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the name by which an error speaks of a tokenizer."""
-    return tokenizer.name_or_path or "tokenizer"
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the special tokens by their texts."""
-    added = tokenizer.added_tokens_decoder.items()
-    special = {token.content: number for number, token in added if token.special}
-    return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-
-
-def special_pattern(special: Mapping[str, int]) -> re.Pattern[str]:
-    """Return a pattern that finds special tokens in a text, the longest first."""
-    tokens = sorted(special, key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in tokens) or r"(?!)")
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    kwargs: Mapping[str, Any],
-    add_generation_prompt: bool = True,
-) -> str:
-    """Render messages with the tokenizer's own template."""
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        **kwargs,
-    )
-    assert isinstance(text, str)  # tokenize=False, one conversation
-    return text
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
-) -> str:
-    """Render a prompt, and see that nothing of a system message was lost.
-
-    Raises:
-        FrameError: The template raises on these messages, or drops a system message.
-    """
-    hint = "write it into data.prompt, or choose another model.chat_template"
-    name = name_of(tokenizer)
-    try:
-        text = render(tokenizer, messages, kwargs)
-    except TEMPLATE_ERRORS as error:
-        if _raises_on_system(tokenizer, messages, kwargs):
-            what = f"the chat template raises on the system message: {error}"
-            raise FrameError(name, what, hint) from error
-        roles = ", ".join(message["role"] for message in messages)
-        what = f"the chat template raises on a prompt of {roles}: {error}"
-        raise FrameError(name, what) from error
-    for message in messages:
-        if message["role"] == "system" and message["content"].strip() not in text:
-            raise FrameError(name, "the chat template drops the system message", hint)
-    return text
-
-
-def _raises_on_system(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
-) -> bool:
-    """Tell whether messages that can't be rendered can be without their system message."""
-    others = [message for message in messages if message["role"] != "system"]
-    if len(others) == len(messages):
-        return False
-    try:
-        render(tokenizer, others, kwargs)
-    except TEMPLATE_ERRORS:
-        return False
-    return True
-
-
-def probe_template(
-    tokenizer: PreTrainedTokenizerBase, response: Response, kwargs: Mapping[str, Any]
-) -> tuple[str, str]:
-    """Return the text between generation prompt and completion, and all the text after it.
-
-    Raises:
-        FrameError: There is no template, or its training text doesn't go on where its generation
-            prompt ends.
-    """
-    name = name_of(tokenizer)
-    if not tokenizer.chat_template:
-        raise FrameError(
-            name,
-            "expected a chat template, the tokenizer has none",
-            hint="a base model takes response.frame: plain; else give model.chat_template",
-        )
-    question = [{"role": "user", "content": QUESTION}]
-    try:
-        closed = render(tokenizer, question, kwargs, add_generation_prompt=False)
-        prompt = render(tokenizer, question, kwargs)
-        turn = [*question, {"role": "assistant", "content": SENTINEL}]
-        text = render(tokenizer, turn, kwargs, add_generation_prompt=False)
-    except TEMPLATE_ERRORS as error:
-        raise FrameError(
-            name,
-            f"the chat template raises on a question and its answer: {error}",
-            hint="give another model.chat_template",
-        ) from error
-    if QUESTION not in prompt or text.count(SENTINEL) != 1:
-        raise FrameError(
-            name,
-            "the chat template doesn't write the user's and the assistant's text once each",
-            hint="give another model.chat_template",
-        )
-    before, _, after = text.partition(SENTINEL)
-    header = prompt[len(commonprefix([closed, prompt])) :]  # noqa: RUF071 (by character)
-    _check_header(name, header, response)
-    assistant_prefix = _assistant_prefix(name, before, prompt, header, response)
-    if closed == prompt and special_pattern(special_ids(tokenizer)).search(assistant_prefix):
-        raise FrameError(
-            name,
-            "the chat template has no generation prompt: the model itself would write "
-            f"{assistant_prefix!r}",
-            hint="give a model.chat_template that heeds add_generation_prompt",
-        )
-    return assistant_prefix, after
-
-
-def _check_header(name: str, header: str, response: Response) -> None:
-    """Refuse tags of the thinking that the generation prompt has written already."""
-    opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
-    if closing and closing in header:
-        raise FrameError(
-            name,
-            f"the generation prompt ends the thinking already: {header!r}",
-            hint="model.chat_template_kwargs: {enable_thinking: true}, where the template knows it",
-        )
-    if opening and opening in header:
-        raise FrameError(
-            name,
-            f"the generation prompt opens the thinking already: {header!r}",
-            hint=f'response.thinking: ["", {json.dumps(response.thinking_close)}]',
-        )
-
-
-def _assistant_prefix(name: str, before: str, prompt: str, header: str, response: Response) -> str:
-    """Return what stands between the prompt and the completion.
-
-    What the template writes about thinking is left out where the response has tags of its own for
-    it: Qwen3 sets an empty block beside every answer, and the native tags take its place.
-    """
-    opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
-    common = commonprefix([before, prompt])  # noqa: RUF071 (by character)
-    inserted, opened = before[len(common) :], prompt[len(common) :]
-    if opened:
-        if not opening and closing and (not inserted or closing in inserted):
-            return ""
-        raise FrameError(
-            name,
-            "the generation prompt is no prefix of the training text: "
-            f"one goes on with {opened!r}, the other with {inserted!r}",
-            hint=_hint_for(header),
-        )
-    if closing and closing in inserted:
-        return inserted.partition(opening)[0] if opening and opening in inserted else ""
-    # gpt-oss: the native answer tag writes what the template would write before an answer.
-    written_by_tag = inserted.strip() and inserted.strip() in response.answer_open
-    return "" if written_by_tag else inserted
-
-
-def _hint_for(header: str) -> str:
-    own = "give a model.chat_template of your own"
-    tag = re.search(r"<(\w+)>\s*$", header)
-    if tag is None:
-        return own
-    return f'the prompt opens the thinking: response.thinking: ["", "\\n</{tag[1]}>"]; or {own}'
+ANCHOR = "x"  # decoded before a completion
 
 
 @dataclass(frozen=True)
@@ -214,6 +42,8 @@ class Renderer:
         chat_template_kwargs: Handed to the template in training and inference alike.
         kind: `chat` renders prompts with the template, `plain` takes them as they are.
         bos_ids: Ids that the tokenizer sets before a plain text by itself.
+        header: The generation prompt, which every chat must end in.
+        tail: What the template writes in its place where no answer is asked for, mostly nothing.
 
     >>> renderer = Renderer.read(tokenizer)
     >>> renderer.end, len(renderer.prompt_ids("2 + 2?")) > 6
@@ -228,6 +58,8 @@ class Renderer:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     kind: Literal["chat", "plain"] = "chat"
     bos_ids: tuple[int, ...] = ()
+    header: str = ""
+    tail: str = ""
 
     @classmethod
     def read(
@@ -252,12 +84,14 @@ class Renderer:
         """Return the text that inference feeds, up to where the model begins to write.
 
         Raises:
-            FrameError: The template drops or raises on what the prompt holds, or `plain` got chat
-                messages.
+            FrameError: The template drops or raises on what the prompt holds, or writes another
+                generation prompt for it; or `plain` got chat messages.
         """
         if self.kind == "chat":
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return render_prompt(self.tokenizer, messages, self.chat_template_kwargs)
+            text = render_prompt(self.tokenizer, messages, self.chat_template_kwargs)
+            self._check_header(messages, text)
+            return text
         if not isinstance(prompt, str):
             raise FrameError(
                 "response.frame",
@@ -265,6 +99,21 @@ class Renderer:
                 hint="take response.frame: chat, or write data.prompt as one text without a system",
             )
         return prompt
+
+    def _check_header(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
+        """Refuse a chat whose generation prompt isn't the one that completions were probed with."""
+        try:
+            closed = render(self.tokenizer, messages, self.chat_template_kwargs, False)
+        except TEMPLATE_ERRORS as error:
+            what = f"the chat template raises where no answer is asked for: {error}"
+            raise FrameError(name_of(self.tokenizer), what) from error
+        if text != closed.removesuffix(self.tail) + self.header:
+            raise FrameError(
+                name_of(self.tokenizer),
+                f"the generation prompt isn't {self.header!r} here, as for a question alone",
+                "leave out what switches it in the messages (`/no_think` for one), and set "
+                "model.chat_template_kwargs for all rows",
+            )
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Return the very ids that inference feeds and that training rows begin with."""
@@ -297,6 +146,11 @@ class Renderer:
         return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
 
     @cached_property
+    def end_ids(self) -> list[int]:
+        """The special tokens that end a turn, of which the last ends a row; mostly one."""
+        return [self.special_ids[token] for token in self.special_pattern.findall(self.end)]
+
+    @cached_property
     def special_ids(self) -> dict[str, int]:
         """The special tokens by their texts."""
         return special_ids(self.tokenizer)
@@ -305,6 +159,21 @@ class Renderer:
     def special_lengths(self) -> dict[int, int]:
         """The numbers of characters of the special tokens by their ids."""
         return {number: len(token) for token, number in self.special_ids.items()}
+
+    @cached_property
+    def swallowing_lengths(self) -> dict[int, int]:
+        """The same of all tokens that may swallow the white space beside them."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {n: len(token.content) for n, token in added if token.lstrip or token.rstrip}
+
+    def decode_behind(self, ids: Sequence[int]) -> str:
+        """Decode what follows a prompt: SentencePiece takes a first blank away elsewhere."""
+        text = self._backend.decode([*self._anchor, *ids], skip_special_tokens=False)
+        return text.lstrip().removeprefix(ANCHOR)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return list(self.encode([ANCHOR])[0].ids)
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -369,14 +238,29 @@ def probe_renderer(
             "expected a fast tokenizer, got a slow one, which doesn't say where its tokens stand",
             hint="put a tokenizer.json beside the model, or choose a model that has one",
         )
+    kwargs = dict(chat_template_kwargs or {})
     if section.frame == "plain":
+        if kwargs:
+            what = "response.frame: plain renders no chat template; got model.chat_template_kwargs"
+            raise FrameError(name_of(tokenizer), what, "leave them out")
         end = section.end or tokenizer.eos_token or ""
         plain = Renderer(tokenizer, response, "", end, _plain_end(tokenizer, end), {}, "plain")
-        return _checked(replace(plain, bos_ids=_bos_ids(tokenizer)))
-    kwargs = dict(chat_template_kwargs or {})
-    assistant_prefix, after = probe_template(tokenizer, response, kwargs)
-    special = special_ids(tokenizer)
-    found = special_pattern(special).search(after)
+        return _checked(replace(plain, bos_ids=ids_set_before(tokenizer)))
+    probe = probe_template(tokenizer, response, kwargs)
+    end, token = _end_of_turn(tokenizer, probe)
+    number = special_ids(tokenizer)[token]
+    chat = Renderer(tokenizer, response, probe.assistant_prefix, end, number, kwargs)
+    return _checked(replace(chat, header=probe.header, tail=probe.tail))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str, str]:
+    """Return the text that ends a turn, and the special token that it ends with.
+
+    Cohere's turns end with two: the response's end and the turn's. What stands only at the end of
+    a whole conversation (Phi-4-mini's `<|endoftext|>`) is no part of a turn.
+    """
+    pattern, after = special_pattern(special_ids(tokenizer)), probe.after
+    found = pattern.search(after)
     if found is None:
         raise FrameError(
             name_of(tokenizer),
@@ -385,8 +269,12 @@ def probe_renderer(
             hint="a base model takes response.frame: plain; "
             "else give a model.chat_template whose turns end with a special token",
         )
-    end = after[: found.end()]
-    return _checked(Renderer(tokenizer, response, assistant_prefix, end, special[found[0]], kwargs))
+    while found[0] != tokenizer.eos_token:
+        another = pattern.match(after, found.end())
+        if another is None or not probe.before_next.startswith(after[: another.end()]):
+            break
+        found = another
+    return after[: found.end()], found[0]
 
 
 def _checked(renderer: Renderer) -> Renderer:
@@ -414,10 +302,10 @@ def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
     return special[end]
 
 
-def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def ids_set_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ids that the tokenizer sets before a text by itself."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
     starts = range(len(whole) - len(bare) + 1)
     start = next((n for n in starts if whole[n : n + len(bare)] == bare), 0)
     return tuple(whole[:start])
@@ -426,9 +314,11 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def stop_ids(renderer: Renderer, published: int | Iterable[int] | None = None) -> list[int]:
     """Return the ids that must stop generation: the trained end of turn, then the published ones.
 
+    Where several tokens end a turn, the text is over at the first.
+
     Args:
         renderer: The run's renderer.
         published: `eos_token_id` of the model's generation config.
     """
     others = [published] if isinstance(published, int) else list(published or ())
-    return list(dict.fromkeys([renderer.end_id, *others]))
+    return list(dict.fromkeys([renderer.end_id, *others, *renderer.end_ids]))

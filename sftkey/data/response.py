@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sftkey.recipe.schema import ResponseSection
+
+
+TOOLS = "tools"  # the role of a first message that holds the row's tools, as JSON
 
 
 class Segment(IntEnum):
@@ -49,6 +52,7 @@ class Example:
 
     Args:
         prompt: The question as text, or chat messages (`role`, `content`), the last one a user's.
+            Tools that the model may call are a first message of the role `tools`, a JSON list.
         thinking: The reasoning, without tags.
         answer: The final answer, without tags.
         index: Row in the order of the source, before splitting.
@@ -58,7 +62,7 @@ class Example:
     '4'
     """
 
-    prompt: str | tuple[dict[str, str], ...]
+    prompt: str | tuple[dict[str, Any], ...]
     thinking: str
     answer: str
     index: int = 0

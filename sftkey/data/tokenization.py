@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
+from sftkey.data.returned import change_of
+from sftkey.data.template import num_dropped_thinkings
 from sftkey.errors import DataError, FrameError
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[i
 if TYPE_CHECKING:
     _Encoded = tuple[list[Encoding], list[Encoding]]
 
+DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
 
 
@@ -102,11 +105,13 @@ class Row:
         input_ids: (T,) token ids; the last one is the end of turn.
         segment_ids: (T,) values of `Segment`.
         index: The example's row in source order.
+        notes: What is worth knowing of it, and an example of that, where there is one.
     """
 
     input_ids: list[int]
     segment_ids: list[int]
     index: int
+    notes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 @dataclass
@@ -140,6 +145,7 @@ class _Text:
 
     prompt: str
     pieces: list[tuple[Segment, str]]
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def rest(self) -> str:
@@ -150,7 +156,7 @@ def tokenize(examples: Sequence[Example], renderer: Renderer) -> list[Row | Refu
     """Make a row of each example, or say why it can't be one; in order.
 
     Raises:
-        FrameError: The template drops or raises on a system message.
+        FrameError: A plain frame got chat messages.
     """
     return [row for batch in tokenize_batches(examples, renderer) for row in batch]
 
@@ -164,7 +170,7 @@ def tokenize_batches(
     each core, this thread makes rows of the last.
 
     Raises:
-        FrameError: The template drops or raises on a system message.
+        FrameError: A plain frame got chat messages.
     """
     num_threads = _num_cores()
     batches = (examples[n : n + BATCH_SIZE] for n in range(0, len(examples), BATCH_SIZE))
@@ -201,12 +207,14 @@ def _rows(
     rows: list[Row | Refusal] = []
     for example, text in zip(examples, written, strict=True):
         outcome = (
-            text if isinstance(text, _Fault) else _row(text, next(prompts), next(wholes), renderer)
+            text
+            if isinstance(text, _Fault)
+            else _row(example, text, next(prompts), next(wholes), renderer)
         )
         if isinstance(outcome, _Fault):
             rows.append(Refusal(example.index, outcome.reason, outcome.code))
         else:
-            rows.append(Row(*outcome, example.index))
+            rows.append(outcome)
     return rows
 
 
@@ -220,15 +228,15 @@ def _write(example: Example, renderer: Renderer) -> _Text | _Fault:
     try:
         prompt = renderer.prompt_text(example.prompt)
     except FrameError as error:
-        if isinstance(example.prompt, str) or renderer.kind == "plain":
-            raise
-        if any(message["role"] == "system" for message in example.prompt):
-            raise
         return _Fault(error.problems[0].what, "template")
     pieces = renderer.response.pieces(example.thinking, example.answer)
+    dropped = 0
+    if not isinstance(example.prompt, str):
+        dropped = num_dropped_thinkings(example.prompt, prompt)
     return _Text(
         prompt,
         [(Segment.THINKING, renderer.assistant_prefix), *pieces, (Segment.END, renderer.end)],
+        ((DROPS_THINKING, ""),) * bool(dropped),
     )
 
 
@@ -238,14 +246,23 @@ def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
     yield "answer", example.answer
     if renderer.kind == "chat":
         prompt = example.prompt
-        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
-        yield from (("prompt", message["content"]) for message in messages)
+        for value in [prompt] if isinstance(prompt, str) else prompt:
+            yield from (("prompt", text) for text in _strings(value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Return all texts in a message, tool calls and earlier thinking included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(inner)
 
 
 def _row(
-    text: _Text, prompt: Encoding, whole: Encoding, renderer: Renderer
-) -> tuple[list[int], list[int]] | _Fault:
-    """Return ids and segments of a row, or why there are none."""
+    example: Example, text: _Text, prompt: Encoding, whole: Encoding, renderer: Renderer
+) -> Row | _Fault:
+    """Return a row, or why there is none."""
     lost = renderer.lost_character(text.rest)
     if lost:
         return _Fault(f"the completion holds {lost!r}, which the tokenizer would lose")
@@ -260,7 +277,7 @@ def _row(
     if changed or swallowed or renderer.lost_character(text.prompt):
         apart = _apart(text, prompt_ids, None if swallowed else ids, renderer)
         if apart is None:
-            return _Fault(
+            return _swallowing(whole.ids, whole, renderer) or _Fault(
                 "the ids do not begin with the prompt's, "
                 "and the rest tokenized apart decodes to another text",
                 "prefix",
@@ -269,9 +286,13 @@ def _row(
     fault = _fault(tokens, pieces, renderer)
     if fault:
         return fault
+    change = change_of(example, tokens.ids, renderer)
+    if change and change.in_answer:
+        return _Fault(change.what, "not-returned")
+    notes = text.notes + (((change.what, change.shown),) if change else ())
     before = [*renderer.bos_before(text.prompt), *prompt_ids]
-    segments = segments_of(tokens, pieces)
-    return [*before, *tokens.ids], [*[int(Segment.PROMPT)] * len(before), *segments]
+    segments = [*[int(Segment.PROMPT)] * len(before), *segments_of(tokens, pieces)]
+    return Row([*before, *tokens.ids], segments, example.index, notes)
 
 
 def _apart(
@@ -306,13 +327,19 @@ def _fault(
     if special != renderer.written_special_ids:
         what = "a special token arises that nobody wrote: a character is unknown to the tokenizer"
         return _Fault(what, "unknown-character")
-    place = -1
-    for number in special:
-        place = ids.index(number, place + 1)
-        start, stop = tokens.span(place)
-        if stop - start != renderer.special_lengths[number]:
-            swallowing = renderer.tokenizer.convert_ids_to_tokens(number)
-            return _Fault(f"the special token {swallowing!r} swallows white space beside it")
+    return _swallowing(ids, tokens.encoding, renderer, tokens.first)
+
+
+def _swallowing(
+    ids: Sequence[int], encoding: Encoding, renderer: Renderer, first: int = 0
+) -> _Fault | None:
+    """Name a token that takes the white space beside it away, if there is one."""
+    lengths = renderer.swallowing_lengths
+    for place in (n for n, number in enumerate(ids) if number in lengths):
+        span: Any = encoding.token_to_chars(first + place)
+        if span[1] - span[0] != lengths[ids[place]]:
+            token = renderer.tokenizer.convert_ids_to_tokens(ids[place])
+            return _Fault(f"the token {token!r} swallows white space beside it", "end-of-turn")
     return None
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +13,14 @@ from pydantic import ValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
 from sftkey.models.loading import linear_modules, load_tokenizer, short_names
 from sftkey.models.packaged import find_weights, is_packaged
-from sftkey.models.source import Source, model_source
+from sftkey.models.source import Source, model_source, needs_code, read_json
 from sftkey.recipe.schema import ModelSection
 
 
@@ -143,15 +139,11 @@ def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFact
             file, sha256 = find_weights(section)
         section = section.model_copy(update={"file": file, "sha256": sha256})
     source = model_source(section)
-    config = _config(section, source)
+    config = read_config(section, source)
     tokenizer = load_tokenizer(section)
     skeleton, attention = _skeleton(section, config)
-    stops = _generation_config(source)
-    verified = stops is not None and stops.eos_token_id is not None
-    published = stops.eos_token_id if verified and stops else _eos(config)
-    return ModelFacts(
-        section, config, tokenizer, skeleton, attention, tuple(_ids(published)), verified
-    )
+    stops, verified = published_stops(section)
+    return ModelFacts(section, config, tokenizer, skeleton, attention, stops, verified)
 
 
 def skeleton_of(section: ModelSection) -> PreTrainedModel:
@@ -160,13 +152,22 @@ def skeleton_of(section: ModelSection) -> PreTrainedModel:
     Raises:
         ModelError: There is no such model, or transformers doesn't know it.
     """
-    return _skeleton(section, _config(section, model_source(section)))[0]
+    return _skeleton(section, read_config(section, model_source(section)))[0]
 
 
-def _config(section: ModelSection, source: Source) -> Any:
+def read_config(section: ModelSection, source: Source) -> Any:
+    """Read a model's config.
+
+    Raises:
+        ModelError: It can't be read, or only with code of the model's folder.
+    """
     try:
-        return AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
+        return AutoConfig.from_pretrained(
+            source.path, revision=source.commit or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
+        if "auto_map" in (read_json(source, "config.json") or {}):
+            raise needs_code(section.name_or_path, "config.json") from error
         reason = first_line(error)
         raise ModelError(
             section.name_or_path, f"its config.json can't be read: {reason}"
@@ -187,17 +188,9 @@ def _skeleton(section: ModelSection, config: Any) -> tuple[PreTrainedModel, str]
     raise ModelError(section.name_or_path, f"no language model can be built of it: {reason}")
 
 
-def _generation_config(source: Source) -> GenerationConfig | None:
-    """Read the generation config, if there is one."""
-    try:
-        return GenerationConfig.from_pretrained(source.path, revision=source.commit or "main")
-    except OSError:
-        return None
-
-
 def _eos(config: Any) -> Any:
-    text: Any = config.get_text_config()
-    return getattr(text, "eos_token_id", None) or getattr(config, "eos_token_id", None)
+    found = getattr(config.get_text_config(), "eos_token_id", None)
+    return getattr(config, "eos_token_id", None) if found is None else found
 
 
 def _ids(published: Any) -> Iterator[int]:
@@ -211,17 +204,30 @@ EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddi
 HEADS = ("lm_head", "embed_out", "output")
 
 
-def stop_ids_of(section: ModelSection) -> tuple[int, ...] | None:
-    """Read which ids stop generation, as the model's makers say; None where they don't.
+def published_stops(section: ModelSection) -> tuple[tuple[int, ...], bool]:
+    """Read which ids stop generation, and whether a generation config says so.
+
+    Where none does, the model's config is asked, as transformers itself does then.
 
     Raises:
-        ModelError: The model can't be found, or the file read.
+        ModelError: The model can't be found, or a file read.
     """
-    generation = _json(model_source(section), "generation_config.json")
-    if generation is None:
-        return None
-    eos = generation.get("eos_token_id")
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    source = model_source(section)
+    generation = read_json(source, "generation_config.json") or {}
+    stops = tuple(_ids(generation.get("eos_token_id")))
+    return (stops, True) if stops else (tuple(_ids(_eos(read_config(section, source)))), False)
+
+
+def num_embeddings(section: ModelSection) -> int | None:
+    """Read how many rows the embedding has; None where the config doesn't say.
+
+    Raises:
+        ModelError: The model can't be found, or its config read.
+    """
+    config = read_json(model_source(section), "config.json") or {}
+    inner = config.get("text_config")
+    size = (inner if isinstance(inner, dict) else config).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 # Ids that say where texts begin and end, and what changes no token.
@@ -234,7 +240,7 @@ def settings_left_aside(section: ModelSection) -> list[str]:
     Raises:
         ModelError: The model can't be found, or the file read.
     """
-    published = _json(model_source(section), "generation_config.json") or {}
+    published = read_json(model_source(section), "generation_config.json") or {}
     return sorted(
         name
         for name, value in published.items()
@@ -248,28 +254,5 @@ def head_is_tied(section: ModelSection) -> bool:
     Raises:
         ModelError: The model's config can't be read.
     """
-    source = model_source(section)
-    try:
-        config = AutoConfig.from_pretrained(source.path, revision=source.commit or "main")
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ModelError(section.name_or_path, f"its config can't be read: {reason}") from error
+    config = read_config(section, model_source(section))
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _json(source: Source, name: str) -> dict[str, Any] | None:
-    """Read a file beside the weights; None where there is none, or none to be had."""
-    file = cached_file(
-        source.path,
-        name,
-        revision=source.commit,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if file is None:
-        return None
-    try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ModelError(file, f"expected JSON; got {error}") from error

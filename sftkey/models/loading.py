@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from sftkey.models.source import (
     find_source,
     hub_error,
     model_source,
+    needs_code,
+    read_json,
     weight_files,
 )
 from sftkey.models.template import check_template, read_template
@@ -67,9 +70,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     source = model_source(section)
     if source.commit is None and not any(source.folder.glob("*token*")):
         raise ModelError(source.path, "no tokenizer there; expected tokenizer.json")
+    _refuse_code(section, source)
     try:
+        # Whether mistral-common is installed must not choose another tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(
-            source.path, revision=source.commit or "main", trust_remote_code=False
+            source.path,
+            revision=source.commit or "main",
+            trust_remote_code=False,
+            mistral_format=False,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(section, source, "tokenizer", error) from error
@@ -85,6 +93,21 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _refuse_code(section: ModelSection, source: Source) -> None:
+    """Refuse a tokenizer that needs its folder's code, or a package that isn't installed."""
+    name = section.name_or_path
+    if "auto_map" in (read_json(source, "tokenizer_config.json") or {}):
+        raise needs_code(name, "tokenizer_config.json")
+    alone = source.commit is None and not (source.folder / "tokenizer.json").is_file()
+    if alone and (source.folder / "tokenizer.model").is_file() and not find_spec("sentencepiece"):
+        raise ModelError(
+            name,
+            "tokenizer.model without tokenizer.json is read with the package sentencepiece, which "
+            "isn't installed",
+            "pip install sentencepiece protobuf, or put a tokenizer.json beside it",
+        )
 
 
 @activity("loading the model")

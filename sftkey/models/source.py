@@ -7,12 +7,15 @@ once and the same way; weights and tokenizer then come from one commit.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
+from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
 from sftkey.models.packaged import is_packaged, packaged_folder
@@ -119,6 +122,33 @@ def model_source(section: ModelSection) -> Source:
         folder = packaged_folder(section)
         return Source(str(folder), None, folder)
     return find_source(section.name_or_path, section.revision)
+
+
+def read_json(source: Source, name: str) -> dict[str, Any] | None:
+    """Read a file beside the weights; None where there is none, or none to be had."""
+    file = cached_file(
+        source.path,
+        name,
+        revision=source.commit,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if file is None:
+        return None
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(file, f"expected JSON; got {error}") from error
+
+
+def needs_code(name_or_path: str, file: str) -> ModelError:
+    """Say that a folder's own code would have to be run, which is never done."""
+    return ModelError(
+        name_or_path,
+        f"{file} names Python code of its folder (auto_map), and sftkey runs none of it",
+        "take a model whose architecture and tokenizer transformers itself has",
+    )
 
 
 def base_identity(section: ModelSection) -> dict[str, str | None]:

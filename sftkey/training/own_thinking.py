@@ -18,9 +18,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftkey.data.prepare import Prepared, tokenized_rows
+from sftkey.data.prepare import Prepared
 from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.data.response import Example, QuestionKey
+from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError, Problem
 from sftkey.files import write_json
 from sftkey.generation.generate import Generation, by_row, generate_to_file, key_of

@@ -25,9 +25,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from sftkey.data.prepare import tokenized_rows
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
+from sftkey.data.row_cache import tokenized_rows
 from sftkey.recipe.schema import ResponseSection
 
 NUM_ROWS = 2000

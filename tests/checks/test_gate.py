@@ -326,13 +326,14 @@ def test_a_system_message_that_the_template_drops_refuses(gate: Gate, tmp_path: 
         }
     report = gate(f"model.chat_template={template}", rows=rows)
     assert report.findings == (
+        Finding("no-key", (9,), "train: the answer is empty: 1 row, 9", UNSPLIT.hint or ""),
         Finding(
             "template",
             (2, 5),
             "train: the chat template drops the system message: 2 rows, 2, 5",
-            "write it into data.prompt, or choose another model.chat_template",
+            "mend these messages, or choose another model.chat_template; data.unsplit_rows: drop "
+            "leaves them out",
         ),
-        Finding("no-key", (9,), "train: the answer is empty: 1 row, 9", UNSPLIT.hint),
     )
     assert report.statistics["rows"]["train"] == 7
 
@@ -352,7 +353,8 @@ def test_an_earlier_message_that_the_template_rewrites_refuses(gate: Gate, tmp_p
             "template",
             (4,),
             "train: the chat template drops or rewrites the text of a user message: 1 row, 4",
-            "give a model.chat_template that keeps it, or leave these messages out",
+            "mend these messages, or choose another model.chat_template; data.unsplit_rows: drop "
+            "leaves them out",
         ),
     )
 
@@ -365,7 +367,8 @@ def test_chat_messages_in_a_plain_frame_refuse(gate: Gate) -> None:
         "template",
         (4,),
         "train: plain takes a prompt as text, got chat messages: 1 row, 4",
-        "take response.frame: chat, or write data.prompt as one text without a system",
+        "mend these messages, or choose another model.chat_template; data.unsplit_rows: drop "
+        "leaves them out",
     )
 
 
@@ -465,13 +468,11 @@ def test_a_plain_end_that_the_model_does_not_know_refuses(gate: Gate, base_model
 
 
 def test_a_generation_config_without_eos_stops_at_nothing(gate: Gate, base_model: Path) -> None:
-    """There is no published end to take instead."""
+    """It is as if there were none: adapt and the gate read the ends alike."""
     (base_model / "generation_config.json").write_text("{}")
     (finding,) = gate(of_model(base_model)).findings
-    assert finding.message.startswith(f"{base_model}: generation stops at no token, and ")
-    assert finding.hint == (
-        "train its row: lora.trainable_token_indices: {embed_tokens: [2], lm_head: [2]}"
-    )
+    assert finding.code == "stop-not-verified"
+    assert not finding.refuses
 
 
 def test_published_settings_that_answers_do_not_follow_are_named(
@@ -641,21 +642,21 @@ def test_json_holds_errors_of_form_too(
 def test_answers_that_the_grader_cannot_read_are_found(
     recipe_of: Callable[..., Path],
 ) -> None:
-    """Only the questions that will be asked count; every answer to these would be wrong."""
+    """Every answer to these test rows would be wrong; elsewhere it is only said."""
     rows = [{**row, "answer": "Paris"} for row in ROWS]
     recipe = load_recipe(recipe_of(rows))
     report = gate_of(recipe)
     assert report.prepared is not None
     asked = tuple(example.index for example in report.prepared.questions(recipe))
-    assert report.findings == (
+    assert list(report.refusals) == [
         Finding(
             "references",
             asked,
             "test: the grader number can't read the answers of these rows: "
             f"2 rows, {asked[0]}, {asked[1]}",
             "choose the eval.grader that fits them: number, choice, exact or math",
-        ),
-    )
+        )
+    ]
 
 
 def test_a_grader_whose_package_is_missing_is_found(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 
+from sftkey.data.examples import make_examples
 from sftkey.data.messages import read_messages
+from sftkey.data.template import render_prompt
 from sftkey.data.values import RowError
+from sftkey.errors import FrameError
+from sftkey.recipe.schema import DataSection
+from tests.support.tiny import CHATML
 
 PLAIN = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "7"})
 THOUGHT = (PLAIN[0], {**PLAIN[1], "reasoning_content": "c"})
@@ -52,7 +58,7 @@ def test_forms_of_messages(value: Any, expected: tuple[dict[str, str], ...]) -> 
         ([{"role": "user", "content": None}], "message 0 has no text as `role` and `content`"),
         (
             [{"role": "assistant", "content": None, "tool_calls": [{}]}],
-            "message 0 calls a tool, which no template of ours writes",
+            "message 0: a tool call has no `name`",
         ),
         (
             parts({"type": "image_url"}),
@@ -66,3 +72,93 @@ def test_what_is_no_message(value: Any, message: str) -> None:
     with pytest.raises(RowError) as raised:
         read_messages(value)
     assert str(raised.value) == message
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+
+
+def test_calls_and_further_keys_are_handed_on() -> None:
+    """Arguments become a mapping; what is null or empty says nothing."""
+    messages: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None},
+        {"role": "tool", "content": "4", "name": "add", "tool_calls": None},
+        {"role": "assistant", "content": "4", "prefix": True},
+    ]
+    calling, told, prefixed = read_messages(messages)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    assert calling == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert told == {"role": "tool", "content": "4", "name": "add"}
+    assert prefixed["prefix"] is True
+
+
+@pytest.mark.parametrize("key", ["train", "trainable", "weight", "loss_mask"])
+def test_flags_of_training_are_one_flag_or_refused(key: str) -> None:
+    """True and 1 say what is so anyway; false and 0 leave a turn out; all else can't be done."""
+    for value, read in ((True, {}), (1.0, {}), (False, {"train": False}), (0, {"train": False})):
+        assert read_messages([{**PLAIN[1], key: value}]) == ({**PLAIN[1], **read},)
+    for value in (0.5, [0, 1], "no"):
+        with pytest.raises(RowError, match=f"message 0: `{key}` is .* expected true or false"):
+            read_messages([{**PLAIN[1], key: value}])
+    with pytest.raises(RowError, match=f"`{key}` asks for a loss on a message of the user"):
+        read_messages([{**PLAIN[0], key: 1}])
+
+
+def loaded(*messages: dict[str, Any], turns: Any = "all", **row: Any) -> Any:
+    """Make the examples of one row of messages."""
+    data = DataSection(source="x.jsonl")
+    return make_examples([{"messages": list(messages), **row}], data, turns, reasoning=False)
+
+
+def test_turns_that_are_not_to_be_trained_are_left_out() -> None:
+    """They stay in the prompts of later turns, without the flag; turns that call tools, too."""
+    calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    told = {"role": "tool", "content": "4"}
+    found = loaded(PLAIN[0], {**PLAIN[1], "weight": 0}, PLAIN[0], calling, told, PLAIN[1])
+    (example,) = found.examples
+    assert [each.code for each in found.unsplit] == ["not-trained", "not-trained"]
+    assert example.prompt[1] == PLAIN[1]
+    assert [*example.prompt[3]] == ["role", "content", "tool_calls"]
+    assert not loaded(PLAIN[0], {**PLAIN[1], "train": False}, turns="last").examples
+
+
+def test_what_nothing_reads_of_a_trained_turn_is_refused() -> None:
+    """A half-written answer to be gone on from is trained as a whole one otherwise."""
+    (refused,) = loaded(PLAIN[0], {**PLAIN[1], "prefix": True}).unsplit
+    assert refused.reason == "`prefix` of a trained turn, which nothing reads; leave it out"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_a_row_s_tools_stand_first(tools: Any) -> None:
+    """As descriptions or their JSON; a column of plain words is no such thing."""
+    (example,) = loaded(*PLAIN, tools=tools).examples
+    assert json.loads(example.prompt[0]["content"]) == [TOOL]
+    assert example.prompt[1:] == (PLAIN[0],)
+    for other in (None, "hammer", [], ["hammer"]):
+        assert loaded(*PLAIN, tools=other).examples[0].prompt == (PLAIN[0],)
+
+
+WITH_TOOLS = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_are_rendered_or_refused(tiny_tokenizer: Any) -> None:
+    """The template writes them and the calls; one that never reads them refuses the row."""
+    calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    told = {"role": "tool", "content": "4"}
+    (example,) = loaded(PLAIN[0], calling, told, PLAIN[1], turns="last", tools=[TOOL]).examples
+    without = copy.deepcopy(tiny_tokenizer)
+    without.chat_template = CHATML
+    with pytest.raises(FrameError, match="the chat template never reads `tools`"):
+        render_prompt(without, example.prompt, {})
+    without.chat_template = WITH_TOOLS
+    text = render_prompt(without, example.prompt, {})
+    assert text.startswith('<tools>[{"type": "function"')
+    assert '<call>{"name": "add", "arguments": {"a": 2}}</call>' in text
+    assert "<|im_start|>tool\n4<|im_end|>" in text

@@ -105,7 +105,9 @@ def test_token_texts_join_to_the_row(kind: str, prompt: str, answer: str) -> Non
     """No character is lost, doubled or broken, though some have several tokens."""
     renderer = probe_renderer(made(kind, CHATML), ResponseSection())
     (row,) = tokenize([Example(f"Q{prompt}", "", answer, 0)], renderer)
-    assert isinstance(row, Row)
+    if not isinstance(row, Row):  # the response's tags stand inside the answer
+        assert row.code == "not-returned"
+        return
     texts = token_texts(renderer.tokenizer, row.input_ids)
     assert len(texts) == len(row.input_ids)
     assert "".join(texts) == renderer.tokenizer.decode(row.input_ids)

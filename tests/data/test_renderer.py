@@ -65,7 +65,7 @@ def standing_in(template: str) -> Any:
         ("gemma4", OWN, {}, "", "<turn|>"),
         ("phi3", OWN, {}, "", "<|end|>"),
         ("cohere", OWN, {}, "", "<|END_OF_TURN_TOKEN|>"),
-        ("cohere2", OWN, {}, "", "<|END_RESPONSE|>"),
+        ("cohere2", OWN, {}, "", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
         ("lfm2", OWN, {}, "", IM_END),
         ("muse_glimmer", OWN, {}, " to=user<|message|>", "<|eot|>"),
     ],
@@ -77,7 +77,8 @@ def test_families(
     tokenizer = standing_in(template)
     renderer = probe_renderer(tokenizer, section, kwargs)
     assert (renderer.assistant_prefix, renderer.end) == (assistant_prefix, end)
-    assert renderer.end_id == tokenizer.convert_tokens_to_ids(end)
+    ends = tokenizer.encode(end, add_special_tokens=False)
+    assert (renderer.end_id, renderer.end_ids) == (ends[-1], ends)
     fed = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Q"}], add_generation_prompt=True, return_dict=False, **kwargs
     )

@@ -11,7 +11,6 @@ from sftkey.checks.mask_proof import Oracle
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
-from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
 from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, TEXT, made
 
@@ -43,8 +42,10 @@ def test_rows_are_right(kind: str, renderer: str, prompt: str, thinking: str, an
     probed = framed(kind, renderer)
     example = Example(f"Q{prompt}", thinking, answer, 3)
     (row,) = tokenize([example], probed)
-    assert isinstance(row, Row), row
-    assert Oracle(probed).fault(example, row) is None
+    if isinstance(row, Refusal):  # tags inside the answer
+        assert not Oracle(probed).can_be_built(example)
+    else:
+        assert Oracle(probed).fault(example, row) is None
 
 
 def texts_of(row: Row, renderer: Renderer) -> list[tuple[str, str]]:
@@ -82,12 +83,12 @@ def test_nothing_of_the_thinking_leaks_where_the_answer_has_no_tag() -> None:
     """A token of the thinking's last character and the answer's first is THINKING."""
     section = ResponseSection(thinking=("", " "), answer=("", ""))
     renderer = probe_renderer(made("look_ahead", CHATML), section)
-    (row,) = tokenize([Example("Q", "x", "have together?", 0)], renderer)
+    (row,) = tokenize([Example("Q", "x", "have", 0)], renderer)
     assert isinstance(row, Row)
     thinking = [text for text, segment in texts_of(row, renderer) if segment == "THINKING"]
     answer = "".join(text for text, segment in texts_of(row, renderer) if segment == "ANSWER")
     assert thinking[1].startswith(" h")
-    assert "".join(thinking) + answer == "x have together?"
+    assert "".join(thinking) + answer == "x have"
 
 
 def test_answer_keeps_a_token_that_also_holds_its_tag() -> None:
@@ -266,7 +267,8 @@ def test_tag_that_swallows_white_space_refuses_the_row() -> None:
     section = ResponseSection(frame="plain", thinking=("<|think|>", "\n"), answer=("", ""))
     renderer = probe_renderer(tokenizer, section)
     rows = tokenize([Example("Q", " x", "7", 0), Example("Q", "x", "7", 1)], renderer)
-    assert rows[0] == Refusal(0, "the special token '<|think|>' swallows white space beside it")
+    what = "the token '<|think|>' swallows white space beside it"
+    assert rows[0] == Refusal(0, what, "end-of-turn")
     assert isinstance(rows[1], Row)
 
 
@@ -301,15 +303,12 @@ def test_roles_that_the_template_raises_on_refuse_the_row() -> None:
     assert isinstance(rows[1], Row)
 
 
-def test_system_message_that_the_template_raises_on_stops_everything() -> None:
-    """A system message is mostly in all rows, so it is one error, not as many refusals."""
+def test_system_message_that_the_template_raises_on_refuses_the_row() -> None:
+    """A row with a system message that can't be rendered is refused by its number."""
     prompt = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"})
-    with pytest.raises(FrameError) as raised:
-        tokenize([Example(prompt, "", "7", 0)], framed("unigram", "llama2"))
-    assert str(raised.value) == (
-        "tokenizer: the chat template raises on the system message: only user and assistant\n"
-        "hint: write it into data.prompt, or choose another model.chat_template"
-    )
+    rows = tokenize([Example(prompt, "", "7", 4)], framed("unigram", "llama2"))
+    what = "the chat template raises on the system message: only user and assistant"
+    assert rows == [Refusal(4, what, "template")]
 
 
 def test_batches_keep_the_order() -> None:

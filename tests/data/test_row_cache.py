@@ -17,11 +17,11 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sftkey.data import prepare as content
-from sftkey.data import prepare as row_cache
-from sftkey.data.prepare import CachedRows, content_key, tokenized_rows
+from sftkey.data import row_cache
+from sftkey.data import row_cache as content
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
+from sftkey.data.row_cache import SCHEMA, CachedRows, content_key, tokenized_rows
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
@@ -97,7 +97,7 @@ def test_rows_are_those_of_tokenizing_all_at_once(
     assert contents(first) == contents(tokenized_rows(examples, probed, max_length, trim))
     rows, outcome = first
     kept = [row for row in fitted if isinstance(row, Row)]
-    assert list(rows) == [vars(row) for row in kept]
+    assert list(rows) == [{name: vars(row)[name] for name in SCHEMA.names} for row in kept]
     segments = [segment for row in kept for segment in row.segment_ids]
     assert list(outcome.tokens.values()) == [segments.count(number) for number in range(5)]
     assert [tuple(each) for each in outcome.refused] == [
@@ -347,9 +347,9 @@ def test_entries_have_a_size_together(
 PROCESS = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.data.test_prepare_cache import EXAMPLES, contents
+from tests.data.test_row_cache import EXAMPLES, contents
 from tests.support.tokenizers import CHATML, made
-from sftkey.data.prepare import tokenized_rows
+from sftkey.data.row_cache import tokenized_rows
 from sftkey.data.renderer import probe_renderer
 from sftkey.recipe.schema import ResponseSection
 renderer = probe_renderer(made("look_ahead", CHATML), ResponseSection())
