@@ -272,11 +272,15 @@ def parse_verdict(text: object) -> bool | None:
 def open_client(section: JudgeSection) -> OpenAI:
     """Return what speaks to the endpoint; nothing is sent yet.
 
+    `timeout_seconds` is for each of the library's tries, from its start to the reply's last byte.
+
     Raises:
         RecipeError: Its package isn't installed, or the key's environment variable isn't set.
     """
     try:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
+
+        from sftkey.evaluation.whole_reply import WholeReply
     except ImportError:
         raise RecipeError(
             "eval.judge",
@@ -290,7 +294,9 @@ def open_client(section: JudgeSection) -> OpenAI:
             "set it; eval.judge.api_key_env=null for a server that needs none",
         )
     key = os.environ[section.api_key_env] if section.api_key_env else "none"
-    return OpenAI(base_url=section.base_url, api_key=key, timeout=section.timeout_seconds)
+    seconds = section.timeout_seconds
+    client = DefaultHttpxClient(transport=WholeReply(seconds), timeout=seconds)
+    return OpenAI(base_url=section.base_url, api_key=key, timeout=seconds, http_client=client)
 
 
 def reply(client: OpenAI, section: JudgeSection, prompt: str) -> str | None:

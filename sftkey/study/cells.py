@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -21,6 +22,7 @@ import torch
 from sftkey.data.labels import KEY
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
+from sftkey.errors import RunError
 from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
@@ -145,7 +147,8 @@ def _others(folder: Path) -> Iterator[Ledger]:
     for file in sorted(folder.parent.glob("*/ledger.json")):
         if file.parent != folder:
             recipe = _recipe((file.parent / "recipe.yaml").resolve())
-            yield Ledger(file.parent, recipe, main=False)
+            with suppress(RunError):  # a broken run gives nothing, and stops nothing
+                yield Ledger(file.parent, recipe, main=False)
 
 
 @lru_cache(maxsize=256)

@@ -315,8 +315,8 @@ class StageLog(TrainerCallback):
             raise DivergedError(
                 f"{self.record.name}, step {state.global_step}",
                 f"expected a finite loss; got {logs['loss']}",
-                "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); "
-                "the checkpoints before this step are kept",
+                f"lower stages.{self.record.name}.trainer.learning_rate, or train in bfloat16 or "
+                "float32 (model.dtype); the checkpoints before this step are kept",
             )
         if state.is_world_process_zero:
             with self.path.open("a") as file:

@@ -214,7 +214,7 @@ class Run:
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
-            callbacks=[StopAfterStep(request), SealCheckpoints(processes.wait_for_everyone), log],
+            callbacks=[SealCheckpoints(processes.wait_for_everyone), log, StopAfterStep(request)],
         )
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")

@@ -154,8 +154,7 @@ def broken_file(folder: Path, file: Path, what: str) -> RunError:
     return RunError(
         str(file),
         f"expected what the run wrote; {what}",
-        f"put it back from a copy; or train again: `name=…` in a new folder, which takes over the "
-        f"stages that are whole, or `--fresh`, which moves {folder} aside",
+        f"put it back from a copy; or train again with `--fresh`, which moves {folder} aside",
     )
 
 
@@ -228,14 +227,13 @@ def _opened(recipe: Recipe, folder: Path) -> Ledger:
     same = ledger.files.get(RECIPE) == sha256(text.encode()).hexdigest()
     if same and ledger.broken(folder / RECIPE):
         write_text(folder / RECIPE, text)
-    ledger.require(folder / RECIPE)
     if not (folder / RECIPE).exists():
         write_text(folder / RECIPE, text)
     elif not same and (begun := load_recipe(folder / RECIPE)) != recipe:
         keep_stages(ledger, begun)
         write_text(folder / RECIPE, text)
-    set_aside_broken(ledger)
     ledger.finish(folder / RECIPE)
+    set_aside_broken(ledger)
     return ledger
 
 
@@ -358,9 +356,6 @@ def run_recipe(folder: Path) -> Recipe:
         raise RunError(
             str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"
         )
-    known = ((read_ledger(folder) or {}).get("files") or {}).get(RECIPE)
-    if known not in (None, file_hash(folder / RECIPE)):
-        raise broken_file(folder, folder / RECIPE, "it has changed since it was written")
     return load_recipe(folder / RECIPE)
 
 

@@ -85,6 +85,9 @@ def stopping_on_signals(folder: Path, note: Callable[[str], None]) -> Iterator[S
 class StopAfterStep(TrainerCallback):
     """Ends a stage's training after the step in which a signal came to any process.
 
+    It stands behind what seals checkpoints, and tells no trainer to stop: one that stops removes
+    all checkpoints but the best.
+
     Args:
         request: This process's.
     """
@@ -101,24 +104,31 @@ class StopAfterStep(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and stop where a signal has come."""
+        """Save and log where a signal has come."""
         number = self._of_any_process()
         if number:
             self.request.number = number
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_log = True
         return control
+
+    def on_save(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run where a signal has come: the checkpoint is written and sealed.
+
+        Raises:
+            RunStopped: One has come.
+        """
+        number = self._of_any_process()
+        if number:
+            self.request.number, self.request.in_training = number, False
+            raise self.request.stopped()
 
     def on_train_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let signals end the run at once again.
-
-        Raises:
-            RunStopped: One has come; the checkpoint is written.
-        """
+        """Let signals end the run at once again."""
         self.request.in_training = False
-        if self.request.number is not None:
-            raise self.request.stopped()
 
     def _of_any_process(self) -> int:
         """Return the highest number of a signal that any process has had, 0 where none has."""

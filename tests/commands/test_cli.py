@@ -15,7 +15,7 @@ from sftkey.errors import RunError
 
 COMMANDS = (
     *("train", "check", "ls", "show", "adapt", "evaluate", "compare"),
-    *("diagnose", "study", "generate", "merge", "prompts"),
+    *("diagnose", "study", "generate", "merge", "export", "card", "push", "prompts"),
 )
 
 

@@ -1,0 +1,99 @@
+"""A judge's endpoint that never ends its reply, or sends one without end, holds no run."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from sftkey.data.response import Example
+from sftkey.evaluation.judge import Judge
+from sftkey.recipe.schema import JudgeSection
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+SECONDS = 0.2
+
+
+@contextmanager
+def sending(send: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Run a server that reads a request and then sends what `send` says; yield its address."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):  # the asker has gone, or the test has ended
+            while True:
+                connection, _ = server.accept()
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            send(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    with server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
+def drip(head: bytes) -> Callable[[socket.socket], None]:
+    """Send a head, and then a byte every twentieth of a second for ten seconds."""
+
+    def send(connection: socket.socket) -> None:
+        connection.sendall(head)
+        for _ in range(200):
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+    return send
+
+
+def flood(head: bytes, sent: list[int]) -> Callable[[socket.socket], None]:
+    """Send a head, and then 64 MiB, as far as they are taken; note the size of what was."""
+
+    def send(connection: socket.socket) -> None:
+        connection.sendall(head)
+        for _ in range(1 << 10):
+            connection.sendall(b" " * (1 << 16))
+            sent.append(1 << 16)
+
+    return send
+
+
+def failure(send: Callable[[socket.socket], None], seconds: float) -> str:
+    """Return why a judge behind such a server can't be asked."""
+    with sending(send) as base_url:
+        made = {"base_url": base_url, "model": "m", "api_key_env": None, "timeout_seconds": seconds}
+        judge = Judge(JudgeSection(**made), lambda text: None)
+        assert judge.flags([Example("Double 1?", "", "2", 1)], ["2"]) == {}
+    return str(judge.failure).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "head", [b"", HEAD, HEAD + b"Content-Length: 9999\r\n\r\n"], ids=["start", "headers", "body"]
+)
+def test_a_reply_that_drips_is_given_up(
+    head: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """Each single byte comes in time, and the whole doesn't: three tries, and no more."""
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
+    since = time.monotonic()
+    said = failure(drip(head), SECONDS)
+    assert said.endswith("the judge m can't be asked: Request timed out.")
+    assert time.monotonic() - since < 3 * SECONDS + 5  # between tries the library waits
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"500 Broken"])
+def test_a_reply_without_end_is_given_up_at_its_size(
+    status: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """Also that of an error, which the library would read whole; buffers take some more."""
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
+    head = HEAD.replace(b"200 OK", status) + b"Content-Length: 999999999999\r\n\r\n"
+    sent: list[int] = []
+    said = failure(flood(head, sent), 60)
+    assert said.endswith("the judge m can't be asked: Connection error.")
+    assert sum(sent) < 3 * (16 << 20)  # in three tries
