@@ -28,7 +28,7 @@ from sftkey.evaluation import judge as judge_module
 from sftkey.evaluation.judge import Judge, cohens_kappa, judge_prompt, parse_verdict
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import JudgeSection
-from sftkey.training.run_folder import open_run
+from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.trainer import KeyTrainer
 from tests.study.test_run import write_study
 from tests.support.judge_server import JudgeServer, served
@@ -302,6 +302,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge
     texts = ["no answer" if a is None else RESPONSE.render(SECRET, a) for a in answers]
     rows = [{"index": index, "text": text} for index, text in zip(indices, texts, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Ledger(tmp_path / "runs" / "tiny", load_recipe(Path("tiny.yaml"))).finish(file)  # as if it had
     return Judged(Path("runs", "tiny"), Path("tiny.yaml"), indices, answers)
 
 
