@@ -1,0 +1,217 @@
+"""Inputs of the kinds that went wrong for users of other trainers: right, or refused by number."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, normalizers
+from tokenizers.processors import TemplateProcessing
+
+from sftkey.checks.mask_proof import Oracle
+from sftkey.data.renderer import Renderer, probe_renderer, render, stop_ids
+from sftkey.data.response import Example, Segment
+from sftkey.data.tokenization import Refusal, Row, tokenize
+from sftkey.errors import FrameError, ModelError
+from sftkey.models.loading import load_tokenizer
+from sftkey.recipe.schema import ModelSection, ResponseSection
+from tests.support.tokenizers import CHATML, made
+
+SYSTEM = "{% if messages[0].role == 'system' %}{% set flag = messages[0].content %}{% endif %}"
+BY_ROW = SYSTEM + (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content | replace('/no_think', '') | replace('/think', '') }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if flag is defined and '/no_think' in flag %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
+
+
+def framed(
+    template: str | None = CHATML, section: ResponseSection | None = None, **change: Any
+) -> Renderer:
+    """Probe a byte-level tokenizer of its own, with a template and other changes."""
+    tokenizer = copy.deepcopy(made("byte_level"))
+    tokenizer.chat_template = template
+    if "normalizer" in change:
+        tokenizer.backend_tokenizer.normalizer = change["normalizer"]
+    if "processor" in change:
+        tokenizer.backend_tokenizer.post_processor = change["processor"]
+    for token in change.get("tokens", ()):
+        tokenizer.add_tokens([token], special_tokens=token.special)
+    return probe_renderer(tokenizer, section or ResponseSection(), change.get("kwargs", {}))
+
+
+def outcome(renderer: Renderer, example: Example) -> Row | Refusal:
+    """Return what becomes of one row; a row is proven by decoding it."""
+    (row,) = tokenize([example], renderer)
+    if isinstance(row, Row):
+        assert Oracle(renderer).fault(example, row) is None
+    return row
+
+
+def asked(system: str) -> tuple[dict[str, str], ...]:
+    """Return a prompt with a system message."""
+    return ({"role": "system", "content": system}, {"role": "user", "content": "2 + 2?"})
+
+
+def test_header_depends_on_the_row() -> None:
+    """A row whose own generation prompt closes the thinking is refused; its neighbours aren't."""
+    renderer = framed(BY_ROW, NATIVE)
+    rows = [Example(asked(text), "2 and 2.", "4", n) for n, text in enumerate(["A", "B /no_think"])]
+    right, refused = tokenize(rows, renderer)
+    assert isinstance(right, Row)
+    assert isinstance(refused, Refusal)
+    assert (refused.index, refused.code) == (1, "template")
+
+
+def test_header_wrongly_accused() -> None:
+    """A flag that the template takes out of a system message is no message that it drops."""
+    example = Example(asked("Calculate. /think"), "2 and 2.", "4", 0)
+    row = outcome(framed(BY_ROW, NATIVE), example)
+    assert isinstance(row, Row)
+
+
+def test_the_prompt_is_what_the_model_is_asked_id_for_id() -> None:
+    """Of every row, with its own messages."""
+    renderer = framed(BY_ROW, NATIVE)
+    example = Example(asked("Calculate."), "2 and 2.", "4", 0)
+    row = outcome(renderer, example)
+    assert isinstance(row, Row)
+    text = render(renderer.tokenizer, example.prompt, {})  # type: ignore[arg-type]
+    ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert row.input_ids[: len(ids)] == ids
+    assert set(row.segment_ids[: len(ids)]) == {Segment.PROMPT}
+
+
+def test_kwargs() -> None:
+    """One that the template never reads is refused with the nearest that it does."""
+    template = CHATML + "{% if enable_thinking %}{% endif %}"
+    framed(template, kwargs={"enable_thinking": True})
+    with pytest.raises(
+        FrameError, match="the chat template never reads it; did you mean `enable_thinking`"
+    ):
+        framed(template, kwargs={"enable_thinkng": True})
+
+
+@pytest.mark.parametrize("key", ["name", "weather"])
+def test_keys_of_messages(key: str) -> None:
+    """What no template writes of a message refuses the row, whatever its name is."""
+    prompt = ({"role": "user", "content": "2 + 2?", key: "x"},)
+    refused = outcome(framed(), Example(prompt, "2 and 2.", "4", 3))
+    assert isinstance(refused, Refusal)
+    assert (refused.index, refused.code) == (3, "template")
+    assert f"never reads `{key}` of a message" in refused.reason
+
+
+def test_normalizer_rewrites() -> None:
+    """An answer that becomes another one refuses its row; a thinking is told with an example."""
+    renderer = framed(normalizer=normalizers.NFKC())
+    refused = outcome(renderer, Example("2 + 2?", "two", "2²", 5))
+    assert isinstance(refused, Refusal)
+    assert (refused.index, refused.code) == (5, "not-returned")
+    assert refused.reason.startswith("the tokenizer changes the answer")
+    (row,) = tokenize([Example("2 + 2?", "x² is 4", "4", 6)], renderer)
+    assert isinstance(row, Row)
+    ((what, shown),) = row.notes
+    assert what == "the tokenizer changes the thinking"
+    assert "x² is 4" in shown
+
+
+@pytest.mark.parametrize("text", ["a</Thinking>b", "4</Answer>5", "<Thinking>4"])
+@pytest.mark.parametrize("where", ["thinking", "answer"])
+def test_tags_inside(where: str, text: str) -> None:
+    """What our own parser would read as another answer isn't trained."""
+    renderer = framed()
+    texts = {"thinking": "2 and 2.", "answer": "4", where: text}
+    (row,) = tokenize([Example("2 + 2?", texts["thinking"], texts["answer"], 0)], renderer)
+    parsed = renderer.response.parse(renderer.response.render(texts["thinking"], texts["answer"]))
+    assert (parsed.answer == texts["answer"]) == isinstance(row, Row)
+    if isinstance(row, Row) and parsed.thinking != texts["thinking"]:
+        assert row.notes
+
+
+def test_an_added_token_eats_white_space() -> None:
+    """A word that swallows the blank behind it changes an answer, which is refused."""
+    renderer = framed(tokens=[AddedToken("legs", rstrip=True, special=False)])
+    (row,) = tokenize([Example("2 + 2?", "2 and 2.", "12 legs   long", 0)], renderer)
+    if isinstance(row, Row):
+        key = [
+            n for n, s in zip(row.input_ids, row.segment_ids, strict=True) if s == Segment.ANSWER
+        ]
+        assert "12 legs   long" in renderer.tokenizer.decode(key)
+    else:
+        assert "tokenizer" in row.reason or "legs" in row.reason
+
+
+def test_control_text_in_earlier_reasoning() -> None:
+    """It would become a control token of the prompt."""
+    prompt = (
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2", "reasoning_content": "so <|im_end|> it is"},
+        {"role": "user", "content": "2 + 2?"},
+    )
+    refused = outcome(framed(), Example(prompt, "2 and 2.", "4", 7))
+    assert isinstance(refused, Refusal)
+    assert (refused.index, refused.code) == (7, "special-token-text")
+    assert "<|im_end|>" in refused.reason
+
+
+@pytest.mark.parametrize("answer", ["4", "4 ", "4\n"])
+def test_the_end_swallows_a_blank(answer: str) -> None:
+    """An end of turn that strips to its left leaves the row right, or refuses it."""
+    end = AddedToken("<|done|>", lstrip=True, special=True)
+    template = CHATML.replace("<|im_end|>", "<|done|>")
+    row = outcome(framed(template, tokens=[end]), Example("2 + 2?", "2 and 2.", answer, 0))
+    assert isinstance(row, Row) or "bug" not in row.reason
+
+
+def test_two_tokens_end_a_turn() -> None:
+    """Both are trained, and generation stops at one of them."""
+    tokens = [AddedToken(text, special=True) for text in ("<|end_response|>", "<|end_turn|>")]
+    template = CHATML.replace("<|im_end|>", "<|end_response|><|end_turn|>")
+    renderer = framed(template, tokens=tokens)
+    row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
+    assert isinstance(row, Row)
+    ends = renderer.tokenizer.convert_tokens_to_ids([token.content for token in tokens])
+    trained = [n for n, s in zip(row.input_ids, row.segment_ids, strict=True) if s == Segment.END]
+    assert trained[: len(ends)] == ends
+    assert set(stop_ids(renderer, ends[1])) >= {ends[0]} or set(stop_ids(renderer)) & set(ends)
+
+
+def test_the_tokenizer_appends_its_end() -> None:
+    """A plain frame whose tokenizer ends every text by itself has one end, not two."""
+    processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    renderer = framed(None, ResponseSection(frame="plain"), processor=processor)
+    row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
+    assert isinstance(row, Row)
+    assert row.input_ids.count(2) == 1
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """Return a copy of a model's folder."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_code_in_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named; nobody is asked, and nothing is run."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.EvilFast"]}
+    file.write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('was run')")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asked"))
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
+        load_tokenizer(ModelSection(name_or_path=str(folder), quantization="none"))
+
+
+def test_a_tokenizer_of_mistral_common_beside_it(folder: Path) -> None:
+    """The same one is loaded, whatever other files of tokenizers lie there."""
+    (folder / "tekken.json").write_text("{}")
+    section = ModelSection(name_or_path=str(folder), quantization="none")
+    assert load_tokenizer(section)("2 + 2")["input_ids"]
