@@ -17,6 +17,7 @@ from sftkey.activity import activity
 from sftkey.data.labels import IGNORED, labels_for
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import TOOLS, Example, Segment
+from sftkey.data.returned import OWN_TAGS
 from sftkey.data.template import TEMPLATE_ERRORS
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
@@ -189,8 +190,9 @@ class Proof:
 
     @property
     def num_refused_otherwise(self) -> int:
-        """Rows that were refused for something else than the text of a special token."""
-        return sum(n for reason, n in self.refused.items() if SPECIAL_TEXT not in reason)
+        """Rows that were refused for something else than what a text holds of the frame's own."""
+        own = (SPECIAL_TEXT, OWN_TAGS)
+        return sum(n for reason, n in self.refused.items() if not any(o in reason for o in own))
 
 
 @activity("proving the masks on hard rows")

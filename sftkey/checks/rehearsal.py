@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -120,7 +119,6 @@ def _of_rows(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
     """Find rows that the model can't read, or not beside others."""
     try:
         skeleton = skeleton_of(recipe.model)
-        refuse_unknown_ids(skeleton, prepared)
         refuse_mixed_lengths(skeleton, prepared)
     except SFTKeyError as error:
         yield from of_error(error)
@@ -133,37 +131,14 @@ def refuse_mixed_lengths(skeleton: PreTrainedModel, prepared: Prepared) -> None:
         ModelError: Says from which length on.
     """
     limit = mixing_length(skeleton.config)
-    longest = max(max(row_lengths(rows)) for rows in _datasets(prepared))
+    datasets = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
+    longest = max(max(row_lengths(rows)) for rows in datasets)
     if limit is not None and longest > limit:
         raise ModelError(
             skeleton.config.model_type,
             f"its positions are scaled by a batch's longest row above {limit} tokens, so that a "
             f"row's loss would depend on the rows beside it; the longest row has {longest}",
             f"write data.max_length={limit}",
-        )
-
-
-def _datasets(prepared: Prepared) -> list[Dataset]:
-    return [rows for rows in (prepared.train, prepared.validation) if rows is not None]
-
-
-def refuse_unknown_ids(skeleton: PreTrainedModel, prepared: Prepared) -> None:
-    """Refuse rows with tokens that the embedding has no row for: an IndexError in the first step.
-
-    Raises:
-        ModelError: Names the first such token.
-    """
-    embedding: Any = skeleton.get_input_embeddings()
-    size = embedding.num_embeddings
-    columns = [rows.with_format("arrow")[:]["input_ids"] for rows in _datasets(prepared)]
-    highest = max(pc.max(pc.list_flatten(column)).as_py() for column in columns)
-    if highest >= size:
-        token = prepared.renderer.tokenizer.convert_ids_to_tokens(highest)
-        raise ModelError(
-            skeleton.config.model_type,
-            f"its embedding has rows for ids from 0 to {size - 1}; the rows hold {token!r} "
-            f"({highest}), which was added to the tokenizer alone",
-            "take tags that the model knows, or save the model with resized embeddings",
         )
 
 

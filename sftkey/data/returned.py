@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Parsed
 
+OWN_TAGS = "the response's own tags stand inside"
 NUM_SHOWN = 60  # characters of a text in a message
 
 
@@ -39,14 +40,11 @@ def change_of(example: Example, ids: list[int], renderer: Renderer) -> Change | 
     written = renderer.response.render(example.thinking, example.answer)
     whole = renderer.assistant_prefix + written + renderer.end
     decoded = renderer.decode_behind(ids)
-    who = "the response's own tags stand inside"
-    if _same(decoded, whole):
-        found = renderer.response.parse(written)
-    else:
-        who = "the tokenizer changes"
+    who = OWN_TAGS if _same(decoded, whole) else "the tokenizer changes"
+    if decoded.strip() != whole.strip():  # as the tokenizer writes it, be it NFC alone
         inner = decoded.strip().removesuffix(renderer.end.strip())
-        found = renderer.response.parse(inner.removeprefix(renderer.assistant_prefix.strip()))
-    return _difference(example, found, who)
+        written = inner.removeprefix(renderer.assistant_prefix.strip())
+    return _difference(example, renderer.response.parse(written), who)
 
 
 def _difference(example: Example, found: Parsed, who: str) -> Change | None:

@@ -141,7 +141,7 @@ def render_prompt(
     for message in messages:
         lost = _lost(tokenizer, message, text)
         if lost:
-            raise FrameError(name, f"the chat template {lost}", _hint(message["role"]))
+            raise FrameError(name, lost, _hint(message["role"]))
     for key in _further_keys(messages):
         if not _is_read(tokenizer, messages, kwargs, key, text):
             near = did_you_mean(key, _message_names(tokenizer))
@@ -180,17 +180,18 @@ def _lost(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], text: 
     if role == TOOLS:
         tools = json.loads(content)
         if "tools" not in reads_of(tokenizer, tools).variables:
-            return "never reads `tools`"
+            return "the chat template never reads `tools`"
         names = [tool.get("function", tool).get("name", "") for tool in tools]
-        return None if all(name in text for name in names) else "drops `tools`"
+        return None if all(name in text for name in names) else "the chat template drops `tools`"
     if role == "assistant" and THINK_TAG.search(content):
         content = THINK_TAG.split(content)[-1]
     if not _is_kept(tokenizer, content, text):
-        rest = "the system message" if role == "system" else f"or rewrites the text of a {role}"
-        return f"drops {rest}" + ("" if role == "system" else " message")
+        if role == "system":
+            return "the chat template drops the system message"
+        return f"the chat template drops or rewrites the text of a {role} message"
     for call in message.get("tool_calls", ()):
         if call.get("function", call).get("name", "") not in text:
-            return "drops `tool_calls` of a message"
+            return "the chat template drops `tool_calls` of a message"
     return None
 
 

@@ -330,9 +330,12 @@ def test_the_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head, proven, *reasons = out.partition("PROMPT")[0].splitlines()
     assert head == "q.yaml: written"
     assert proven == (
-        "masks proven on 100 hard rows: 99 right, 0 wrong, 1 refused, of which none can be built:"
+        "masks proven on 100 hard rows: 89 right, 0 wrong, 11 refused, of which none can be built:"
     )
-    assert reasons == ["  1: the answer holds the text of a special token"]
+    assert reasons == [
+        "  10: the response's own tags stand inside the answer",
+        "  1: the answer holds the text of a special token",
+    ]
     assert "stage completion:\n<|im_start|>user⏎\nWhat is 0 + 0?<|im_end|>⏎\n" in out
     assert (
         "\n</Thinking>⏎\n⟦<Answer>⏎\n0⏎\n</Answer><|im_end|>⟧\n" in out.partition("stage key:")[2]
@@ -402,7 +405,7 @@ def test_wrong_masks_write_no_recipe(here: Path, monkeypatch: pytest.MonkeyPatch
         written(made("look_ahead", CHATML), ["</s>"])
     first, hint = str(raised.value).splitlines()
     assert first.startswith(
-        "model: masks are wrong on 99 of 100 hard rows, at first: text was lost"
+        "model: masks are wrong on 89 of 100 hard rows, at first: text was lost"
     )
     assert hint == (
         "hint: nothing was written; it is a bug of sftkey, please report it with the model's name"

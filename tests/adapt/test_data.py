@@ -121,8 +121,8 @@ def test_columns_that_do_not_are_left_to_the_user(
         (
             {"messages": turns("7", tool_calls="x")},
             "prompt",
-            'a template, such as "{messages}"; the columns are messages; messages: message 1 calls '
-            "a tool, which no template of ours writes",
+            'a template, such as "{messages}"; the columns are messages; messages: message 1: '
+            "`tool_calls` is no list of calls",
         ),
         (
             {"question": "Q", "cot": ["c"], "answer": "7"},

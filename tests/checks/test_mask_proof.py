@@ -15,6 +15,7 @@ from sftkey.checks import mask_proof as proof
 from sftkey.checks.mask_proof import Oracle, hard_examples, judge, prove
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
+from sftkey.data.returned import OWN_TAGS
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
 from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, made
@@ -28,9 +29,10 @@ FRAMES = {
     "opened": (OPENED, OPENED_NATIVE),
     "plain": (None, ResponseSection(frame="plain")),
 }
-SPECIAL_TEXT = {
+OF_THE_FRAME = {
     "the thinking holds the text of a special token",
     "the answer holds the text of a special token",
+    f"{OWN_TAGS} the answer",
 }
 
 
@@ -42,14 +44,14 @@ def framed(kind: str = "byte_level", name: str = "chatml") -> Renderer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FRAMES)
-def test_every_row_is_right_or_holds_special_text(kind: str, name: str) -> None:
+def test_every_row_is_right_or_holds_what_is_the_frames(kind: str, name: str) -> None:
     """On every made tokenizer and frame nothing is wrong, and nothing is refused without need."""
     proven = prove(framed(kind, name), num_rows=300, seed=1)
     assert proven.wrong == []
-    assert proven.refused.keys() == SPECIAL_TEXT
+    assert proven.refused.keys() == OF_THE_FRAME
     assert proven.num_refused_otherwise == 0
     assert proven.right + sum(proven.refused.values()) == proven.rows == 300
-    assert proven.right > 285
+    assert proven.right > 230
 
 
 def test_rows_depend_on_the_seed_alone() -> None:
@@ -221,7 +223,8 @@ def test_a_mutated_tokenization_is_never_proven(
     monkeypatch.setattr(proof, "tokenize", mutated)
     proven = prove(framed(kind), num_rows=100, seed=2)
     assert proven.right <= 2
-    assert len(proven.wrong) > 90
+    assert len(proven.wrong) > 75
+    assert proven.refused.keys() <= OF_THE_FRAME
 
 
 def test_refusing_everything_is_wrong() -> None:

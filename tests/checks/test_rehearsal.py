@@ -131,10 +131,14 @@ def test_tokens_without_a_row_of_the_embedding_are_refused(
     grown.add_special_tokens({"extra_special_tokens": ["<Thinking>"]})
     grown.save_pretrained(folder)
     model = {"name_or_path": str(folder), "quantization": "none"}
-    [message] = refused(tiny_recipe(model=model))
+    tag, train, validation = refused(tiny_recipe(model=model))
     size = len(tiny_tokenizer)
-    assert f"its embedding has rows for ids from 0 to {size - 1}" in message
-    assert f"'<Thinking>' ({size})" in message
+    assert tag.endswith(
+        f"the tag token '<Thinking>' has the id {size}, and the embedding {size} rows"
+    )
+    for split, message in (("train", train), ("validation", validation)):
+        told = f"{split}: an id of {size}, and the embedding has {size} rows: "
+        assert message.startswith(told)
 
 
 def test_rows_that_would_scale_their_neighbours_positions_are_refused(

@@ -240,7 +240,7 @@ def test_columns_that_say_nothing_must_be_decided(
     )
     assert refused(folder, "--data", "my.jsonl", capsys=capsys).endswith(
         f"error: {folder}: 3 problems\n"
-        "  data.prompt: to be decided: a template, such as {question}; the columns are a, b\n"
+        '  data.prompt: to be decided: a template, such as "{a}"; the columns are a, b\n'
         f"  data.thinking: {parts}\n"
         f"  data.answer: {parts}\n"
         f"hint: `sftkey adapt {folder} --data my.jsonl -o my.yaml` writes a recipe: decide there, "

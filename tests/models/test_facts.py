@@ -123,7 +123,7 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     assert error(folder) == f"{folder}: no config.json there"
     (tmp_path / "config.json").write_text("{")
-    assert error(folder).startswith(f"{folder}: its config.json can't be read: ")
+    assert error(folder).startswith(f"{folder}/config.json: expected JSON; got ")
     (tmp_path / "config.json").write_text(config)
     for file in tmp_path.glob("*token*"):
         file.unlink()

@@ -98,8 +98,8 @@ def test_unreadable_tokenizer(folder: Path) -> None:
     with pytest.raises(ModelError) as error:
         load_tokenizer(section(folder))
     assert str(error.value) == (
-        f"{folder}: its tokenizer can't be loaded: Expecting property name enclosed in double "
-        "quotes: line 1 column 2 (char 1)"
+        f"{folder}/tokenizer_config.json: expected JSON; got Expecting property name enclosed in "
+        "double quotes: line 1 column 2 (char 1)"
     )
 
 

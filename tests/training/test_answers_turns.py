@@ -135,4 +135,4 @@ def test_a_second_turns_answer_that_no_grader_reads_is_found(
     recipe = run.recipe.model_copy(
         update={"eval": run.recipe.eval.model_copy(update={"grader": "number"})}
     )
-    assert unreadable_answers(recipe, run.prepared) == [first.index]
+    assert unreadable_answers(recipe, run.prepared) == {"test": [first.index]}

@@ -70,7 +70,7 @@ def test_complaint_2_the_cutoff_removes_the_end_of_turn(
     whole = gate("data.max_length=50")
     assert found(whole) == {}
     assert whole.statistics["rows"]["train"] == 1  # the others are dropped whole, and counted
-    monkeypatch.setattr("sftkey.data.prepare.fit", cut)
+    monkeypatch.setattr("sftkey.data.row_cache.fit", cut)
     report = gate("data.max_length=49")  # other rows than those in the cache
     assert found(report) == {
         "end-untrained": [

@@ -41,8 +41,9 @@ def test_recipe_passes_the_gate(
     """With its family's template and control tokens the gate finds nothing, and no row is lost."""
     family.save(family.standing_in(), tmp_path)
     report = check(loaded(file, tmp_path, monkeypatch), env={})
-    # Of repeated questions the gate says that they were dropped.
-    assert [str(each) for each in report.findings if each.code != "overlap"] == []
+    # Repeated questions are dropped; TinyLlama's own template has no beginning of text.
+    said = {"overlap", "no-begin"} if file.startswith("tinyllama") else {"overlap"}
+    assert [str(each) for each in report.findings if each.code not in said] == []
     prepared = report.prepared
     assert prepared is not None
     assert dropped(prepared) == []
