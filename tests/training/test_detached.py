@@ -292,6 +292,7 @@ def both_gradients(rank: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
             yield f"{kind}-{context}", found
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     """DDP and FSDP2 over gloo: both ranks have the whole batch's gradients, exact and detached."""
     torch.multiprocessing.spawn(ranks_gradients, (str(tmp_path),), nprocs=2)

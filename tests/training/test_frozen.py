@@ -209,6 +209,7 @@ def ranks_gradients(rank: int, folder: str) -> None:
     os._exit(0)  # as in tests/test_detached.py
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     """DDP over gloo: both ranks have the whole batch's gradients for each adapter of a grid."""
     torch.multiprocessing.spawn(ranks_gradients, (str(tmp_path),), nprocs=2)

@@ -3,9 +3,9 @@
 The numbers are those of the list of fifteen complaints, gathered from the threads of LLaMA-Factory,
 ms-swift, axolotl, unsloth, TRL, open-r1 and others. Where the fault is one of a trainer's own code
 (a cut that takes the tail, a mask that is ignored), the test puts that fault into ours. What no
-gate can catch is tested where it is done: 1 (test_labels), 4 (test_stages: the hand-off), 5
-(test_adapter), 12 (test_comparison: the base model's row), 13 (test_adapter: saving asks nobody),
-14 (test_device).
+gate can catch is tested where it is done: 1 (test_labels), 3 (test_collator), 4 (test_stages: the
+hand-off), 5 (test_adapter), 12 (test_comparison: the base model's row), 13 (test_adapter: saving
+asks nobody), 14 (test_device).
 """
 
 from __future__ import annotations
@@ -82,24 +82,6 @@ def test_complaint_2_the_cutoff_removes_the_end_of_turn(
         "answer-cut": ["train: doesn't end in '</Answer><|im_end|>': 2 rows, 1, 2"],
     }
     assert {finding.hint for finding in report.refusals if finding.code == "answer-cut"} == {BUG}
-
-
-def test_complaint_3_weights_that_have_no_effect(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights that a collator leaves out, as a plain trainer does, are missed in the batch."""
-    collate = KeyCollator.__call__
-
-    def unweighted(self: KeyCollator, rows: Any) -> dict[str, torch.Tensor]:
-        batch = collate(self, rows)
-        return {**batch, "loss_weights": (batch["labels"] != -100).float()}
-
-    overrides = ("stages.key.loss_on={thinking: 0.1, key: 1.0}",)
-    assert found(gate(*overrides)) == {}
-    monkeypatch.setattr(KeyCollator, "__call__", unweighted)
-    assert found(gate(*overrides)) == {
-        "loss-on": [f"train: stages.key: trains other tokens than loss_on says: {ALL}"]
-    }
 
 
 def test_complaint_6_masking_together_with_packing(gate: Gate) -> None:
@@ -195,21 +177,21 @@ def test_complaint_10_all_labels_are_masked(gate: Gate) -> None:
 def test_complaint_11_trains_on_the_prompt_or_on_nothing(
     masked: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mask of ones trains the prompt, a mask of zeros nothing; both are seen in the batch."""
+    """A mask of ones trains the prompt, a mask of zeros nothing; the proof sees both."""
 
     def labels_for(ids: torch.Tensor, segments: torch.Tensor, loss_on: Any) -> Any:
         weights = (torch.zeros if masked else torch.ones)(ids.shape)
         return torch.where(weights > 0, ids, -100), weights
 
-    monkeypatch.setattr("sftkey.data.collator.labels_for", labels_for)
+    for reader in ("data.collator", "checks.mask_proof"):
+        monkeypatch.setattr(f"sftkey.{reader}.labels_for", labels_for)
     messages = found(gate("stages=[{name: key, loss_on: key}]"))
-    assert messages["loss-on"] == [
-        f"train: stages.key: trains other tokens than loss_on says: {ALL}"
+    assert messages.pop("masks") == [
+        "train: an oracle that decodes finds masks wrong, at first: stage `completion` does not "
+        f"train exactly what follows the prompt: {ALL}"
     ]
-    if masked:
-        assert messages["nothing-trained"] == [f"train: stages.key: trains no token: {ALL}"]
-    else:
-        assert set(messages) == {"loss-on"}
+    nothing = f"train: stages.key: trains no token: {ALL}"
+    assert messages.get("nothing-trained") == ([nothing] if masked else None)
 
 
 def test_complaint_15_the_template_inserts_a_think_block(gate: Gate) -> None:

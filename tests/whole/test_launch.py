@@ -57,6 +57,7 @@ def adapter(run: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(run / "stages" / stage / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(
     tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
 ) -> None:
