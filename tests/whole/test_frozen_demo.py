@@ -82,7 +82,6 @@ HALF = (
     "eval.num_questions=2",
     "stages=[{name: completion, loss_on: completion}, {name: key, loss_on: key, context: frozen}]",
 )
-NUM_HEALTHY = 3
 
 
 def up_to_the_key(folder: Path, seed: int) -> Run:
@@ -97,15 +96,13 @@ def up_to_the_key(folder: Path, seed: int) -> Run:
     return run
 
 
-def test_healthy_frozen_stages_start_in_bfloat16_and_a_shifted_key_falls(tmp_path: Path) -> None:
-    """All of them: behind the cache rounding moves a token by hundredths of a nat, up and down."""
-    for seed in range(NUM_HEALTHY):
-        run = up_to_the_key(tmp_path, seed)
-        behind = run.ledger.stages[1].behind_cache
-        assert behind is not None
-        print(seed, behind)
-        assert 0 < behind["noise"] < 0.1 * behind["spread"]
-        assert abs(behind["loss"] - behind["full_pass"]) <= behind["bound"]
+def test_a_healthy_frozen_stage_starts_in_bfloat16_and_a_shifted_key_falls(tmp_path: Path) -> None:
+    """Behind the cache rounding moves a token by hundredths of a nat, up and down."""
+    run = up_to_the_key(tmp_path, seed=0)
+    behind = run.ledger.stages[1].behind_cache
+    assert behind is not None
+    assert 0 < behind["noise"] < 0.1 * behind["spread"]
+    assert abs(behind["loss"] - behind["full_pass"]) <= behind["bound"]
     starts = frozen.key_starts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "key_starts", lambda ids: starts(ids) + 1)
