@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sftkey.adapt.answers_only import own_notes
 from sftkey.adapt.data import choose_data, measure
 from sftkey.adapt.frame import choose_frame
-from sftkey.adapt.write import Choices, head, sections
+from sftkey.adapt.write import OWN_TOKENS, Choices, head, sections
 from sftkey.checks.mask_proof import Proof, prove
 from sftkey.checks.recipe import UNDECIDED, undecided
 from sftkey.data.preview import row_tokens
 from sftkey.data.renderer import Renderer
-from sftkey.data.response import Example
+from sftkey.data.response import Example, Response
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.memory_plan.held import read_skeleton
@@ -153,7 +154,8 @@ def adapt(
     data = choose_data(source, seed, choice.section.frame == "plain") if source else None
     lengths = None
     if data is not None and data.examples and renderer is not None:
-        lengths = measure(data.examples, renderer, facts.most_tokens)
+        thinking = OWN_TOKENS if data.own else 0
+        lengths = measure(data.examples, renderer, facts.most_tokens, thinking)
     choices = Choices(facts, choice, data, lengths, other, str(like or ""), source, seed, path)
     text = write_recipe(head(choices), sections(choices))
     recipe = _read(text)
@@ -164,6 +166,8 @@ def adapt(
         text = write_recipe(head(choices), sections(choices))
         recipe = _read(text)
     notes = data.notes if data else []
+    if data is not None and data.own:
+        notes = [*own_notes(Response.from_section(choice.section)), *notes]
     if renderer is None:
         return Adapted(text, recipe, facts.model_type, None, None, [], notes)
     proof = prove(renderer, NUM_PROOF_ROWS, seed)

@@ -111,15 +111,15 @@ class Table:
 
         `Complex_CoT` and `generated_solution` are found, `problem_type` and `source_id` aren't.
         """
-        plain = {column: _plain(column) for column in self.columns}
-        exact = [column for name in names for column in self.columns if plain[column] == name]
+        plains = {column: plain(column) for column in self.columns}
+        exact = [column for name in names for column in self.columns if plains[column] == name]
         if exact:
             return list(dict.fromkeys(exact))
         return [
             column
             for column in self.columns
-            if not ABOUT & set(plain[column].split("_"))
-            and any(re.search(rf"(^|_){name}(_|$)", plain[column]) for name in names)
+            if not ABOUT & set(plains[column].split("_"))
+            and any(re.search(rf"(^|_){name}(_|$)", plains[column]) for name in names)
         ]
 
     def flattened(self) -> Table:
@@ -135,7 +135,7 @@ class Table:
         return Table(rows, columns_of(rows))
 
 
-def _plain(column: str) -> str:
+def plain(column: str) -> str:
     """Write a name in small letters and underscores, the last of its keys: `answerKey`."""
     name = column.removesuffix("]").rpartition("[")[2]
     name = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name)

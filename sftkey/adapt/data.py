@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sftkey.adapt.answers_only import read_answers_only
 from sftkey.adapt.columns import Table
 from sftkey.adapt.readings import Reading, decide, read
 from sftkey.adapt.split import ENOUGH
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import Loaded
+from sftkey.data.examples import Loaded, columns_of
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
@@ -40,12 +41,14 @@ class DataChoice:
         why: Reasons by key.
         examples: What the rows become; none where something is undecided.
         notes: What the user should know of it, a line each.
+        own: No column holds a reasoning, so the model writes its own.
     """
 
     fields: dict[str, Any]
     why: dict[str, str] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    own: bool = False
 
     @property
     def undecided(self) -> list[str]:
@@ -68,16 +71,17 @@ def choose_data(source: str, seed: int, plain: bool) -> DataChoice:
     fields: dict[str, Any] = {}
     why = {"source": "built in: sftkey knows its columns"}
     notes: list[str] = []
+    own = False
     if source not in BUILT_IN:
-        reading, table = decide(source, rows)
+        reading, table, own = _decide(source, rows)
         fields = reading.fields
         why, notes = _told(reading, table)
-    choice = DataChoice({"source": source, **fields}, why, notes=notes)
+    choice = DataChoice({"source": source, **fields}, why, notes=notes, own=own)
     if plain:
         _make_plain(choice)
     if choice.undecided:
         return choice
-    loaded = read(source, rows, choice.fields | {"source": source})
+    loaded = read(source, rows, choice.fields | {"source": source}, reasoning=not own)
     if len(loaded.unsplit) > (1 - ENOUGH) * len(rows) or not loaded.examples:
         reason = loaded.unsplit[0].reason
         ask = f"{UNDECIDED} {len(loaded.unsplit)} of {len(rows)} rows can't be read ({reason}); "
@@ -87,9 +91,20 @@ def choose_data(source: str, seed: int, plain: bool) -> DataChoice:
         choice.fields["unsplit_rows"] = "drop"
         reason = loaded.unsplit[0].reason
         why["unsplit_rows"] = f"{len(loaded.unsplit)} of {len(rows)} rows, at first: {reason}"
-    notes += _counted(loaded, rows)
+    notes += _counted(loaded, rows, own)
     _hold_out(choice, seed, len(loaded.examples))
-    return DataChoice(choice.fields, why, loaded.examples, notes)
+    return DataChoice(choice.fields, why, loaded.examples, notes, own)
+
+
+def _decide(source: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Reading, Table, bool]:
+    """Find the reading of rows, and whether it reads answers alone: nothing else is left to ask."""
+    reading, table = decide(source, rows)
+    if str(reading.fields.get("thinking", "")).startswith(UNDECIDED):
+        whole = Table(rows, columns_of(rows))
+        for each in (whole, whole.flattened()):
+            if fields := read_answers_only(each):
+                return Reading(fields, explicit=False), each, True
+    return reading, table, False
 
 
 def _make_plain(choice: DataChoice) -> None:
@@ -145,14 +160,14 @@ def _excerpt(value: Any) -> str:
     return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} … {text[-SHOWN:]}"
 
 
-def _counted(loaded: Loaded, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _counted(loaded: Loaded, rows: Sequence[Mapping[str, Any]], own: bool) -> list[str]:
     """Say what is left out, how many thinkings are empty, and which turns aren't trained."""
     notes = []
     if loaded.unsplit:
         notes.append(f"{len(loaded.unsplit)} of {len(rows)} rows are left out:")
         notes += [f"  row {each.index}: {each.reason}" for each in loaded.unsplit[:NUM_ODD]]
     empty = sum(not example.thinking.strip() for example in loaded.examples)
-    if empty:
+    if empty and not own:
         notes.append(f"{empty} of {len(loaded.examples)} thinkings are empty")
     turns = sum(
         message["role"] == "assistant"
@@ -206,27 +221,37 @@ class Lengths:
     why: str
 
 
-def measure(examples: Sequence[Example], renderer: Renderer, most: int | None) -> Lengths:
+def measure(
+    examples: Sequence[Example], renderer: Renderer, most: int | None, thinking: int = 0
+) -> Lengths:
     """Choose the sequence length: what 99.5 of 100 rows need, or all of them where that is close.
 
     Args:
         examples: The data.
         renderer: The run's renderer.
         most: The longest row that the model can read, if it says so.
+        thinking: Tokens to leave for the thinking that the model writes itself.
     """
     some = examples[:: math.ceil(len(examples) / MOST_ROWS)]
     rows = [row for row in tokenize(some, renderer) if isinstance(row, Row)]
     if not rows:
         raise DataError("--data", "no row can be tokenized in this model's frame")
-    whole = sorted(len(row.input_ids) for row in rows)
-    written = sorted(sum(s != Segment.PROMPT for s in row.segment_ids) for row in rows)
+    if most is not None:
+        thinking = max(min(thinking, most - max(len(row.input_ids) for row in rows)), 0)
+    whole = sorted(thinking + len(row.input_ids) for row in rows)
+    written = sorted(thinking + sum(s != Segment.PROMPT for s in row.segment_ids) for row in rows)
+    new = _rounded(_percentile(written))
+    if most is not None and thinking:
+        new = min(new, most - max(row.segment_ids.count(Segment.PROMPT) for row in rows))
     nearly, longest = _rounded(_percentile(whole)), _rounded(whole[-1])
     length, why = nearly, f"holds 99.5% of the rows; the longest has {whole[-1]} tokens"
     if longest <= 1.25 * nearly:
         length, why = longest, f"the longest row has {whole[-1]} tokens"
+    if thinking:
+        why += f", {thinking} of them left for the model's own thinking"
     if most is not None and length > most:
         length, why = most, f"the model's positions end there; {why}"
-    return Lengths(length, _rounded(_percentile(written)), why)
+    return Lengths(length, new, why)
 
 
 def _percentile(lengths: Sequence[int]) -> int:

@@ -39,7 +39,7 @@ def prompt_of(table: Table) -> str | None:
     context = [
         column
         for column in table.called(CONTEXT)
-        if column not in columns and table.is_text(column) and not _inside(table, column, columns)
+        if column not in columns and table.is_text(column) and not inside(table, column, columns)
     ]
     before = "".join(f"{{{column}}}\n\n" for column in context)
     options = _options(table, columns)
@@ -61,13 +61,13 @@ def _question(table: Table, found: Sequence[str]) -> str:
     if len(inputs) == 1 and len(heads) == 1:
         return f"{{{heads[0]}}}\n\n{{{inputs[0]}}}"
     for column in found:
-        if all(_inside(table, other, [column]) for other in found if other != column):
+        if all(inside(table, other, [column]) for other in found if other != column):
             return f"{{{column}}}"
     listed = " or ".join(f'"{{{column}}}"' for column in found)
     return f"{UNDECIDED} which column asks: {listed}; or a template of both"
 
 
-def _inside(table: Table, column: str, columns: Sequence[str]) -> bool:
+def inside(table: Table, column: str, columns: Sequence[str]) -> bool:
     """Tell whether a column's texts stand in those of the other columns already."""
     wholes = ["\n".join(texts) for texts in zip(*map(table.texts, columns), strict=True)]
     return all(text in whole for text, whole in zip(table.texts(column), wholes, strict=True))
@@ -79,14 +79,14 @@ def options_of(table: Table) -> list[list[tuple[str, str]]]:
         options = [options_in(value) for value in table.values(column)]
         if options and all(options):
             return options
-    single = _single(table)
+    single = single_options(table)
     return [
         [(label, str(row.get(column))) for label, column in single.items()]
         for row in (table.rows if single else ())
     ]
 
 
-def _single(table: Table) -> dict[str, str]:
+def single_options(table: Table) -> dict[str, str]:
     """Return the columns that hold one option each, by their letters."""
     found = {match[1].upper(): name for name in table.columns if (match := LETTERED.match(name))}
     return dict(sorted(found.items())) if {"A", "B"} <= found.keys() else {}
@@ -101,11 +101,11 @@ def _options(table: Table, columns: Sequence[str]) -> str:
         if all(isinstance(value, str) for value in values):
             if any(value.lstrip().startswith(("[", "{")) for value in values):
                 return f"{UNDECIDED} the options in {column} are no list and no JSON; mend the rows"
-            return "" if _inside(table, column, columns) else f"\n{{{column}}}"
+            return "" if inside(table, column, columns) else f"\n{{{column}}}"
         wholes = ["\n".join(texts) for texts in zip(*map(table.texts, columns), strict=True)]
         if not all(_stand_in(value, whole) for value, whole in zip(values, wholes, strict=True)):
             return f"\n{{{column}:letters}}"
-    return "".join(f"\n{label}) {{{column}}}" for label, column in _single(table).items())
+    return "".join(f"\n{label}) {{{column}}}" for label, column in single_options(table).items())
 
 
 def _stand_in(options: Any, text: str) -> bool:

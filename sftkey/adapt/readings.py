@@ -70,7 +70,7 @@ def _decide(source: str, table: Table) -> Reading:
         broken = [(name, table.unreadable(name)) for name in table.columns]
         ask += "".join(f"; {name}: {why}" for name, why in broken if why and _is_list(table, name))
         return Reading({"prompt": ask, **_asked(table, [], listed, "")}, explicit=False)
-    system = _system(table)
+    system = system_field(table)
     readings: list[Reading] = []
     if prompt is not None:
         # What must be decided of the prompt hides nothing of the rest.
@@ -97,10 +97,12 @@ def _is_list(table: Table, column: str) -> bool:
     return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
 
 
-def read(source: str, rows: Sequence[Row], fields: dict[str, Any]) -> Loaded:
-    """Make the examples that a reading gives."""
+def read(
+    source: str, rows: Sequence[Row], fields: dict[str, Any], reasoning: bool = True
+) -> Loaded:
+    """Make the examples that a reading gives; without reasoning theirs may be empty."""
     data = with_defaults(DataSection(**{"source": source, **fields}))
-    return make_examples(rows, data, "last")
+    return make_examples(rows, data, "last", reasoning)
 
 
 def _prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
@@ -114,7 +116,8 @@ def _prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
     return prompt_of(table), chats
 
 
-def _system(table: Table) -> dict[str, str]:
+def system_field(table: Table) -> dict[str, str]:
+    """Return the field that names the column of system messages, if there is one."""
     found = [column for column in table.called(SYSTEM) if table.is_text(column)]
     found = [column for column in found if all(isinstance(v, str) for v in table.values(column))]
     return {"system_column": found[0]} if found else {}
@@ -172,7 +175,7 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
     """Read a column each for thinking and answer, or one column with a rule."""
     base = {} if prompt == "{prompt}" and "prompt" not in table.columns else {"prompt": prompt}
     free = [name for name in table.columns if f"{{{name}" not in prompt and table.is_text(name)]
-    answers = _answers(table, prompt)
+    answers = answer_columns(table, prompt)
     beside = answers[0] if answers else free[0] if free else ""
     thoughts = [
         name for name in table.called(THINKING) if name in free and table.varies(name, beside)
@@ -193,7 +196,7 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
             yield Reading({**base, **fields}, explicit=True)
 
 
-def _answers(table: Table, prompt: str) -> list[str]:
+def answer_columns(table: Table, prompt: str) -> list[str]:
     """Find the columns of answers; an option's text and its letter or place are one answer."""
     found = [name for name in table.called(ANSWER) if f"{{{name}" not in prompt]
     found = [name for name in found if table.is_written(name)]
@@ -233,6 +236,11 @@ def _answer(table: Table, column: str) -> str:
     """Return the template of an answer; the place of an option becomes its letter."""
     first = _first_places(table, column)
     return f"{{{column}:{first[0]}}}" if first else f"{{{column}}}"
+
+
+def answer_fields(table: Table, column: str) -> dict[str, str]:
+    """Return the field that reads a column of answers, or what must be decided of it."""
+    return {"answer": _answer(table, column), **_counted_from(table, column)}
 
 
 def _counted_from(table: Table, answer: str) -> dict[str, str]:
@@ -283,8 +291,7 @@ def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) 
         given = " or ".join(f'"{{{name}}}"' for name in ways if name not in answers)
         return {
             "thinking": f"{UNDECIDED} {reason}the reasoning's column: {given or 'none looks so'}",
-            "answer": _answer(table, answers[0]),
-            **_counted_from(table, answers[0]),
+            **answer_fields(table, answers[0]),
         }
     else:
         ask = (

@@ -56,6 +56,11 @@ class Choices:
         return f"as in {self.like}"
 
     @property
+    def own(self) -> bool:
+        """No column holds a reasoning, so the model writes its own."""
+        return self.data is not None and self.data.own
+
+    @property
     def full(self) -> bool:
         """All weights are trained, as in the other recipe."""
         return self.other is not None and self.other.lora is None
@@ -103,6 +108,7 @@ def _slug(text: str) -> str:
 
 ROWS_A_STEP = 16
 ONE_ROW = "one row at a time, until you know what fits your GPU; more in place of accumulation"
+OWN_TOKENS = 2048  # are left for the thinking that a model writes itself
 LARGE = 13  # billions of parameters, above which QLoRA halves its rate
 HALF_OF_QLORA = "half of what QLoRA takes (arXiv 2305.14314); not tuned: choose on validation rows"
 # In the order of the recipe's reference.
@@ -282,6 +288,13 @@ def _why_at_once(choices: Choices) -> str:
 
 
 def _stages(choices: Choices) -> Iterator[Line]:
+    others = choices.other.stages if choices.other else ()
+    if choices.own and not (others and all(stage.thinking == "own" for stage in others)):
+        written = {"name": "key", "loss_on": "key", "thinking": "own"}
+        if choices.end_is_known and not choices.full:
+            written["context"] = "frozen"  # whose adapter leaves the thinking as it is
+        yield Line("", written, "no column holds a reasoning: the model writes its own")
+        return
     if choices.other:
         for stage in choices.other.stages:
             yield Line("", stage.model_dump(mode="json", exclude_defaults=True))
@@ -293,15 +306,21 @@ def _stages(choices: Choices) -> Iterator[Line]:
 
 def _eval(choices: Choices) -> Iterator[Line]:
     if choices.other:
-        yield from _taken_over(choices.other.eval.model_dump(exclude_defaults=True), choices)
+        given = choices.other.eval.model_dump(exclude_defaults=True)
+        if choices.own:
+            least = choices.lengths.max_new_tokens if choices.lengths else OWN_TOKENS
+            given["max_new_tokens"] = max(choices.other.eval.max_new_tokens, least)
+        yield from _taken_over(given, choices)
         return
     examples = choices.data.examples if choices.data else []
     held_out = choices.data.fields.get("test") if choices.data else None
     yield Line("num_questions", held_out if isinstance(held_out, int) else 200)
     if choices.lengths is not None:
         why = "99.5% of the data's completions are no longer"
+        if choices.own:
+            why = "the model's own thinking and the answer; a thinking that is cut is dropped"
         yield Line("max_new_tokens", choices.lengths.max_new_tokens, why)
     else:
-        yield Line("max_new_tokens", 512)
+        yield Line("max_new_tokens", OWN_TOKENS if choices.own else 512)
     grader, why = choose_grader(examples) if examples else ("exact", "no answer was seen")
     yield Line("grader", grader, why)

@@ -10,8 +10,10 @@ import pytest
 from sftkey.adapt import adapt as planning_adapt
 from sftkey.checks import mask_proof as proof
 from sftkey.checks.gate import _rows_report as check
+from sftkey.checks.gate import check_recipe
 from sftkey.cli import main
 from sftkey.commands.adapt import adapt
+from sftkey.data.preview import preview_rows
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize
@@ -187,6 +189,58 @@ def test_columns_left_to_the_user_are_refused_by_the_gate(here: Path) -> None:
     refusal, *others = refusals(recipe)
     assert refusal.startswith("data.prompt is still to be decided: a template, ")
     assert len(others) == 2  # thinking and answer, said at once
+
+
+OWN = {"name": "key", "loss_on": "key", "thinking": "own"}
+
+
+@pytest.mark.parametrize(
+    ("family", "tags"),
+    [
+        ("qwen3-8b", "<think> … </think>"),
+        ("llama-3.2-1b-instruct", "<Thinking> … </Thinking>"),
+    ],
+)
+def test_answers_alone_are_trained_behind_the_models_own_thinking(
+    here: Path, capsys: pytest.CaptureFixture[str], family: str, tags: str
+) -> None:
+    """The recipe passes the whole gate, with room for thinking, and the key alone is trained."""
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(50)]
+    write_rows(here / "rows.jsonl", rows)
+    member = FAMILIES[family]
+    stops = [member.end, *member.stops]
+    recipe = written(member.standing_in(), stops, max_position_embeddings=4096)
+    (stage,) = recipe.stages
+    assert stage.model_dump(exclude_defaults=True) == OWN | {"context": "frozen"}
+    assert recipe.data.thinking is None
+    assert recipe.data.max_length > 2048
+    assert recipe.eval.max_new_tokens > 2048
+    report = check_recipe(recipe)
+    assert report.refusals == []
+    assert report.prepared is not None
+    for row in preview_rows(recipe, report.prepared, 50):
+        trained = {token["segment"] for token in row["tokens"] if token["trained"]["key"]}
+        context = {token["segment"] for token in row["tokens"] if not token["trained"]["key"]}
+        assert {"ANSWER", "END"} <= trained <= {"ANSWER_TAG", "ANSWER", "END"}
+        assert context == {"PROMPT", "THINKING"}
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].startswith("no column holds a reasoning: the model writes its own ")
+    assert out[2].startswith(f"so the model must think already, in {tags}: train asks it 16 ")
+    assert "to be decided" not in "".join(out)
+
+
+def test_stages_that_read_a_reasoning_are_not_taken_over_without_one(here: Path) -> None:
+    """Of another recipe's stages those stay that read the model's own thinking alone."""
+    write_rows(here / "rows.jsonl", [{"question": "Q", "answer": "7"}] * 9)
+    model_folder(Path("model"), made("look_ahead", CHATML), ["</s>"])
+    Path("one.yaml").write_text(LIKE)
+    (stage,) = like(data="rows.jsonl").stages
+    assert stage.model_dump(exclude_defaults=True) == OWN
+    Path("q.yaml").unlink()
+    given = "loss_on: {thinking: 0.1, key: 1.0}"
+    Path("one.yaml").write_text(LIKE.replace(given, "loss_on: key, thinking: own"))
+    (stage,) = like(data="rows.jsonl").stages
+    assert stage.model_dump(exclude_defaults=True) == OWN | {"name": "only"}
 
 
 LIKE = """name: one

@@ -10,7 +10,8 @@ import pytest
 from sftkey.adapt.data import choose_data, choose_grader, measure
 from sftkey.data import sources
 from sftkey.data.renderer import Renderer, probe_renderer
-from sftkey.data.response import Example
+from sftkey.data.response import Example, Segment
+from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
 from tests.support.model_folders import sums, write_rows
@@ -79,7 +80,9 @@ def test_columns_that_say_what_they_are(
     ("row", "asked"),
     [
         ({"id": "1", "body": "x"}, {"prompt", "thinking", "answer"}),
-        ({"question": "Q", "answer": "7"}, {"thinking"}),
+        ({"question": "Q", "answer": "7", "note": "It is so."}, {"thinking"}),
+        ({"question": "Q", "answer": "7", "note": "因为三加四"}, {"thinking"}),
+        ({"question": "Q", "answer": "a text " * 6}, {"thinking", "answer"}),
         ({"question": "Q", "id": "7"}, {"thinking", "answer"}),
         ({"question": ["Q"], "cot": "c", "answer": "7"}, {"prompt", "thinking"}),
         ({"messages": turns("7")}, {"thinking"}),
@@ -87,7 +90,6 @@ def test_columns_that_say_what_they_are(
         ({"problem": "Q", "solution": "So \\boxed{1}. It takes one."}, {"thinking", "answer"}),
         ({"prompt": "Q", "response": "#### Plan\nAdd.\n\nIt is 7."}, {"thinking", "answer"}),
         ({"prompt": "Q <think>", "response": "c</think>7"}, {"prompt"}),
-        ({"question": "Q", "cot": "", "answer": "7"}, {"thinking"}),
         ({"question": "Q", "cot": ["c"], "answer": "7"}, {"thinking"}),
         ({"question": "Q", "options": ["a", "b"], "cot": "c", "answer": 1}, {"answer"}),
         ({"question": "Q", "options": "['a' 'b']", "cot": "c", "answer": "A"}, {"prompt"}),
@@ -102,6 +104,40 @@ def test_columns_that_do_not_are_left_to_the_user(
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
     assert set(choice.undecided) == asked
     assert choice.examples == []
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"question": "Q", "answer": "7"}, "Q", "7"),
+        ({"question": "Q", "cot": "", "answer": "7", "id": "a-1"}, "Q", "7"),
+        ({"prompt": "Q", "thinking": "", "answer": "7"}, "Q", "7"),
+        ({"prompt": "Q", "completion": "Paris", "level": "Level 5"}, "Q", "Paris"),
+        ({"data": {"question": "Q", "answer": "7"}}, "Q", "7"),
+        (
+            {"context": "C d.", "question": "Q", "options": ["a b", "c"], "answer": "B"},
+            "C d.\n\nQ\nA) a b\nB) c",
+            "B",
+        ),
+    ],
+)
+def test_answers_alone_are_read_where_nothing_can_be_a_reasoning(
+    tmp_path: Path, row: dict[str, Any], prompt: str, answer: str
+) -> None:
+    """Empty columns and single words are no reasoning, so there is nothing to ask."""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
+    assert (choice.own, choice.undecided, "thinking" in choice.fields) == (True, [], False)
+    example = choice.examples[0]
+    assert (example.prompt, example.thinking, example.answer) == (prompt, "", answer)
+
+
+@pytest.mark.parametrize("late", ["", "Three and four make seven."])
+def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, late: str) -> None:
+    """All rows are looked at, though readings are found on the first thousand."""
+    rows = [{"question": f"Q{n}", "cot": "", "answer": "7"} for n in range(1001)]
+    rows[-1]["cot"] = late
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert (choice.own, choice.undecided) == (not late, ["thinking"] * bool(late))
 
 
 @pytest.mark.parametrize(
@@ -288,6 +324,21 @@ def test_the_models_positions_are_the_limit(renderer: Renderer) -> None:
     length, _, why = lengths_of(renderer, [1000] * 10, most=512)
     assert length == 512
     assert why.startswith("the model's positions end there; the longest row has ")
+
+
+def test_room_is_left_for_the_models_own_thinking(renderer: Renderer) -> None:
+    """As much as is asked for, or as the model's positions hold behind the longest prompt."""
+    examples = [Example("Q", "", "7", 0)]
+    without = measure(examples, renderer, None)
+    own = measure(examples, renderer, None, thinking=640)
+    assert own.max_length == without.max_length + 640
+    assert own.max_new_tokens == without.max_new_tokens + 640
+    assert own.why.endswith(", 640 of them left for the model's own thinking")
+    small = measure(examples, renderer, 256, thinking=640)
+    (row,) = tokenize(examples, renderer)
+    assert isinstance(row, Row)
+    prompt = row.segment_ids.count(Segment.PROMPT)
+    assert (small.max_length, small.max_new_tokens) == (256, 256 - prompt)
 
 
 def test_rows_of_which_none_is_tokenized_are_refused(renderer: Renderer) -> None:
