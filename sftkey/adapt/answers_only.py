@@ -6,42 +6,98 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sftkey.adapt.columns import ABOUT, ANSWER, OPTIONS, RESPONSE, SYSTEM, THINKING, Table, plain
-from sftkey.adapt.prompt import inside, prompt_of, single_options
-from sftkey.adapt.readings import MOST_ANSWER, answer_columns, answer_fields, system_field
+from sftkey.adapt.columns import (
+    ABOUT,
+    ANSWER,
+    NOTHING,
+    OPTIONS,
+    RESPONSE,
+    SYSTEM,
+    THINKING,
+    Table,
+    plain,
+)
+from sftkey.adapt.prompt import single_options
+from sftkey.adapt.readings import (
+    MOST_ANSWER,
+    answer_columns,
+    answer_fields,
+    chat_fields,
+    last_answer,
+    prompt_and_chats,
+    system_field,
+)
 from sftkey.adapt.split import BOX, HAS_TAG, find_rule
 from sftkey.checks.recipe import UNDECIDED
+from sftkey.data.examples import think_tags
 from sftkey.data.response import Response
 from sftkey.training.own_thinking import NUM_PROBED
 
 SENTENCES = re.compile(r"[.!?:;]\s+\S|\n")
-# Numbers, names, dates, links, hashes: no blank and no script that writes without blanks.
-WORD = re.compile(r"[!-~]*\Z")
 
 
 def read_answers_only(table: Table) -> dict[str, Any] | None:
-    """Return the fields that read prompt and answer, if no column can hold a reasoning.
+    """Return the fields that read prompt and answer, if nothing in the rows can be a reasoning.
 
     Args:
         table: All rows: a reasoning that only the last one holds is one.
     """
-    prompt = prompt_of(table)
-    if prompt is None or prompt.startswith(UNDECIDED):
+    prompt, chats = prompt_and_chats(table)
+    if prompt is not None and prompt.startswith(UNDECIDED):
         return None
+    if len(chats) == 1:
+        return _conversation(table, chats[0])
+    return None if chats or prompt is None else _columns(table, prompt)
+
+
+def _columns(table: Table, prompt: str) -> dict[str, Any] | None:
+    """Read a column of short answers, or one of texts whose think block is always empty."""
     asked = re.findall(r"\{([^{}:]+)[:}]", prompt)
     answers = answer_columns(table, prompt)
     responses = [name for name in table.called(RESPONSE) if name not in asked]
     named = answers or [name for name in responses if table.is_written(name)]
-    if len(named) != 1 or not _is_short(table.texts(named[0]), bool(answers)):
+    if len(named) != 1:
+        return None
+    texts, blocks = _without_empty_blocks(table.texts(named[0]))
+    if not _is_short(texts, bool(answers)):
         return None
     # Of several columns of answers all say the same, else there would be several left.
     same = [name for name in table.called(ANSWER) if answers and table.is_written(name)]
     known = {*asked, *named, *same, *table.called(SYSTEM), *single_options(table).values()}
     known |= set(table.called(OPTIONS))
-    if any(_may_reason(table, name, asked) for name in table.columns if name not in known):
+    wholes = list(map("\n".join, zip(*map(table.texts, asked), strict=True)))
+    if any(_may_reason(table, name, wholes) for name in table.columns if name not in known):
         return None
-    base = {} if prompt == "{prompt}" else {"prompt": prompt}
-    return {**base, **system_field(table), **answer_fields(table, named[0])}
+    answer = {"response": named[0], **blocks} if blocks else answer_fields(table, named[0])
+    return {"prompt": prompt, **system_field(table), **answer}
+
+
+def _conversation(table: Table, column: str) -> dict[str, Any] | None:
+    """Read a column of conversations whose last answers are short."""
+    read = table.messages(column)
+    last = [last_answer(chat) for chat in read]
+    if any(turn.keys() - {"role", "content", "reasoning_content", "train"} for turn in last):
+        return None
+    texts, blocks = _without_empty_blocks([turn["content"] for turn in last])
+    thought = any(turn.get("reasoning_content", "").strip() for turn in last)
+    if thought or not _is_short(texts, is_answer=False):
+        return None
+    fields = chat_fields(table, column)
+    asked = re.findall(r"\{([^{}:]+)[:}]", fields.get("prompt", ""))
+    wholes = ["\n".join(message["content"] for message in chat) for chat in read]
+    known = {column, *asked, *table.called(SYSTEM)}
+    if any(_may_reason(table, name, wholes) for name in table.columns if name not in known):
+        return None
+    return {**fields, **system_field(table), **blocks}
+
+
+def _without_empty_blocks(texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Remove the think block of texts that all have one, and an empty one; return its rule, too."""
+    parts = [think_tags(text) for text in texts]
+    behind = [part[1] for part in parts if isinstance(part, tuple) and not part[0]]
+    if texts and len(behind) == len(texts):
+        return behind, {"split_rule": "think_tags"}
+    return list(texts), {}
 
 
 def _is_short(texts: Sequence[str], is_answer: bool) -> bool:
@@ -53,18 +109,19 @@ def _is_short(texts: Sequence[str], is_answer: bool) -> bool:
     return not any("\n" in text if is_answer else SENTENCES.search(text) for text in texts)
 
 
-def _may_reason(table: Table, column: str, asked: Sequence[str]) -> bool:
-    """Tell whether a column could be read as a reasoning."""
-    values = [value for value in table.values(column) if value not in (None, "", [], {})]
+def _may_reason(table: Table, column: str, wholes: Sequence[str]) -> bool:
+    """Tell whether a column could be read as a reasoning, beside the whole text of each row."""
+    values = [value for value in table.values(column) if value not in NOTHING]
     if not any(str(value).strip() for value in values):
         return False
     if column in table.called(THINKING) or not table.is_written(column):
         return True
     texts = table.texts(column)
-    if all(WORD.match(text) for text in texts) or inside(table, column, asked):
+    stands = all(text in whole for text, whole in zip(texts, wholes, strict=True))
+    if stands or table.is_words(column):
         return False
     is_about = ABOUT & set(plain(column).split("_")) and max(map(len, texts)) <= MOST_ANSWER
-    return not is_about and table.varies(column, asked[0])
+    return not is_about and table.num_kinds(column) * 20 >= len(set(wholes))
 
 
 def own_notes(response: Response) -> list[str]:

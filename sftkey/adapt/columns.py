@@ -22,12 +22,18 @@ ANSWER = (
 )
 RESPONSE = ("response", "completion", "output", "solution", "answer", "text", "generation")
 SYSTEM = ("system", "system_prompt", "system_message")
-CONTEXT = ("context", "passage", "article", "document", "paragraph", "background", "story", "hint")
+CONTEXT = (
+    *("context", "passage", "article", "document", "paragraph", "background", "story", "hint"),
+    *("history",),
+)
 OPTIONS = ("options", "choices", "candidates", "endings")
 # A column's name with one of these is about a row, and no part of it.
 ABOUT = {"type", "source", "id", "idx", "index", "uuid", "grade", "config", "configs", "count"}
 ABOUT |= {"model", "mode", "length", "score", "reward", "task", "topic", "is", "original", "tokens"}
 ABOUT |= {"correctness", "finish", "license", "version", "difficulty", "level", "rate", "category"}
+# No blank, and no script that writes without blanks.
+WORD = re.compile(r"[!-~]*\Z")
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 Row = Mapping[str, Any]
 
 
@@ -97,6 +103,10 @@ class Table:
         """Return a column's texts as they stand; what is null is empty."""
         values = (row.get(column) for row in self.rows)
         return ["" if value is None else str(value) for value in values]
+
+    def is_words(self, column: str) -> bool:
+        """Tell whether each text is one word at most: a number, name, date, link or hash."""
+        return all(WORD.match(text) for text in self.texts(column))
 
     def num_kinds(self, column: str) -> int:
         """Count the different values."""

@@ -10,13 +10,14 @@ from typing import Any
 
 from sftkey.adapt.answers_only import read_answers_only
 from sftkey.adapt.columns import Table
-from sftkey.adapt.readings import Reading, decide, read
+from sftkey.adapt.readings import Reading, decide, read, why_not
 from sftkey.adapt.split import ENOUGH
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import Loaded, columns_of
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
+from sftkey.data.splits import MOST_EMPTY
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError
 from sftkey.evaluation.grading import unreadable
@@ -76,6 +77,7 @@ def choose_data(source: str, seed: int, plain: bool) -> DataChoice:
         reading, table, own = _decide(source, rows)
         fields = reading.fields
         why, notes = _told(reading, table)
+        notes = [*why_not(table), *notes] if own else notes
     choice = DataChoice({"source": source, **fields}, why, notes=notes, own=own)
     if plain:
         _make_plain(choice)
@@ -92,8 +94,14 @@ def choose_data(source: str, seed: int, plain: bool) -> DataChoice:
         reason = loaded.unsplit[0].reason
         why["unsplit_rows"] = f"{len(loaded.unsplit)} of {len(rows)} rows, at first: {reason}"
     notes += _counted(loaded, rows, own)
-    _hold_out(choice, seed, len(loaded.examples))
-    return DataChoice(choice.fields, why, loaded.examples, notes, own)
+    examples = loaded.examples
+    empty = [example for example in examples if not example.thinking.strip()]
+    if not own and len(empty) > MOST_EMPTY * len(examples):
+        choice.fields["empty_thinking"] = "drop"
+        why["empty_thinking"] = f"{len(empty)} of {len(examples)} rows; keep trains them, too"
+        examples = [example for example in examples if example.thinking.strip()]
+    _hold_out(choice, seed, len(examples))
+    return DataChoice(choice.fields, why, examples, notes, own)
 
 
 def _decide(source: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Reading, Table, bool]:
@@ -102,7 +110,8 @@ def _decide(source: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Reading, Ta
     if str(reading.fields.get("thinking", "")).startswith(UNDECIDED):
         whole = Table(rows, columns_of(rows))
         for each in (whole, whole.flattened()):
-            if fields := read_answers_only(each):
+            fields = read_answers_only(each)
+            if fields is not None:
                 return Reading(fields, explicit=False), each, True
     return reading, table, False
 
@@ -269,7 +278,7 @@ def choose_grader(examples: Sequence[Example]) -> tuple[str, str]:
         dict(enumerate(answers)), "number"
     ):
         return "number", "all answers are numbers"
-    if all(re.fullmatch(r"\(?[A-J]\)?\.?", answer) for answer in answers):
+    if all(re.fullmatch(r"\(?[A-Z]\)?\.?", answer) for answer in answers):
         return "choice", "all answers are letters"
     formulas = sum(FORMULA.search(answer) is not None for answer in answers)
     short = all(len(answer) <= SHOWN for answer in answers)

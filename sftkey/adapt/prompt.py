@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sftkey.adapt.columns import CONTEXT, OPTIONS, PROMPT, Table
+from sftkey.adapt.columns import CONTEXT, NOTHING, OPTIONS, PROMPT, Table, plain
+from sftkey.adapt.split import ENOUGH
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.values import options_in
 
@@ -36,6 +37,8 @@ def prompt_of(table: Table) -> str | None:
             f"{UNDECIDED} the prompts in {columns[-1]} end with a tag, which belongs to the "
             "response; remove it from the rows"
         )
+    if unread := _unread_context(table):
+        return unread
     context = [
         column
         for column in table.called(CONTEXT)
@@ -43,7 +46,37 @@ def prompt_of(table: Table) -> str | None:
     ]
     before = "".join(f"{{{column}}}\n\n" for column in context)
     options = _options(table, columns)
-    return options if options.startswith(UNDECIDED) else before + question + options
+    if options.startswith(UNDECIDED):
+        return options
+    prompt = before + question + options
+    return _often_null(table, prompt) or prompt
+
+
+def _unread_context(table: Table) -> str:
+    """Ask for a context that is no text: lists of sentences, earlier turns, mappings."""
+    found = [name for name in table.called(CONTEXT) if not table.is_text(name)]
+    found += [name for name in table.columns if plain(name.partition("[")[0]) in CONTEXT]
+    for name in found:
+        kinds = {type(value).__name__ for value in table.values(name) if value not in NOTHING}
+        if kinds and (not table.is_text(name) or "[" in name):
+            return (
+                f"{UNDECIDED} {name} holds a {' or '.join(sorted(kinds))}, which no template "
+                "writes; make it one text in the rows (earlier turns: messages), or write the "
+                "prompt without it"
+            )
+    return ""
+
+
+def _often_null(table: Table, prompt: str) -> str:
+    """Ask for a column of the prompt that too many rows have no value of."""
+    for name in re.findall(r"\{([^{}:]+)[:}]", prompt):
+        num = sum(value is None for value in table.values(name))
+        if num > (1 - ENOUGH) * len(table.rows):
+            return (
+                f"{UNDECIDED} {name} is null in {num} of {len(table.rows)} rows, and a template "
+                "takes no null; write an empty text there, or the prompt without it"
+            )
+    return ""
 
 
 def _holds_something(table: Table, column: str) -> bool:
@@ -96,7 +129,7 @@ def _options(table: Table, columns: Sequence[str]) -> str:
     """Write the options below the question, unless it has them already."""
     for column in table.called(OPTIONS):
         values = table.values(column)
-        if column in columns or all(value in (None, "", [], {}) for value in values):
+        if column in columns or all(value in NOTHING for value in values):
             continue
         if all(isinstance(value, str) for value in values):
             if any(value.lstrip().startswith(("[", "{")) for value in values):

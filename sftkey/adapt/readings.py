@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sftkey.adapt.columns import ANSWER, PROMPT, RESPONSE, SYSTEM, THINKING, Row, Table
+from sftkey.adapt.columns import ANSWER, NOTHING, PROMPT, RESPONSE, SYSTEM, THINKING, Row, Table
 from sftkey.adapt.prompt import options_of, prompt_of
-from sftkey.adapt.split import ENOUGH, Fit, find_rule
+from sftkey.adapt.split import EMPTY, ENOUGH, Fit, find_rule
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import PLACES, Loaded, columns_of, make_examples, make_rule
 from sftkey.data.response import Example
@@ -17,6 +17,7 @@ from sftkey.recipe.schema import DataSection
 
 NUM_SEEN = 1000
 MOST_ANSWER = 40  # characters; a longer text may hold reasoning, too
+OWN_WAY = "if rows hold no reasoning: no data.thinking, and `thinking: own` in every stage"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _num_asked(reading: Reading) -> int:
 def _decide(source: str, table: Table) -> Reading:
     """Find the reading of a table's rows."""
     some = table.rows
-    prompt, chats = _prompt_and_chats(table)
+    prompt, chats = prompt_and_chats(table)
     listed = f"the columns are {', '.join(table.columns)}"
     if prompt is None and not chats:
         ask = f'{UNDECIDED} a template, such as "{{{table.columns[0]}}}"; {listed}'
@@ -105,7 +106,7 @@ def read(
     return make_examples(rows, data, "last", reasoning)
 
 
-def _prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
+def prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
     """Find the prompt's template, and the columns of conversations that an answer ends."""
     chats = [
         column
@@ -150,15 +151,9 @@ def _key(example: Example) -> tuple[Any, ...]:
 
 def _conversations(table: Table, chats: Sequence[str]) -> Iterator[Reading]:
     """Read conversations, or a prompt and a completion that are messages both."""
-    default = {"prompt", "thinking", "answer"} <= set(table.columns)
-    prompts = [each for each in table.called(("prompt", "input")) if table.is_messages(each)]
     for column in chats:
-        fields: dict[str, str] = {"response": column}
-        if prompts and column not in prompts:
-            fields["prompt"] = f"{{{prompts[0]}}}"
-        elif column == "messages" and not default:
-            fields = {}
-        last = [_last_answer(chat) for chat in table.messages(column)]
+        fields = chat_fields(table, column)
+        last = [last_answer(chat) for chat in table.messages(column)]
         if sum("reasoning_content" in turn for turn in last) >= ENOUGH * len(last):
             yield Reading(fields, explicit=True)
         else:
@@ -166,7 +161,17 @@ def _conversations(table: Table, chats: Sequence[str]) -> Iterator[Reading]:
             yield Reading({**fields, "split_rule": fit.rule}, fit.explicit, fit)
 
 
-def _last_answer(chat: Sequence[dict[str, str]]) -> dict[str, str]:
+def chat_fields(table: Table, column: str) -> dict[str, str]:
+    """Return the fields that name a column of conversations, and the messages before it."""
+    prompts = [each for each in table.called(("prompt", "input")) if table.is_messages(each)]
+    if prompts and column not in prompts:
+        return {"response": column, "prompt": f"{{{prompts[0]}}}"}
+    default = {"prompt", "thinking", "answer"} <= set(table.columns)
+    return {} if column == "messages" and not default else {"response": column}
+
+
+def last_answer(chat: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return the last message of the assistant; an empty one where there is none."""
     answers = [message for message in chat if message["role"] == "assistant"]
     return answers[-1] if answers else {"content": ""}
 
@@ -178,7 +183,9 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
     answers = answer_columns(table, prompt)
     beside = answers[0] if answers else free[0] if free else ""
     thoughts = [
-        name for name in table.called(THINKING) if name in free and table.varies(name, beside)
+        name
+        for name in table.called(THINKING)
+        if name in free and table.varies(name, beside) and not _is_label(table, name, beside)
     ]
     texts = [name for name in table.called(RESPONSE) if name in free]
     for column in dict.fromkeys([*thoughts, *texts]):
@@ -194,6 +201,14 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         for answer in rest:
             fields = {"thinking": f"{{{thought}}}", "answer": _answer(table, answer)}
             yield Reading({**base, **fields}, explicit=True)
+
+
+def _is_label(table: Table, column: str, beside: str) -> bool:
+    """Tell whether single words are an effort (`high`) or a result, and no reasoning."""
+    if not table.is_words(column):
+        return False
+    few = table.num_kinds(column) * 2 < len({str(row) for row in table.rows})
+    return few or max(map(len, table.texts(beside))) > MOST_ANSWER
 
 
 def answer_columns(table: Table, prompt: str) -> list[str]:
@@ -272,39 +287,53 @@ def _first_places(table: Table, column: str) -> list[str]:
 
 def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) -> dict[str, str]:
     """Say what must be decided of thinking and answer, with the ways that came near."""
-    reason = "".join(
-        f"{name}: {_why_no_text(table, name)}; "
-        for name in table.called(THINKING)
-        if not table.is_text(name)
-    )
+    reason = "".join(f"{why}; " for why in why_not(table))
     answers = [name for name in table.called(ANSWER) if table.is_text(name)]
     fits = [(reading, reading.fit) for reading in readings if reading.fit and reading.fit.share]
     if fits:
         near, fit = max(fits, key=lambda pair: pair[1].share)
         right, why = fit.num_texts - len(fit.odd), next(iter(fit.odd.values()), "")
+        key = "empty_thinking" if why == EMPTY else "unsplit_rows"
         ask = (
             f"{UNDECIDED} {near} reads {right} of {fit.num_texts} rows, in others: {why}; "
-            f"`unsplit_rows: drop` would leave out those that it can't split; {listed}"
+            f"`{key}: drop` would leave such rows out; {listed}"
         )
     elif len(answers) == 1 and max(map(len, table.texts(answers[0]))) <= MOST_ANSWER:
         ways = [name for name in table.columns if f"{{{name}" not in prompt and _long(table, name)]
         given = " or ".join(f'"{{{name}}}"' for name in ways if name not in answers)
+        given = f"{given or 'none looks so'}; {listed}; {OWN_WAY}"
         return {
-            "thinking": f"{UNDECIDED} {reason}the reasoning's column: {given or 'none looks so'}",
+            "thinking": f"{UNDECIDED} {reason}the reasoning's column: {given}",
             **answer_fields(table, answers[0]),
         }
     else:
         ask = (
             f"{UNDECIDED} {reason}a template, or `response` and a split_rule for the column of "
             "both: think_tags, boxed, hash_marks, or a regular expression with the groups thinking "
-            f"and answer; {listed}"
+            f"and answer; {listed}; {OWN_WAY}"
         )
     return {"thinking": ask, "answer": ask}
 
 
-def _why_no_text(table: Table, column: str) -> str:
-    kinds = {type(v).__name__ for v in table.values(column) if v not in (None, "", [], {})}
-    return f"holds a {' or '.join(sorted(kinds))}, not text" if kinds else "empty in all rows"
+def why_not(table: Table) -> Iterator[str]:
+    """Say what keeps columns, and keys of messages, that are called a reasoning from being one."""
+    num_rows = len(table.rows)
+    for name in table.called(THINKING):
+        values = [value for value in table.values(name) if value not in NOTHING]
+        kinds = sorted({type(value).__name__ for value in values})
+        if not values:
+            yield f"{name}: empty in all rows"
+        elif not table.is_text(name):
+            yield f"{name}: holds a {' or '.join(kinds)}, not text"
+        elif table.is_words(name):
+            yield f"{name}: holds single words"
+        elif len(values) < num_rows:
+            yield f"{name}: empty in {num_rows - len(values)} of {num_rows} rows"
+    for name in prompt_and_chats(table)[1]:
+        last = [last_answer(chat) for chat in table.messages(name)]
+        thought = sum(bool(turn.get("reasoning_content", "").strip()) for turn in last)
+        if thought:
+            yield f"{name}: reasoning beside the content in {thought} of {num_rows} rows"
 
 
 def _long(table: Table, column: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sftkey.data.examples import make_rule
 
 ENOUGH = 0.9  # of the rows must be read well
+EMPTY = "the thinking is empty"
 NUM_SEEN = 1000
 # A tag that opens a text: <think>, <|begin_of_thought|>, ◁think▷, [THINK].
 OPENING = re.compile(r"\s*(<\|?[A-Za-z][\w:-]*\|?>|◁\w+▷|\[[A-Z_]+\])")
@@ -117,6 +118,8 @@ def _oddity(name: str, text: str, thinking: str, answer: str) -> str | None:
     """Say what speaks against a split, if anything does."""
     if not answer.strip():
         return "no answer is left"
+    if not thinking.strip():
+        return EMPTY
     if HAS_TAG.search(answer) or HAS_TAG.search(thinking):
         return "tags stand inside a part"
     if name == "hash_marks" and "\n" in answer:

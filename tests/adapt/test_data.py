@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sftkey.adapt.data import choose_data, choose_grader, measure
+from sftkey.adapt.readings import OWN_WAY
 from sftkey.data import sources
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
@@ -85,7 +86,13 @@ def test_columns_that_say_what_they_are(
         ({"question": "Q", "answer": "a text " * 6}, {"thinking", "answer"}),
         ({"question": "Q", "id": "7"}, {"thinking", "answer"}),
         ({"question": ["Q"], "cot": "c", "answer": "7"}, {"prompt", "thinking"}),
-        ({"messages": turns("7")}, {"thinking"}),
+        ({"messages": turns("c d. So 7")}, {"thinking"}),
+        ({"messages": turns("7", thoughts="c")}, {"thinking"}),
+        ({"messages": turns("7"), "note": "It is so."}, {"thinking"}),
+        ({"question": "Q", "reasoning": "7", "answer": "Add three. " * 4}, {"thinking", "answer"}),
+        ({"context": ["C.", "D."], "question": "Q", "cot": "c", "answer": "7"}, {"prompt"}),
+        ({"context": {"text": "C."}, "question": "Q", "cot": "c", "answer": "7"}, {"prompt"}),
+        ({"history": [["Q", "7"]], "prompt": "Q", "response": THOUGHT}, {"prompt"}),
         ({"problem": "Q", "solution": "x = \\boxed{1} or x = \\boxed{2}."}, {"thinking", "answer"}),
         ({"problem": "Q", "solution": "So \\boxed{1}. It takes one."}, {"thinking", "answer"}),
         ({"prompt": "Q", "response": "#### Plan\nAdd.\n\nIt is 7."}, {"thinking", "answer"}),
@@ -114,6 +121,16 @@ def test_columns_that_do_not_are_left_to_the_user(
         ({"prompt": "Q", "thinking": "", "answer": "7"}, "Q", "7"),
         ({"prompt": "Q", "completion": "Paris", "level": "Level 5"}, "Q", "Paris"),
         ({"data": {"question": "Q", "answer": "7"}}, "Q", "7"),
+        ({"prompt": "Q", "response": "<think>\n\n</think>\n\n7"}, "Q", "7"),
+        ({"messages": turns("<think></think>7")}, "Q", "7"),
+        ({"messages": turns("7", reasoning_content=None), "id": 1}, "Q", "7"),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "7"}]},
+            "Q",
+            "7",
+        ),
+        ({"prompt": turns("7")[:1], "completion": turns("7")[1:]}, "Q", "7"),
+        ({"prompt": turns("7")[:1], "reward_model": {"ground_truth": "7"}}, "Q", "7"),
         (
             {"context": "C d.", "question": "Q", "options": ["a b", "c"], "answer": "B"},
             "C d.\n\nQ\nA) a b\nB) c",
@@ -128,7 +145,11 @@ def test_answers_alone_are_read_where_nothing_can_be_a_reasoning(
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
     assert (choice.own, choice.undecided, "thinking" in choice.fields) == (True, [], False)
     example = choice.examples[0]
-    assert (example.prompt, example.thinking, example.answer) == (prompt, "", answer)
+    asked = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+    assert (asked, example.thinking, example.answer) == (prompt, "", answer)
+    used = {"prompt", "question", "messages", "conversations", "context", "answer", "response"}
+    said = "".join(note for note in choice.notes if note.startswith("columns that aren't used"))
+    assert not used & set(said.replace(",", " ").split())
 
 
 @pytest.mark.parametrize("late", ["", "Three and four make seven."])
@@ -163,7 +184,21 @@ def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, l
         (
             {"question": "Q", "cot": ["c"], "answer": "7"},
             "thinking",
-            "cot: holds a list, not text; the reasoning's column: none looks so",
+            "cot: holds a list, not text; the reasoning's column: none looks so; the columns are "
+            f"question, cot, answer; {OWN_WAY}",
+        ),
+        (
+            {"messages": turns("<think></think>" + "7 eggs. " * 6)},
+            "thinking",
+            "a template, or `response` and a split_rule for the column of both: think_tags, boxed, "
+            "hash_marks, or a regular expression with the groups thinking and answer; the columns "
+            f"are messages; {OWN_WAY}",
+        ),
+        (
+            {"history": [["Q", "7"]], "prompt": "Q", "thinking": "c", "answer": "7"},
+            "prompt",
+            "history holds a list, which no template writes; make it one text in the rows (earlier "
+            "turns: messages), or write the prompt without it",
         ),
     ],
 )
@@ -173,6 +208,64 @@ def test_what_is_asked_names_the_ways(
     """What is to be written, or what is wrong with the rows, stands in the question."""
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", [row] * 40), seed=0, plain=False)
     assert choice.fields[key] == f"DECIDE: {said}"
+
+
+HALF_EMPTY = [
+    (
+        [{"prompt": "Q", "thinking": "", "answer": "7"}],
+        [{"prompt": "Q", "thinking": "c d", "answer": "7"}],
+        "thinking: empty in 20 of 40 rows; the reasoning's column: ",
+    ),
+    (
+        [{"messages": turns("<think></think>7")}],
+        [{"messages": turns(THOUGHT)}],
+        "split_rule: think_tags reads 20 of 40 rows, in others: the thinking is empty; "
+        "`empty_thinking: drop` would leave such rows out; ",
+    ),
+    (
+        [{"messages": turns("7", reasoning_content=None)}],
+        [{"messages": turns("7", reasoning_content="c")}],
+        "messages: reasoning beside the content in 20 of 40 rows; ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("without", "given", "said"), HALF_EMPTY)
+def test_rows_of_which_half_hold_a_reasoning_are_asked_for(
+    tmp_path: Path, without: list[Any], given: list[Any], said: str
+) -> None:
+    """They are neither dropped nor taken for answers alone, and the question says how many."""
+    source = write_rows(tmp_path / "rows.jsonl", (without + given) * 20)
+    choice = choose_data(source, seed=0, plain=False)
+    assert choice.fields["thinking"].startswith(f"DECIDE: {said}")
+
+
+def test_few_empty_thinkings_are_left_out_and_said(tmp_path: Path) -> None:
+    """More than the gate lets through, and fewer than are asked about."""
+    rows = sums(40)
+    rows[7]["cot"] = rows[9]["cot"] = ""
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert (choice.fields["empty_thinking"], len(choice.examples)) == ("drop", 38)
+    assert choice.why["empty_thinking"] == "2 of 40 rows; keep trains them, too"
+    assert "2 of 40 thinkings are empty" in choice.notes
+
+
+def test_a_context_that_is_often_null_is_asked_for(tmp_path: Path) -> None:
+    """A template takes no null, and such rows would be left out."""
+    rows = [row | {"context": "C" if n % 2 else None} for n, row in enumerate(sums(40))]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.undecided == ["prompt"]
+    assert choice.fields["prompt"].startswith("DECIDE: context is null in 20 of 40 rows, and ")
+
+
+def test_a_column_of_efforts_is_no_reasoning(tmp_path: Path) -> None:
+    """A few single words in many rows say how long the thinking is to be."""
+    rows = [
+        {"question": f"Q{n}", "reasoning": ("low", "high")[n % 2], "answer": "yes"}
+        for n in range(40)
+    ]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert (choice.own, choice.undecided) == (False, ["thinking"])
 
 
 @pytest.mark.parametrize(
