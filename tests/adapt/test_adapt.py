@@ -198,7 +198,7 @@ OWN = {"name": "key", "loss_on": "key", "thinking": "own"}
     ("family", "tags"),
     [
         ("qwen3-8b", "<think> … </think>"),
-        ("llama-3.2-1b-instruct", "<Thinking> … </Thinking>"),
+        ("deepseek-r1-distill-qwen-1.5b", "</think>"),  # its prompt opens the thinking
     ],
 )
 def test_answers_alone_are_trained_behind_the_models_own_thinking(

@@ -108,6 +108,48 @@ def test_the_key_is_trained_behind_what_the_model_wrote(
         )
 
 
+def test_adapt_check_show_and_train_walk_the_whole_way(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Of fifty rows of questions and answers nothing but keys is marked, shown and trained."""
+    from sftkey.adapt import adapt
+    from sftkey.training import run as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapt, "NUM_PROOF_ROWS", 20)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers(50)))
+    writes(monkeypatch, lambda key, name: thought(f"{name} {key}"))
+    made, marked = module.make_trainer, []
+
+    def keep(recipe: Any, stage: Any, **settings: Any) -> Any:
+        trainer = made(recipe, stage, **settings)
+        for row in settings["train_dataset"]:
+            labels = trainer.data_collator([row])["labels"]
+            marked.append(settings["tokenizer"].decode(labels[labels != -100]))
+        return trainer
+
+    monkeypatch.setattr(module, "make_trainer", keep)
+    short = ["trainer.max_steps=1", "model.quantization=none", "eval.max_new_tokens=4"]
+    for command in (
+        ["adapt", str(tiny_folder), "--data", "rows.jsonl", "-o", "q.yaml"],
+        ["check", "q.yaml"],
+        ["show", "q.yaml", "--rows", "50", "--json"],
+        ["train", "q.yaml", *short],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        out = capsys.readouterr().out
+        assert not end.value.code, command
+        if command[0] == "show":
+            rows = [json.loads(line)["tokens"] for line in out.splitlines()]
+            shown = ["".join(t["text"] for t in row if t["trained"]["key"]) for row in rows]
+    keys = [f"\n<Answer>\n{2 * n}\n</Answer><|im_end|>" for n in range(50)]
+    assert shown == keys
+    assert len(marked) == 40  # the others are held out
+    assert set(marked) <= set(keys)
+    assert len(set(marked)) == 40
+
+
 def test_messages_without_reasoning_are_answers(recipe_over: Any) -> None:
     """A conversation's last turn is the answer."""
     rows = [
