@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from sftkey import __version__
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.errors import SFTKeyError
 
@@ -43,11 +44,23 @@ Alpha = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sftkey {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def sftkey(
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print sftkey's version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
-    """Declare the option that `main` reads."""
+    """Declare the options that stand before a command; `main` reads `--debug`."""
 
 
 @app.command()
@@ -327,6 +340,14 @@ def prompts(
     from sftkey.commands.prompts import prompts
 
     prompts(target, overrides or [], split, stage)
+
+
+@app.command()
+def env(as_json: AsJSON = False) -> None:
+    """Print what a bug report needs: versions, GPUs, memory."""
+    from sftkey.commands.env import env
+
+    env(as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import sftkey
 import sftkey.commands.ls
 from sftkey.cli import main
 from sftkey.errors import RunError
@@ -16,6 +17,7 @@ from sftkey.errors import RunError
 COMMANDS = (
     *("train", "check", "ls", "show", "adapt", "evaluate", "compare"),
     *("diagnose", "study", "generate", "merge", "export", "card", "push", "prompts"),
+    "env",
 )
 
 
@@ -108,7 +110,13 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_misspelt_command_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     """A command that there isn't is the user's mistake too."""
     assert ended("trian") == 2
-    assert "No such command 'trian'" in capsys.readouterr().err
+    assert "No such command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sftkey --version` prints it alone."""
+    assert ended("--version") == 0
+    assert capsys.readouterr().out == f"sftkey {sftkey.__version__}\n"
 
 
 def test_no_telemetry_is_sent(

@@ -166,6 +166,7 @@ def loaded_by(*arguments: str) -> set[str]:
     "arguments",
     [
         ("--help",),
+        ("--version",),
         ("ls",),
         ("compare", "no-such-run"),
         ("train", "recipes/smollm2-135m/demo.yaml", "stages.key.trainer.learning_rte=1"),
