@@ -14,6 +14,7 @@ import typer
 from sftkey import __version__
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.errors import SFTKeyError
+from sftkey.recipe.collection import find_recipe
 
 app = typer.Typer(
     help="Fine-tune a language model so that its final answer is right.",
@@ -24,7 +25,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+
+def _recipe_file(target: Path | None) -> Path | None:
+    return target and find_recipe(target)
+
+
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe's YAML file, or a name of `sftkey ls`.",
+        callback=_recipe_file,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes: trainer.learning_rate=1e-4, for one."),
@@ -105,6 +118,17 @@ def ls(as_json: AsJSON = False) -> None:
 
 
 @app.command()
+def cp(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="The copy; must be new.")],
+) -> None:
+    """Copy a recipe, to edit it."""
+    from sftkey.commands.cp import cp
+
+    cp(recipe, output)
+
+
+@app.command()
 def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -125,7 +149,11 @@ def adapt(
     ],
     like: Annotated[
         Path | None,
-        typer.Option(metavar="RECIPE", help="Take data, stages and settings from this recipe."),
+        typer.Option(
+            metavar="RECIPE",
+            help="Take data, stages and settings from this recipe.",
+            callback=_recipe_file,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -188,7 +216,9 @@ def compare(
 def diagnose(
     target: Annotated[
         str,
-        typer.Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, a run's folder, or a model."),
+        typer.Argument(
+            metavar="RECIPE|RUN|MODEL", help="A recipe's file or name, a run's folder, or a model."
+        ),
     ],
     overrides: Overrides = None,
     data: Annotated[
@@ -324,7 +354,12 @@ def push(
 @app.command()
 def prompts(
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A recipe's file, or a run's folder.")
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help="A recipe's file or name, or a run's folder.",
+            callback=_recipe_file,
+        ),
     ],
     overrides: Overrides = None,
     split: Annotated[

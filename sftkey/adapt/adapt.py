@@ -24,6 +24,7 @@ from sftkey.errors import FrameError
 from sftkey.memory_plan.held import read_skeleton
 from sftkey.memory_plan.plan import make_plan, size_bytes
 from sftkey.models.facts import read_facts
+from sftkey.recipe.collection import short_name
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.yaml_io import dotted, inline, write_recipe
@@ -147,7 +148,7 @@ def adapt(
         SFTKeyError: The model, the data or the other recipe can't be read.
     """
     gpu_bytes = size_bytes(gpu) if gpu else 0
-    other = load_recipe(like) if like else None
+    other, named = (load_recipe(like), short_name(like)) if like else (None, "")
     facts = read_facts(name_or_path, other.model if other else None)
     choice = choose_frame(facts.tokenizer, facts.published_stops)
     renderer, seed = choice.renderer, other.seed if other else SEED
@@ -156,7 +157,7 @@ def adapt(
     if data is not None and data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
         lengths = measure(data.examples, renderer, facts.most_tokens, thinking)
-    choices = Choices(facts, choice, data, lengths, other, str(like or ""), source, seed, path)
+    choices = Choices(facts, choice, data, lengths, other, named, source, seed, path)
     text = write_recipe(head(choices), sections(choices))
     recipe = _read(text)
     if gpu:

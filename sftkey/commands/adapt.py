@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftkey.errors import RecipeError
-from sftkey.recipe.collection import RECIPES, recipe_files, shortest
+from sftkey.recipe.collection import RECIPES, recipe_files, short_name
+from sftkey.recipe.yaml_io import refuse_existing, write_new
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +31,8 @@ def adapt(
         SFTKeyError: The model, the data or the other recipe can't be read; `output` exists; or the
             masks are wrong.
     """
-    if output is not None and output.exists():
-        raise RecipeError(
-            str(output), "exists already, and adapt overwrites nothing", "give another -o FILE"
-        )
+    if output is not None:
+        refuse_existing(output)
     from rich.console import Console
 
     from sftkey.adapt.adapt import adapt as make_recipe
@@ -46,20 +44,10 @@ def adapt(
         sys.stdout.write(adapted.text)
         _report(adapted, Console(stderr=True, markup=False, highlight=False))
         return
-    _write(output, adapted.text)
+    write_new(output, adapted.text)
     console = stdout_console()
     console.print(f"{output}: written")
     _report(adapted, console)
-
-
-def _write(output: Path, text: str) -> None:
-    """Write a new file, and never over one that came meanwhile."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise RecipeError(str(output), f"can't be written: {error.strerror}") from error
 
 
 def _report(adapted: Adapted, console: Console) -> None:
@@ -85,7 +73,7 @@ def _report(adapted: Adapted, console: Console) -> None:
         "the nearest recipe" if nearest.same_family else "no recipe of this family; the nearest"
     )
     what = "differs in" if nearest.differences else "says the same on model, lora and response"
-    console.print(f"\n{family}, {shortest(nearest.file)}, {what}")
+    console.print(f"\n{family}, {short_name(nearest.file)}, {what}")
     for key, there, here in nearest.differences:
         console.print(f"  {key}: {there} there, {here} here")
 

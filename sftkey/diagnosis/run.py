@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftkey.errors import DataError, RecipeError, RunError
+from sftkey.errors import DataError, RecipeError, RunError, did_you_mean
 from sftkey.files import write_json
+from sftkey.recipe.collection import find_recipe, short_names
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 
@@ -88,7 +89,8 @@ def _chosen(
     target: str, overrides: Sequence[str], data: str | None, stage: str | None, num_rows: int
 ) -> Callable[[], Subject]:
     """Tell a run, a recipe and a model apart; their form is checked before torch is imported."""
-    folder = Path(target)
+    names = short_names()
+    folder = find_recipe(Path(target)) if target in names and data is None else Path(target)
     is_run = (folder / "recipe.yaml").is_file()
     if overrides and (is_run or data is not None):
         what = f"expected changes to a recipe only; got {' '.join(overrides)}"
@@ -105,7 +107,7 @@ def _chosen(
     else:
         raise RecipeError(
             target,
-            "expected a recipe or a run's folder; it is neither",
+            "expected a recipe or a run's folder; it is neither" + did_you_mean(target, names),
             "a model is diagnosed with rows: --data my.jsonl",
         )
     return lambda: _of_recipe(target, recipe, folder, number, num_rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -100,6 +101,32 @@ def read(path: Path) -> RecipeSource:
         raise RecipeError(str(path), f"expected a mapping with the recipe's sections; got {got}")
     source.data = data
     return source
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write a recipe where something lies.
+
+    Raises:
+        RecipeError: The path is taken.
+    """
+    if os.path.lexists(path):
+        hint = "give another FILE"
+        raise RecipeError(str(path), "exists already, and nothing is overwritten", hint)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a recipe into a new file, and never over one that came meanwhile.
+
+    Raises:
+        RecipeError: The path is taken, or can't be written.
+    """
+    refuse_existing(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RecipeError(str(path), f"can't be written: {error.strerror}") from error
 
 
 def replace(source: RecipeSource, name: str, section: Any) -> None:

@@ -15,7 +15,7 @@ from sftkey.cli import main
 from sftkey.errors import RunError
 
 COMMANDS = (
-    *("train", "check", "ls", "show", "adapt", "evaluate", "compare"),
+    *("train", "check", "ls", "cp", "show", "adapt", "evaluate", "compare"),
     *("diagnose", "study", "generate", "merge", "export", "card", "push", "prompts"),
     "env",
 )

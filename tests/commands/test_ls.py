@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sftkey.commands.ls import ls
+from sftkey.commands.ls import ls, print_table
 from sftkey.errors import RecipeError
-from sftkey.recipe.collection import RECIPES, describe, recipe_files
+from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_names
 
 QLORA = """# A recipe.
 # Fits: H100, 7.4 GiB, 2413 tokens/s, 0123abc
@@ -51,7 +52,8 @@ def test_json_says_all_that_the_table_shows(
     ls(as_json=True, folder=folder)
     assert json.loads(capsys.readouterr().out) == [
         {
-            "recipe": "recipes/a/one.yaml",
+            "recipe": "a/one",
+            "file": "recipes/a/one.yaml",
             "name": "one",
             "model": "some/model",
             "data": "some/data main",
@@ -60,7 +62,8 @@ def test_json_says_all_that_the_table_shows(
             "gpu_memory_gib": 7.4,
         },
         {
-            "recipe": "recipes/b/two.yaml",
+            "recipe": "b/two",
+            "file": "recipes/b/two.yaml",
             "name": "two",
             "model": "other/model",
             "data": "reasoning_gym leg_counting",
@@ -74,10 +77,26 @@ def test_json_says_all_that_the_table_shows(
 def test_the_table_is_whole_in_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where stdout is no terminal each recipe stands on one line, however long."""
     ls(folder=folder)
-    head, one, two = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
+    captured = capsys.readouterr()
+    head, _, one, two = (" ".join(line.split()) for line in captured.out.splitlines())
     assert head == "recipe model data method stages GPU memory"
-    assert one == "recipes/a/one.yaml some/model some/data main QLoRA completion, key 7.4 GiB"
-    assert two == "recipes/b/two.yaml other/model reasoning_gym leg_counting full key"
+    assert one == "a/one some/model some/data main QLoRA completion, key 7.4 GiB"
+    assert two == "b/two other/model reasoning_gym leg_counting full key"
+    assert "--plan-only" in captured.err
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_terminal_breaks_the_list(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the recipes that ship, each name and model stands whole on a line that fits."""
+    narrow = Console(width=width, markup=False, highlight=False)
+    monkeypatch.setattr("sftkey.commands.terminal.stdout_console", lambda: narrow)
+    print_table([describe(file) for file in recipe_files(RECIPES)])
+    out = capsys.readouterr().out
+    assert all(name in out.split() for name in short_names())
+    assert "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in out.split()
+    assert max(map(len, out.splitlines())) <= width
 
 
 def test_lora_without_quantization_is_named_so(folder: Path) -> None:
@@ -94,7 +113,7 @@ def test_a_path_that_leads_upwards_is_written_whole(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert describe(folder / "b" / "two.yaml")["recipe"] == str(folder / "b" / "two.yaml")
+    assert describe(folder / "b" / "two.yaml")["file"] == str(folder / "b" / "two.yaml")
 
 
 def test_a_wrong_recipe_is_an_error(folder: Path) -> None:

@@ -87,8 +87,8 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 
 
 def listed(python: str, folder: Path, **environment: str) -> str:
-    """Return what `sftkey ls` prints in a folder that isn't the checkout."""
-    command = [python, "-m", "sftkey", "ls"]
+    """Return what `sftkey ls --json` prints in a folder that isn't the checkout."""
+    command = [python, "-m", "sftkey", "ls", "--json"]
     whole = {**os.environ, "PYTHONPATH": "", **environment}
     done = subprocess.run(command, cwd=folder, env=whole, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
