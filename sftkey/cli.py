@@ -42,6 +42,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes: trainer.learning_rate=1e-4, for one."),
 ]
+INTERRUPTED = 130  # what Ctrl-C ends a process with, where no run has said what it kept
+GOING_ON = ("train", "evaluate", "study")  # what these have done lies in their folders
+ANEW = "nothing was kept, and the same command starts anew"
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 GPU = Annotated[
     str | None,
@@ -394,11 +397,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report who uses them otherwise
     log_to_stderr()
     try:
         with never_silent():
-            app([word for word in words if word != "--debug"], prog_name="sftkey")
+            app(words, prog_name="sftkey")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            goes_on = bool(words) and words[0] in GOING_ON
+            say(f"stopped; {'the same command goes on' if goes_on else ANEW}")
+        raise
     except SFTKeyError as error:
         if debug:
             traceback.print_exc()

@@ -37,6 +37,11 @@ def failing(error: BaseException) -> Any:
     return command
 
 
+def interrupted(*arguments: Any, **options: Any) -> None:
+    """Do what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The help lists the commands, each with a sentence that isn't cut."""
     assert ended("--help") == 0
@@ -101,10 +106,24 @@ def test_another_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
         main(["ls"])
 
 
-def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted command ends as shells expect it, without a traceback."""
-    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(KeyboardInterrupt()))
-    assert ended("ls") == 130
+@pytest.mark.parametrize(
+    ("command", "argument", "said"),
+    [
+        ("ls", "--json", "nothing was kept, and the same command starts anew"),
+        ("evaluate", "runs/x", "the same command goes on"),
+    ],
+)
+def test_ctrl_c_ends_with_130(
+    command: str,
+    argument: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An interrupted command ends as shells expect it, and says what comes next."""
+    monkeypatch.setattr(f"sftkey.commands.{command}.{command}", interrupted)
+    assert ended(command, argument) == 130
+    assert capsys.readouterr().err == f"stopped; {said}\n"
 
 
 def test_a_misspelt_command_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from sftkey.commands.train import what_next
 
 ROOT = Path(__file__).parents[2]
 DEMO = "recipes/smollm2-135m/demo.yaml"
@@ -44,6 +48,35 @@ def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     assert "`sftkey ls`" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("lora", "context", "what", "following"),
+    [
+        (
+            None,
+            "exact",
+            "model",
+            ["merge 'runs/a b' -o a-merged", "evaluate 'runs/a b' --model a-"],
+        ),
+        ({"r": 4}, "frozen", "adapter", ["card 'runs/a b'", "push 'runs/a b' OWNER/NAME"]),
+    ],
+)
+def test_what_comes_next_can_be_done(
+    lora: dict[str, int] | None, context: str, what: str, following: list[str]
+) -> None:
+    """A model that was trained whole is called so; a frozen stage, which can't merge, isn't."""
+    stages = [SimpleNamespace(name="key", context=context)]
+    recipe = SimpleNamespace(name="a", lora=lora, stages=stages)
+    folder = Path("runs/a b")
+    trained = {"key": SimpleNamespace(adapter=folder / "adapter")}
+    run: Any = SimpleNamespace(folder=folder, recipe=recipe, stages=trained)
+    first, _, *commands = what_next(run)
+    assert first == f"key: its {what} is runs/a b/adapter"
+    expected = ["generate 'runs/a b' \"a question\"", *following]
+    assert len(commands) == 3
+    for command, each in zip(commands, expected, strict=True):
+        assert command.startswith(f"  sftkey {each}")
+
+
 def test_the_launcher_trains_as_the_readme_says(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -55,5 +88,12 @@ def test_the_launcher_trains_as_the_readme_says(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "completion 1 steps, key 1 steps" in done.stderr
+    assert done.stderr.endswith(
+        "key: its adapter is runs/tiny/stages/2-key/adapter\n"
+        "next:\n"
+        '  sftkey generate runs/tiny "a question"\n'
+        "  sftkey merge runs/tiny -o tiny-merged\n"
+        "  sftkey evaluate runs/tiny --model tiny-merged\n"
+    )
     stages = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
     assert stages[1:4] == ["base", "completion", "key"]
