@@ -115,10 +115,11 @@ def strategies() -> str:
 
 
 def commands() -> str:
-    """Describe every command with its arguments and options."""
+    """Describe every command with its arguments, options and examples."""
     from typer.main import get_command
 
     from sftkey.cli import app
+    from sftkey.commands.examples import EXAMPLES
 
     lines = []
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
@@ -128,7 +129,7 @@ def commands() -> str:
             shown = ", ".join(each.opts) if each.param_type_name == "option" else ""
             metavar = str(each.metavar or "") if shown else str(each.metavar or each.name).upper()
             lines.append(f"| `{f'{shown} {metavar}'.strip()}` | {_cell(each.help or '')} |")
-        lines.append("")
+        lines += ["", "```bash", *EXAMPLES[name], "```", ""]
     return "\n".join(lines)
 
 

@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 
 from sftkey import __version__
+from sftkey.commands.examples import epilog
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.errors import SFTKeyError
-from sftkey.recipe.collection import find_recipe
+from sftkey.recipe.collection import find_recipe, short_names
 
 app = typer.Typer(
     help="Fine-tune a language model so that its final answer is right.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its panels cost start-up time and cut long lines in a pipe
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,12 +30,17 @@ def _recipe_file(target: Path | None) -> Path | None:
     return target and find_recipe(target)
 
 
+def _recipe_names(incomplete: str) -> list[str]:
+    return [name for name in short_names() if name.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
     Path,
     typer.Argument(
         metavar="RECIPE",
         help="A recipe's YAML file, or a name of `sftkey ls`.",
         callback=_recipe_file,
+        autocompletion=_recipe_names,
     ),
 ]
 Overrides = Annotated[
@@ -156,6 +161,7 @@ def adapt(
             metavar="RECIPE",
             help="Take data, stages and settings from this recipe.",
             callback=_recipe_file,
+            autocompletion=_recipe_names,
         ),
     ] = None,
     data: Annotated[
@@ -220,7 +226,9 @@ def diagnose(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE|RUN|MODEL", help="A recipe's file or name, a run's folder, or a model."
+            metavar="RECIPE|RUN|MODEL",
+            help="A recipe's file or name, a run's folder, or a model.",
+            autocompletion=_recipe_names,
         ),
     ],
     overrides: Overrides = None,
@@ -362,6 +370,7 @@ def prompts(
             metavar="TARGET",
             help="A recipe's file or name, or a run's folder.",
             callback=_recipe_file,
+            autocompletion=_recipe_names,
         ),
     ],
     overrides: Overrides = None,
@@ -386,6 +395,10 @@ def env(as_json: AsJSON = False) -> None:
     from sftkey.commands.env import env
 
     env(as_json=as_json)
+
+
+for command in app.registered_commands:
+    command.epilog = epilog(str(command.callback and command.callback.__name__))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
