@@ -16,6 +16,7 @@ from typing import Any
 
 from sftkey.errors import RecipeError, shown
 from sftkey.memory_plan import held
+from sftkey.memory_plan.batches import KEY_TOKENS, accumulation, batch_rows, stage_batch
 from sftkey.memory_plan.held import Setting, Skeleton, read_skeleton, setting_of
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.loss_on import trained_context
@@ -25,7 +26,6 @@ from sftkey.recipe.stages import trainer_setting
 GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.
 RESERVED_BYTES = GIB
-KEY_TOKENS = 128  # of a row's key, where no data were read
 MOST_ROWS = 1024
 LENGTH_STEP = 64
 SHORTEST = 256  # tokens; shorter rows hold hardly any reasoning
@@ -115,12 +115,8 @@ class StagePlan:
 
     def parts_with(self, rows: int, length: int) -> dict[str, int]:
         """Return the bytes of each part at the peak of a batch of some size."""
-        from sftkey.memory_plan.trace import Batch
-
-        long = trained_context(self.stage.loss_on)
-        labelled = length if long else min(KEY_TOKENS, max(length - 2, 1))
-        packed = self.recipe.data.packing and self.stage.context == "exact"
-        batch = Batch(rows, length, labelled, rows > 1 or packed)
+        copies = max(len(self.setting.ranks), 1)
+        batch = stage_batch(self.recipe, self.stage, copies, rows, length)
         return parts_of(self.skeleton, self.setting, batch)
 
     def needed(self, rows: int, length: int) -> int:
@@ -240,11 +236,6 @@ def most(needed: Callable[[int], int], room: int, limit: int, start: int) -> int
         numbers = [guess, guess + 1, (low + high) // 2]
 
 
-def batch_rows(recipe: Recipe, stage: StageSection) -> int:
-    """Return the rows of a stage's batch."""
-    return int(trainer_setting(recipe.stage_trainer(stage), "per_device_train_batch_size"))
-
-
 def changes_that_fit(load: Load, skeleton: Skeleton, gpu_bytes: int) -> Overrides | None:
     """Find the simplest change that makes a recipe fit: one kind alone, or as few as it takes.
 
@@ -304,21 +295,29 @@ def _checkpointing(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     kept = {
         stage.name: "true"
         for stage in recipe.stages
-        if stage.context == "exact" and not trainer_setting(recipe.stage_trainer(stage), key)
+        if not trainer_setting(recipe.stage_trainer(stage), key)
     }
     if kept:
         yield _written(recipe, key, kept)
+
+
+def _keys(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+    """Let fewer keys go through the model at once."""
+    behind = [stage for stage in recipe.stages if stage.context != "exact"]
+    tokens = max((stage.key_batch_tokens for stage in behind), default=0) // 2
+    while behind and tokens >= KEY_TOKENS:
+        yield [
+            f"stages.{stage.name}.key_batch_tokens={min(tokens, stage.key_batch_tokens)}"
+            for stage in behind
+        ]
+        tokens //= 2
 
 
 def _batches(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
     """Take fewer rows at a time, as many in a step."""
     stages = {stage.name: stage for stage in recipe.stages}
     rows = {name: batch_rows(recipe, stage) for name, stage in stages.items()}
-    accumulation = "gradient_accumulation_steps"
-    total = {
-        name: rows[name] * int(trainer_setting(recipe.stage_trainer(stage), accumulation))
-        for name, stage in stages.items()
-    }
+    total = {name: rows[name] * accumulation(recipe, stage) for name, stage in stages.items()}
     before = rows
     for most in range(max(rows.values()) - 1, 0, -1):
         fewer = {name: min(rows[name], largest_part(total[name], most)) for name in rows}
@@ -326,7 +325,7 @@ def _batches(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
             steps = {name: total[name] // fewer[name] for name in rows}
             yield [
                 *_written(recipe, "per_device_train_batch_size", fewer),
-                *_written(recipe, accumulation, steps),
+                *_written(recipe, "gradient_accumulation_steps", steps),
             ]
         before = fewer
 
@@ -361,7 +360,8 @@ def _context(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
         if stage.context == "exact" and not trained_context(stage.loss_on)
     ]
     if exact:
-        yield [f"stages.{stage.name}.context=detached" for stage in exact]
+        yield (detached := [f"stages.{stage.name}.context=detached" for stage in exact])
+        yield detached + [f"stages.{stage.name}.key_batch_tokens={KEY_TOKENS}" for stage in exact]
 
 
 def _length(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
@@ -371,7 +371,7 @@ def _length(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
         yield [f"data.max_length={max(tokens, SHORTEST)}"]
 
 
-KINDS = (_checkpointing, _batches, _optimizer, _quantization, _context, _length)
+KINDS = (_checkpointing, _keys, _batches, _optimizer, _quantization, _context, _length)
 
 
 def _written(recipe: Recipe, key: str, values: dict[str, Any]) -> Overrides:

@@ -25,9 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sftkey.activity import activity
 from sftkey.errors import ModelError, first_line
+from sftkey.memory_plan.batches import Batch, Joint
 from sftkey.memory_plan.held import DTYPE_BYTES, Setting, Skeleton, named
 from sftkey.memory_plan.meta import META, Adapted, Device, Head, Memory, Nf4
 from sftkey.models.attention import shared_keys
+from sftkey.models.key_pass import ConstantContext, checkpointed
 
 # As sftkey.training has it (a test compares); its module imports peft.
 CONTEXT_TOKENS = 4096
@@ -36,23 +38,6 @@ CONTEXT_TOKENS = 4096
 TILE_LOGITS, TILE_ROWS, WIDEST_TILE = 2**20, 4096, 32768
 CPU_TILES = 7  # copies of a tile of logits in the backward pass of TRL's head, without Triton
 TOKEN_INTEGERS = 4  # labels, segments, weights and targets; the trace sees the other inputs
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The largest batch of a stage.
-
-    Args:
-        rows: How many.
-        length: Tokens of each.
-        labelled: Tokens of each that the loss is on.
-        padded: Rows are of unequal lengths, so that attention needs a mask.
-    """
-
-    rows: int
-    length: int
-    labelled: int
-    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,8 @@ def head_bytes(skeleton: Skeleton, setting: Setting, batch: Batch) -> int:
     On CUDA it is TRL's Triton kernel, which no trace sees into: this formula stands for it.
     """
     tokens, size = batch.rows * batch.labelled, DTYPE_BYTES[setting.compute]
+    if batch.joint:
+        tokens = max(tokens, batch.joint.rows * (batch.joint.keys - 1))
     weight = skeleton.model.get_output_embeddings().weight
     states = tokens * weight.shape[1] * (2 * size + 4)
     if setting.kind == "cpu":
@@ -134,7 +121,7 @@ class Tracer:
         self.model.requires_grad_(setting.full)
         self._dress(self.model, carrying, packed)
         self.decoder.train()
-        if setting.checkpointing and setting.context == "exact":
+        if setting.checkpointing:
             self._checkpoint()
         for each in self.model.parameters():
             if each.requires_grad:
@@ -272,24 +259,35 @@ class Tracer:
         return sum(count * size for count, size in zip(self.extra, each, strict=True))
 
     def _behind_context(self, memory: Memory, batch: Batch) -> Trace:
-        """Read a context in pieces, then run the key on its cache, as sftkey.training.detached."""
-        keys = batch.labelled + 1
-        context = max(batch.length - keys, 1)
+        """Read a context in pieces, then run keys on their caches, as sftkey.training.detached."""
+        alone, joint = batch.alone, batch.joint or batch.alone
         members = max(len(self.setting.ranks), 1)
         with memory:
             cache: Any = DynamicCache(config=self.model.config)
             with torch.no_grad(), Device(self.setting, {}), self._adapters_of_context():
-                reading = self._read(memory, cache, batch, context)
+                reading = self._read(memory, cache, batch, alone.context)
+            one = self._all([_cache_bytes(layer) for layer in cache.layers])
+            contexts = alone.rows * alone.context
+            reading += one * (joint.rows * joint.context - contexts) // contexts
+            copies = 1 if self.setting.checkpointing else members
+            if joint.rows * copies != alone.rows:
+                _join(cache, joint, copies)
             before = [_cache_bytes(layer) for layer in cache.layers]
-            for layer in cache.layers if members > 1 else ():
-                layer.keys = layer.keys.repeat(members, 1, 1, 1)
-                layer.values = layer.values.repeat(members, 1, 1, 1)
-            inputs = self._columns(batch.rows * members, context, context + keys)
-            copied = [size * members for size in before]
-            with shared_keys():
-                kept, peak = self._step(memory, inputs | {self._cache_name: cache}, copied)
+            start, stop = joint.context, joint.context + joint.keys
+            inputs = self._columns(joint.rows * members, start, stop)
+            with self._anew(cache, members):
+                kept, peak = self._step(memory, inputs | {self._cache_name: cache}, before)
             after = [_cache_bytes(layer) for layer in cache.layers]
         return Trace(kept, peak, reading, self._all(after))
+
+    @contextmanager
+    def _anew(self, cache: Any, copies: int) -> Iterator[None]:
+        """Attend to a cache; where layers are checkpointed it stays as it is."""
+        again = lambda layer: Device(self.setting, None)  # noqa: E731
+        if self.setting.checkpointing:
+            cache.layers = [ConstantContext(layer, copies) for layer in cache.layers]
+        with shared_keys(), checkpointed(self.model, again, preserve_rng_state=False):
+            yield
 
     def _read(self, memory: Memory, cache: Any, batch: Batch, context: int) -> int:
         """Read the last piece of the context behind the others, and return the peak.
@@ -337,6 +335,21 @@ class Tracer:
         yield
         for each in adapted:
             each.reading = False
+
+
+def _join(cache: Any, joint: Joint, copies: int) -> None:
+    """Let a cache hold the contexts of a joint pass, each so many times."""
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            _, heads, columns, width = held.shape
+            if layer.is_sliding:
+                columns = min(joint.context, layer.sliding_window - 1)
+            else:
+                columns = joint.context
+            setattr(layer, name, held.new_empty(joint.rows * copies, heads, columns, width))
+        if layer.is_sliding:
+            layer.cumulative_length = joint.context
 
 
 def _cache_bytes(layer: Any) -> int:

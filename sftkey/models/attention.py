@@ -18,9 +18,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @contextmanager
-def shared_keys() -> Iterator[None]:
-    """Let the models that attend with SDPA do so without the copies."""
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = GroupedAttention()
+def shared_keys(attention: GroupedAttention | None = None) -> Iterator[None]:
+    """Let the models that attend with SDPA do so without the copies.
+
+    Args:
+        attention: Of a pass that is gone through again, whose masks it has made.
+    """
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention or GroupedAttention()
     try:
         yield
     finally:

@@ -69,21 +69,25 @@ def _layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextmanager
-def joining(model: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
+def joining(
+    model: torch.nn.Module, names: Sequence[str], within: torch.nn.Module | None = None
+) -> Iterator[None]:
     """Let key adapters act in a pass beside those of the context.
 
     Args:
         model: With all its adapters.
         names: None; one, which acts on all rows; or several, of which each acts on its own copy
             of the batch: the first on the first rows, and so on.
+        within: The part of the model that is run; by default all of it.
     """
+    part = within or model
     if len(names) < 2:
-        with acting(model, [*context_adapters(model), *names]):
+        with acting(part, [*context_adapters(model), *names]):
             yield
         return
     hooks = [
         module.register_forward_hook(partial(_add, names))
-        for module in model.modules()
+        for module in part.modules()
         if isinstance(module, LoraLayer) and names[0] in module.lora_A
     ]
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
+from sftkey.recipe.schema import KEY_BATCH_TOKENS
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.yaml_io import Keys
 
@@ -289,6 +290,9 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
             yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"
     if context != "frozen" and stage["context_cache"] not in ("auto", "off", False):
         yield (*keys, "context_cache"), "only with `context: frozen`: elsewhere the context changes"
+    if context == "exact" and stage.get("key_batch_tokens", KEY_BATCH_TOKENS) != KEY_BATCH_TOKENS:
+        what = "only with `context: detached` or `frozen`: exact reads context and key in one pass"
+        yield (*keys, "key_batch_tokens"), what
 
 
 def _check_anneal(stage: dict[str, Any], keys: Keys) -> Iterator[Finding]:

@@ -14,6 +14,8 @@ from sftkey.recipe.loss_on import checked_loss_on
 from sftkey.recipe.upstream import as_number
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", re.IGNORECASE)
+KEY_BATCH_TOKENS = 2048  # 6% of 32k tokens, whose keys and values are 1.8 GiB on a Qwen2.5-7B
+CONTEXT_OF_KEY = 16  # for each token of a key, so many of context are held at most
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
 
 
@@ -325,6 +327,11 @@ class StageSection(Section):
     """Whether a frozen stage of several epochs keeps the contexts that it has read in files until
     it ends: `auto` (where a fifth of the free disk suffices, and it is faster), `off`, or how much
     of the disk they may take, `20GB` for one."""
+    key_batch_tokens: Annotated[
+        int, Field(ge=1, exclude_if=lambda tokens: tokens == KEY_BATCH_TOKENS)
+    ] = KEY_BATCH_TOKENS
+    """Unless `exact`: how many tokens of keys go through the model at once, from as many of a
+    step's micro-batches; and 16 times as many tokens of context are held for them."""
     thinking: Literal["reference", "own"] = "reference"
     """`reference` trains the key after the data's reasoning, `own` after reasoning that the
     model writes first."""

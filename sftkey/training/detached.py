@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import distributed
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
-from sftkey.models.attention import shared_keys
-from sftkey.models.key_adapter import joining, key_adapters
+from sftkey.models.attention import GroupedAttention, shared_keys
+from sftkey.models.key_adapter import joining
+from sftkey.models.key_pass import ConstantContext, checkpointed, is_checkpointed, join
 
 CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -119,46 +121,82 @@ def align(
     )
 
 
-def detached_log_probs(
+@dataclass(frozen=True)
+class ReadContext:
+    """A micro-batch whose context has been read without gradient, and whose key waits.
+
+    Args:
+        batch: Its rows.
+        cache: What the model keeps of the context.
+        length: T, tokens of the rows as they came.
+    """
+
+    batch: Aligned
+    cache: DynamicCache
+    length: int
+
+
+def read_context(
     model: PreTrainedModel,
-    head: Callable[..., torch.Tensor],
     labels: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     key_starts: torch.Tensor | None = None,
     context_cache: Keep | None = None,
-) -> torch.Tensor:
-    """Score the labels with gradient through the key alone.
+) -> ReadContext:
+    """Read what lies before the keys of a micro-batch.
 
     Args:
         model: The causal language model.
-        head: Runs it on its inputs and scores the labels it is given.
         labels: `(B, T)`, at each position the token that it predicts, or -100.
         input_ids: `(B, T)`, filled up on the right.
         attention_mask: `(B, T)`.
-        key_starts: `(B,)`: from this token of a row on, the model's key adapters act, too. Of
-            several (a grid), each scores a copy of the batch of its own.
+        key_starts: `(B,)`: from this token of a row on, the model's key adapters act, too.
         context_cache: Keeps what is read of contexts: `ContextCache.read`.
-
-    Returns:
-        `(B, T)` log-probabilities, 0 where there is no label; for N key adapters `(N * B, T)`.
 
     Raises:
         ModelError: The model doesn't use the cache that it is given.
     """
     num_chunks = _num_chunks(input_ids)
     batch = align(input_ids, attention_mask, labels, num_chunks, key_starts)
-    start = batch.num_context
     make = partial(_read_context, model, batch, num_chunks, exact=key_starts is not None)
     cache = context_cache(batch, model.config, make) if context_cache else make()
-    adapters = key_adapters(model) if key_starts is not None else []
-    if len(adapters) > 1:
-        batch = batch.repeated(len(adapters))
-        for layer in cache.layers:
-            read: Any = layer  # of KEYS_AND_VALUES
-            read.keys = read.keys.repeat(len(adapters), 1, 1, 1)
-            read.values = read.values.repeat(len(adapters), 1, 1, 1)
-    with _without_checkpointing(model), shared_keys(), joining(model, adapters):
+    return ReadContext(batch, cache, input_ids.shape[1])
+
+
+def key_log_probs(
+    model: PreTrainedModel,
+    head: Callable[..., torch.Tensor],
+    read: Sequence[ReadContext],
+    key_adapters: Sequence[str] = (),
+) -> list[torch.Tensor]:
+    """Score the labels of several micro-batches in one pass, with gradient through the keys alone.
+
+    Args:
+        model: The causal language model.
+        head: Runs it on its inputs and scores the labels it is given.
+        read: The micro-batches; their caches are used up.
+        key_adapters: They act on the keys. Of several (a grid), each scores a copy of its own.
+
+    Returns:
+        Of each micro-batch the `(B, T)` log-probabilities, 0 where there is no label; for N key
+        adapters `(N * B, T)`.
+    """
+    copies = max(len(key_adapters), 1)
+    joined = _joined([each.batch for each in read])
+    batch, start = joined.repeated(copies), joined.num_context
+    anew = is_checkpointed(model)
+    cache = join([each.cache for each in read], 1 if anew else copies)
+    if anew:
+        cache.layers = [ConstantContext(layer, copies) for layer in cache.layers]
+    attention = GroupedAttention()
+
+    @contextmanager
+    def acting_in(part: torch.nn.Module) -> Iterator[None]:
+        with shared_keys(attention), joining(model, key_adapters, within=part):
+            yield
+
+    with checkpointed(model, acting_in), acting_in(model):
         found = head(
             batch.labels,
             input_ids=batch.input_ids[:, start:],
@@ -166,7 +204,47 @@ def detached_log_probs(
             position_ids=batch.position_ids[:, start:],
             **{_cache_name(model.base_model): cache},
         )
-    return batch.restored(found, input_ids.shape[1])
+    sizes = [len(each.batch.labels) for each in read]
+    parts = found.view(copies, sum(sizes), -1).split(sizes, dim=1)
+    return [
+        each.batch.repeated(copies).restored(
+            part[..., : each.batch.labels.shape[1]].flatten(0, 1), each.length
+        )
+        for each, part in zip(read, parts, strict=True)
+    ]
+
+
+def _joined(batches: Sequence[Aligned]) -> Aligned:
+    """Put the rows of several batches one behind another, all their keys beginning in one column.
+
+    >>> ids = torch.tensor([[1, 2, 3, 4]])
+    >>> one = Aligned(ids[:, :3], torch.ones(1, 3), ids[:, :3] - 1, ids[:, 2:3], torch.tensor([2]))
+    >>> two = Aligned(ids, torch.ones(1, 4), ids - 1, ids[:, 1:], torch.tensor([1]))
+    >>> _joined([one, two]).input_ids
+    tensor([[1, 2, 3, 0, 0],
+            [0, 1, 2, 3, 4]])
+    """
+    if len(batches) == 1:
+        return batches[0]
+    num_context = max(batch.num_context for batch in batches)
+    num_key = max(batch.labels.shape[1] for batch in batches)
+
+    def filled(each: torch.Tensor, batch: Aligned) -> torch.Tensor:
+        lacking = num_context - batch.num_context, num_key - batch.labels.shape[1]
+        return pad(each, lacking)
+
+    return Aligned(
+        torch.cat([filled(batch.input_ids, batch) for batch in batches]),
+        torch.cat([filled(batch.attention_mask, batch) for batch in batches]),
+        torch.cat([filled(batch.position_ids, batch) for batch in batches]),
+        torch.cat(
+            [
+                pad(batch.labels, (0, num_key - batch.labels.shape[1]), value=IGNORED)
+                for batch in batches
+            ]
+        ),
+        torch.cat([batch.starts for batch in batches]),
+    )
 
 
 @torch.no_grad()
@@ -222,19 +300,6 @@ def _cache_name(backbone: torch.nn.Module) -> str:
     return (
         "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
     )
-
-
-@contextmanager
-def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Keep the key's activations: a layer that computes them anew would drop the cache."""
-    layers = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def refuse_other_caches(model: PreTrainedModel | PeftModel) -> None:

@@ -24,6 +24,7 @@ from sftkey.models.key_adapter import act, context_adapters
 from sftkey.recipe.schema import SIZE
 from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.context_cache import ContextCache, bytes_a_token
+from sftkey.training.key_batches import key_starts
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import GroupedByLength, KeyTrainer, segment_means, segment_sums
 
@@ -77,18 +78,6 @@ def size_bytes(text: str) -> int:
     found = SIZE.fullmatch(text)
     assert found, text  # the recipe's schema has seen to it
     return int(float(found[1]) * (2**20 if found[2][0] in "mM" else 2**30))
-
-
-def key_starts(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Return the place of the token that predicts a row's first key token: T of Eq. 4.
-
-    Args:
-        segment_ids: `(B, T)`, filled up with -1 on the right.
-
-    >>> key_starts(torch.tensor([[0, 0, 1, 1, 2, 3, 4], [0, 1, 3, 4, -1, -1, -1]]))
-    tensor([3, 1])
-    """
-    return (segment_ids >= Segment.ANSWER_TAG).int().argmax(1) - 1
 
 
 @dataclass(frozen=True)
@@ -189,13 +178,17 @@ class FrozenTrainer(KeyTrainer):
         ]
         return {"tried": tried, "kept": self.members[self.best].chosen}
 
-    def _losses(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
-    ) -> torch.Tensor:
+    @property
+    def _copies(self) -> int:
+        return len(self.members)
+
+    def _model_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any], segment_ids: torch.Tensor
+    ) -> dict[str, Any]:
         more: dict[str, Any] = {"key_starts": key_starts(segment_ids)}
         if self._contexts and model.training:
             more["context_cache"] = self._contexts.read
-        return token_losses(model, inputs | more, "frozen")
+        return inputs | more
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does; contexts that several epochs read are kept until the end."""
@@ -287,7 +280,8 @@ class FrozenTrainer(KeyTrainer):
         of_key = targets >= Segment.ANSWER_TAG
         context = token_losses(self.model_wrapped, inputs)
         labels = inputs["labels"].masked_fill(~pad(of_key, (1, 0)), IGNORED)
-        keys = self._losses(self.model_wrapped, inputs | {"labels": labels}, segment_ids)
+        model, of_keys = self.model_wrapped, inputs | {"labels": labels}
+        keys = token_losses(model, self._model_inputs(model, of_keys, segment_ids), "frozen")
         read = [
             torch.where(of_key, losses, context)
             for losses in keys.view(len(self.members), *context.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from trl.trainer import utils as trl_utils
 
 from sftkey.data.labels import IGNORED
-from sftkey.training.detached import detached_log_probs, refuse_other_caches
+from sftkey.models.key_adapter import key_adapters
+from sftkey.training.detached import key_log_probs, read_context, refuse_other_caches
 
 Context = Literal["exact", "detached", "frozen"]
 
@@ -51,6 +52,26 @@ def token_losses(
     return losses
 
 
+def joint_losses(
+    model: torch.nn.Module, batches: Sequence[dict[str, Any]], context: Context
+) -> list[torch.Tensor]:
+    """Return the losses of several micro-batches, whose keys go through the model in one pass.
+
+    Their contexts are read before, one micro-batch after another.
+
+    Args:
+        model: As for `token_losses`.
+        batches: Of each micro-batch the inputs, as for `token_losses`.
+        context: `detached` or `frozen`.
+
+    Returns:
+        Of each micro-batch what `token_losses` returns, but for rounding.
+    """
+    first, *others = batches
+    losses: list[torch.Tensor] = model(**first, token_losses=context, others=others)
+    return losses
+
+
 def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None:
     """Teach a model the keyword `token_losses`; without it, the model does what it did.
 
@@ -75,20 +96,33 @@ def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None
     fused = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
-    def forward(self: Any, *args: Any, token_losses: Context | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        token_losses: Context | None = None,
+        others: Sequence[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if token_losses is None:
             return fused(*args, **kwargs)
         head = functools.partial(_labelled_log_probs, self.base_model, fused)
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             head = functools.partial(head, output_router_logits=False)  # of a loss that isn't ours
-        labels = pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         if token_losses != "exact":
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT's
-            return -detached_log_probs(self, head, labels, **kwargs)[:, :-1]
+            read = [read_context(self, **_predicted(each)) for each in (kwargs, *(others or ()))]
+            names = key_adapters(self) if "key_starts" in kwargs else []
+            losses = [-each[:, :-1] for each in key_log_probs(self, head, read, names)]
+            return losses[0] if others is None else losses
         # Nothing reads a cache here, and beside one packed rows would see each other.
-        return -head(labels, **{**kwargs, "use_cache": False})[:, :-1]
+        return -head(**_predicted({**kwargs, "use_cache": False}))[:, :-1]
 
     model.forward = types.MethodType(forward, model)
+
+
+def _predicted(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs whose labels stand where they are predicted."""
+    return {**inputs, "labels": pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)}
 
 
 def _labelled_log_probs(

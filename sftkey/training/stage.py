@@ -141,7 +141,7 @@ def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTra
         stage: What is to be trained.
         settings: `KeyTrainer`'s, but for what the stage says.
     """
-    settings |= stage_settings(stage)
+    settings |= stage_settings(stage) | {"key_batch_tokens": stage.key_batch_tokens}
     if stage.context == "frozen":
         members = key_adapter_specs(recipe, stage)
         return FrozenTrainer(members, context_cache=stage.context_cache, **settings)

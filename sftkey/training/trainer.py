@@ -20,8 +20,10 @@ from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.recipe.loss_on import annealed
-from sftkey.recipe.schema import LossOn
-from sftkey.training.losses import Context, add_token_losses, token_losses
+from sftkey.recipe.schema import KEY_BATCH_TOKENS, LossOn
+from sftkey.training.answers import sharded
+from sftkey.training.key_batches import KeyBatch, pass_ends
+from sftkey.training.losses import Context, add_token_losses, joint_losses, token_losses
 from sftkey.training.weighting import find_weighting
 
 
@@ -72,6 +74,8 @@ class KeyTrainer(SFTTrainer):
         loss: `dft` weighs each token's loss with the token's probability, through which no
             gradient flows (arXiv 2508.05629); `module:function` with what that returns.
         anneal: Weights that those of `loss_on` move to, linearly from the first step to the last.
+        key_batch_tokens: Unless `exact`, so many tokens of keys at most, filled up ones too, of
+            a step's micro-batches go through the model in one pass: the same gradients.
 
     Raises:
         ModelError: The model can't do `detached`.
@@ -90,6 +94,8 @@ class KeyTrainer(SFTTrainer):
     """
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL types it as None
+    _waiting: Sequence[dict[str, Any]] = ()  # micro-batches whose keys go with a later one
+    _pass_ends: Sequence[bool] = ()  # whether those to come, the last one first, wait for none
 
     def __init__(
         self,
@@ -103,6 +109,7 @@ class KeyTrainer(SFTTrainer):
         context: Context = "exact",
         loss: str = "nll",
         anneal: Mapping[str, float] | None = None,
+        key_batch_tokens: int = KEY_BATCH_TOKENS,
     ) -> None:
         # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -110,7 +117,7 @@ class KeyTrainer(SFTTrainer):
         self._first_weights = weights_by_segment(loss_on)
         self._step_weights = self._first_weights
         self.context, self.loss, self._weighting = context, loss, find_weighting(loss)
-        self._window = torch.zeros(0)
+        self.key_batch_tokens, self._window = key_batch_tokens, torch.zeros(0)
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
         super().__init__(
             model=model,
@@ -143,18 +150,44 @@ class KeyTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return a micro-batch's part of the step's loss; `num_items_in_batch`: the step's Σ wₜ."""
-        segment_ids = inputs.pop("segment_ids")
-        weights = inputs.pop("loss_weights")[:, 1:]
-        losses = self._losses(model, inputs, segment_ids)
+        """Return a micro-batch's part of the step's loss, with those that waited for it.
+
+        `num_items_in_batch` is the step's Σ wₜ.
+        """
+        batches = [*map(self._prepare_inputs, self._waiting), inputs]
+        self._waiting = ()
+        segments = [batch.pop("segment_ids") for batch in batches]
+        weights = [batch.pop("loss_weights")[:, 1:] for batch in batches]
+        losses = self._losses(model, batches, segments)
+        total = num_items_in_batch
+        if total is None:
+            total = torch.stack([each.sum() for each in weights]).sum()
+        parts = map(self._weighted_loss, losses, segments, weights)
+        # The processes' gradients are averaged, but their losses are parts of one sum.
+        return torch.stack(list(parts)).sum() / total * self.accelerator.num_processes
+
+    def _losses(
+        self,
+        model: torch.nn.Module,
+        batches: list[dict[str, Any]],
+        segments: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Return of each micro-batch the losses of its labelled tokens, as `token_losses` does."""
+        pairs = zip(batches, segments, strict=True)
+        inputs = [self._model_inputs(model, *each) for each in pairs]
+        if len(inputs) > 1:
+            return joint_losses(model, inputs, self.context)
+        return [token_losses(model, inputs[0], self.context)]
+
+    def _weighted_loss(
+        self, losses: torch.Tensor, segment_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return Σ wₜ·NLLₜ of a micro-batch, and count it for the next log line."""
         self._count(losses.detach(), segment_ids, weights)
-        total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         losses = losses.view(-1, *weights.shape)  # of several copies of the batch
         # What isn't trained, a pack's first token too, belongs to no segment.
         trained = segment_ids[:, 1:].masked_fill(weights == 0, PADDING)
-        weighted = losses * self.token_weights(trained, losses.detach())
-        # The processes' gradients are averaged, but their losses are parts of one sum.
-        return weighted.sum() / total * self.accelerator.num_processes
+        return (losses * self.token_weights(trained, losses.detach())).sum()
 
     def token_weights(self, segment_ids: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
         """Return the weight of each token's loss; override it to try a weighting of your own.
@@ -180,11 +213,42 @@ class KeyTrainer(SFTTrainer):
         table = torch.tensor(by_segment, dtype=torch.float32, device=segment_ids.device)
         return table[segment_ids]
 
-    def _losses(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
+    def _model_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any], segment_ids: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return what the model takes of a micro-batch, whose segments are `(B, T)`."""
+        return inputs
+
+    @property
+    def _copies(self) -> int:
+        """Of each row in a pass over keys."""
+        return 1
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return a step's micro-batches, as transformers does; decide whose keys go together."""
+        batches, total = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Sharded layers need as many passes in all processes, and DataParallel cuts up batches.
+        alone = self.context == "exact" or sharded() or self.args.n_gpu > 1
+        sizes = [] if alone else [KeyBatch.of(b["segment_ids"], self._copies) for b in batches]
+        self._pass_ends = pass_ends(sizes, self.key_batch_tokens)[::-1]
+        self._waiting = ()
+        return batches, total
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the losses of the labelled tokens, `(B, T - 1)` or several times that."""
-        return token_losses(model, inputs, self.context)
+        """Take a micro-batch; where its key goes with later ones, their last takes it, too."""
+        *self._pass_ends, ends = self._pass_ends or [True]
+        if not ends:
+            self._waiting = [*self._waiting, inputs]
+            return torch.zeros((), device=self.args.device)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device

@@ -1,6 +1,6 @@
 """What a key stage costs: plain TRL, exact and detached, side by side on the same rows.
 
-    python tests/benchmarks/key_stage.py [--json] [--device cuda] [--growth FILE.png]
+    python tests/benchmarks/key_stage.py [--json] [--bars] [--device cuda] [--growth FILE.png]
 
 The model has SmolLM2-135M's shape and random weights in float32, with LoRA; on CUDA a 7B shape in
 NF4 and bfloat16. Nothing is downloaded. `--quick` runs the same code on a toy: its figures mean
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import frozen
+import key_pass
 import packing
 import tokenizing
 import torch
@@ -45,6 +46,7 @@ class Cost:
     batch: Batch
     seconds: list[float]
     peak: int
+    checkpointed: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return the cost as a line of `--json`."""
@@ -55,6 +57,7 @@ class Cost:
             "rows": self.batch.num_rows,
             "tokens": self.batch.length,
             "key_tokens": self.batch.num_key,
+            "checkpointed": self.checkpointed,
             "seconds": round(spread.median, 4),
             "fastest": round(spread.least, 4),
             "slowest": round(spread.most, 4),
@@ -80,14 +83,20 @@ def measure(
     steps = {str(job): partial(sides.step, job[0], job[2], job[1]) for job in jobs}
     peaks = {name: peak_bytes(step, sides.device) for name, step in steps.items()}
     seconds = alternate(steps, repeats, sides.device)
-    costs = [Cost(*job, seconds[str(job)], peaks[str(job)]) for job in jobs]
+    costs = [
+        Cost(*job, seconds[str(job)], peaks[str(job)], sides.shape.checkpointing) for job in jobs
+    ]
     for cost in costs:
         say(cost)
     return costs
 
 
 def table(
-    sides: Sides, batches: Sequence[tuple[int, int]], repeats: int, say: Callable[[Any], None]
+    sides: Sides,
+    batches: Sequence[tuple[int, int]],
+    shares: Sequence[float],
+    repeats: int,
+    say: Callable[[Any], None],
 ) -> list[Cost]:
     """Measure every length with every share of key tokens; the first also with whole completions.
 
@@ -96,7 +105,7 @@ def table(
     costs = []
     for number, (num_rows, length) in enumerate(batches):
         jobs = []
-        for share in SHARES:
+        for share in shares:
             batch = Batch(num_rows, length, round(length * share))
             same = sides.device == "cpu" and share != THE_SHARE
             jobs += [(method, "key", batch) for method in METHODS if method != "trl" or not same]
@@ -164,6 +173,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one object a line, the bars last")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bars", action="store_true", help="what the bars need, and no table")
     parser.add_argument("--growth", type=Path, help="draw cost over the thinking's length instead")
     parser.add_argument("--quick", action="store_true", help="a toy model: no figures of use")
     return parser.parse_args()
@@ -188,15 +198,19 @@ def main() -> None:
         if arguments.growth:
             grow(sides, lengths, arguments.repeats, say).savefig(arguments.growth, dpi=150)
             return
-        found = bars(table(sides, batches, arguments.repeats, say), *batches[0])
+        shares = SHARES
+        if arguments.bars:
+            batches, shares = batches[:1], (THE_SHARE,)
         num_rows, length = batches[0]
+        found = bars(table(sides, batches, shares, arguments.repeats, say), num_rows, length)
+        found += key_pass.bars(sides, length, THE_SHARE, arguments.repeats, say)
         batch = Batch(num_rows, length, round(length * THE_SHARE))
         found += frozen.bars(sides, batch, arguments.repeats, say)
         found.append(packing.bar(sides, arguments.repeats, say))
         del sides
         num_tokenized = 100 if arguments.quick else tokenizing.NUM_ROWS
         found.append(tokenizing.bar(arguments.repeats, num_tokenized))
-        if arguments.device == "cuda" and not arguments.quick:
+        if arguments.device == "cuda" and not arguments.quick and not arguments.bars:
             say(long_thinking(Path(folder), 16384, 16))
     if arguments.json:
         print(json.dumps({"bars": [bar.as_dict() for bar in found]}))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from sftkey.data.collator import KeyCollator
+from sftkey.data.labels import weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.training.trainer import KeyTrainer
 
@@ -96,7 +97,9 @@ class Sides:
         self.compare(batch, loss_on, self.train(trainer, batch, loss_on))
 
     def train(self, trainer: Any, batch: Batch, loss_on: str) -> float:
-        """Take one step of any trainer, and give its loss."""
+        """Take one step of any trainer, and return its loss."""
+        if trainer is not self.trl:
+            trainer._step_weights = weights_by_segment(loss_on)  # it was made for another
         collate = KeyCollator(0, loss_on, for_key_trainer=trainer is not self.trl)
         inputs = collate(list(batch.rows(self.shape.vocabulary)))
         assert inputs["input_ids"].shape == (batch.num_rows, batch.length)

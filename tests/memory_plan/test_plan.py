@@ -281,7 +281,8 @@ def test_several_changes_where_one_does_not_suffice(folder: Path) -> None:
 
 def test_a_detached_key_needs_less(folder: Path) -> None:
     """Its context leaves a cache, and no activations."""
-    recipe = loader(folder, "trainer.gradient_checkpointing=false", "data.max_length=8192")
+    one = "trainer.gradient_accumulation_steps=1"  # a step of one batch, whose keys are alone
+    recipe = loader(folder, "trainer.gradient_checkpointing=false", "data.max_length=8192", one)
     skeleton = read_skeleton(recipe().model)
     exact = make_plan(recipe(), skeleton, 24 * GIB).stages[1]
     detached = make_plan(recipe(["stages.key.context=detached"]), skeleton, 24 * GIB).stages[1]
@@ -293,7 +294,9 @@ def test_a_detached_key_needs_less(folder: Path) -> None:
 
 def test_a_frozen_stage_holds_two_adapters(folder: Path) -> None:
     """One acts on the context, one is trained; a grid trains all of its own."""
-    load = loader(folder, "stages.key.context=frozen")
+    kept = "trainer.gradient_checkpointing=false"  # else a layer repeats its cache for itself
+    alone = "stages.key.key_batch_tokens=1"
+    load = loader(folder, "stages.key.context=frozen", kept, alone)
     skeleton = read_skeleton(load().model)
     one, two = make_plan(load(), skeleton, 24 * GIB).stages
     assert two.parts["adapters"] == 2 * one.parts["adapters"]

@@ -413,7 +413,7 @@ RULE = (
         (
             "stages.key.zzz=1",
             "unknown key; the keys here are name, loss_on, context, lora, grid, context_cache, "
-            "thinking, own, anneal, loss, trainer",
+            "key_batch_tokens, thinking, own, anneal, loss, trainer",
         ),
         (
             "trainr.max_steps=1",
@@ -543,6 +543,10 @@ RULE = (
         (
             "stages.key.context_cache=20GB",
             "only with `context: frozen`: elsewhere the context changes",
+        ),
+        (
+            "stages.key.key_batch_tokens=64",
+            "only with `context: detached` or `frozen`: exact reads context and key in one pass",
         ),
         (
             f"{FROZEN}, context_cache: 20}}",

@@ -115,8 +115,8 @@ def test_adapters_get_the_oracles_gradients(
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_checkpointing_is_off_for_the_key_and_on_again_after_it() -> None:
-    """A layer that computes its activations anew would drop the context."""
+def test_checkpointed_layers_keep_the_context() -> None:
+    """One that computes its activations anew finds the context, and the key once."""
     model = made_family("llama")
     model.gradient_checkpointing_enable()
     model.train()

@@ -1,0 +1,106 @@
+"""The largest batches of a stage: how many rows, how long, and how many keys go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sftkey.recipe.loss_on import trained_context
+from sftkey.recipe.schema import CONTEXT_OF_KEY, Recipe, StageSection
+from sftkey.recipe.stages import trainer_setting
+
+KEY_TOKENS = 128  # of a row's key, where no data were read
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A pass over the keys of several micro-batches, whose contexts are held meanwhile.
+
+    Args:
+        rows: How many.
+        context: Tokens before the key of each.
+        keys: Tokens of each key.
+    """
+
+    rows: int
+    context: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a stage.
+
+    Args:
+        rows: How many.
+        length: Tokens of each.
+        labelled: Tokens of each that the loss is on.
+        padded: Rows are of unequal lengths, so that attention needs a mask.
+        joint: Behind a context, what goes through the model at once; by default the batch alone.
+    """
+
+    rows: int
+    length: int
+    labelled: int
+    padded: bool = False
+    joint: Joint | None = None
+
+    @property
+    def alone(self) -> Joint:
+        """The pass over the batch's own keys, and the token before each."""
+        keys = self.labelled + 1
+        return Joint(self.rows, max(self.length - keys, 1), keys)
+
+
+def joint_pass(batch: Batch, micro_batches: int, copies: int, most_tokens: int) -> Joint:
+    """Return the largest pass over keys that a step has with rows of a length, or shorter ones.
+
+    Shorter rows have as long keys, so that more of these go together.
+
+    Args:
+        batch: A micro-batch.
+        micro_batches: Of a step.
+        copies: Of each row, for the adapters of a grid.
+        most_tokens: `key_batch_tokens`.
+
+    >>> joint_pass(Batch(1, 401, 9), micro_batches=8, copies=1, most_tokens=50)
+    Joint(rows=3, context=267, keys=17)
+    """
+    alone = batch.alone
+    rows = alone.rows * copies
+    contexts, keys = rows * alone.context, rows * alone.keys
+    held = min(contexts * micro_batches, max(contexts, most_tokens * CONTEXT_OF_KEY))
+    tokens = min(keys * micro_batches, max(keys, most_tokens))
+    together = -(-held // contexts)
+    return Joint(
+        alone.rows * together, -(-held // (rows * together)), -(-tokens // (rows * together))
+    )
+
+
+def batch_rows(recipe: Recipe, stage: StageSection) -> int:
+    """Return the rows of a stage's batch."""
+    return int(trainer_setting(recipe.stage_trainer(stage), "per_device_train_batch_size"))
+
+
+def accumulation(recipe: Recipe, stage: StageSection) -> int:
+    """Return the micro-batches of a stage's step."""
+    return int(trainer_setting(recipe.stage_trainer(stage), "gradient_accumulation_steps"))
+
+
+def stage_batch(recipe: Recipe, stage: StageSection, copies: int, rows: int, length: int) -> Batch:
+    """Return a stage's batch of some size, with the keys that go with those of its row.
+
+    Args:
+        recipe: The stage's.
+        stage: The stage.
+        copies: Of each row, for the adapters of a grid.
+        rows: Of a micro-batch.
+        length: Tokens of each row.
+    """
+    short = min(KEY_TOKENS, max(length - 2, 1))
+    labelled = length if trained_context(stage.loss_on) else short
+    packed = recipe.data.packing and stage.context == "exact"
+    batch = Batch(rows, length, labelled, rows > 1 or packed)
+    if stage.context == "exact":
+        return batch
+    joint = joint_pass(batch, accumulation(recipe, stage), copies, stage.key_batch_tokens)
+    return replace(batch, padded=joint.rows > 1, joint=joint)

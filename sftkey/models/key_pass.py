@@ -1,0 +1,136 @@
+"""A pass over keys behind contexts that are constants: joined caches, and checkpointed layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Again = Callable[[torch.nn.Module], AbstractContextManager[Any]]
+
+
+class ConstantContext(DynamicLayer):
+    """A layer's keys and values of a context; those of the key are put behind them, and not kept.
+
+    So a layer that is computed anew in the backward pass finds what it found before.
+
+    Args:
+        read: The layer's cache, which has read the context.
+        copies: How many copies of the rows attend to it, one behind another.
+    """
+
+    def __init__(self, read: Any, copies: int = 1) -> None:
+        super().__init__()
+        self.keys, self.values = read.keys, read.values
+        self.is_initialized, self.is_sliding = read.is_initialized, read.is_sliding
+        self._read, self._copies = read, copies
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the context's keys and values with those of the key behind them."""
+        found: Any = self.keys, self.values
+        keys, values = (
+            each if self._copies == 1 else each.repeat(self._copies, 1, 1, 1) for each in found
+        )
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return what the mask is made from, as the layer that has read the context."""
+        sizes: tuple[int, int] = self._read.get_mask_sizes(query_length)
+        return sizes
+
+    def get_seq_length(self) -> int:
+        """Return the number of context columns."""
+        length: int = self._read.get_seq_length()
+        return length
+
+
+def join(caches: Sequence[DynamicCache], copies: int = 1) -> DynamicCache:
+    """Put the rows of several caches one behind another; shorter contexts are filled up in front.
+
+    Args:
+        caches: Whose contexts end in their last column. They are emptied, layer by layer.
+        copies: So many times over all rows.
+    """
+    first = caches[0]
+    if len(caches) == 1 and copies == 1:
+        return first
+    num_context = max(cache.get_seq_length() for cache in caches)
+    for number, each in enumerate(first.layers):
+        layer: Any = each
+        if not layer.is_initialized:
+            continue
+        parts: list[Any] = [cache.layers[number] for cache in caches]
+        width = max(part.keys.shape[-2] for part in parts)
+        for name in ("keys", "values"):
+            rows = [getattr(part, name) for part in parts]
+            rows = [pad(row, (0, 0, width - row.shape[-2], 0)) for row in rows]
+            for part in parts:
+                setattr(part, name, None)
+            joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+            setattr(layer, name, joined.repeat(copies, 1, 1, 1) if copies > 1 else joined)
+        if layer.is_sliding:
+            layer.cumulative_length = num_context
+    return first
+
+
+def is_checkpointed(model: torch.nn.Module) -> bool:
+    """Tell whether a pass over keys computes its layers anew in the backward pass."""
+    return torch.is_grad_enabled() and any(
+        isinstance(each, GradientCheckpointingLayer) and each.gradient_checkpointing
+        for each in model.modules()
+    )
+
+
+@contextmanager
+def checkpointed(model: torch.nn.Module, again: Again, **settings: Any) -> Iterator[None]:
+    """Compute layers anew that are checkpointed, with the cache that upstream would drop for it.
+
+    Args:
+        model: Its layers are checkpointed if they are set to be, and gradients are recorded.
+        again: Returns what a layer is computed in for the second time, when this context is left.
+        settings: Of torch's `checkpoint`.
+    """
+    switched: list[Any] = [
+        each for each in model.modules() if getattr(each, "gradient_checkpointing", False)
+    ]
+    before = {id(layer): vars(layer).get("forward") for layer in switched}
+    for layer in switched:
+        layer.gradient_checkpointing = False
+        if isinstance(layer, GradientCheckpointingLayer) and torch.is_grad_enabled():
+            contexts = partial(_contexts, again, layer)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=contexts, **settings
+            )
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.gradient_checkpointing = True
+            vars(layer).pop("forward", None)
+            if (forward := before[id(layer)]) is not None:
+                layer.forward = forward
+
+
+def _contexts(again: Again, layer: torch.nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), _computed_anew(again, layer)
+
+
+@contextmanager
+def _computed_anew(again: Again, layer: Any) -> Iterator[None]:
+    """Keep upstream, whose own checkpointing is on again by now, from dropping the cache."""
+    layer.gradient_checkpointing = False
+    try:
+        with again(layer):
+            yield
+    finally:
+        layer.gradient_checkpointing = True
