@@ -29,12 +29,14 @@ class TrainedStage:
         adapter: The folder of its adapter, or of its whole model under full fine-tuning.
         seconds: What its steps took.
         validation: Under `start` and `end` the loss of every segment, in nats a token.
+        worse: That its validation loss ended above its start by more than chance; else None.
     """
 
     name: str
     adapter: Path
     seconds: float
     validation: dict[str, dict[str, float]]
+    worse: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class TrainedRun:
         ledger = Ledger(self.folder, self.recipe, main=False)
         return {
             each.name: TrainedStage(
-                each.name, ledger.adapter(number), each.seconds, each.validation
+                each.name, ledger.adapter(number), each.seconds, each.validation, each.worse
             )
             for number, each in enumerate(ledger.stages)
             if each.status == "trained"

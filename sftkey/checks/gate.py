@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sftkey.checks.findings import Finding, Report, of_error
+from sftkey.checks.lengths import length_findings
 from sftkey.checks.masks import Masks, id_findings, judged_findings, read_masks
 from sftkey.checks.recipe import recipe_findings, undecided
 from sftkey.checks.rehearsal import rehearsal_findings
@@ -207,6 +208,9 @@ def check_recipe(recipe: Recipe) -> Report:
             hint = "choose the eval.grader that fits them: number, choice, exact or math"
             findings.append(of_rows("references", what, rows, hint, refuses=split == "test"))
     if not report.refusals and not any(finding.refuses for finding in findings):
+        findings += length_findings(recipe, report.prepared)
+    if not report.refusals and not any(finding.refuses for finding in findings):
+        assert report.prepared is not None
         findings += rehearsal_findings(recipe, report.prepared)
     return dataclasses.replace(report, findings=(*report.findings, *findings))
 

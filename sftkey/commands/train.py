@@ -24,7 +24,7 @@ def train(
         SFTKeyError: What the user can mend; the command line prints it.
     """
     checked = load_recipe(recipe, overrides)
-    from sftkey.commands.terminal import quiet_libraries, use_all_cores
+    from sftkey.commands.terminal import quiet_libraries, say, use_all_cores
 
     use_all_cores()
     quiet_libraries()
@@ -36,6 +36,9 @@ def train(
 
     run = train_recipe(checked, fresh=fresh, yes=yes)
     print_table(run)
+    for stage in run.stages.values():
+        if stage.worse:
+            say(f"WARNING: {stage.name}: {stage.worse}")
     if PartialState().is_main_process:
         for line in what_next(run):
             say(line)

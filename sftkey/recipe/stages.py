@@ -40,15 +40,23 @@ def num_stage_steps(trainer: Mapping[str, Any], num_rows: int, num_processes: in
     >>> num_stage_steps({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, 10, 1)
     6
     """
-    max_steps, epochs, batch_size, accumulation = _step_settings(trainer)
+    max_steps, epochs, _, accumulation = _step_settings(trainer)
     if max_steps > 0:
         return int(max_steps)
-    if trainer_setting(trainer, "dataloader_drop_last"):
-        num_batches = num_rows // batch_size // num_processes
-    else:
-        num_batches = math.ceil(num_rows / batch_size / num_processes)
-    steps_an_epoch = math.ceil(num_batches / accumulation)
+    steps_an_epoch = math.ceil(num_stage_batches(trainer, num_rows, num_processes) / accumulation)
     return math.ceil(epochs * max(steps_an_epoch, 1))
+
+
+def num_stage_batches(trainer: Mapping[str, Any], num_rows: int, num_processes: int) -> int:
+    """Count the batches of an epoch on each process; none where the only one is dropped.
+
+    >>> num_stage_batches({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, 3, 1)
+    0
+    """
+    batch_size = trainer_setting(trainer, "per_device_train_batch_size")
+    if trainer_setting(trainer, "dataloader_drop_last"):
+        return int(num_rows // batch_size // num_processes)
+    return math.ceil(num_rows / batch_size / num_processes)
 
 
 def num_stage_epochs(trainer: Mapping[str, Any], num_rows: int, num_processes: int) -> float:

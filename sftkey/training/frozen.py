@@ -26,7 +26,7 @@ from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.context_cache import ContextCache, bytes_a_token
 from sftkey.training.key_batches import key_starts
 from sftkey.training.losses import token_losses
-from sftkey.training.trainer import GroupedByLength, KeyTrainer, segment_means, segment_sums
+from sftkey.training.trainer import GroupedByLength, KeyTrainer, row_sums, segment_means
 
 LOGGER = logging.getLogger("sftkey")
 SURELY_READ = 1e-3  # nats: no rounding makes that 0
@@ -270,7 +270,7 @@ class FrozenTrainer(KeyTrainer):
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Return each adapter's sums, and what the start is compared by: `(N + 4, 2, 5)`.
+        """Return each adapter's sums, and what the start is compared by: `(N + 4, B, 2, 5)`.
 
         The context's losses are the same for all adapters. The last four: of a full pass without
         the key adapters; of the squares of its losses; of their squared distance from those of
@@ -288,7 +288,7 @@ class FrozenTrainer(KeyTrainer):
         ]
         unread = ((read[0] == 0) & (context > SURELY_READ)).to(context.dtype)
         beside = [context, context.square(), (read[0] - context).square(), unread]
-        return torch.stack([segment_sums(losses, targets) for losses in (*read, *beside)])
+        return torch.stack([row_sums(losses, targets) for losses in (*read, *beside)])
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
         """Report the best adapter's sums; compare the two ways of reading before the first step."""
@@ -299,6 +299,16 @@ class FrozenTrainer(KeyTrainer):
             behind = members[0] if inert else None  # None: it changes the key from the start
             self.start = FrozenStart(full, squares, distances, unread, behind)
         return members[self.best]
+
+    def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums[:, self.best]
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Watch no norm of a grid: it goes on without the adapters that have diverged."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if len(self.members) > 1:
+            self._worst_norm = None
+        return norm
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return each adapter of a grid a group, and so a learning rate, of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from sftkey.activity import tell
 from sftkey.errors import DivergedError, RunError
 from sftkey.files import write_text
 from sftkey.training.run_folder import Ledger
+from sftkey.training.soundness import keep_losses
 
 
 class RunProgress:
@@ -255,6 +256,7 @@ class StageLog(TrainerCallback):
         self.record = ledger.stages[number]
         self.path = ledger.log(number)
         self.tolerance = tolerance
+        self.row_losses: Callable[[], list[float]] = list  # of the last validation
         self._num_read = 0  # batches of the validation that goes on
         self._since = time.monotonic()
 
@@ -344,7 +346,10 @@ class StageLog(TrainerCallback):
                 f"{self.record.name} at {at}: the validation loss of {', '.join(unsound)} is not "
                 "finite; no checkpoint is chosen by it"
             )
-        where = str(self.ledger.stage_folder(self.number))
+        folder = self.ledger.stage_folder(self.number)
+        where = str(folder)
+        if at in ("start", "end") and self.ledger.main:
+            keep_losses(folder, at, self.row_losses())
         if at == "start" and (behind := segments_of(kwargs["metrics"], "eval_behind_")):
             self._compare_behind_cache(behind, where)
         if at == "start" and self.number > 0:

@@ -40,6 +40,7 @@ from sftkey.training.own_thinking import (
 from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.signals import StopAfterStep, StopRequest, stopping_on_signals
+from sftkey.training.soundness import HINT, change_of, kept_losses, refuse_destroyed
 from sftkey.training.stage import (
     gradient_norms,
     make_trainer,
@@ -216,6 +217,7 @@ class Run:
             eval_dataset=self.validation,
             callbacks=[SealCheckpoints(processes.wait_for_everyone), log, StopAfterStep(request)],
         )
+        log.row_losses = lambda: trainer.row_losses
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
         elif self.measures_gradients and stage.context != "frozen":
@@ -227,10 +229,24 @@ class Run:
                 self.progress.note(f"{stage.name}: {kept}")
             trainer.evaluate()
             refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
+            self._compare_ends(trainer, number)
             self._save(trainer, number)
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"
         self.ledger.finish(self.ledger.adapter(number), log.path)
+
+    def _compare_ends(self, trainer: KeyTrainer, number: int) -> None:
+        """Note a validation loss that ended above its start; refuse a model that is destroyed."""
+        record, folder = self.ledger.stages[number], self.ledger.stage_folder(number)
+        start = kept_losses(folder).get("start", [])
+        config: Any = trainer.accelerator.unwrap_model(trainer.model).config
+        refuse_destroyed(
+            start, trainer.row_losses, config.get_text_config().vocab_size, str(folder)
+        )
+        change = change_of(start, trainer.row_losses)
+        record.worse = change.said() if change is not None and change.is_worse else None
+        if record.worse:
+            self.progress.note(f"WARNING: {record.name}: {record.worse}\nhint: {HINT}")
 
     def _own_rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
         """Let the model write the thinkings of a stage, and of the validation rows without any."""

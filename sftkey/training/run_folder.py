@@ -25,6 +25,7 @@ class StageRecord:
     `gradient_norm`, in studies, is by segment that of its loss's gradient when the stage began.
     `grid` says what a grid tried and kept.
     `behind_cache` is how a frozen stage's first key losses compare with those of a full pass.
+    `worse` says that the validation loss ended above its start, where it did by more than chance.
     `shared_from` names the run beside this one that trained the stage, where it was another.
     """
 
@@ -37,6 +38,7 @@ class StageRecord:
     shared_from: str | None = None
     grid: dict[str, Any] | None = None
     behind_cache: dict[str, float] | None = None
+    worse: str | None = None
 
 
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"

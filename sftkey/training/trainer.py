@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.response import Segment
+from sftkey.errors import DivergedError
 from sftkey.recipe.loss_on import annealed
 from sftkey.recipe.schema import KEY_BATCH_TOKENS, LossOn
 from sftkey.training.answers import sharded
@@ -96,6 +98,7 @@ class KeyTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL types it as None
     _waiting: Sequence[dict[str, Any]] = ()  # micro-batches whose keys go with a later one
     _pass_ends: Sequence[bool] = ()  # whether those to come, the last one first, wait for none
+    _worst_norm: torch.Tensor | None = None  # of the gradients since the last log line
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class KeyTrainer(SFTTrainer):
         self._step_weights = self._first_weights
         self.context, self.loss, self._weighting = context, loss, find_weighting(loss)
         self.key_batch_tokens, self._window = key_batch_tokens, torch.zeros(0)
+        self.row_losses: list[float] = []  # the stage's own, of each validation row
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
         super().__init__(
             model=model,
@@ -294,7 +298,11 @@ class KeyTrainer(SFTTrainer):
         self._window = row if self._window.numel() == 0 else self._window + row
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a training line the loss of each trained segment and the tokens of the window."""
+        """Add to a training line the loss of each trained segment and the tokens of the window.
+
+        Raises:
+            DivergedError: A gradient's norm wasn't finite since the line before.
+        """
         if "loss" in logs and self._window.numel():
             window = self.accelerator.reduce(self._window, reduction="sum").cpu()
             self._window = torch.zeros(0)
@@ -302,6 +310,29 @@ class KeyTrainer(SFTTrainer):
             logs |= {f"loss_{name}": value for name, value in segment_means(sums).items()}
             logs |= {"trained_tokens": int(sums[1].sum()), "tokens": int(window[-1])}
         super().log(logs, start_time)
+        if "loss" in logs and self._worst_norm is not None:
+            worst, self._worst_norm = self._worst_norm.item(), None
+            if not math.isfinite(worst):
+                raise DivergedError(
+                    f"step {self.state.global_step}",
+                    f"expected finite gradient norms up to it; got {worst}",
+                    "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); "
+                    "the checkpoints before this step are kept",
+                )
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Keep the worst norm of all steps on the device; a log line reads it.
+
+        Under float16 the loss's scaling makes infinite norms, and skips these steps.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and self.accelerator.scaler is None:
+            found = torch.as_tensor(norm).detach().float()
+            if hasattr(found, "full_tensor"):  # a sharded model's
+                found = found.full_tensor()
+            worst = found if self._worst_norm is None else self._worst_norm
+            self._worst_norm = torch.maximum(worst, found)  # NaN stays
+        return norm
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, **kwargs: Any
@@ -314,17 +345,24 @@ class KeyTrainer(SFTTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         dataset = dataloader.dataset
         sums = torch.zeros(1, device=self.args.device)
+        places, of_rows = [], []
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
-        for rows, counted in self._validation_batches(dataset):
+        for rows, numbers in self._validation_batches(dataset):
             batch = self._prepare_inputs(self.data_collator(rows))
-            segment_ids = batch["segment_ids"].masked_fill(~counted.to(self.args.device), PADDING)
+            numbers = numbers.to(self.args.device)
+            segment_ids = batch["segment_ids"].masked_fill(numbers[:, None] < 0, PADDING)
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, -100)
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums = sums + self._validation_sums(inputs, segment_ids)
+                found = self._validation_sums(inputs, segment_ids)
+            sums = sums + found.sum(-3)
+            places.append(numbers)
+            of_rows.append(found.movedim(-3, 0))
         self.model_wrapped.train(was_training)
         sums = self._reported(self.accelerator.reduce(sums, reduction="sum").cpu())
+        gathered = self.accelerator.gather((torch.cat(places), torch.cat(of_rows)))
+        self.row_losses = self._losses_of_rows(*(each.cpu() for each in gathered))
         metrics = {f"{prefix}_loss": self._weighted(sums).item()}
         metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
         nothing = np.empty(0)
@@ -333,11 +371,26 @@ class KeyTrainer(SFTTrainer):
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sums of a batch of validation rows, `(2, 5)`."""
-        return segment_sums(token_losses(self.model_wrapped, inputs), segment_ids[:, 1:])
+        """Return the sums of each of a batch of validation rows, `(B, 2, 5)`."""
+        return row_sums(token_losses(self.model_wrapped, inputs), segment_ids[:, 1:])
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
         """Return the sums of all validation rows that are reported, `(2, 5)`."""
+        return sums
+
+    def _losses_of_rows(self, places: torch.Tensor, sums: torch.Tensor) -> list[float]:
+        """Return the stage's own loss of each validation row; NaN where it trains none of it.
+
+        Args:
+            places: `(R,)` the rows' numbers, -1 where one only fills a batch.
+            sums: `(R, …, 2, 5)`, as `_validation_sums` gives them.
+        """
+        order = places.argsort()[(places < 0).sum() :]
+        losses: list[float] = self._weighted(self._kept_of_rows(sums[order])).tolist()
+        return losses
+
+    def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return those of the sums of each row that are reported, `(R, 2, 5)`."""
         return sums
 
     def _weighted(self, sums: torch.Tensor) -> torch.Tensor:
@@ -349,9 +402,9 @@ class KeyTrainer(SFTTrainer):
     def _validation_batches(
         self, dataset: Dataset
     ) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor]]:
-        """Yield this process's batches, longest rows first, and `(B, 1)`: which rows count.
+        """Yield this process's batches, longest rows first, and the rows' numbers `(B,)`.
 
-        All processes get equally many batches (FSDP hangs otherwise); what fills up doesn't count.
+        All processes get equally many batches (FSDP hangs otherwise); what fills up has number -1.
         """
         size, world = self.args.eval_batch_size, self.accelerator.num_processes
         lengths = row_lengths(dataset)
@@ -359,8 +412,7 @@ class KeyTrainer(SFTTrainer):
         order += [-1] * (-len(order) % (size * world))
         for start in range(self.accelerator.process_index * size, len(order), size * world):
             batch = order[start : start + size]
-            counted = torch.tensor([[row >= 0] for row in batch])
-            yield [dataset[max(row, 0)] for row in batch], counted
+            yield [dataset[max(row, 0)] for row in batch], torch.tensor(batch)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a checkpoint is no publication, and TRL's card asks the hub."""
@@ -394,9 +446,14 @@ def segment_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tenso
     >>> segment_sums(torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[3, 3, -1]]))[:, Segment.ANSWER]
     tensor([2., 2.])
     """
+    return row_sums(losses, segment_ids).sum(0)
+
+
+def row_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Sum losses and count tokens by segment, as `segment_sums`, of each row: `(B, 2, 5)`."""
     member = torch.nn.functional.one_hot((segment_ids + 1).long(), len(Segment) + 1)[..., 1:]
     member = member.to(losses.dtype if losses.dtype == torch.float64 else torch.float32)
-    return torch.stack([(losses[..., None] * member).sum((0, 1)), member.sum((0, 1))])
+    return torch.stack([(losses[..., None] * member).sum(1), member.sum(1)], dim=1)
 
 
 def segment_means(sums: torch.Tensor) -> dict[str, float]:
