@@ -14,7 +14,7 @@ import typer
 from sftkey import __version__
 from sftkey.commands.examples import epilog
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
-from sftkey.errors import SFTKeyError
+from sftkey.errors import Told
 from sftkey.recipe.collection import find_recipe, short_names
 
 app = typer.Typer(
@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             goes_on = bool(words) and words[0] in GOING_ON
             say(f"stopped; {'the same command goes on' if goes_on else ANEW}")
         raise
-    except SFTKeyError as error:
+    except Told as error:
         if debug:
             traceback.print_exc()
         say(f"error: {error}")

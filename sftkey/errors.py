@@ -21,8 +21,8 @@ class Problem:
         return f"{place}: {self.what}" if place else self.what
 
 
-class SFTKeyError(Exception):
-    """Base of all errors that end a command with exit code 2 and no traceback.
+class Told(BaseException):
+    """What ends a command in the one form: where, what was expected and came, what to do.
 
     Args:
         where: The file, folder, model or data set that is at fault.
@@ -56,6 +56,10 @@ class SFTKeyError(Exception):
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+
+class SFTKeyError(Told, Exception):
+    """Base of all errors that end a command with exit code 2 and no traceback."""
 
 
 class RecipeError(SFTKeyError, ValueError):
@@ -98,8 +102,11 @@ class RunLocked(RunError):
     """Another process works on the run folder."""
 
 
-class RunStopped(SFTKeyError, RuntimeError):
+class RunStopped(Told):
     """A signal has stopped a run, which has kept what it had reached.
+
+    It is no `Exception`, as KeyboardInterrupt is none: it arises wherever the signal comes, and a
+    library that goes on after any error of its own would go on after this.
 
     Args:
         where: The run folder.

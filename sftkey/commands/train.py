@@ -24,7 +24,7 @@ def train(
         SFTKeyError: What the user can mend; the command line prints it.
     """
     checked = load_recipe(recipe, overrides)
-    from sftkey.commands.terminal import quiet_libraries, say, use_all_cores
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
 
     use_all_cores()
     quiet_libraries()

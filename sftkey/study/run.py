@@ -11,7 +11,7 @@ from pathlib import Path
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
-from sftkey.errors import DataError, RunError
+from sftkey.errors import DataError, RunError, RunLocked
 from sftkey.evaluation.grading import grade
 from sftkey.files import write_json, write_text
 from sftkey.recipe.schema import Recipe
@@ -160,6 +160,8 @@ class StudyRun:
     def run(self) -> Iterator[Cell]:
         """Run what isn't finished; yield each cell when its file lies there.
 
+        A cell whose run another process has is left to it.
+
         Raises:
             SFTKeyError: An arm is refused, or a finished cell is of another recipe.
         """
@@ -168,7 +170,11 @@ class StudyRun:
         for number, cell in enumerate(cells, start=1):
             if not self.finished(cell):
                 self.note(f"cell {number} of {len(cells)}: {cell.task}, {cell.name}")
-                self.run_cell(cell)
+                try:
+                    self.run_cell(cell)
+                except RunLocked as error:
+                    self.note(f"left to another process: {error.problems[0]}")
+                    continue
             yield cell
 
     def refuse_early(self) -> None:

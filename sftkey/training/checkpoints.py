@@ -11,24 +11,37 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sftkey.errors import RunError
-from sftkey.files import free_name, write_json
+from sftkey.files import file_hash, files_below, free_name, write_json
 
 SEAL = "whole.json"
 
 
 def seal(checkpoint: Path) -> None:
-    """Record the names and sizes of a finished checkpoint's files; what differs later is torn."""
-    sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.is_file()}
-    write_json(checkpoint / SEAL, sizes)
+    """Record the sizes and hashes of a finished checkpoint's files; what differs later is torn.
+
+    A power cut may leave a file of the right size without its content.
+    """
+    files = {
+        file.relative_to(checkpoint).as_posix(): [file.stat().st_size, file_hash(file)]
+        for file in files_below(checkpoint)
+        if file.name != SEAL
+    }
+    write_json(checkpoint / SEAL, files)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Tell whether every file stands as it was when the checkpoint was finished."""
     try:
-        sizes = json.loads((checkpoint / SEAL).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        sealed = json.loads((checkpoint / SEAL).read_bytes())
+        return all(_is_same(checkpoint / name, known) for name, known in sealed.items())
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
+
+
+def _is_same(file: Path, known: Any) -> bool:
+    """Compare a file with its seal; one of before there were hashes has the size alone."""
+    size, digest = known if isinstance(known, list) else (known, None)
+    return file.stat().st_size == size and digest in (None, file_hash(file))
 
 
 def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:

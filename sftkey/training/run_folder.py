@@ -260,12 +260,18 @@ def set_aside_broken(ledger: Ledger) -> None:
         ledger.notes.append(f"{file}: {what}; it is written anew")
 
 
+WRITES_THINKINGS = {"grader", "max_new_tokens", "batch_size"}
+
+
 def prefix_key(recipe: Recipe, num_stages: int) -> str:
     """Return a hash that two recipes share whose first stages end in the same weights.
 
-    That is all but the name, the evaluation and the later stages.
+    That is all but the name, the later stages and the evaluation; of this, what a model's own
+    thinkings are written and chosen by counts where one of the stages is over such.
     """
     shared = recipe.model_dump(mode="json", include={"seed", "model", "lora", "data", "response"})
+    if any(stage.thinking == "own" for stage in recipe.stages[:num_stages]):
+        shared["eval"] = recipe.eval.model_dump(mode="json", include=WRITES_THINKINGS)
     stages = [
         {**stage.model_dump(mode="json"), "trainer": recipe.stage_trainer(stage)}
         for stage in recipe.stages[:num_stages]

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,24 @@ class StopAfterStep(TrainerCallback):
     It stands behind what seals checkpoints, and tells no trainer to stop: one that stops removes
     all checkpoints but the best.
 
+    With several processes each step asks all of them. They ask each other on their CPUs: no GPU
+    waits for it, and nothing that is queued there is waited for.
+
     Args:
         request: This process's.
     """
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
+        self._processes: Any = None  # of several processes, those that are asked
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let signals wait for the step."""
+        if PartialState().num_processes > 1 and self._processes is None:
+            patience = timedelta(seconds=args.ddp_timeout)
+            self._processes = torch.distributed.new_group(backend="gloo", timeout=patience)
         self.request.in_training = True
 
     def on_step_end(
@@ -132,9 +140,9 @@ class StopAfterStep(TrainerCallback):
 
     def _of_any_process(self) -> int:
         """Return the highest number of a signal that any process has had, 0 where none has."""
-        number, processes = self.request.number or 0, PartialState()
-        if processes.num_processes == 1:
+        number = self.request.number or 0
+        if self._processes is None:
             return number
-        highest = torch.tensor(number, device=processes.device)
-        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        highest = torch.tensor(number)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self._processes)
         return int(highest)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from sftkey.data.renderer import Renderer, stop_ids
-from sftkey.errors import ModelError
+from sftkey.errors import ModelError, RunError
 from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter
 from sftkey.models.device import Device
 from sftkey.models.key_adapter import KEY, act, context_adapters
@@ -94,7 +94,7 @@ def load_stage(
         number: From 0; the number of stages for the model that the last one leaves.
 
     Raises:
-        RunError: What the stage before wrote has changed since.
+        RunError: What the stage before wrote, or the base model, has changed since.
         ModelError: What was saved can't be read, or doesn't belong together; or a stage would need
             of the model what it can't do.
     """
@@ -108,7 +108,9 @@ def load_stage(
     if left_frozen:
         ledger.require(ledger.adapter(number - 1))
     full = recipe.lora is None
-    base = ledger.facts["base"] = base_identity(recipe.model)
+    base = base_identity(recipe.model)
+    require_same_base(ledger, base)
+    ledger.facts["base"] = base
     weights = Path(before) if full and before else None
     model: PreTrainedModel | PeftModel
     model = load_model(recipe.model, device, full=full, folder=weights)
@@ -133,6 +135,29 @@ def load_stage(
     if before is None:
         return add_lora(model, recipe.lora or {}, recipe.seed)
     return load_adapter(model, before, base, lora=recipe.lora)
+
+
+def require_same_base(ledger: Ledger, base: Base) -> None:
+    """Refuse to go on with a run on other weights than those that it began with.
+
+    Raises:
+        RunError: Names both.
+    """
+    began = ledger.facts.get("base") or {}
+    was, now = began.get("fingerprint"), base["fingerprint"]
+    if was is None or now is None or was == now:
+        return
+    names = [
+        f"{each.get('revision') or 'fingerprint'} {str(each['fingerprint'])[:12]}"
+        for each in (began, base)
+    ]
+    raise RunError(
+        str(ledger.folder),
+        f"expected the weights of {base['name_or_path']} that this run began with, {names[0]}; "
+        f"got {names[1]}",
+        f"put them back; or `name=…` begins another run on these, and `--fresh` moves "
+        f"{ledger.folder} aside and begins anew",
+    )
 
 
 def _with_key(

@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from sftkey.commands.study import study, study_run
-from sftkey.errors import RecipeError, RunError
+from sftkey.errors import RecipeError, RunError, RunLocked
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.study.cells import take_over
+from sftkey.study.cells import StudyFolder, take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.run import matched_steps
@@ -616,6 +616,48 @@ def test_a_first_stage_is_shared_where_all_that_makes_it_is_the_same(
     """Neither the name nor the evaluation nor a later stage changes what a stage trains."""
     key = prefix_key(load_recipe(task), 1)
     assert (prefix_key(load_recipe(task, [override]), 1) == key) == same
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("eval.grader=exact", False),
+        ("eval.max_new_tokens=5", False),
+        ("eval.num_questions=1", True),
+    ],
+)
+def test_own_thinking_is_shared_where_it_is_graded_and_written_alike(
+    override: str, same: bool, task: Path
+) -> None:
+    """`keep: right` asks the grader; a stage before it doesn't."""
+    own = "stages.key.thinking=own"
+    keys = [prefix_key(load_recipe(task, [own, *more]), 2) for more in ([], [override])]
+    assert (keys[0] == keys[1]) == same
+    first = [prefix_key(load_recipe(task, [own, *more]), 1) for more in ([], [override])]
+    assert first[0] == first[1]
+
+
+def test_a_cell_that_another_process_works_on_is_left_to_it(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is run."""
+    run = study_run(load_study(write_study(tmp_path, tiny_folder)), tmp_path / "study-small.yaml")
+    said: list[str] = []
+    run.note, run.folder = said.append, StudyFolder(tmp_path / "runs")
+    tried: list[str] = []
+
+    def run_cell(cell: Any) -> None:
+        tried.append(cell.name)
+        if cell.arm == "sftkey":
+            raise RunLocked("runs/x", "another process works on this run: pid 7 on a")
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    monkeypatch.setattr(run, "refuse_early", lambda: None)
+    monkeypatch.setattr(run, "matched", lambda *args: [{}, {}])
+    done = [cell.name for cell in run.run()]
+    assert len(tried) == 4
+    assert done == [name for name in tried if not name.startswith("sftkey")]
+    assert said.count("left to another process: another process works on this run: pid 7 on a") == 2
 
 
 @pytest.mark.parametrize(("override", "num_answers"), [("name=b", 1), ("eval.alpha=0.5", 0)])

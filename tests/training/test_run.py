@@ -16,7 +16,7 @@ from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
-from sftkey.training.checkpoints import newest_whole, seal
+from sftkey.training.checkpoints import is_whole, newest_whole, seal
 from sftkey.training.log import check_handoff, read_log
 from sftkey.training.run import Run, explained_out_of_memory, start
 from tests.support.models import ROUNDED
@@ -203,6 +203,27 @@ def test_the_newest_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
         (checkpoint / "optimizer.pt").touch()
         seal(checkpoint)
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_is_whole_where_every_byte_is_as_it_was(tmp_path: Path) -> None:
+    """Also in its folders; seals of before there were hashes have sizes alone."""
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "shards").mkdir(parents=True)
+    files = [checkpoint / "optimizer.pt", checkpoint / "shards" / "0.pt"]
+    for file in files:
+        file.write_bytes(b"12345678")
+    seal(checkpoint)
+    seal(checkpoint)  # what seals isn't sealed
+    assert is_whole(checkpoint)
+    for file in files:
+        file.write_bytes(b"1234\0\0\0\0")  # as a power cut leaves it
+        assert not is_whole(checkpoint)
+        file.write_bytes(b"12345678")
+    (checkpoint / "whole.json").write_text('{"optimizer.pt": 8}')
+    assert is_whole(checkpoint)
+    for broken in ("[]", "{", '{"optimizer.pt": 9}', '{"gone.pt": [8, null]}', '{"shards": "x"}'):
+        (checkpoint / "whole.json").write_text(broken)
+        assert not is_whole(checkpoint)
 
 
 def test_a_torn_checkpoint_is_set_aside(

@@ -20,6 +20,7 @@ from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
 from sftkey.training.lock import lock_run
 from sftkey.training.run import Run, changed_facts, start
+from sftkey.training.stage_model import require_same_base
 from tests.support.tiny import made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, kill_at_step
 
@@ -222,6 +223,20 @@ def test_a_stage_can_be_added(copied: Path) -> None:
     stages += "trainer: {learning_rate: 5.0e-4}}, {name: more, loss_on: key}]"
     run = go_on(copied, stages)
     assert [each.status for each in run.ledger.stages] == ["trained", "trained", "open"]
+
+
+def test_another_base_than_the_run_began_with_is_refused(copied: Path) -> None:
+    """An older run didn't record it, and a model in memory has no files."""
+    ledger = go_on(copied).ledger
+    base = ledger.facts["base"]
+    require_same_base(ledger, base)
+    require_same_base(ledger, {**base, "fingerprint": None})
+    with pytest.raises(
+        RunError, match=r"that this run began with, fingerprint .*; got fingerprint"
+    ):
+        require_same_base(ledger, {**base, "fingerprint": "0" * 64})
+    del ledger.facts["base"]
+    require_same_base(ledger, base)
 
 
 def test_other_surroundings_are_said_in_one_line() -> None:

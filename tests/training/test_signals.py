@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from sftkey import cli
 from sftkey.errors import RunStopped
+from sftkey.training import signals
 from sftkey.training.checkpoints import newest_whole
 from sftkey.training.log import StageLog
-from sftkey.training.signals import StopRequest, stopping_on_signals
+from sftkey.training.signals import StopAfterStep, StopRequest, stopping_on_signals
 from tests.training.test_run import adapter_of, done
 
 NUMBERS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
@@ -88,6 +93,41 @@ def test_a_second_ctrl_c_waits_for_no_step(tmp_path: Path) -> None:
     with pytest.raises(RunStopped) as error:
         request.receive(signal.SIGINT, None)
     assert error.value.exit_code == 130
+
+
+def test_no_library_takes_it_for_an_error_of_its_own(tmp_path: Path) -> None:
+    """One that goes on after any error doesn't go on after this."""
+    with (
+        stopping_on_signals(tmp_path, print),
+        pytest.raises(RunStopped),
+        suppress(Exception),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_several_processes_ask_each_other_on_their_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them was told; the group is theirs alone, and waits no longer than the recipe says."""
+    made: list[dict[str, Any]] = []
+
+    def all_reduce(value: torch.Tensor, op: Any, group: Any) -> None:
+        assert (value.device.type, group) == ("cpu", "theirs")
+        value.fill_(signal.SIGUSR1)  # another process's
+
+    monkeypatch.setattr(
+        torch.distributed, "new_group", lambda **given: made.append(given) or "theirs"
+    )
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(signals, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    stop, control = StopAfterStep(StopRequest(tmp_path, print)), TrainerControl()
+    arguments = SimpleNamespace(ddp_timeout=60)
+    for _ in range(2):
+        stop.on_train_begin(arguments, TrainerState(), control)
+    assert made == [{"backend": "gloo", "timeout": timedelta(seconds=60)}]
+    assert stop.on_step_end(arguments, TrainerState(), control).should_save
+    with pytest.raises(RunStopped, match="stopped by SIGUSR1"):
+        stop.on_save(arguments, TrainerState(), control)
 
 
 def test_the_command_line_ends_with_that_code(
