@@ -36,6 +36,7 @@ class RunProgress:
     ) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+        self.planned = dict(num_steps)  # a stage that begins knows better: see `begin`
         self._num_steps, self.steps_done = dict(num_steps), 0
         self.training_seconds = 0.0
         self._last = time.monotonic()

@@ -28,6 +28,7 @@ from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers
 from sftkey.training.checkpoints import SealCheckpoints, kept_checkpoint, newest_whole
+from sftkey.training.disk import require_disk
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
 from sftkey.training.own_thinking import (
@@ -165,6 +166,8 @@ class Run:
             yield from self._stages(train, request)
 
     def _stages(self, train: bool, request: StopRequest) -> Iterator[str]:
+        if train and (line := require_disk(self.ledger, self.progress.planned)):
+            self.progress.note(line)
         model = None
         if self.answers.missing(BASE):
             model = self._load(0)
