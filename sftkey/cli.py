@@ -210,6 +210,32 @@ def evaluate(
 
 
 @app.command()
+def errors(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The stage that answered, or base; default the last."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Only wrong, unparsed, truncated or invalid ones."),
+    ] = None,
+    grep: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Only where this regular expression stands."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many to show; default 10, with --json all.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Show a stage's wrong answers beside question and reference."""
+    from sftkey.commands.errors import errors
+
+    errors(run, stage, kind=kind, pattern=grep, num_rows=rows, as_json=as_json)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or studies.")],
     as_json: AsJSON = False,

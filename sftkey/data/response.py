@@ -73,6 +73,19 @@ class Example:
         """Row and turn."""
         return QuestionKey(self.index, self.turn)
 
+    @property
+    def question(self) -> str:
+        """The prompt for people to read: without the system message, roles where there are turns.
+
+        >>> Example(({"role": "user", "content": "2 + 2?"},), "", "4").question
+        '2 + 2?'
+        """
+        if isinstance(self.prompt, str):
+            return self.prompt
+        turns = [turn for turn in self.prompt if turn["role"] != "system"]
+        named = [f"{turn['role']}: {turn['content']}" for turn in turns]
+        return str(turns[0]["content"]) if len(turns) == 1 else "\n\n".join(named)
+
 
 @dataclass(frozen=True)
 class Parsed:

@@ -251,12 +251,7 @@ class Judge:
 
 def judge_prompt(example: Example, answer: str) -> str:
     """Return what the judge is sent, and no more; the recipe's system message isn't part of it."""
-    question = example.prompt
-    if not isinstance(question, str):
-        turns = [turn for turn in question if turn["role"] != "system"]
-        named = [f"{turn['role']}: {turn['content']}" for turn in turns]
-        question = turns[0]["content"] if len(turns) == 1 else "\n\n".join(named)
-    return PROMPT.format(question=question, reference=example.answer, answer=answer)
+    return PROMPT.format(question=example.question, reference=example.answer, answer=answer)
 
 
 def parse_verdict(text: object) -> bool | None:

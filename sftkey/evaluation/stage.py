@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
-    """Grade the answers of one stage, and write `evaluation/<stage>.json` (main process only).
+    """Grade the answers of one stage, and write what was found (main process only).
+
+    `evaluation/<stage>.json` has the figures, `<stage>.graded.jsonl` each answer and its verdict.
 
     Args:
         run: A started run.
@@ -25,6 +27,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
             grades and what was judged; graded again, only what is left is asked.
     """
     from sftkey.data.sources import MADE
+    from sftkey.evaluation.answers import graded_answers, write_answers
     from sftkey.evaluation.results import read_generations, score, write_result
 
     file = generations or run.ledger.generations(stage)
@@ -34,23 +37,26 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
     names = ["base", *(each.name for each in run.recipe.stages)]
     judge = stage_judge(run, stage)
     about = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
+    written = read_generations(file, [example.key for example in questions])
+    ends = {"assistant_prefix": renderer.assistant_prefix, "end": renderer.end}
     result = score(
-        read_generations(file, [example.key for example in questions]),
+        written,
         questions,
         renderer.response,
         stage=stage,
         position=names.index(stage),
         grader=settings.grader,
         alpha=settings.alpha,
-        assistant_prefix=renderer.assistant_prefix,
-        end=renderer.end,
+        **ends,
         tokenizer=run.tokenizer,
         settings=about | ({"judge": judge.section.model} if judge else {}),
         made=run.recipe.data.source in MADE,
         thinking_loss=thinking_losses(run, stage),
         judge=judge.flags if judge else None,
     )
-    run.ledger.finish(write_result(run.ledger.folder / "evaluation", result))
+    answers = graded_answers(result, written, questions, renderer.response, **ends)
+    folder = run.ledger.folder / "evaluation"
+    run.ledger.finish(write_result(folder, result), write_answers(folder, stage, answers))
     if judge and judge.failure:
         raise judge.failure
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -14,7 +15,7 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.renderer import stop_ids
 from sftkey.data.response import Example
 from sftkey.files import write_text
-from sftkey.generation.generate import generate_to_file
+from sftkey.generation.generate import by_row, generate_to_file, key_of
 from sftkey.generation.key_switch import find_switch
 from sftkey.models.device import launched_with
 from sftkey.recipe.schema import Recipe
@@ -84,8 +85,28 @@ class Answers:
         )
         processes.wait_for_everyone()
         if self.ledger.main:
-            write_text(whole, "".join(part.read_text(encoding="utf-8") for part in parts))
+            lines = (
+                line for part in parts for line in part.read_text(encoding="utf-8").split("\n")
+            )
+            write_text(whole, with_questions(filter(None, lines), self.questions))
             self.ledger.finish(whole)
             for part in parts:
                 part.unlink()
         processes.wait_for_everyone()
+
+
+def with_questions(lines: Iterable[str], questions: Iterable[Example]) -> str:
+    """Return generations, a JSON object a line, with the `question` and `reference` of each."""
+    asked = {example.key: example for example in questions}
+    keys = by_row(asked)
+    written = []
+    for line in lines:
+        row = json.loads(line)
+        key = key_of(keys.get(row.pop("index"), []), row.pop("turn", None))
+        if key is None:  # of a longer evaluation, which was stopped
+            continue
+        example = asked[key]
+        about = {"index": example.index, "turn": example.turn, "question": example.question}
+        row = {**about, "reference": example.answer, **row}
+        written.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(written)

@@ -13,6 +13,7 @@ import sftkey.training.stage_model
 from sftkey.commands.evaluate import evaluate
 from sftkey.commands.train import train
 from sftkey.errors import RunError
+from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.stage import note_thinking
 from sftkey.recipe.load import load_recipe
@@ -54,6 +55,7 @@ def test_grading_again_needs_no_weights(
     monkeypatch.setattr(sftkey.training.stage_model, "load_model", refuse)
     for file in (run / "evaluation").glob("*.json"):
         file.unlink()
+    (run / "evaluation" / "key.graded.jsonl").unlink()
     evaluate(run)
     out = capsys.readouterr().out
     assert out.index("base ") < out.index("key ")
@@ -61,6 +63,11 @@ def test_grading_again_needs_no_weights(
         "base.json",
         "key.json",
     ]
+    (answer, *_) = read_answers(run, "key")
+    row = json.loads((run / "evaluation" / "key.jsonl").read_text().partition("\n")[0])
+    assert set(row) >= {"question", "reference", "text"}
+    assert answer.question.startswith("Count on from ")
+    assert answer.expected.isdigit()
 
 
 def test_answers_that_are_missing_are_written(run: Path) -> None:

@@ -47,6 +47,7 @@ LIGHT = [
     "sftkey.train",
     "sftkey.commands.adapt",
     "sftkey.commands.compare",
+    "sftkey.commands.errors",
     "sftkey.commands.ls",
     "sftkey.commands.study",
     "sftkey.recipe",

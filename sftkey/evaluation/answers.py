@@ -1,0 +1,151 @@
+"""A stage's graded answers with question and reference, as `evaluation/<stage>.graded.jsonl`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sftkey.data.response import Example, QuestionKey, Response
+from sftkey.errors import Problem, RunError
+from sftkey.evaluation.grading import grade
+from sftkey.evaluation.results import StageResult
+from sftkey.files import write_text
+from sftkey.generation.generate import Generation
+
+Kind = Literal["wrong", "unparsed", "truncated", "invalid"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class GradedAnswer(BaseModel):
+    """One answer, for people to read.
+
+    Args:
+        index: The question's row, in the order of the source.
+        turn: Of a conversation whose turns are all asked.
+        question: Without the system message.
+        expected: The reference answer.
+        got: Text of the answer; None where no answer was found.
+        read: What the grader read in it; None where it read nothing.
+        thinking: None where no closed thinking was found.
+        text: All that the model wrote, where thinking and answer are not all of it; else None.
+        right: The grader's verdict.
+        kinds: `wrong`: an answer was read, and it isn't right. `unparsed`: none was found, or the
+            grader read nothing in it. `truncated`: it reached `max_new_tokens`. `invalid`: it is
+            more or less than thinking and answer in their tags. The last two may be right.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    turn: int
+    question: str
+    expected: str
+    got: str | None
+    read: str | None
+    thinking: str | None
+    text: str | None
+    right: bool
+    kinds: tuple[Kind, ...]
+
+
+def graded_answers(
+    result: StageResult,
+    generations: Mapping[QuestionKey, Generation],
+    examples: Sequence[Example],
+    response: Response,
+    *,
+    assistant_prefix: str = "",
+    end: str = "",
+) -> list[GradedAnswer]:
+    """Put the verdicts of a result beside what they are of; the arguments are those of `score`."""
+    questions = {QuestionKey(each.index, each.turn): each for each in result.questions}
+    rows = []
+    for example in sorted(examples, key=lambda each: each.key):
+        question, written = questions[example.key], generations[example.key]
+        parsed = response.parse(written.text.removeprefix(assistant_prefix).removesuffix(end))
+        kinds: list[Kind] = []
+        if not question.correct:
+            kinds.append("wrong" if question.parsed else "unparsed")
+        if question.stopped is False:
+            kinds.append("truncated")
+        if not question.strict:
+            kinds.append("invalid")
+        rows.append(
+            GradedAnswer(
+                index=example.index,
+                turn=example.turn,
+                question=example.question,
+                expected=example.answer,
+                got=parsed.answer,
+                read=grade(parsed.answer, example.answer, result.settings["grader"]).read,
+                thinking=parsed.thinking,
+                text=None if parsed.strict else written.text,
+                right=question.correct,
+                kinds=tuple(kinds),
+            )
+        )
+    return rows
+
+
+def write_answers(folder: Path, stage: str, answers: Sequence[GradedAnswer]) -> Path:
+    """Write `<stage>.graded.jsonl`; under that name it is always whole."""
+    file = folder / f"{stage}.graded.jsonl"
+    write_text(file, "".join(answer.model_dump_json() + "\n" for answer in answers))
+    return file
+
+
+def read_answers(run: Path, stage: str) -> list[GradedAnswer]:
+    """Read a stage's graded answers.
+
+    Raises:
+        RunError: They aren't there, as in runs of older versions, or the file holds something else.
+    """
+    file = run / "evaluation" / f"{stage}.graded.jsonl"
+    hint = f"write them from its generations, without any weights: sftkey evaluate {run}"
+    if not file.exists():
+        raise RunError(str(run), f"expected graded answers of {stage}; got none", hint)
+    try:
+        lines = file.read_bytes().splitlines()
+        return [GradedAnswer.model_validate_json(line) for line in lines]
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))
+        hint = f"move the file aside; sftkey evaluate {run} writes it anew"
+        raise RunError(str(file), [Problem(where, detail["msg"])], hint) from None
+
+
+def chosen(
+    answers: Sequence[GradedAnswer], kind: str | None = None, pattern: str | None = None
+) -> list[GradedAnswer]:
+    """Return the answers that aren't right, or all of a kind; of these, those with a text.
+
+    Args:
+        answers: All of a stage.
+        kind: One of `KINDS`; of `truncated` and `invalid` also those that are right.
+        pattern: A regular expression, without regard to case, that stands in the question, the
+            reference, the thinking or whatever the model wrote.
+
+    Raises:
+        RunError: There is no such kind, or the pattern is no regular expression.
+    """
+    if kind is not None and kind not in KINDS:
+        raise RunError("--kind", f"expected one of {', '.join(KINDS)}; got {kind!r}")
+    try:
+        wanted = re.compile(pattern or "", re.IGNORECASE)
+    except re.error as error:
+        hint = "write a backslash before a sign that is meant as it stands: 2 \\+ 2"
+        raise RunError("--grep", f"expected a regular expression; {error}", hint) from None
+    kept = [each for each in answers if (kind in each.kinds if kind else not each.right)]
+    return [
+        each
+        for each in kept
+        if any(
+            wanted.search(text)
+            for text in (each.question, each.expected, each.got, each.thinking, each.text)
+            if text is not None
+        )
+    ]
