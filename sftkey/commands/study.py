@@ -37,7 +37,7 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
     """
     checked = load_study(file)
     if report_folder is not None:
-        write_report(checked, report_folder)
+        write_report(checked, file.parent, report_folder)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         what = f"expected one process; got {os.environ['WORLD_SIZE']}"
@@ -62,7 +62,7 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
             run.keep_confirmed()
         for _ in run.run():
             write_figures(run.study, run.folder.root)
-        write_report(run.study, run.folder.root)
+        write_report(run.study, file.parent, run.folder.root)
     if checked.confirming() is None:
         print(NEXT, file=sys.stderr)
 
@@ -88,12 +88,20 @@ def write_figures(checked: Study, folder: Path) -> StudyResults:
     return results
 
 
-def write_report(checked: Study, folder: Path) -> None:
-    """Write the pictures and `report.md`, and print the report."""
-    from sftkey.study.report import draw_pictures, report
+def write_report(checked: Study, recipes: Path, folder: Path) -> None:
+    """Write the pictures and `report.md`, and print the report.
+
+    Args:
+        checked: The study.
+        recipes: The folder of its file, from which its recipes are named.
+        folder: Where its cells are.
+    """
+    from sftkey.study.pictures import draw_pictures, stage_weights
+    from sftkey.study.report import report
 
     results = write_figures(checked, folder)
-    text = report(results, draw_pictures(folder, results), title=checked.name)
+    weights = {(arm.task, arm.name): stage_weights(checked, recipes, arm) for arm in results.arms}
+    text = report(results, draw_pictures(folder, results, weights), title=checked.name)
     write_text(folder / "report.md", text)
     print(text, end="")
 

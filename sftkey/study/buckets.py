@@ -1,4 +1,4 @@
-"""Where an arm gains: its questions in quarters, by the length of their reference."""
+"""Where an arm gains: its questions in up to four parts, by the length of their reference."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sftkey.evaluation.conversations import by_conversation
-from sftkey.study.rates import share
-from sftkey.study.results import Bucket, FinishedCell, paired, same_questions, table_of
-from sftkey.study.seeds import difference_estimate
+from sftkey.study.results import Bucket, FinishedCell, paired, same_questions
+from sftkey.study.seeds import difference_estimate, mean_estimate
 
 NUM_BUCKETS = 4
 Measure = Literal["length", "ratio"]
@@ -18,57 +17,95 @@ Cells = Sequence[FinishedCell]
 
 
 def buckets(cells: Cells, control: Cells, measure: Measure) -> tuple[Bucket, ...]:
-    """Divide each seed's questions into quarters of equal number; none where the measure is one.
+    """Divide the questions near their quarters, never between equal measures.
 
     Args:
         cells: An arm's, one a seed.
         control: The control's; empty for its own row.
         measure: `length`: the tokens of the reference's thinking; `ratio`: these by its key's.
+
+    Returns:
+        Up to four; none where a cell doesn't have the lengths, or all questions have one measure.
     """
     pairs = paired(cells, control)
     cells = [cell for cell, _ in pairs] or cells
     values = [_measured(cell, measure) for cell in cells]
     if any(value is None for value in values):
         return ()
-    measured: Any = np.array(values)
-    num = min(NUM_BUCKETS, measured.shape[1])
-    if measured.min() == measured.max() or num < NUM_BUCKETS:
+    measured = [np.array(value) for value in values]
+    tops = _tops(np.concatenate(measured))
+    if len(tops) < 2 or min(map(len, measured)) < NUM_BUCKETS:
         return ()
-    orders = np.argsort(measured, axis=1, kind="stable")
-    right = table_of(cells, "correct")
-    other = table_of([each for _, each in pairs], "correct") if pairs else None
-    same = same_questions(cells)
-    parts = np.array_split(orders, num, axis=1)
-    rows = np.array([cell.rows for cell in cells])
-    return tuple(_bucket(part, measured, rows, (right, other), same) for part in parts)
+    found, low = [], -np.inf
+    for top in tops:
+        inside = [np.flatnonzero((each > low) & (each <= top)) for each in measured]
+        found.append(_bucket(inside, measured, cells, [each for _, each in pairs]))
+        low = top
+    return tuple(found)
 
 
-def _bucket(part: Any, measured: Any, rows: Any, flags: tuple[Any, Any], same: bool) -> Bucket:
-    """Return the figures of some questions of each seed, whose places are `(S, q)`.
+def _tops(values: Any) -> list[float]:
+    """Return the largest measure of each part: ends of equal measures, the nearest to quarters.
+
+    >>> _tops(np.array([1, 1, 1, 1, 1, 2, 3, 4])), _tops(np.array([7, 7]))
+    ([1.0, 2.0, 4.0], [7.0])
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    shares = np.cumsum(counts) / len(values)
+    wanted = (number / NUM_BUCKETS for number in range(1, NUM_BUCKETS + 1))
+    return sorted({float(distinct[np.abs(shares - share).argmin()]) for share in wanted})
+
+
+def _bucket(places: Sequence[Any], measured: Sequence[Any], cells: Cells, control: Cells) -> Bucket:
+    """Return the figures of some questions of each seed, whose places are given.
 
     Args:
-        part: The places.
+        places: Of the questions, by seed; a seed without any is left out.
         measured: What each question is sorted by.
-        rows: The conversation of each question.
-        flags: Of an arm and of the control, or None.
-        same: Whether all seeds answered the same questions.
+        cells: An arm's.
+        control: The control's; empty for its own row.
     """
-    mine, inside = (np.take_along_axis(each, part, axis=1) for each in (flags[0], measured))
-    rows = np.take_along_axis(rows, part, axis=1).tolist()
-    acc = share(mine, rows, same)
+    seeds = [seed for seed, each in enumerate(places) if len(each)]
+    inside = np.concatenate([measured[seed][places[seed]] for seed in seeds])
+    rows = [[cells[seed].rows[place] for place in places[seed]] for seed in seeds]
+
+    def flags(of: Cells) -> list[Any]:
+        return [np.array(of[seed].flags("correct"))[places[seed]] for seed in seeds]
+
+    same = same_questions(cells)
+    acc = mean_estimate(_table(flags(cells), rows, around_mean=True), same)
     figures = Bucket(
         low=float(inside.min()),
         high=float(inside.max()),
-        num_questions=part.shape[1],
+        num_questions=round(len(inside) / len(seeds)),
         num_seeds=acc.num_seeds,
         acc=acc.value,
         acc_interval=acc.interval,
     )
-    if flags[1] is None:
+    if not control:
         return figures
-    other = by_conversation(np.take_along_axis(flags[1], part, axis=1), rows)
-    gain = difference_estimate(by_conversation(mine, rows), other, same)
+    arm, other = (_table(flags(each), rows) for each in (cells, control))
+    gain = difference_estimate(arm, other, same)
     return figures.model_copy(update={"gain": gain.value, "gain_interval": gain.interval})
+
+
+def _table(flags: Sequence[Any], rows: Sequence[Sequence[int]], around_mean: bool = False) -> Any:
+    """Return the flags of seeds that answered so and so many questions as one table `(S, Q)`.
+
+    A shorter row is filled up with its mean, and its flags are drawn away from it by as much as
+    keeps the variance of its mean.
+    """
+    each = [
+        by_conversation(flag[None], [row], around_mean)[0].astype(float)
+        for flag, row in zip(flags, rows, strict=True)
+    ]
+    most = max(map(len, each))
+    table = np.empty((len(each), most))
+    for place, values in enumerate(each):
+        mean = values.mean()
+        table[place] = mean
+        table[place, : len(values)] += (values - mean) * (most / len(values))
+    return table
 
 
 def _measured(cell: FinishedCell, measure: Measure) -> list[float] | None:

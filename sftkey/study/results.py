@@ -89,9 +89,10 @@ class ThinkingFigures(Figures):
 
 
 class Bucket(Figures):
-    """A quarter of the questions, by a measure of their reference.
+    """About a quarter of the questions, by a measure of their reference.
 
-    `gain` is the difference to the control on them.
+    `num_questions` are those of a seed, the mean where seeds differ. `gain` is the difference to
+    the control on them.
     """
 
     low: float

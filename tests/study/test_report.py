@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sftkey.evaluation.judge import JudgeFigures
-from sftkey.study.report import chosen, draw_pictures, report, said, table, thinking, warnings
+from sftkey.study.pictures import draw_pictures
+from sftkey.study.report import chosen, report, said, table, thinking, warnings
 from sftkey.study.results import (
     ArmFigures,
     Detectable,
@@ -282,7 +283,7 @@ def test_without_matplotlib_there_are_no_pictures(
         monkeypatch.setitem(sys.modules, name, None)
     cells = made_cells(num_questions=40)
     results = summarize([FinishedCell.model_validate(each) for each in cells], "sft_tag")
-    files = draw_pictures(tmp_path, results)
+    files = draw_pictures(tmp_path, results, {})
     assert (files, list(tmp_path.iterdir())) == ([], [])
     assert (
         'No pictures: matplotlib isn\'t installed (`python -m pip install "sftkey[plots]"`, then '

@@ -8,19 +8,30 @@ from typing import Any
 
 import pytest
 
-from sftkey.study.report import draw_pictures
+from sftkey.recipe.loss_on import loss_weights
+from sftkey.study.pictures import draw_pictures, stage_weights
 from sftkey.study.results import FinishedCell, StudyResults
+from sftkey.study.schema import load_study
 from sftkey.study.summary import summarize
-from tests.support.cells import cell, made_cells
+from tests.support.cells import answered, cell, made_cells
 
 pytest.importorskip("matplotlib")
 NAMES = ["accuracy.png", "gain.png", "shares.png"]
 BLACK = "#000000"
+ROOT = Path(__file__).parents[2]
 
 
 def summed(cells: Sequence[dict[str, Any]]) -> StudyResults:
     """Summarize made cells, whose control is `sft_tag`."""
     return summarize([FinishedCell.model_validate(each) for each in cells], "sft_tag")
+
+
+def drawn(folder: Path, results: StudyResults) -> list[str]:
+    """Draw the pictures of arms whose last stage is the key's, or a completion's."""
+    losses = {"completion": "completion", "again": "completion", "key": "key"}
+    weights = {stage: loss_weights(loss_on) for stage, loss_on in losses.items()}
+    known = {(arm.task, arm.name): weights for arm in results.arms}
+    return draw_pictures(folder, results, known)
 
 
 def two_tasks(**more: Any) -> StudyResults:
@@ -87,7 +98,7 @@ def rows(pane: Any) -> dict[str, set[str]]:
 def test_three_pictures_are_drawn_that_are_not_blank(num_tasks: int, tmp_path: Path) -> None:
     """Each task has a pane of its own in each of them, side by side."""
     results = two_tasks() if num_tasks == 2 else summed(made_cells(num_questions=40))
-    assert draw_pictures(tmp_path, results) == NAMES
+    assert drawn(tmp_path, results) == NAMES
     assert sorted(file.name for file in tmp_path.iterdir()) == NAMES
     for name in NAMES:
         assert min(inked(tmp_path / name, num_tasks)) > 0.01
@@ -109,9 +120,9 @@ def test_a_blank_pane_is_told_from_ink(tmp_path: Path) -> None:
 def test_nothing_is_drawn_of_which_nothing_is_known(tmp_path: Path) -> None:
     """Without lengths or a control there is no gain, without losses there are no shares."""
     unmeasured = made_cells(num_questions=40, reference_tokens={}, validation={})
-    assert draw_pictures(tmp_path, summed(unmeasured)) == ["accuracy.png"]
+    assert drawn(tmp_path, summed(unmeasured)) == ["accuracy.png"]
     alone = [cell([True, False] * 20)]
-    assert draw_pictures(tmp_path, summed(alone)) == ["accuracy.png", "shares.png"]
+    assert drawn(tmp_path, summed(alone)) == ["accuracy.png", "shares.png"]
 
 
 def test_a_task_of_which_nothing_is_known_has_an_empty_pane(
@@ -119,7 +130,7 @@ def test_a_task_of_which_nothing_is_known_has_an_empty_pane(
 ) -> None:
     """The other task's picture is drawn nevertheless."""
     cells = made_cells(num_questions=40, task="sums", reference_tokens={}, validation={})
-    draw_pictures(tmp_path, summed([*made_cells(num_questions=40), *cells]))
+    drawn(tmp_path, summed([*made_cells(num_questions=40), *cells]))
     assert list(figures) == NAMES
     assert [pane.has_data() for pane in figures["accuracy.png"].axes] == [True, True]
     for name in NAMES[1:]:
@@ -131,7 +142,7 @@ def test_arms_keep_their_colours_and_the_control_is_black(
     figures: dict[str, Any], tmp_path: Path
 ) -> None:
     """Whatever the picture, and though a task lacks an arm; base is grey, a colour no arm has."""
-    draw_pictures(tmp_path, two_tasks())
+    drawn(tmp_path, two_tasks())
     orders, sums = map(rows, figures["accuracy.png"].axes)
     gains = [colours(pane) for pane in figures["gain.png"].axes]
     first, second = {"#0072b2", "D"}, {"#e69f00", "^"}
@@ -151,7 +162,7 @@ def test_arms_keep_their_colours_and_the_control_is_black(
 def test_accuracy_is_drawn_where_it_is(figures: dict[str, Any], tmp_path: Path) -> None:
     """Each row has its mean, interval and seeds; the control's interval is shaded."""
     results = two_tasks()
-    draw_pictures(tmp_path, results)
+    draw_pictures(tmp_path, results, {})
     pane = figures["accuracy.png"].axes[0]
     arms = [arm for arm in results.arms if arm.task == "orders"]
     assert [label.get_text() for label in pane.get_yticklabels()] == [
@@ -170,7 +181,7 @@ def test_accuracy_is_drawn_where_it_is(figures: dict[str, Any], tmp_path: Path) 
 def test_gains_are_drawn_in_points(figures: dict[str, Any], tmp_path: Path) -> None:
     """Each arm has its four gains and their intervals; the quarters' ends stand below."""
     results = two_tasks()
-    draw_pictures(tmp_path, results)
+    drawn(tmp_path, results)
     pane = figures["gain.png"].axes[1]
     (arm,) = [arm for arm in results.arms if (arm.task, arm.name) == ("sums", "sft_twice")]
     (gains,) = [list(line.get_ydata()) for line in pane.get_lines() if len(line.get_ydata()) == 4]
@@ -179,13 +190,18 @@ def test_gains_are_drawn_in_points(figures: dict[str, Any], tmp_path: Path) -> N
     for bucket in arm.by_ratio:
         assert [100 * end for end in bucket.gain_interval or ()] in intervals
     names = [label.get_text() for label in pane.get_xticklabels()]
-    assert names == ["2.5 to 2.88", "2.88 to 3.25", "3.25 to 3.75", "3.88 to 4.38"]
+    assert names == [
+        "2.5 to 2.75\nn 9",
+        "2.88 to 3.25\nn 12",
+        "3.38 to 3.75\nn 9",
+        "3.88 to 4.38\nn 10",
+    ]
 
 
 def test_shares_are_drawn_once_each_and_fill_a_bar(figures: dict[str, Any], tmp_path: Path) -> None:
     """The stage that three arms begin with is one bar; pieces of a bar lie end to end."""
     norms = {"completion": {"thinking": 3.0, "answer_tag": 0.5, "answer": 1.0, "end": 0.5}}
-    draw_pictures(tmp_path, summed(made_cells(num_questions=40, gradient_norm=norms)))
+    drawn(tmp_path, summed(made_cells(num_questions=40, gradient_norm=norms)))
     (pane,) = figures["shares.png"].axes
     names = [label.get_text() for label in pane.get_yticklabels()]
     assert names == [
@@ -201,3 +217,67 @@ def test_shares_are_drawn_once_each_and_fill_a_bar(figures: dict[str, Any], tmp_
         assert ends[-1] == pytest.approx(1.0)
     gradient = [p.get_width() for p in pane.patches if p.get_y() < 2 < p.get_y() + p.get_height()]
     assert gradient == pytest.approx([0.6, 0.1, 0.2, 0.1])
+    key = [p.get_width() for p in pane.patches if p.get_y() < 1 < p.get_y() + p.get_height()]
+    assert key[0] == 0.0  # a key stage trains on no thinking
+    assert sum(key) == pytest.approx(1.0)
+
+
+def test_equal_measures_are_never_parted(figures: dict[str, Any], tmp_path: Path) -> None:
+    """Where half of the questions have one ratio there are fewer parts, named by what is in them.
+
+    Seeds whose questions differ have different numbers in a part; the mean gain stays that of each
+    seed's own questions.
+    """
+    cells = made_cells({"sft_tag": 0.0, "sftkey": 0.1}, num_questions=40)
+    for each in cells:
+        low = 10 + each["seed"]
+        ratios = [3] * low + [7] * (30 - low) + [9] * 10
+        each["reference_tokens"] = {"thinking": ratios, "key": [4] * 40}
+        each["questions_sha256"] = str(each["seed"])
+    results = summed(cells)
+    drawn(tmp_path, results)
+    names = [
+        label.get_text().split("\n")[0] for label in figures["gain.png"].axes[0].get_xticklabels()
+    ]
+    assert names == ["0.75", "1.75", "2.25"]
+    (arm,) = [arm for arm in results.arms if arm.name == "sftkey"]
+    for bucket, (start, stop) in zip(arm.by_ratio, [(0, 10), (10, 30), (30, 40)], strict=True):
+        gains = []
+        for mine in (each for each in cells if each["arm"] == "sftkey"):
+            (other,) = (e for e in cells if (e["arm"], e["seed"]) == ("sft_tag", mine["seed"]))
+            ends = [n + mine["seed"] * (n == 10) for n in (start, stop)]
+            right, before = (
+                [question["correct"] for question in each["questions"][slice(*ends)]]
+                for each in (mine, other)
+            )
+            gains.append((sum(right) - sum(before)) / len(right))
+        assert bucket.gain == pytest.approx(sum(gains) / len(gains))
+
+
+def test_a_base_that_is_far_away_takes_no_width(figures: dict[str, Any], tmp_path: Path) -> None:
+    """It stands as an arrow at the border, with its figure; one that is near is drawn."""
+    nothing, fifth = answered([False] * 40), answered([n % 5 != 1 for n in range(40)])
+    far = [cell([n % 10 != seed for n in range(40)], seed=seed, base=nothing) for seed in (1, 2)]
+    drawn(tmp_path, summed(far))
+    pane = figures["accuracy.png"].axes[0]
+    assert pane.get_xlim()[0] > 0.5
+    assert "0.000, outside the picture" in [text.get_text() for text in pane.texts]
+    near = [cell([n % 10 != 1 for n in range(40)], base=fifth)]
+    drawn(tmp_path, summed(near))
+    assert not any("outside" in text.get_text() for text in figures["accuracy.png"].axes[0].texts)
+
+
+def test_the_weights_are_those_of_the_arms_recipe(tmp_path: Path) -> None:
+    """Of each stage of an arm; of the base and of another task's arms nothing is known."""
+    study = load_study(ROOT / "recipes" / "smollm2-135m" / "study-orders.yaml")
+    (task,) = [Path(recipe).stem for recipe in study.recipes]
+    arms = {arm.name: arm for arm in two_tasks().arms if arm.task == "orders"}
+    found = {
+        name: stage_weights(
+            study, ROOT / "recipes" / "smollm2-135m", arm.model_copy(update={"task": task})
+        )
+        for name, arm in arms.items()
+    }
+    assert found["base"] == {}
+    assert found["sftkey"] == {"completion": loss_weights("completion"), "key": loss_weights("key")}
+    assert stage_weights(study, tmp_path, arms["sftkey"].model_copy(update={"task": "sums"})) == {}

@@ -1,0 +1,253 @@
+"""A study's pictures: accuracy, gain by the length of the reasoning, and what stages train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sftkey.recipe.loss_on import loss_weights
+from sftkey.study.results import ArmFigures, StudyResults
+from sftkey.study.schema import Study, arm_recipe
+
+BLACK = "#000000"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+MARKERS = "D^vPX*<>p"  # "s" is the control's and "o" the base model's
+SEGMENTS = ("thinking", "answer_tag", "answer", "end")
+Draw = Callable[[Any, StudyResults, str], bool]
+
+
+def draw_pictures(
+    folder: Path, results: StudyResults, weights: Mapping[tuple[str, str], StageWeights]
+) -> list[str]:
+    """Draw accuracy, gain and shares into a folder, and return the names of the files.
+
+    A picture of which nothing is known is left out; without matplotlib all are.
+
+    Args:
+        folder: Where they go.
+        results: The study's.
+        weights: Of each task and arm, what `stage_weights` returns.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    files = []
+    bars = {task: _bars(_arms(results, task), weights) for task in results.tasks}
+    num_arms = max(len(_arms(results, task)) for task in results.tasks)
+    pictures: list[tuple[str, Draw, float, int]] = [
+        ("accuracy", _accuracy, 0.42, num_arms),
+        ("gain", _gain, 0.0, 0),
+        ("shares", partial(_shares, bars), 0.32, max(map(len, bars.values()))),
+    ]
+    for name, draw, height, rows in pictures:
+        size = (6.4 * len(results.tasks), max(3.6, 1.6 + height * rows))
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        panes = figure.subplots(1, len(results.tasks), squeeze=False)[0]
+        drawn = [draw(pane, results, task) for pane, task in zip(panes, results.tasks, strict=True)]
+        if any(drawn):
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+            files.append(f"{name}.png")
+    return files
+
+
+def _arms(results: StudyResults, task: str) -> list[ArmFigures]:
+    return [arm for arm in results.arms if arm.task == task]
+
+
+def _looks(results: StudyResults, arm: str) -> tuple[str, str]:
+    """Return an arm's colour and marker, the same in every picture; the control is black."""
+    if arm == results.control:
+        return BLACK, "s"
+    names = list(dict.fromkeys(each.name for each in results.arms))
+    place = [name for name in names if name not in ("base", results.control)].index(arm)
+    return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+
+
+def _bare(pane: Any, title: str) -> None:
+    pane.set_title(title, loc="left", fontsize=11)
+    pane.spines[["top", "right"]].set_visible(False)
+
+
+def _accuracy(pane: Any, results: StudyResults, task: str) -> bool:
+    """Draw a row for each arm: its mean and interval, and each seed as a small ring.
+
+    A base model that lies farther from the arms than they lie apart would leave them no width: an
+    arrow at the border says where it is.
+    """
+    arms = _arms(results, task)[::-1]
+    left, right = _width(arms)
+    pane.set_xlim(left, right)
+    for place, arm in enumerate(arms):
+        colour, marker = ("#777777", "o") if not arm.stages else _looks(results, arm.name)
+        low, high = arm.acc_interval
+        if not left <= arm.acc <= right:
+            below = arm.acc < left
+            pane.plot(
+                left if below else right, place, "<" if below else ">", color=colour, clip_on=False
+            )
+            pane.annotate(
+                f"{arm.acc:.3f}, outside the picture",
+                (left if below else right, place),
+                (8 if below else -8, 0),
+                textcoords="offset points",
+                ha="left" if below else "right",
+                va="center",
+            )
+            continue
+        pane.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+        pane.plot(arm.acc, place, marker, color=colour, markersize=9)
+        pane.annotate(
+            f"{arm.acc:.3f}", (arm.acc, place), (0, 8), textcoords="offset points", ha="center"
+        )
+        for seed in arm.seeds if len(arm.seeds) > 1 else ():
+            pane.plot(seed.acc, place - 0.22, "o", mfc="none", color=colour, markersize=4)
+        if arm.name == results.control:
+            pane.axvspan(low, high, color="#dddddd", alpha=0.6, linewidth=0, zorder=0)
+    pane.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    pane.set_ylim(-0.6, len(arms) - 0.3)
+    pane.set_xlabel("accuracy, 95% interval over seeds and questions\nrings: single seeds")
+    _bare(pane, f"{task}: accuracy (grey: interval of {results.control})")
+    return bool(arms)
+
+
+def _width(arms: Sequence[ArmFigures]) -> tuple[float, float]:
+    """Return the ends of the axis: all that is drawn of the trained arms, and of a near base."""
+    spans = {
+        arm.name: (
+            min(arm.acc_interval[0], *(seed.acc for seed in arm.seeds)),
+            max(arm.acc_interval[1], *(seed.acc for seed in arm.seeds)),
+        )
+        for arm in arms
+    }
+    trained = [spans[arm.name] for arm in arms if arm.stages] or list(spans.values())
+    low, high = min(span[0] for span in trained), max(span[1] for span in trained)
+    apart = max(high - low, 0.02)
+    for arm in arms:
+        first, last = spans[arm.name]
+        if last >= low - apart and first <= high + apart:
+            low, high = min(low, first), max(high, last)
+    margin = 0.06 * max(high - low, 0.02)
+    return low - margin, high + margin
+
+
+def _gain(pane: Any, results: StudyResults, task: str) -> bool:
+    """Draw each arm's gain on the control, by parts of the thinking/key ratio."""
+    arms = [
+        arm for arm in _arms(results, task) if arm.by_ratio and arm.by_ratio[0].gain is not None
+    ]
+    for place, arm in enumerate(arms):
+        colour, marker = _looks(results, arm.name)
+        at = [
+            number + 0.7 * ((place + 0.5) / len(arms) - 0.5) for number in range(len(arm.by_ratio))
+        ]
+        gains = [100 * (bucket.gain or 0.0) for bucket in arm.by_ratio]
+        ends = [[100 * end for end in bucket.gain_interval or (0, 0)] for bucket in arm.by_ratio]
+        for x, (low, high) in zip(at, ends, strict=True):
+            pane.plot([x, x], [low, high], color=colour, linewidth=2)
+        pane.plot(at, gains, marker, color=colour, markersize=7, label=arm.name)
+    if not arms:
+        pane.set_axis_off()
+        return False
+    names = [
+        f"{_ends(bucket.low, bucket.high)}\nn {bucket.num_questions}" for bucket in arms[0].by_ratio
+    ]
+    pane.set_xticks(range(len(names)), names)
+    for border in range(1, len(names)):
+        pane.axvline(border - 0.5, color="#dddddd", linewidth=1, zorder=0)
+    pane.axhline(0, color=BLACK, linewidth=1)
+    pane.set_xlabel("tokens of the reference's thinking for each of its key\nn: questions a seed")
+    pane.set_ylabel(f"points more than {results.control}")
+    pane.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _bare(pane, f"{task}: gain by thinking/key ratio")
+    return True
+
+
+def _ends(low: float, high: float) -> str:
+    """Write two ends with as many digits as tell them apart; one value where they are one.
+
+    >>> _ends(1.75, 1.75), _ends(1.5, 2.0), _ends(1.7481, 1.7519)
+    ('1.75', '1.5 to 2', '1.748 to 1.752')
+    """
+    if low == high:
+        return f"{low:.3g}"
+    digits = next(n for n in range(3, 18) if f"{low:.{n}g}" != f"{high:.{n}g}")
+    return f"{low:.{digits}g} to {high:.{digits}g}"
+
+
+StageWeights = Mapping[str, Mapping[str, float]]  # by stage: each segment's weight in the loss
+
+
+def stage_weights(study: Study, folder: Path, arm: ArmFigures) -> StageWeights:
+    """Return the weight of each segment in the losses of an arm's stages.
+
+    Args:
+        study: The study.
+        folder: That of its file, from which its recipes are named.
+        arm: One of its results.
+
+    Raises:
+        RecipeError: A recipe of the study can't be read.
+    """
+    files = [folder / recipe for recipe in study.recipes]
+    file = next((file for file in files if file.stem == arm.task), None)
+    if file is None or arm.name not in study.arms:
+        return {}
+    picked = [arm.chosen.get(stage, {}) for stage in arm.stages]
+    recipe = arm_recipe(study, file, arm.name, study.seeds[0], picked)
+    return {stage.name: loss_weights(stage.loss_on) for stage in recipe.stages}
+
+
+Bar = tuple[str, dict[str, float]]
+
+
+def _bars(arms: Sequence[ArmFigures], weights: Mapping[tuple[str, str], StageWeights]) -> list[Bar]:
+    """Return the bars of loss and gradient: what each stage of each arm trains on.
+
+    Arms that share a stage have its very figures: one bar is enough.
+    """
+    unique: dict[str, Bar] = {}
+    for arm in arms:
+        for stage in arm.stages:
+            by_segment = weights.get((arm.task, arm.name), {}).get(stage, {})
+            for what, found in (("loss", arm.loss_share), ("gradient", arm.gradient_share)):
+                shares = _trained(found.get(stage, {}), by_segment)
+                if shares:
+                    figures = f"{stage}, {what} {sorted(shares.items())}"
+                    unique.setdefault(figures, (f"{arm.name}: {stage}, {what}", shares))
+    return list(unique.values())
+
+
+def _trained(shares: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the shares that segments have of a stage's own sum, from those of the completion."""
+    parts = {name: share * weights.get(name, 0.0) for name, share in shares.items()}
+    whole = sum(parts.values())
+    return {name: part / whole for name, part in parts.items() if part} if whole else {}
+
+
+def _shares(bars: Mapping[str, Sequence[Bar]], pane: Any, results: StudyResults, task: str) -> bool:
+    """Draw stacked bars: what a stage's loss and gradient are made of when it begins."""
+    drawn = bars[task][::-1]
+    if not drawn:
+        pane.set_axis_off()
+        return False
+    for place, (_, found) in enumerate(drawn):
+        left = 0.0
+        for segment, colour in zip(SEGMENTS, COLOURS, strict=False):
+            share = found.get(segment, 0.0)
+            label = segment.replace("_", " ") if place == len(drawn) - 1 else None
+            pane.barh(place, share, left=left, color=colour, label=label, edgecolor="white")
+            if share >= 0.08:
+                middle = left + share / 2
+                pane.text(middle, place, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            left += share
+    pane.set_yticks(range(len(drawn)), [name for name, _ in drawn], fontsize=8)
+    pane.set_xlim(0, 1)
+    pane.set_xlabel("share of what the stage trains on, as it begins")
+    pane.legend(frameon=False, fontsize=9, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.18))
+    _bare(pane, f"{task}: loss and gradient by segment, weights counted")
+    return True
