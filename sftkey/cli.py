@@ -13,9 +13,17 @@ import typer
 
 from sftkey import __version__
 from sftkey.commands.examples import epilog
+from sftkey.commands.options import (
+    GPU,
+    Alpha,
+    AsJSON,
+    Overrides,
+    RecipeArgument,
+    recipe_file,
+    recipe_names,
+)
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.errors import Told
-from sftkey.recipe.collection import find_recipe, short_names
 
 app = typer.Typer(
     help="Fine-tune a language model so that its final answer is right.",
@@ -26,43 +34,9 @@ app = typer.Typer(
 )
 
 
-def _recipe_file(target: Path | None) -> Path | None:
-    return target and find_recipe(target)
-
-
-def _recipe_names(incomplete: str) -> list[str]:
-    return [name for name in short_names() if name.startswith(incomplete)]
-
-
-RecipeArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A recipe's YAML file, or a name of `sftkey ls`.",
-        callback=_recipe_file,
-        autocompletion=_recipe_names,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes: trainer.learning_rate=1e-4, for one."),
-]
 INTERRUPTED = 130  # what Ctrl-C ends a process with, where no run has said what it kept
 GOING_ON = ("train", "evaluate", "study")  # what these have done lies in their folders
 ANEW = "nothing was kept, and the same command starts anew"
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-GPU = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        metavar="SIZE",
-        help="Plan the memory on a GPU of this size: 24GB (as on a card's label, so 24 GiB).",
-    ),
-]
-Alpha = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, help="Score = alpha * Acc + (1 - alpha) * Fmt."),
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -160,8 +134,8 @@ def adapt(
         typer.Option(
             metavar="RECIPE",
             help="Take data, stages and settings from this recipe.",
-            callback=_recipe_file,
-            autocompletion=_recipe_names,
+            callback=recipe_file,
+            autocompletion=recipe_names,
         ),
     ] = None,
     data: Annotated[
@@ -254,7 +228,7 @@ def diagnose(
         typer.Argument(
             metavar="RECIPE|RUN|MODEL",
             help="A recipe's file or name, a run's folder, or a model.",
-            autocompletion=_recipe_names,
+            autocompletion=recipe_names,
         ),
     ],
     overrides: Overrides = None,
@@ -395,8 +369,8 @@ def prompts(
         typer.Argument(
             metavar="TARGET",
             help="A recipe's file or name, or a run's folder.",
-            callback=_recipe_file,
-            autocompletion=_recipe_names,
+            callback=recipe_file,
+            autocompletion=recipe_names,
         ),
     ],
     overrides: Overrides = None,

@@ -36,6 +36,7 @@ EXAMPLES = {
         'sftkey generate runs/mine "What is 2 + 3?"',
         'sftkey generate runs/mine "What is 2 + 3?" --stage base --json',
     ),
+    "errors": ("sftkey errors runs/mine", "sftkey errors runs/mine --kind unparsed --json"),
     "merge": ("sftkey merge runs/mine -o mine-merged",),
     "export": (
         "sftkey export runs/mine --to vllm -o mine-vllm",

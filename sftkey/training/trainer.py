@@ -26,6 +26,7 @@ from sftkey.recipe.schema import KEY_BATCH_TOKENS, LossOn
 from sftkey.training.answers import sharded
 from sftkey.training.key_batches import KeyBatch, pass_ends
 from sftkey.training.losses import Context, add_token_losses, joint_losses, token_losses
+from sftkey.training.sums import row_sums, segment_means, segment_sums
 from sftkey.training.weighting import find_weighting
 
 
@@ -117,8 +118,7 @@ class KeyTrainer(SFTTrainer):
         # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         self.segment_weights = weights_by_segment(annealed(loss_on, anneal))  # at the end
-        self._first_weights = weights_by_segment(loss_on)
-        self._step_weights = self._first_weights
+        self._first_weights = self._step_weights = weights_by_segment(loss_on)
         self.context, self.loss, self._weighting = context, loss, find_weighting(loss)
         self.key_batch_tokens, self._window = key_batch_tokens, torch.zeros(0)
         self.row_losses: list[float] = []  # the stage's own, of each validation row
@@ -431,35 +431,3 @@ def _restore(model: torch.nn.Module, exact: Mapping[str, torch.Tensor]) -> None:
 def _trained(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the segments `(B, T - 1)` of a batch's trained tokens, -1 for all others."""
     return batch["segment_ids"][:, 1:].masked_fill(batch["loss_weights"][:, 1:] == 0, PADDING)
-
-
-def segment_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sum losses and count tokens by segment.
-
-    Args:
-        losses: `(B, T)`, nats.
-        segment_ids: `(B, T)`; `PADDING` where a token doesn't count.
-
-    Returns:
-        `(2, 5)`: for each `Segment` the sum of its losses, and its number of tokens.
-
-    >>> segment_sums(torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[3, 3, -1]]))[:, Segment.ANSWER]
-    tensor([2., 2.])
-    """
-    return row_sums(losses, segment_ids).sum(0)
-
-
-def row_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sum losses and count tokens by segment, as `segment_sums`, of each row: `(B, 2, 5)`."""
-    member = torch.nn.functional.one_hot((segment_ids + 1).long(), len(Segment) + 1)[..., 1:]
-    member = member.to(losses.dtype if losses.dtype == torch.float64 else torch.float32)
-    return torch.stack([(losses[..., None] * member).sum(1), member.sum(1)], dim=1)
-
-
-def segment_means(sums: torch.Tensor) -> dict[str, float]:
-    """Name the mean loss of each segment that has tokens, from `segment_sums`."""
-    return {
-        segment.name.lower(): (sums[0, segment] / sums[1, segment]).item()
-        for segment in Segment
-        if sums[1, segment] > 0
-    }

@@ -130,12 +130,13 @@ def test_a_stage_that_ended_worse_is_said_behind_the_table(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The last line that a person reads."""
+    """Below the table, before what comes next."""
     stages = {"one": SimpleNamespace(name="one", worse=None), "two": SimpleNamespace(name="two")}
     stages["two"].worse = "its validation loss ended above its start"
     run = SimpleNamespace(stages=stages)
     monkeypatch.setattr("sftkey.pipeline.train_recipe", lambda *args, **kwargs: run)
     monkeypatch.setattr("sftkey.commands.evaluate.print_table", lambda run: None)
+    monkeypatch.setattr(train_command, "what_next", lambda run: [])
     train_command.train(tiny_recipe())
     said = capsys.readouterr().err.splitlines()
     assert said == ["WARNING: two: its validation loss ended above its start"]
