@@ -23,6 +23,7 @@ from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.memory_plan.held import read_skeleton
 from sftkey.memory_plan.plan import make_plan, size_bytes
+from sftkey.models.device import has_cuda
 from sftkey.models.facts import read_facts
 from sftkey.recipe.collection import short_name
 from sftkey.recipe.load import changed_keys, load_recipe
@@ -99,6 +100,7 @@ def _shown(values: Any, path: str) -> str:
 NUM_PROOF_ROWS = 2000
 MADE = Example("What is 3 times 4?", "3 times 4 is 12.", "12", 0)
 SEED = 42
+NO_CUDA = "no CUDA here, so the weights stay unquantized; --gpu 24GB writes for a GPU elsewhere"
 
 
 @dataclass(frozen=True)
@@ -157,16 +159,19 @@ def adapt(
     if data is not None and data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
         lengths = measure(data.examples, renderer, facts.most_tokens, thinking)
-    choices = Choices(facts, choice, data, lengths, other, named, source, seed, path)
+    cuda = bool(gpu) or has_cuda()
+    choices = Choices(
+        facts, choice, data, lengths, other, named, source, seed, path, gpu, cuda=cuda
+    )
     text = write_recipe(head(choices), sections(choices))
     recipe = _read(text)
     if gpu:
         stages = make_plan(recipe, read_skeleton(facts.section), gpu_bytes).stages
         most = min(stage.most_rows for stage in stages)
-        choices = replace(choices, gpu=gpu, most_rows=most)
+        choices = replace(choices, most_rows=most)
         text = write_recipe(head(choices), sections(choices))
         recipe = _read(text)
-    notes = data.notes if data else []
+    notes = [*(data.notes if data else []), *([NO_CUDA] if choices.stays_whole else [])]
     if data is not None and data.own:
         notes = [*own_notes(Response.from_section(choice.section)), *notes]
     if renderer is None:

@@ -36,6 +36,7 @@ class Choices:
         path: Where the recipe will lie.
         gpu: The size of the GPU's memory, as the user wrote it; None: unknown.
         most_rows: How many rows fit it at once, by the plan.
+        cuda: The recipe is for a GPU that has CUDA: the user's, or this machine's.
     """
 
     facts: ModelFacts
@@ -49,6 +50,7 @@ class Choices:
     path: Path
     gpu: str | None = None
     most_rows: int = 1
+    cuda: bool = True
 
     @property
     def as_other(self) -> str:
@@ -64,6 +66,11 @@ class Choices:
     def full(self) -> bool:
         """All weights are trained, as in the other recipe."""
         return self.other is not None and self.other.lora is None
+
+    @property
+    def stays_whole(self) -> bool:
+        """The weights aren't quantized for want of CUDA: elsewhere NF4 is slow, or refused."""
+        return not (self.full or self.facts.quantized or self.cuda)
 
     @property
     def name(self) -> str:
@@ -155,8 +162,13 @@ def _model(choices: Choices) -> Iterator[Line]:
         yield Line("quantization", "none", "all weights are trained")
     elif facts.quantized:
         yield Line("quantization", "none", f"the weights come quantized already: {facts.quantized}")
+    elif choices.stays_whole:
+        yield Line(
+            "quantization", "none", "no CUDA where this was written; nf4 where memory is short"
+        )
     else:
-        yield Line("quantization", "nf4", "for a GPU of unknown size; none where there is room")
+        size = choices.gpu or "a GPU of unknown size"
+        yield Line("quantization", "nf4", f"for {size}; none where there is room")
     why = "" if facts.attention == "sdpa" else "this architecture has no sdpa"
     yield Line("attn_implementation", facts.attention, why)
     if template := frame.undecided.get("model.chat_template"):

@@ -87,6 +87,11 @@ def choose_device(
     return Device(kind, index, compute_dtype)
 
 
+def has_cuda() -> bool:
+    """Tell whether this machine has a GPU with CUDA, the one kind on which NF4 is quick."""
+    return torch.cuda.is_available()
+
+
 def launched_with(what: str, env: Mapping[str, str] = os.environ) -> bool:
     """Tell whether the launcher says `CPU`, `FSDP` or `DEEPSPEED` to its processes."""
     return env.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")

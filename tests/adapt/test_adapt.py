@@ -28,8 +28,9 @@ from tests.support.tokenizers import CHATML, made
 
 @pytest.fixture(autouse=True)
 def short_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prove on fewer rows than users get."""
+    """Prove on fewer rows than users get, and write for a machine that has CUDA."""
     monkeypatch.setattr(planning_adapt, "NUM_PROOF_ROWS", 100)
+    monkeypatch.setattr(planning_adapt, "has_cuda", lambda: True)
 
 
 @pytest.fixture
@@ -410,6 +411,19 @@ def test_without_a_file_the_recipe_goes_to_stdout(
     assert captured.out == WHOLE.replace("q.yaml", "recipe.yaml")
     assert captured.err.startswith("masks proven on 100 hard rows: ")
     assert list(here.glob("*.yaml")) == []
+
+
+def test_without_cuda_no_nf4_is_proposed(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe says why and what else there is, and so does the terminal."""
+    monkeypatch.setattr(planning_adapt, "has_cuda", lambda: False)
+    recipe = written(made("look_ahead", CHATML), ["</s>"])
+    assert recipe.model.quantization == "none"
+    assert "# no CUDA where this was written; nf4 where" in Path("q.yaml").read_text()
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "no CUDA here, so the weights stay unquantized; --gpu 24GB writes for a GPU elsewhere"
+    )
 
 
 def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -387,13 +387,17 @@ def test_check_plans_beside_the_rows(
     )
 
 
-def test_adapt_takes_the_rows_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """As many at once as the GPU holds, and the rest accumulated."""
+def test_adapt_takes_the_rows_that_fit(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at once as the GPU holds, and the rest accumulated; in NF4, without CUDA here too."""
+    monkeypatch.setattr("sftkey.adapt.adapt.has_cuda", lambda: False)
     big = {k: v for k, v in QWEN3_8B.items() if k not in ("vocab_size", "model_type")}
     model = model_folder(tmp_path / "m", tiny_tokenizer, ["<|im_end|>"], **big)
     rows = write_rows(tmp_path / "rows.jsonl", sums(30))
     for gpu, at_once, why in (("5.5GB", 4, "5 fit 5.5GB"), ("4GB", 1, "not even one fits 4GB")):
         adapted = adapt(model, tmp_path / "recipe.yaml", None, rows, gpu)
+        assert f"nf4               # for {gpu}; none where there is room" in adapted.text
         trainer = adapted.recipe.trainer
         assert trainer["per_device_train_batch_size"] == at_once
         assert trainer["gradient_accumulation_steps"] == 16 // at_once
