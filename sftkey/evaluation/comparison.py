@@ -18,6 +18,8 @@ from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, t
 from sftkey.evaluation.thinking_form import form_table
 from sftkey.tables import FittedTable
 
+MOST_UNREAD = 0.05  # of the base's answers: with more, a difference may be that of the tags alone
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -182,6 +184,7 @@ def sentences(comparison: Comparison) -> list[str]:
             "An interval counts the chance in the questions; another seed, or other data, may give "
             "another difference."
         )
+    said += _untagged(comparison.rows)
     said += _judged(comparison.rows)
     said += _clustered(comparison.rows)
     if len(comparison.rows) == 1:
@@ -232,18 +235,47 @@ def _asked(asked: Difference | StageResult) -> str:
 
 
 def _difference(before: StageRow, result: StageResult, name: str) -> Difference | None:
-    """Pair two results by their questions; None where these aren't the same ones."""
+    """Pair two results by their questions; None where these aren't the same ones, or aren't read.
+
+    An answer that the base wrote without the tags counts as it reads.
+    """
     if before.result.questions_sha256 != result.questions_sha256:
         return None
-    old = [question.correct for question in before.result.questions]
-    new = [question.correct for question in result.questions]
+    if _mostly_unread(before.result) or _mostly_unread(result):
+        return None
+    old = [question.likely_right for question in before.result.questions]
+    new = [question.likely_right for question in result.questions]
     difference, low, high = difference_with_interval(old, new, result.rows)
     p = two_sided_p(old, new, result.rows)
     num = result.num_conversations
     return Difference(before.name, name, len(old), difference, (low, high), p, p, num)
 
 
+def _mostly_unread(result: StageResult) -> bool:
+    unread = [question.untagged == "unread" for question in result.questions]
+    return sum(unread) > MOST_UNREAD * len(unread)
+
+
+def _untagged(rows: Iterable[StageRow]) -> Iterator[str]:
+    """Say how the base's answers without tags were read."""
+    for row in rows:
+        read = [each.untagged for each in row.result.questions if each.untagged]
+        if read:
+            counted = "" if _mostly_unread(row.result) else "; differences count these"
+            yield (
+                f"{row.name} wrote {len(read)} of {row.result.num_questions} answers without the "
+                f"tags, which it has never seen: read without them, {read.count('right')} are "
+                f"right and {read.count('unread')} can't be read{counted}."
+            )
+
+
 def _unpaired(before: StageRow, after: StageRow) -> str:
+    for row, other in ((before, after), (after, before)):
+        if _mostly_unread(row.result):
+            return (
+                f"What {other.name} has more right than {row.name} may be its tags alone, so there "
+                "is no difference and no p."
+            )
     return (
         f"{after.name} answered other questions than {before.name}, so they can't be paired: "
         "compare their intervals alone."

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from sftkey.data.response import Response
 from sftkey.errors import Problem
 from sftkey.evaluation.choices import same_choice
 from sftkey.evaluation.formulas import same_formula
 from sftkey.evaluation.numbers import Stated, same_numbers, stated_numbers
 from sftkey.evaluation.statement import cleaned, concluded, normalize, stated, unwrapped
 
+Untagged = Literal["right", "wrong", "unread"]
 MAX_PROBLEMS = 20  # an error names so many rows, and counts the others
 
 
@@ -60,6 +63,24 @@ def grade(answer: str | None, reference: str, grader: str) -> Grade:
         return Grade(False, None)
     right, read = graders[grader](cleaned(answer), cleaned(reference))
     return Grade(right, read)
+
+
+def read_untagged(text: str, reference: str, response: Response, grader: str) -> Untagged:
+    """Grade a text that holds no answer's tag: all of it, or what stands behind the thinking.
+
+    `exact` reads no more than a whole text that is the answer, so prose isn't read.
+
+    >>> response = Response("<T>", "</T>", "<A>", "</A>")
+    >>> read_untagged("3 and 4. The answer is 7.", "7", response, "number")
+    'right'
+    >>> read_untagged("I cannot tell.", "3", response, "number")
+    'unread'
+    """
+    close = response.thinking_close.strip()
+    found = grade(text.rpartition(close)[2] if close else text, reference, grader)
+    if found.right:
+        return "right"
+    return "unread" if found.read is None or grader == "exact" else "wrong"
 
 
 def unreadable(references: Mapping[int, str], grader: str) -> list[int]:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sftkey.data.response import Example, Parsed, QuestionKey, Response
 from sftkey.errors import DataError, Problem, RunError
 from sftkey.evaluation.conversations import num_conversations, share_interval
-from sftkey.evaluation.grading import grade, shortened
+from sftkey.evaluation.grading import Untagged, grade, read_untagged, shortened
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import score_of
 from sftkey.evaluation.thinking import follow_thinkings, judge_thinkings, thinking_hash
@@ -127,7 +127,8 @@ class Question(BaseModel):
 
     `thinking_right` is None where no rule can say, and both of the thinking are in results that
     were written before there were such. `judged` is what the second grader says; None where it
-    wasn't asked or said neither yes nor no.
+    wasn't asked or said neither yes nor no. `untagged` is how an answer of the base model reads
+    that it wrote without the tags, which it has never seen; it isn't counted in `correct`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -143,6 +144,12 @@ class Question(BaseModel):
     follows: Judged[bool] = None  # the answer is what the thinking arrives at
     judged: Judged[bool] = None
     form: Judged[Form] = None  # None in results that were written before forms were told
+    untagged: Judged[Untagged] = None
+
+    @property
+    def likely_right(self) -> bool:
+        """It is right, in the tags or without them."""
+        return self.correct or self.untagged == "right"
 
 
 Q = TypeVar("Q", bound=Sequence[Any])
@@ -179,9 +186,12 @@ class GradedAnswers(NamedTuple):
 
 
 def graded(
-    answers: GradedAnswers, response: Response, grader: str, made: bool
+    answers: GradedAnswers, response: Response, grader: str, made: bool, untagged: bool = False
 ) -> tuple[Question, ...]:
-    """Grade answers; the arguments are those of `score`."""
+    """Grade answers; the arguments are those of `score`, but for `untagged`.
+
+    With it an answer that has no tags is read without them, beside its grade.
+    """
     written = [found.thinking for found in answers.parsed]
     grades = [
         grade(found.answer, example.answer, grader)
@@ -202,6 +212,9 @@ def graded(
             follows=follows[place],
             judged=second,
             form=thinking_form(text, found, response),
+            untagged=read_untagged(text, example.answer, response, grader)
+            if untagged and found.answer is None
+            else None,
         )
         for place, (example, generation, text, found, second) in enumerate(
             zip(*answers, strict=True)
@@ -314,7 +327,7 @@ def score(
     flags = judge(in_order, [found.answer for found in parsed]) if judge else None
     second = [(flags or {}).get(example.key) for example in in_order]
     rows = GradedAnswers(in_order, answered, texts, parsed, second)
-    questions = graded(rows, response, grader, made)
+    questions = graded(rows, response, grader, made, untagged=position == 0)
     return StageResult(
         stage=stage,
         position=position,

@@ -379,3 +379,67 @@ def test_results_without_forms_are_compared_without_them() -> None:
     assert comparison.rows[1].thinking.valid is None
     assert comparison.warnings == ()
     assert not any("Rpass@1" in line for line in printed(compare({"demo": [old]})))
+
+
+def untrained(right: range, unread: range, grader: str = "number") -> StageResult:
+    """Make a base that answers a hundred questions in prose."""
+    examples = [Example(f"question {n}", "", str(n), n) for n in range(100)]
+    texts = [
+        "I cannot tell." if n in unread else f"The answer is {n if n in right else -1}."
+        for n in range(100)
+    ]
+    return score(
+        {QuestionKey(n): Generation(text) for n, text in enumerate(texts)},
+        examples,
+        RESPONSE,
+        stage="base",
+        position=0,
+        grader=grader,
+        alpha=0.7,
+    )
+
+
+def test_a_base_that_never_saw_the_tags_is_read_without_them() -> None:
+    """Its Acc stays what it is by the tags; the difference counts what it has right in prose."""
+    base = untrained(range(40), range(98, 100))
+    assert (base.acc, base.num_unparsed) == (0.0, 100)
+    comparison = compare({"demo": [base, COMPLETION]})
+    difference = comparison.rows[1].difference
+    assert difference is not None
+    assert difference.difference == pytest.approx(0.2)
+    assert sentences(comparison)[2] == (
+        "base wrote 100 of 100 answers without the tags, which it has never seen: read without "
+        "them, 40 are right and 2 can't be read; differences count these."
+    )
+
+
+@pytest.mark.parametrize("grader", ["number", "exact"])
+def test_a_base_that_cant_be_read_gets_no_p(grader: str) -> None:
+    """More than one in twenty can't be read: then more right answers may be those of the tags."""
+    unread = range(90, 100) if grader == "number" else range(0)
+    comparison = compare({"demo": [untrained(range(40), unread, grader), COMPLETION]})
+    assert comparison.rows[1].difference is None
+    assert comparison.warnings[0] == (
+        "What completion has more right than base may be its tags alone, so there is no "
+        "difference and no p."
+    )
+    assert "p" not in printed(comparison)[5].split()
+    assert "are right and" in sentences(comparison)[0]
+    assert "differences count" not in sentences(comparison)[0]
+
+
+def test_a_trained_stage_is_read_in_its_tags_alone() -> None:
+    """It has learned them: an answer without is wrong, and nothing else is written down."""
+    stage = untrained(range(40), range(0))
+    again = score(
+        {QuestionKey(n): Generation(f"The answer is {n}.") for n in range(100)},
+        [Example(f"question {n}", "", str(n), n) for n in range(100)],
+        RESPONSE,
+        stage="key",
+        position=1,
+        grader="number",
+        alpha=0.7,
+    )
+    assert all(question.untagged is None for question in again.questions)
+    assert "untagged" not in again.model_dump_json()
+    assert [question.untagged for question in stage.questions][39:41] == ["right", "wrong"]
