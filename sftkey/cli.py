@@ -12,16 +12,19 @@ from typing import Annotated
 import typer
 
 from sftkey import __version__
-from sftkey.commands.examples import epilog
-from sftkey.commands.options import (
+from sftkey.commands.arguments import (
     GPU,
     Alpha,
+    Answering,
     AsJSON,
+    MaxNewTokens,
     Overrides,
     RecipeArgument,
+    RunArgument,
     recipe_file,
     recipe_names,
 )
+from sftkey.commands.examples import epilog
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.errors import Told
 
@@ -32,7 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # its panels cost start-up time and cut long lines in a pipe
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 
 INTERRUPTED = 130  # what Ctrl-C ends a process with, where no run has said what it kept
 GOING_ON = ("train", "evaluate", "study")  # what these have done lies in their folders
@@ -156,7 +158,7 @@ def adapt(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     generations: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Grade what another engine wrote (JSON lines)."),
@@ -267,17 +269,12 @@ def study(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     question: Annotated[
         str | None, typer.Argument(metavar="QUESTION", help="Default: what stands on stdin.")
     ] = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage that answers, or base; default the last."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: the recipe's eval.max_new_tokens.")
-    ] = None,
+    stage: Answering = None,
+    max_new_tokens: MaxNewTokens = None,
     as_json: AsJSON = False,
 ) -> None:
     """Ask what a run has trained one question."""
@@ -287,8 +284,27 @@ def generate(
 
 
 @app.command()
+def chat(
+    run: RunArgument,
+    stage: Answering = None,
+    stages: Annotated[
+        bool,
+        typer.Option("--stages", help="Let base and all stages answer; a model each is held."),
+    ] = False,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="Show the thinkings, not the answers alone.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+) -> None:
+    """Ask what a run has trained one question after another."""
+    from sftkey.commands.chat import chat
+
+    chat(run, stage=stage, stages=stages, thinking=thinking, max_new_tokens=max_new_tokens)
+
+
+@app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")],
     stage: Annotated[
         str | None,
@@ -303,7 +319,7 @@ def merge(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     to: Annotated[
         str,
         typer.Option("--to", metavar="ENGINE", help="gguf, ollama, vllm, vllm-lora or lm-eval."),
@@ -331,7 +347,7 @@ def export(
 
 @app.command()
 def card(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     stage: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The stage that is described; default the last."),
@@ -345,7 +361,7 @@ def card(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
     stage: Annotated[
         str | None,

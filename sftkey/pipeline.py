@@ -6,10 +6,12 @@ Nothing heavy is imported with this module, so that the form of what is asked is
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftkey.activity import activity
 from sftkey.errors import JudgeError, RunError
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import BASE, Ledger, run_recipe, trained_stage
@@ -61,6 +63,7 @@ class TrainedRun:
 
     Args:
         folder: The run folder.
+        keeps_models: Hold the model of each stage that was asked, where there is room for all.
 
     Raises:
         RunError: The folder is no run.
@@ -74,10 +77,11 @@ class TrainedRun:
     False
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, keeps_models: bool = False) -> None:
         self.folder = Path(folder)
         self.recipe: Recipe = run_recipe(self.folder)
-        self._loaded: tuple[int, Any, Any] | None = None
+        self.keeps_models = keeps_models
+        self._loaded: dict[int, tuple[Any, Any]] = {}
 
     @property
     def stages(self) -> dict[str, TrainedStage]:
@@ -101,22 +105,32 @@ class TrainedRun:
         return {each.stage: each for each in read_results(self.folder)}
 
     def ask(
-        self, question: str, stage: str | None = None, max_new_tokens: int | None = None
+        self,
+        question: str,
+        stage: str | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        turns: Sequence[tuple[str, str]] = (),
+        on_text: Callable[[str], None] | None = None,
     ) -> Reply:
         """Let a stage's model answer a question, put as the recipe's data puts it.
 
-        The model is loaded for the first question and kept for the next ones to the same stage.
+        The model is loaded for the first question and kept for the next ones to the same stage;
+        with `keeps_models` beside those of other stages.
 
         Args:
             question: What stands in the data's question column.
             stage: A trained stage, or `base`; default the last one that is trained.
             max_new_tokens: Default the recipe's.
+            turns: Earlier questions of the conversation, each with its answer.
+            on_text: Gets all of the text so far, whenever some has come. Of a frozen stage the
+                thinking comes at once.
 
         Raises:
             SFTKeyError: The stage isn't trained, or its model can't be loaded.
         """
         from sftkey.data.renderer import stop_ids
-        from sftkey.data.sources import num_columns, question_prompt
+        from sftkey.data.sources import chat_prompt, num_columns
         from sftkey.generation.generate import generate
         from sftkey.generation.key_switch import find_switch
 
@@ -130,15 +144,17 @@ class TrainedRun:
         written = generate(
             model,
             renderer.tokenizer,
-            [renderer.prompt_ids(question_prompt(self.recipe.data, question))],
+            [renderer.prompt_ids(chat_prompt(self.recipe.data, turns, question))],
             stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
             max_new_tokens=max_new_tokens or self.recipe.eval.max_new_tokens,
             batch_size=1,
             temperature=self.recipe.eval.temperature,
             seed=self.recipe.seed,
             switch=find_switch(model, renderer) if frozen else None,
+            on_text=on_text and _without(renderer.assistant_prefix, on_text),
         )
-        _, generation = next(written)
+        with activity("answering"):
+            _, generation = next(written)
         parsed = renderer.response.parse(generation.text.removeprefix(renderer.assistant_prefix))
         return Reply(parsed.thinking, parsed.answer, generation.text, bool(generation.stopped))
 
@@ -149,15 +165,27 @@ class TrainedRun:
         from sftkey.models.loading import load_tokenizer
         from sftkey.training.stage_model import load_stage
 
-        if self._loaded is None or self._loaded[0] != number:
-            self._loaded = None  # two models at once may be too much for the device
+        if number not in self._loaded:
+            if not self.keeps_models:  # two at once may be too much for the device
+                self._loaded.clear()
             recipe = self.recipe
             tokenizer = load_tokenizer(recipe.model)
             renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
             device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
             ledger = Ledger(self.folder, recipe, main=False)
-            self._loaded = number, load_stage(recipe, ledger, device, renderer, number), renderer
-        return self._loaded[1:]
+            model = load_stage(recipe, ledger, device, renderer, number)
+            self._loaded[number] = model, renderer
+        return self._loaded[number]
+
+
+def _without(prefix: str, on_text: Callable[[str], None]) -> Callable[[str], None]:
+    """Keep what the chat template writes before the tags from who reads a text as it comes."""
+
+    def passing(text: str) -> None:
+        if not prefix.startswith(text):
+            on_text(text.removeprefix(prefix))
+
+    return passing
 
 
 def open_run(folder: str | Path) -> TrainedRun:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sftkey.errors import RunError
-from sftkey.pipeline import open_run
+from sftkey.pipeline import Reply, open_run
+from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import trained_stage
 
 
@@ -51,9 +52,15 @@ def generate(
         return
     if reply.answer is None:
         print(reply.text)
-        print("note: no answer was found in this text", file=sys.stderr)
     else:
         print(f"thinking:\n{reply.thinking or ''}\n\nanswer:\n{reply.answer}")
+    say_what_is_missing(run.recipe, reply, max_new_tokens)
+
+
+def say_what_is_missing(recipe: Recipe, reply: Reply, max_new_tokens: int | None) -> None:
+    """Note on stderr that a reply has no answer, or wasn't ended."""
+    if reply.answer is None:
+        print("note: no answer was found in this text", file=sys.stderr)
     if not reply.stopped:
-        limit = max_new_tokens or run.recipe.eval.max_new_tokens
+        limit = max_new_tokens or recipe.eval.max_new_tokens
         print(f"note: it didn't stop within {limit} tokens", file=sys.stderr)

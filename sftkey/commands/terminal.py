@@ -65,6 +65,11 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
+def said() -> None:
+    """Tell `never_silent` that something was said on stdout."""
+    sys.stderr.write("")
+
+
 class _Watched:
     """A stream that knows when it was last written to."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,30 @@ def question_prompt(data: DataSection, question: str) -> Prompt:
     if data.system is None:
         return text
     return ({"role": "system", "content": data.system}, {"role": "user", "content": text})
+
+
+def chat_prompt(
+    data: DataSection, turns: Sequence[tuple[str, str]], question: str
+) -> tuple[dict[str, Any], ...] | str:
+    """Return the prompt of a question behind earlier ones, as a conversation's row would have it.
+
+    Args:
+        data: The recipe's.
+        turns: The earlier questions with their answers, which stand there without thinking or tags.
+        question: The last one.
+
+    >>> chat_prompt(DataSection(source="my.jsonl"), [("1 + 1?", "2")], "And 1 more?")[1:]
+    ({'role': 'assistant', 'content': '2'}, {'role': 'user', 'content': 'And 1 more?'})
+    """
+    if not turns:
+        return question_prompt(data, question)
+    messages: list[dict[str, Any]] = []
+    for asked, answer in [*turns, (question, "")]:
+        prompt = question_prompt(data, asked)
+        prompt = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        messages += prompt[-1:] if messages else prompt
+        messages.append({"role": "assistant", "content": answer})
+    return tuple(messages[:-1])
 
 
 def _template(data: DataSection) -> Template:

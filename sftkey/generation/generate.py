@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sftkey.activity import activity, tell
 from sftkey.data.response import QuestionKey
 from sftkey.errors import Problem, RunError
+from sftkey.generation.streaming import Streamer
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ def generate(
     seed: int = 0,
     skip: Collection[int] = (),
     switch: Switch | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """Generate after every prompt, longest prompts first; yields each batch as it is finished.
 
@@ -77,6 +79,8 @@ def generate(
         skip: Positions of prompts that are left out.
         switch: From `find_switch`: where the key adapter of a frozen key stage begins to act. None:
             the adapters that are active write all of it.
+        on_text: Of one prompt alone: gets all of its text so far, whenever some has come. With
+            `switch` the thinking comes at once.
 
     Yields:
         Position of the prompt, and what was generated after it.
@@ -92,6 +96,7 @@ def generate(
     if empty := [position for position, prompt in enumerate(prompts) if not prompt]:
         raise ValueError(f"prompts: expected at least one token each; got none at {empty}")
     config = generation_config(tokenizer, stop_ids, max_new_tokens, temperature)
+    streamer = Streamer(tokenizer, stop_ids, on_text) if on_text else None
     order = sorted(range(len(prompts)), key=lambda position: (-len(prompts[position]), position))
     lengths = [len(prompts[position]) + max_new_tokens for position in order]
     for start, stop in _bounds(lengths, batch_size, limit := mixing_length(model.config)):
@@ -104,9 +109,9 @@ def generate(
         with inferring(model), _unpublished(model), _seeded(model, f"{seed} {start}", sampled):
             asked = [prompts[position] for position in batch]
             written = (
-                write_switching(model, tokenizer, asked, config, switch)
+                write_switching(model, tokenizer, asked, config, switch, streamer)
                 if switch
-                else write(model, asked, config)
+                else write(model, asked, config, streamer)
             )
         for position, ids in zip(batch, written, strict=True):
             if position not in skip:

@@ -24,6 +24,7 @@ from sftkey.models.key_adapter import KEY, acting, context_adapters, has_key_ada
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Renderer
+    from sftkey.generation.streaming import Streamer
 
 
 SPARE_TOKENS = 8  # beside those that a tag can have: a token may stand for no text at all
@@ -169,13 +170,19 @@ class StopAtThinkingEnd(StoppingCriteria):
 
 
 def write(
-    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    streamer: Streamer | None = None,
 ) -> list[list[int]]:
     """Generate after prompts; gives the new ids alone."""
     input_ids, attention_mask = _padded(model, prompts, config)
     with torch.no_grad():
         output: Any = model.generate(  # type: ignore[operator]  # of a mixin that the stubs don't know
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            streamer=streamer,
         )
     written: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
     return written
@@ -187,9 +194,11 @@ def write_switching(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     switch: Switch,
+    streamer: Streamer | None = None,
 ) -> list[list[int]]:
     """Generate after prompts, each row with the key adapter from the end of its thinking on.
 
+    The streamer gets a thinking when it has ended: some tokens behind its end are written anew.
     Rows whose thinking doesn't end, or that stop in it, are as the previous adapters wrote them.
     """
     input_ids, attention_mask = _padded(model, prompts, config)
@@ -215,14 +224,14 @@ def write_switching(
         return written
     starts = length - attention_mask.sum(1)[rows]
     places = torch.tensor([length - 1 + len(written[row]) for row in rows], device=output.device)
-    last = output[rows, places]
     kept, kept_mask = _kept(cache, model.config, rows, starts, places)
     left = [most - len(written[row]) for row in rows]
     with torch.no_grad(), acting(model, [*switch.context, KEY]):
         keys: Any = model.generate(  # type: ignore[operator]  # as above
-            input_ids=last[:, None],
+            input_ids=output[rows, places][:, None],
             attention_mask=kept_mask,
             generation_config=_changed(config, max(left)),
+            streamer=streamer and streamer.behind(written[0]),
             **{cache_name(model): kept},
         )
     for row, ids, num_tokens in zip(rows, keys[:, 1:].tolist(), left, strict=True):

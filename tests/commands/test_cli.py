@@ -15,8 +15,8 @@ from sftkey.cli import main
 from sftkey.errors import RunError
 
 COMMANDS = (
-    *("train", "check", "ls", "cp", "show", "adapt", "evaluate", "errors"),
-    *("compare", "diagnose", "study", "generate", "merge", "export", "card", "push", "prompts"),
+    *("train", "check", "ls", "cp", "show", "adapt", "evaluate", "errors", "compare"),
+    *("diagnose", "study", "generate", "chat", "merge", "export", "card", "push", "prompts"),
     "env",
 )
 

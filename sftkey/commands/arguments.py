@@ -11,12 +11,12 @@ from sftkey.recipe.collection import find_recipe, short_names
 
 
 def recipe_file(target: Path | None) -> Path | None:
-    """Return the file of a recipe that was named by its path or short name."""
+    """Return the file that an argument means, by its path or its short name."""
     return target and find_recipe(target)
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Return the short names that complete a word."""
+    """Return the short names that a shell can offer for the beginning of one."""
     return [name for name in short_names() if name.startswith(incomplete)]
 
 
@@ -28,6 +28,14 @@ RecipeArgument = Annotated[
         callback=recipe_file,
         autocompletion=recipe_names,
     ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Answering = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The stage that answers, or base; default the last."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Default: the recipe's eval.max_new_tokens.")
 ]
 Overrides = Annotated[
     list[str] | None,

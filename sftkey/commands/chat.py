@@ -1,0 +1,159 @@
+"""Ask what a run has trained one question after another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from sftkey.commands.generate import say_what_is_missing
+from sftkey.commands.terminal import said
+from sftkey.data.response import Response
+from sftkey.errors import RunError
+from sftkey.pipeline import Reply, TrainedRun
+from sftkey.training.run_folder import BASE, trained_stage
+
+FORGET = "/new"
+
+
+def chat(
+    folder: Path,
+    *,
+    stage: str | None = None,
+    stages: bool = False,
+    thinking: bool = False,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Answer each line of stdin, as the answers are written, until it ends.
+
+    Where the recipe trains all turns of conversations, earlier questions and answers stand in the
+    prompt, until a line says `/new`.
+
+    Args:
+        folder: A run folder.
+        stage: A trained stage, or `base`; default the last one that is trained.
+        stages: Let the base and every trained stage answer, each with a model of its own.
+        thinking: Show the thinkings, too.
+        max_new_tokens: Default the recipe's.
+
+    Raises:
+        SFTKeyError: The folder is no run, or the stage isn't trained, or both are asked for.
+    """
+    if stages and stage is not None:
+        raise RunError("--stages", f"expected it without --stage; got --stage {stage}")
+    run = TrainedRun(folder, keeps_models=stages)
+    last = trained_stage(folder, run.recipe, stage)  # a wrong call is told before torch is imported
+    names = [BASE, *run.stages] if stages else [[BASE, *run.stages][last]]
+    from sftkey.commands.terminal import quiet_libraries, use_all_cores
+
+    use_all_cores()
+    quiet_libraries()
+    talks = run.recipe.response.turns == "all"
+    forget = f"; {FORGET} forgets what was said" if talks else ""
+    print(f"{run.folder}, {', '.join(names)}: a question a line{forget}", file=sys.stderr)
+    said_before: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
+    for question in _questions():
+        if question == FORGET and talks:
+            for turns in said_before.values():
+                turns.clear()
+            continue
+        for name in names:
+            if stages:
+                print(f"{name}:")
+            reply = _answer(run, question, name, said_before[name], thinking, max_new_tokens)
+            if talks and reply is not None:
+                said_before[name].append((question, reply.answer or reply.text))
+
+
+def _questions() -> Iterator[str]:
+    """Yield the lines that aren't empty; Ctrl-D and Ctrl-C end them."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` its arrow keys; not on Windows)
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line:
+                yield line
+
+
+def _answer(
+    run: TrainedRun,
+    question: str,
+    stage: str,
+    turns: list[tuple[str, str]],
+    thinking: bool,
+    max_new_tokens: int | None,
+) -> Reply | None:
+    """Print an answer while it is written; Ctrl-C ends it, and nothing is returned."""
+    screen = _Screen(Response.from_section(run.recipe.response), thinking)
+    try:
+        reply = run.ask(question, stage, max_new_tokens, turns=turns, on_text=screen.show)
+    except KeyboardInterrupt:
+        print("\nstopped; the question is forgotten", file=sys.stderr)
+        return None
+    screen.show(reply.text, whole=True)
+    print(flush=True)
+    say_what_is_missing(run.recipe, reply, max_new_tokens)
+    return reply
+
+
+class _Screen:
+    """Prints of a growing text what is new and can be read.
+
+    Args:
+        response: The tags.
+        thinking: Show the thinking.
+    """
+
+    def __init__(self, response: Response, thinking: bool) -> None:
+        self.response, self.thinking = response, thinking
+        self.printed = ""
+
+    def show(self, text: str, whole: bool = False) -> None:
+        """Print what has come to a text; `whole` where nothing comes any more."""
+        ready = readable(text, self.response, self.thinking, whole)
+        if new := ready[len(self.printed) :]:
+            print(new, end="", flush=True)
+            said()
+            self.printed = ready
+
+
+def readable(text: str, response: Response, thinking: bool, whole: bool = False) -> str:
+    r"""Return what can be shown of a text: the answer, with `thinking` that too, without tags.
+
+    What is returned for more of the same text begins with what was returned for less of it. A text
+    that doesn't begin with a thinking is shown as it is.
+
+    Args:
+        text: All that was written so far.
+        response: The tags.
+        thinking: Show the thinking, too.
+        whole: Nothing comes any more: no beginning of a tag is held back.
+
+    >>> response = Response("<T>", "</T>\n", "<A>", "</A>")
+    >>> readable("<T>2 + 2</T>\n<A>4</", response, thinking=True)
+    '2 + 2\n\n4'
+    """
+    opening, close, answer_open, answer_close = (tag.strip() for tag in vars(response).values())
+    text = text.lstrip()
+    if not whole and (not text or (opening != text and opening.startswith(text))):
+        return ""
+    inside, closed, behind = text.removeprefix(opening).partition(close) if close else ("", "", "")
+    if not text.startswith(opening) or not close or (whole and not closed):
+        return text.rstrip()
+    shown = (inside if closed else _settled(inside, close)).strip() if thinking else ""
+    behind = behind.lstrip()
+    if not closed or (not whole and answer_open != behind and answer_open.startswith(behind)):
+        return shown
+    body, ended, _ = behind.removeprefix(answer_open).partition(answer_close or "\0")
+    answer = (body if ended or whole else _settled(body, answer_close)).strip()
+    return "\n\n".join(filter(None, (shown, answer)))
+
+
+def _settled(text: str, tag: str) -> str:
+    """Leave out an end that may be the beginning of a tag."""
+    for length in range(min(len(tag), len(text)), 0, -1):
+        if text.endswith(tag[:length]):
+            return text[:-length]
+    return text
