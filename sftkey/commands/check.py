@@ -88,6 +88,8 @@ def rendered(recipe: Recipe, report: Report) -> RenderableType:
         lines.append(Text.assemble((f"{word} {finding.code}: ", style), str(finding)))
     if report.statistics:
         lines += rendered_numbers(report.statistics)
+    if report.prepared is not None:
+        lines += [Text(f"note: {remark}") for remark in report.prepared.remarks]
     count = len(report.refusals)
     verdict = f"refused for {count} finding{'s' * (count != 1)}" if count else "passes"
     return Group(*lines, Text(f"{recipe.name}: {verdict}", "bold"))

@@ -41,8 +41,7 @@ def show(
         console = stdout_console()
         console.print(rendered_rows(rows))
         console.print(numbers)
-    if prepared.answers_only:
-        what = "these rows have no reasoning: the model writes it when a stage begins"
-        print(f"note: {what}", file=sys.stderr)
+    for remark in prepared.remarks:
+        print(f"note: {remark}", file=sys.stderr)
     if not published_stops(checked.model)[1]:
         print(f"note: {not_verified(checked, prepared.renderer)}", file=sys.stderr)

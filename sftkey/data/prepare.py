@@ -55,6 +55,13 @@ def dataset_of(examples: Sequence[Example], renderer: Renderer) -> Dataset:
     return Dataset(pa.Table.from_pylist([vars(row) for row in made], schema=SCHEMA))
 
 
+NUM_WITHOUT_VALIDATION = 32  # training rows on which stages are then measured
+NO_VALIDATION = (
+    f"no validation rows: losses before and after a stage are read on {NUM_WITHOUT_VALIDATION} "
+    "training rows, which the stage learns"
+)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The rows of a run.
@@ -82,9 +89,20 @@ class Prepared:
     train_examples: list[Example] = field(default_factory=list)
 
     @property
+    def loss_name(self) -> str:
+        """What the losses before and after a stage are called, by the rows they are read on."""
+        return "loss on training rows" if self.validation is None else "validation loss"
+
+    @property
     def answers_only(self) -> bool:
         """Whether no row of train has a reasoning: the model writes what the stages read."""
         return not any(example.thinking.strip() for example in self.train_examples)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What whoever looks at the rows should know of them, where it isn't as usual."""
+        written = "these rows have no reasoning: the model writes it when a stage begins"
+        return [written] * self.answers_only + [NO_VALIDATION] * (self.validation is None)
 
     def questions(self, recipe: Recipe) -> list[Example]:
         """Return the test rows that are asked: always the same ones, drawn by the recipe's seed."""

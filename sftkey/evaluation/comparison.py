@@ -185,6 +185,7 @@ def sentences(comparison: Comparison) -> list[str]:
             "another difference."
         )
     said += _untagged(comparison.rows)
+    said += _passed(comparison.rows)
     said += _judged(comparison.rows)
     said += _clustered(comparison.rows)
     if len(comparison.rows) == 1:
@@ -197,6 +198,17 @@ def _clustered(rows: Iterable[StageRow]) -> Iterator[str]:
     asked = {_asked(row.result) for row in rows if row.result.num_conversations is not None}
     for each in sorted(asked):
         yield f"There are {each}: intervals and p take a conversation as one."
+
+
+def _passed(rows: Iterable[StageRow]) -> Iterator[str]:
+    """Say the difference in Rpass@1 where it isn't the one in Acc."""
+    for row in rows:
+        passed, answers = row.thinking.passed, row.difference
+        if passed and answers and passed.interval != answers.interval:
+            yield (
+                f"Right behind a valid thinking (Rpass@1) is {row.name} against {answers.before}: "
+                f"{passed.text()}."
+            )
 
 
 def _judged(rows: Iterable[StageRow]) -> Iterator[str]:

@@ -226,6 +226,9 @@ def graded(
 Flags = Callable[[Sequence[Example], Sequence[str | None]], Mapping[QuestionKey, bool | None]]
 
 
+VALIDATION_LOSS = "validation loss"  # older results know no other
+
+
 class StageResult(BaseModel):
     """The figures of one stage, as `evaluation/<stage>.json` holds them.
 
@@ -235,11 +238,11 @@ class StageResult(BaseModel):
     `mean_thinking_length` is over the generations with thinking, None if there was none.
     `num_thinking_right` is of the `num_thinking_judged` that a rule can judge, `num_following` of
     the `num_judged_following` answers of which a rule tells whether they are what their thinking
-    arrives at; these two are None where there is no rule. `thinking_loss` is the thinking's
-    validation loss before and after the stage in nats a token, None of the base model and where
-    nobody measured it. `judge` compares the second grader with the rule on the questions that it
-    judged; to `num_unclear` others it said neither yes nor no. `rates` are those of the thinking's
-    forms, None of older results.
+    arrives at; these two are None where there is no rule. `thinking_loss` is the thinking's loss
+    before and after the stage in nats a token, None of the base model and where nobody measured
+    it; `loss_name` says on which rows. `judge` compares the second grader with the rule on the
+    questions that it judged; to `num_unclear` others it said neither yes nor no. `rates` are those
+    of the thinking's forms, None of older results.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -263,6 +266,7 @@ class StageResult(BaseModel):
     num_judged_following: Judged[int] = None
     num_following: Judged[int] = None
     thinking_loss: tuple[float, float] | None = None
+    loss_name: str = VALIDATION_LOSS
     judge: Judged[JudgeFigures] = None
     num_unclear: Judged[int] = None
     rates: Judged[dict[str, Rate]] = None
@@ -295,6 +299,7 @@ def score(
     settings: Mapping[str, Any] | None = None,
     made: bool = False,
     thinking_loss: tuple[float, float] | None = None,
+    loss_name: str = VALIDATION_LOSS,
     judge: Flags | None = None,
 ) -> StageResult:
     """Grade the generations of one stage.
@@ -312,7 +317,8 @@ def score(
         tokenizer: Counts the thinking's tokens; without it its characters are counted.
         settings: Of the generation; kept with the result, so that a comparison can tell.
         made: Whether the questions come from a generator of tasks.
-        thinking_loss: The thinking's validation loss before and after the stage.
+        thinking_loss: The thinking's loss before and after the stage.
+        loss_name: What that loss is called: not every run has validation rows.
         judge: The second grader, if there is one.
 
     Raises:
@@ -337,6 +343,7 @@ def score(
         thinking_unit="characters" if tokenizer is None else "tokens",
         **_of_thinkings(questions),
         thinking_loss=thinking_loss,
+        loss_name=loss_name,
         judge=judge_figures(questions),
         num_unclear=None if flags is None else list(flags.values()).count(None),
         rates=form_rates(questions),

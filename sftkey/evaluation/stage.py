@@ -52,6 +52,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         settings=about | ({"judge": judge.section.model} if judge else {}),
         made=run.recipe.data.source in MADE,
         thinking_loss=thinking_losses(run, stage),
+        loss_name=run.prepared.loss_name,
         judge=judge.flags if judge else None,
     )
     answers = graded_answers(result, written, questions, renderer.response, **ends)
@@ -84,7 +85,7 @@ def refuse_unready_judge(recipe: Recipe) -> None:
 
 
 def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
-    """Return the thinking's validation loss before and after a stage; None of the base model."""
+    """Return the thinking's loss before and after a stage; None of the base model."""
     for record in run.ledger.stages:
         losses = [record.validation.get(at, {}).get("thinking") for at in ("start", "end")]
         if record.name == stage and losses[0] is not None and losses[1] is not None:
@@ -106,6 +107,6 @@ def note_thinking(run: Run, stage: str) -> None:
     if after:
         change = thinking_change(before, after)
     else:  # nothing was asked, or will be later
-        change = ThinkingChange(stage, thinking_losses(run, stage))
+        change = ThinkingChange(stage, thinking_losses(run, stage), run.prepared.loss_name)
     for line in (change.line(), *change.warnings()):
         run.progress.note(line)

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sftkey.evaluation.conversations import one_sided_p
-from sftkey.evaluation.results import Question, StageResult
+from sftkey.evaluation.results import VALIDATION_LOSS, Question, StageResult
 from sftkey.evaluation.statistics import CHANCE, discordant
-from sftkey.evaluation.thinking_form import ValidChange, valid_change
+from sftkey.evaluation.thinking_form import PassedChange, ValidChange, passed_change, valid_change
 from sftkey.tables import FittedTable
 
-MOST_LOSS = 0.02  # nats a token by which the thinking's validation loss may rise
+MOST_LOSS = 0.02  # nats a token by which the thinking's loss may rise
 REMEDY = (
     "In a key stage `loss_on: {thinking: 0.1, key: 1.0}` holds the thinking, and `context: frozen` "
     "can't change it."
@@ -44,6 +44,7 @@ class ThinkingChange:
 
     after: str
     loss: tuple[float, float] | None = None
+    loss_name: str = VALIDATION_LOSS
     before: str | None = None
     num_questions: int = 0
     num_identical: int | None = None
@@ -51,6 +52,7 @@ class ThinkingChange:
     unit: str = "tokens"
     turned: Turned | None = None
     valid: ValidChange | None = None
+    passed: PassedChange | None = None
 
     def harms(self) -> list[str]:
         """Say what got worse by more than it may.
@@ -63,7 +65,7 @@ class ThinkingChange:
         if self.loss and self.loss[1] - self.loss[0] > MOST_LOSS:
             rise = self.loss[1] - self.loss[0]
             found.append(
-                f"its validation loss rose by {rise:.4f} nats a token (more than {MOST_LOSS})"
+                f"its {self.loss_name} rose by {rise:.4f} nats a token (more than {MOST_LOSS})"
             )
         if self.turned and self.turned.p < CHANCE:
             p = "p<0.001" if self.turned.p < 0.001 else f"p {self.turned.p:.3f}"
@@ -91,7 +93,7 @@ class ThinkingChange:
         if self.valid and min(self.valid.num_before, self.valid.num_after) < self.num_questions:
             figures.append(self.valid.text())
         if self.loss:
-            figures.append("validation loss {:.4f} -> {:.4f}".format(*self.loss))
+            figures.append("{} {:.4f} -> {:.4f}".format(self.loss_name, *self.loss))
         since = f" against {self.before}" if self.before is not None else ""
         return f"{self.after}: thinking{since}: {', '.join(figures) or 'nothing is known'}"
 
@@ -112,13 +114,14 @@ def thinking_change(
     """
     old_name, new_name = names or (before.stage if before else "", after.stage)
     if before is None or before.questions_sha256 != after.questions_sha256:
-        return ThinkingChange(new_name, after.thinking_loss)
+        return ThinkingChange(new_name, after.thinking_loss, after.loss_name)
     pairs = list(zip(before.questions, after.questions, strict=True))
     hashes = [(old.thinking_hash, new.thinking_hash) for old, new in pairs]
     known = all(old and new for old, new in hashes)
     return ThinkingChange(
         after=new_name,
         loss=after.thinking_loss,
+        loss_name=after.loss_name,
         before=old_name,
         num_questions=len(pairs),
         num_identical=sum(old == new for old, new in hashes) if known else None,
@@ -126,6 +129,7 @@ def thinking_change(
         unit=after.thinking_unit,
         turned=_turned(pairs),
         valid=valid_change(pairs),
+        passed=passed_change(pairs),
     )
 
 
@@ -136,12 +140,13 @@ def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> F
     """
     rows = list(rows)
     told = any(result.num_judged_following for _, result, _ in rows)
+    names = {change.loss_name for _, _, change in rows if change.loss} or {VALIDATION_LOSS}
     headers = [
         "identical\nto before",
         "right",
         "turned\nwrong",
         "turned\nright",
-        "validation loss,\nnats a token",
+        f"{names.pop() if len(names) == 1 else 'loss'},\nnats a token",
         *(["answer\nfollows"] if told else []),
     ]
     grid = FittedTable("thinking\nafter", headers)

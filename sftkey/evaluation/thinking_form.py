@@ -9,7 +9,12 @@ from typing import Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict
 
 from sftkey.data.response import Parsed, Response
-from sftkey.evaluation.conversations import one_sided_p, share_interval
+from sftkey.evaluation.conversations import (
+    difference_with_interval,
+    one_sided_p,
+    share_interval,
+    two_sided_p,
+)
 from sftkey.evaluation.statistics import discordant
 from sftkey.tables import FittedTable
 
@@ -126,6 +131,38 @@ def valid_change(pairs: Iterable[tuple[Formed, Formed]]) -> ValidChange | None:
     gained, lost = discordant(before, after)
     p = one_sided_p(before, after, [old.index for old, _ in pairs])
     return ValidChange(sum(before), sum(after), lost, gained, p)
+
+
+@dataclass(frozen=True)
+class PassedChange:
+    """How much more of the same questions a stage answers right behind a valid thinking.
+
+    `difference` and its 95% interval are shares of the questions; `p` is two-sided, like that of
+    the right answers.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+    def text(self) -> str:
+        """Say it in points."""
+        p = "p<0.001" if self.p < 0.001 else f"p {self.p:.3f}"
+        low, high = (100 * end for end in self.interval)
+        return f"{100 * self.difference:+.1f} points [{low:+.1f}, {high:+.1f}], {p}"
+
+
+def passed_change(pairs: Iterable[tuple[Formed, Formed]]) -> PassedChange | None:
+    """Pair the answers that are right behind a valid thinking; None where a form isn't known."""
+    pairs = list(pairs)
+    if not pairs:
+        return None
+    flags = [form_flags([each[side] for each in pairs]).get(PASSED) for side in (0, 1)]
+    if flags[0] is None or flags[1] is None:
+        return None
+    rows = [old.index for old, _ in pairs]
+    difference, low, high = difference_with_interval(flags[0], flags[1], rows)
+    return PassedChange(difference, (low, high), two_sided_p(flags[0], flags[1], rows))
 
 
 def form_table(

@@ -111,8 +111,8 @@ class RunProgress:
             self.note(f"{stage}: {num_done} of {num_all} questions answered")
 
     def validating(self, stage: str, num_done: int, num_all: int) -> None:
-        """Show how many batches of validation rows are read."""
-        how_far = f"validation {num_done}/{num_all}"
+        """Show how many batches of the rows are read that losses are measured on."""
+        how_far = f"measuring {num_done}/{num_all}"
         tell(how_far)
         whole = stage if num_done == num_all else f"{stage}: {how_far}"
         self._bar.update(self._task, description=whole)
@@ -168,7 +168,7 @@ def cut_log(path: Path, last_step: int) -> None:
 def check_handoff(
     end: dict[str, float], start: dict[str, float], tolerance: float, where: str
 ) -> None:
-    """Compare a stage's first validation losses with the last ones of the stage before.
+    """Compare a stage's first losses with the last ones of the stage before.
 
     Args:
         end: Loss by segment where the previous stage ended, nats a token.
@@ -223,7 +223,7 @@ def refuse_unsound_end(end: dict[str, float], where: str) -> None:
     """Refuse to save what a stage has trained to a loss that isn't finite.
 
     Args:
-        end: The stage's last validation losses by segment.
+        end: The stage's last losses by segment.
         where: The stage, for the message.
 
     Raises:
@@ -233,7 +233,7 @@ def refuse_unsound_end(end: dict[str, float], where: str) -> None:
     if unsound:
         raise RunError(
             where,
-            f"expected finite validation losses at the end; those of {', '.join(unsound)} are not, "
+            f"expected finite losses at the end; those of {', '.join(unsound)} are not, "
             "and nothing was saved",
             "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the "
             "checkpoints are kept",
@@ -248,15 +248,21 @@ class StageLog(TrainerCallback):
         number: The stage's number from 0.
         progress: What the person sees.
         tolerance: The largest hand-off difference, nats a token.
+        loss_name: What the losses before and after the stage are called.
     """
 
     def __init__(
-        self, ledger: Ledger, number: int, progress: RunProgress, tolerance: float
+        self,
+        ledger: Ledger,
+        number: int,
+        progress: RunProgress,
+        tolerance: float,
+        loss_name: str,
     ) -> None:
         self.ledger, self.number, self.progress = ledger, number, progress
         self.record = ledger.stages[number]
         self.path = ledger.log(number)
-        self.tolerance = tolerance
+        self.tolerance, self.loss_name = tolerance, loss_name
         self.row_losses: Callable[[], list[float]] = list  # of the last validation
         self._num_read = 0  # batches of the validation that goes on
         self._since = time.monotonic()
@@ -333,19 +339,19 @@ class StageLog(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the validation losses; at the first step compare them with the stage before."""
+        """Keep the losses by segment; at the first step compare them with the stage before."""
         self._num_read = 0
         losses = segments_of(kwargs["metrics"], "eval_loss_")
         at = {0: "start", state.max_steps: "end"}.get(state.global_step, str(state.global_step))
         self.record.validation[at] = losses
         self.ledger.save()
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.progress.note(f"{self.record.name} at {at}: validation loss {shown}")
+        self.progress.note(f"{self.record.name} at {at}: {self.loss_name} {shown}")
         unsound = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if unsound:
             self.progress.note(
-                f"{self.record.name} at {at}: the validation loss of {', '.join(unsound)} is not "
-                "finite; no checkpoint is chosen by it"
+                f"{self.record.name} at {at}: the {self.loss_name} of {', '.join(unsound)} is "
+                "not finite; no checkpoint is chosen by it"
             )
         folder = self.ledger.stage_folder(self.number)
         where = str(folder)

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftkey.data.prepare import Prepared
+from sftkey.data.prepare import NUM_WITHOUT_VALIDATION, Prepared
 from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.row_cache import tokenized_rows
@@ -385,6 +385,3 @@ def own_validation(stage: StageSection, prepared: Prepared, writer: Writer) -> D
     ]
     rows, _ = own_rows(writer.recipe, stage, prepared, valid)
     return rows
-
-
-NUM_WITHOUT_VALIDATION = 32  # training rows on which stages are then measured

@@ -19,7 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.activity import activity
 from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
-from sftkey.data.prepare import Prepared, prepare, refuse_evaluation_without_rows
+from sftkey.data.prepare import (
+    NO_VALIDATION,
+    NUM_WITHOUT_VALIDATION,
+    Prepared,
+    prepare,
+    refuse_evaluation_without_rows,
+)
 from sftkey.errors import DeviceError
 from sftkey.files import explained_full_disk, write_json
 from sftkey.models.device import Device, choose_device
@@ -32,7 +38,6 @@ from sftkey.training.disk import require_disk
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
 from sftkey.training.own_thinking import (
-    NUM_WITHOUT_VALIDATION,
     Grader,
     Writer,
     make_own_rows,
@@ -207,9 +212,8 @@ class Run:
         if stage.thinking == "own":
             rows = self._own_rows(number, model)
         arguments = stage_arguments(self.recipe, stage, self.device, checkpoints, not checkpoint)
-        log = StageLog(
-            self.ledger, number, self.progress, handoff_tolerance(self.recipe, self.device)
-        )
+        tolerance = handoff_tolerance(self.recipe, self.device)
+        log = StageLog(self.ledger, number, self.progress, tolerance, self.prepared.loss_name)
         trainer = make_trainer(
             self.recipe,
             stage,
@@ -392,6 +396,8 @@ def make_progress(
         f"{ledger.recipe.name}: {device.kind}, world size {world}, "
         f"{len(prepared.train)} training rows; {counts}"
     )
+    if prepared.validation is None:
+        progress.note(NO_VALIDATION)
     if packs is not None:
         progress.note(pack_line(prepared.counts["packing"]))
     return progress

@@ -16,6 +16,7 @@ from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
 from sftkey.evaluation.results import StageResult, score, write_result
 from sftkey.evaluation.statistics import paired_difference, paired_p, wilson
+from sftkey.evaluation.thinking_form import PassedChange
 from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
@@ -172,6 +173,7 @@ def test_a_stage_that_harmed_the_thinking_is_told_with_the_remedy() -> None:
     assert change == {
         "after": "key",
         "loss": [0.25, 0.35],
+        "loss_name": "validation loss",
         "before": "completion",
         "num_questions": 100,
         "num_identical": 89,
@@ -190,7 +192,29 @@ def test_a_stage_that_harmed_the_thinking_is_told_with_the_remedy() -> None:
             "10 right ones turned wrong, 1 wrong right (one-sided p 0.006)",
         ],
         "valid": {"num_before": 100, "num_after": 100, "num_lost": 0, "num_gained": 0, "p": 1.0},
+        "passed": {
+            "difference": 0.0,
+            "interval": list(paired_difference([True] * 100, [True] * 100)[1:]),
+            "p": 1.0,
+        },
     }
+
+
+def test_losses_on_training_rows_are_never_called_validation_loss() -> None:
+    """A run without validation rows says so wherever its losses stand."""
+    named = {"loss_name": "loss on training rows"}
+    stages = [
+        thinking("completion", 1, range(80), None),
+        thinking("key", 2, range(80), (0.25, 0.35)).model_copy(update=named),
+    ]
+    comparison = compare({"demo": stages})
+    (warning,) = comparison.warnings
+    assert warning.startswith("key harmed the thinking: its loss on training rows rose by 0.1000 ")
+    assert comparison.rows[1].thinking.line().endswith(", loss on training rows 0.2500 -> 0.3500")
+    assert any("loss on training rows," in line for line in printed(comparison))
+    assert not any("validation" in line for line in printed(comparison))
+    mixed = compare({"one": stages, "two": [stages[0], thinking("key", 2, range(80), (1.0, 0.5))]})
+    assert any(line.endswith(" loss,") for line in printed(mixed))
 
 
 def test_results_without_thinkings_have_one_table() -> None:
@@ -363,6 +387,13 @@ def test_a_stage_that_loses_valid_thinkings_harmed_it() -> None:
         "key                 0.825 0.075     0.050   0.050          0.825         7, 1",
         "           [0.681, 0.913]                         [0.681, 0.913]      p 0.035",
     ]
+    flags = [n != 0 for n in range(40)], [n not in range(1, 8) for n in range(40)]
+    difference, low, high = paired_difference(*flags)
+    passed = comparison.rows[1].thinking.passed
+    assert passed == PassedChange(difference, (low, high), paired_p(*flags))
+    assert (difference, passed.p < 0.1) == (-0.15, True)
+    told = "Right behind a valid thinking (Rpass@1) is key against completion: -15.0 points ["
+    assert [each for each in sentences(comparison) if each.startswith(told)]
     few = formed("key", 2, {0: one, 1: one, 2: one})
     assert compare({"demo": [before, few]}).warnings == ()
 
@@ -377,6 +408,7 @@ def test_results_without_forms_are_compared_without_them() -> None:
     comparison = compare({"demo": [old, formed("again", 2, {0: "2"})]})
     assert old.rates is None
     assert comparison.rows[1].thinking.valid is None
+    assert comparison.rows[1].thinking.passed is None
     assert comparison.warnings == ()
     assert not any("Rpass@1" in line for line in printed(compare({"demo": [old]})))
 

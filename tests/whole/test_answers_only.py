@@ -341,4 +341,10 @@ def test_rows_shown_have_the_key_marked(recipe_over: Any, tmp_path: Path, capsys
     row = json.loads(out.splitlines()[0])
     trained = {each["segment"] for each in row["tokens"] if each["trained"]["key"]}
     assert trained == {Segment.ANSWER_TAG.name, Segment.ANSWER.name, Segment.END.name}
-    assert "note: these rows have no reasoning: the model writes it when a stage begins" in err
+    note = "note: these rows have no reasoning: the model writes it when a stage begins"
+    assert note in err
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "tiny.yaml"), "data.validation=null"])
+    out = capsys.readouterr().out
+    assert note in out
+    assert "note: no validation rows: losses before and after a stage are read on 32 " in out
