@@ -84,7 +84,7 @@ def _decide(source: str, table: Table) -> Reading:
     if len(good) == 1:
         asked |= _counted_from(table, good[0].fields.get("answer", ""))
         return Reading({**good[0].fields, **asked}, good[0].explicit, good[0].fit)
-    asks = _asked(table, readings, listed, prompt or "")
+    asks = _asked(table, readings, listed, prompt or "", _near(source, some, readings))
     if len(good) > 1:
         ways = "; or ".join(map(str, good[:4]))
         asks = dict.fromkeys(("thinking", "answer"), f"{UNDECIDED} which is meant: {ways}")
@@ -285,9 +285,26 @@ def _first_places(table: Table, column: str) -> list[str]:
     ]
 
 
-def _asked(table: Table, readings: Sequence[Reading], listed: str, prompt: str) -> dict[str, str]:
+def _near(source: str, rows: Sequence[Row], readings: Sequence[Reading]) -> list[str]:
+    """Say of columns that hold both how many rows they read, where these are too few."""
+    said = []
+    for reading in readings:
+        loaded = read(source, rows, reading.fields) if reading.fit is None else None
+        if loaded and loaded.examples and loaded.unsplit:
+            reads = f"{reading} reads {len(loaded.examples)} of {len(rows)} rows"
+            said.append(f"{reads}, in others: {loaded.unsplit[0].reason}")
+    return said
+
+
+def _asked(
+    table: Table,
+    readings: Sequence[Reading],
+    listed: str,
+    prompt: str,
+    near_columns: Sequence[str] = (),
+) -> dict[str, str]:
     """Say what must be decided of thinking and answer, with the ways that came near."""
-    reason = "".join(f"{why}; " for why in why_not(table))
+    reason = "".join(f"{why}; " for why in [*why_not(table), *near_columns])
     answers = [name for name in table.called(ANSWER) if table.is_text(name)]
     fits = [(reading, reading.fit) for reading in readings if reading.fit and reading.fit.share]
     if fits:

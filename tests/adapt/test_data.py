@@ -212,6 +212,12 @@ def test_what_is_asked_names_the_ways(
 
 HALF_EMPTY = [
     (
+        [{"prompt": "Q", "thinking": "c d", "answer": ""}],
+        [{"prompt": "Q", "thinking": "c d", "answer": "7"}],
+        "thinking: {thinking}, answer: {answer} reads 20 of 40 rows, in others: the answer is "
+        "empty; ",
+    ),
+    (
         [{"prompt": "Q", "thinking": "", "answer": "7"}],
         [{"prompt": "Q", "thinking": "c d", "answer": "7"}],
         "thinking: empty in 20 of 40 rows; the reasoning's column: ",
