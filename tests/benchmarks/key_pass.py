@@ -52,7 +52,17 @@ def bars(
 
 
 def step(sides: Sides, batch: Batch, tokens: int) -> float:
-    """Take a whole step of so many micro-batches, as transformers' trainer hands them out."""
+    """Take a whole step, and return its loss."""
+    loss = gradients(sides, batch, tokens)
+    trainer = sides.ours
+    trainer._clip_grad_norm(trainer.model)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return loss
+
+
+def gradients(sides: Sides, batch: Batch, tokens: int) -> float:
+    """Go through the micro-batches of a step, handed out as transformers' trainer does."""
     trainer = sides.ours
     trainer.context, trainer.key_batch_tokens = "detached", tokens
     collate = KeyCollator(0, "key", for_key_trainer=True)
@@ -60,9 +70,6 @@ def step(sides: Sides, batch: Batch, tokens: int) -> float:
     given = iter([collate([row]) for row in rows])
     batches, count = trainer.get_batch_samples(given, ACCUMULATION, trainer.args.device)
     losses = [trainer.training_step(trainer.model, each, count) for each in batches]
-    trainer._clip_grad_norm(trainer.model)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
     return float(torch.stack(losses).sum())
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftkey.memory_plan import trace
+from sftkey.memory_plan.batches import joint_pass
 from sftkey.memory_plan.held import Setting, Skeleton, gradient_bytes
 from sftkey.memory_plan.plan import most, parts_of
 from sftkey.memory_plan.trace import Batch, Tracer, traced
+from sftkey.recipe.schema import KEY_BATCH_TOKENS
 from sftkey.training import detached, losses
 
 SIZES: dict[str, Any] = {
@@ -143,6 +147,13 @@ def test_every_family_is_traced(family: str) -> None:
     assert kept_by_trace(config, LORA, batch) == pytest.approx(measured, rel=0.005)
 
 
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module of the benchmark."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module("plan")
+
+
 @pytest.mark.parametrize("method", ["plain", "checkpointed", "detached"])
 def test_peak_is_what_is_measured(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the toy shape rises as planned, and holds what is planned, to the byte."""
@@ -152,6 +163,29 @@ def test_peak_is_what_is_measured(method: str, monkeypatch: pytest.MonkeyPatch) 
     (row,) = plan.measured("cpu", "toy", method, (256,), 0.0, nullcontext())
     assert abs(row.error) < plan.LIMITS["cpu"]
     assert row.planned_held == row.measured_held
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_peak_of_joint_keys_is_what_is_measured(checkpointed: bool, plan: Any) -> None:
+    """Eight contexts are held, and their keys go through the toy shape at once."""
+    import key_pass
+    from measuring import peak_bytes
+    from sides import Batch as Rows
+
+    shape = replace(plan.SHAPES["toy"], checkpointing=checkpointed)
+    batch = Batch(1, 128, 16)
+    joint = joint_pass(batch, key_pass.ACCUMULATION, 1, KEY_BATCH_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = plan.Sides(shape, "cpu", Path(folder), ("ours",))
+        rows = Rows(key_pass.ACCUMULATION, batch.length, batch.labelled)
+        key_pass.step(sides, rows, KEY_BATCH_TOKENS)  # the optimizer's state is there afterwards
+        measured = peak_bytes(partial(key_pass.gradients, sides, rows, KEY_BATCH_TOKENS))
+    setting = Setting("cpu", context="detached", checkpointing=checkpointed, ranks=(16,))
+    batch = replace(batch, padded=True, joint=joint)
+    parts = parts_of(plan.skeleton(shape.name), setting, batch)
+    gradients = parts["gradients"]  # set to none before
+    planned = gradients + sum(parts[name] for name in ("activations", "logits", "cache"))
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("on_cuda", [False, True], ids=["cpu", "cuda"])
@@ -183,13 +217,6 @@ def test_nf4_modules_share_their_inputs_on_cuda(
     measured = kept_by_autograd(config, setting, batch, model)
     states = 2 * LENGTH * SIZES["hidden_size"] * 2 if on_cuda else 0  # CUDA's head reads them all
     assert kept_by_trace(config, setting, batch) - states == pytest.approx(measured, rel=0.005)
-
-
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the module of the benchmark."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return import_module("plan")
 
 
 @pytest.mark.parametrize("line", MEASURED.read_text().splitlines())

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sftkey.memory_plan import batches
 from sftkey.models.adapters import add_lora
@@ -72,6 +74,28 @@ def test_a_pass_takes_what_fits() -> None:
     assert pass_ends([KeyBatch(1, 65, 2)] * 3, 8) == [True, True, True]  # 130 of 128 tokens
     assert pass_ends([narrow, KeyBatch(9, 10, 2), narrow], 8) == [True, True, True]
     assert pass_ends([], 8) == [True]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 9)), min_size=1, max_size=6),
+    rows=st.integers(1, 3),
+    copies=st.integers(1, 2),
+    most_tokens=st.integers(1, 40),
+)
+def test_no_pass_is_larger_than_planned(
+    sizes: list[tuple[int, int]], rows: int, copies: int, most_tokens: int
+) -> None:
+    """Whatever goes together, of rows no longer than the longest and keys no longer either."""
+    context, keys = (max(each) for each in zip(*sizes, strict=True))
+    largest = batches.Batch(rows, context + keys, keys - 1)
+    planned = batches.joint_pass(largest, len(sizes), copies, most_tokens)
+    together = None
+    found = [KeyBatch(rows * copies, *size) for size in sizes]
+    for batch, ends in zip(found, pass_ends(found, most_tokens), strict=True):
+        together = batch if together is None else together + batch
+        assert together.rows * together.context <= planned.rows * copies * planned.context
+        assert together.rows * together.keys <= planned.rows * copies * planned.keys
+        together = None if ends else together
 
 
 def trainer_of(kind: str, tokenizer: Any, folder: Path, tokens: int) -> Any:
