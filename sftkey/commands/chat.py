@@ -75,6 +75,8 @@ def _questions() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "").strip()
             if line:
                 yield line
+    if sys.stdin.isatty():
+        print()  # the shell's own prompt gets a line of its own
 
 
 def _answer(

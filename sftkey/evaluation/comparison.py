@@ -276,7 +276,7 @@ def _untagged(rows: Iterable[StageRow]) -> Iterator[str]:
             counted = "" if _mostly_unread(row.result) else "; differences count these"
             yield (
                 f"{row.name} wrote {len(read)} of {row.result.num_questions} answers without the "
-                f"tags, which it has never seen: read without them, {read.count('right')} are "
+                f"tags: read without them, {read.count('right')} are "
                 f"right and {read.count('unread')} can't be read{counted}."
             )
 

@@ -128,7 +128,7 @@ class Question(BaseModel):
     `thinking_right` is None where no rule can say, and both of the thinking are in results that
     were written before there were such. `judged` is what the second grader says; None where it
     wasn't asked or said neither yes nor no. `untagged` is how an answer of the base model reads
-    that it wrote without the tags, which it has never seen; it isn't counted in `correct`.
+    that it wrote without the tags; it isn't counted in `correct`.
     """
 
     model_config = ConfigDict(frozen=True)

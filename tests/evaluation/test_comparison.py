@@ -440,8 +440,8 @@ def test_a_base_that_never_saw_the_tags_is_read_without_them() -> None:
     assert difference is not None
     assert difference.difference == pytest.approx(0.2)
     assert sentences(comparison)[2] == (
-        "base wrote 100 of 100 answers without the tags, which it has never seen: read without "
-        "them, 40 are right and 2 can't be read; differences count these."
+        "base wrote 100 of 100 answers without the tags: read without them, 40 are right and 2 "
+        "can't be read; differences count these."
     )
 
 
