@@ -46,7 +46,7 @@ def read_answers_only(table: Table) -> dict[str, Any] | None:
     if prompt is not None and prompt.startswith(UNDECIDED):
         return None
     if len(chats) == 1:
-        return _conversation(table, chats[0])
+        return _conversation(table, chats[0], prompt)
     return None if chats or prompt is None else _columns(table, prompt)
 
 
@@ -72,7 +72,7 @@ def _columns(table: Table, prompt: str) -> dict[str, Any] | None:
     return {"prompt": prompt, **system_field(table), **answer}
 
 
-def _conversation(table: Table, column: str) -> dict[str, Any] | None:
+def _conversation(table: Table, column: str, prompt: str | None) -> dict[str, Any] | None:
     """Read a column of conversations whose last answers are short."""
     read = table.messages(column)
     last = [last_answer(chat) for chat in read]
@@ -82,7 +82,7 @@ def _conversation(table: Table, column: str) -> dict[str, Any] | None:
     thought = any(turn.get("reasoning_content", "").strip() for turn in last)
     if thought or not _is_short(texts, is_answer=False):
         return None
-    fields = chat_fields(table, column)
+    fields = chat_fields(table, column, prompt)
     asked = re.findall(r"\{([^{}:]+)[:}]", fields.get("prompt", ""))
     wholes = ["\n".join(message["content"] for message in chat) for chat in read]
     known = {column, *asked, *table.called(SYSTEM)}

@@ -143,6 +143,10 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
     asked = any(str(value).startswith(UNDECIDED) for value in reading.fields.values())
     if rest and not asked:
         notes.append(f"columns that aren't used: {', '.join(rest)}")
+    column = reading.fields.get("response", "" if "prompt" in reading.fields else "messages")
+    chats = table.messages(column) if column in table.columns and table.is_messages(column) else []
+    if num := sum(bool(chat) and chat[-1]["role"] != "assistant" for chat in chats):
+        notes.append(f"{num} conversations go on behind their last answer; that isn't read")
     fit = reading.fit
     if fit is not None and "split_rule" in reading.fields:
         right = fit.num_texts - len(fit.odd)
@@ -150,7 +154,6 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
         notes.append(f"data.split_rule {why['split_rule']}")
         if fit.odd:
             notes.append("rows that look odd:")
-        column = reading.fields.get("response", "messages")
         notes += [
             f"  row {place}, {reason}: {_excerpt(table.rows[place].get(column))}"
             for place, reason in list(fit.odd.items())[:NUM_ODD]

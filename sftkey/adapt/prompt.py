@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sftkey.adapt.columns import CONTEXT, NOTHING, OPTIONS, PROMPT, Table, plain
+from sftkey.adapt.columns import ANSWER, CONTEXT, NOTHING, OPTIONS, PROMPT, Table, plain
 from sftkey.adapt.split import ENOUGH
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.values import options_in
@@ -21,6 +21,7 @@ def prompt_of(table: Table) -> str | None:
     if not table.called(PROMPT):
         asked = [name for name in table.columns if name == "source" and table.is_text(name)]
         asked = [name for name in asked if table.num_kinds(name) * 2 > len(table.rows)]
+        asked += [name for name in table.columns if _only_asks(table, name)]
         return f"{{{asked[0]}}}" if asked else None
     found = [each for each in table.called(PROMPT) if _holds_something(table, each)]
     if not found:
@@ -45,7 +46,7 @@ def prompt_of(table: Table) -> str | None:
         if column not in columns and table.is_text(column) and not inside(table, column, columns)
     ]
     before = "".join(f"{{{column}}}\n\n" for column in context)
-    options = _options(table, columns)
+    options = _options(table, columns) or _places(table)
     if options.startswith(UNDECIDED):
         return options
     prompt = before + question + options
@@ -77,6 +78,13 @@ def _often_null(table: Table, prompt: str) -> str:
                 "takes no null; write an empty text there, or the prompt without it"
             )
     return ""
+
+
+def _only_asks(table: Table, column: str) -> bool:
+    """Tell whether it holds messages that a user's ends, none of them the assistant's."""
+    chats = table.messages(column) if table.is_messages(column) else []
+    roles = [[message["role"] for message in chat] for chat in chats]
+    return bool(roles) and all("assistant" not in each and each[-1:] == ["user"] for each in roles)
 
 
 def _holds_something(table: Table, column: str) -> bool:
@@ -139,6 +147,26 @@ def _options(table: Table, columns: Sequence[str]) -> str:
         if not all(_stand_in(value, whole) for value, whole in zip(values, wholes, strict=True)):
             return f"\n{{{column}:letters}}"
     return "".join(f"\n{label}) {{{column}}}" for label, column in single_options(table).items())
+
+
+def _places(table: Table) -> str:
+    """Ask whether a list holds the options, where an answer is a place in it."""
+    for answer in table.called(ANSWER):
+        places = table.texts(answer)
+        if not all(text.isdigit() for text in places):
+            continue
+        for name in table.columns:
+            options = [options_in(value) for value in table.values(name)]
+            known = name in table.called(OPTIONS) or table.is_messages(name)
+            if not known and all(
+                len(each) > 1 and int(place) <= len(each)
+                for place, each in zip(places, options, strict=True)
+            ):
+                return (
+                    f"{UNDECIDED} whether {name} holds the options, and {answer} the place of one: "
+                    f'then "{{{name}:letters}}" here, and "{{{answer}:letter}}" as the answer'
+                )
+    return ""
 
 
 def _stand_in(options: Any, text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sftkey.adapt.columns import ANSWER, NOTHING, PROMPT, RESPONSE, SYSTEM, THINKING, Row, Table
 from sftkey.adapt.prompt import options_of, prompt_of
-from sftkey.adapt.split import EMPTY, ENOUGH, Fit, find_rule
+from sftkey.adapt.split import EMPTY, ENOUGH, OPENING, Fit, find_rule
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import PLACES, Loaded, columns_of, make_examples, make_rule
 from sftkey.data.response import Example
@@ -16,6 +16,7 @@ from sftkey.data.sources import with_defaults
 from sftkey.recipe.schema import DataSection
 
 NUM_SEEN = 1000
+NUM_TRIED = 20  # rows of a column in which tags are looked for
 MOST_ANSWER = 40  # characters; a longer text may hold reasoning, too
 OWN_WAY = "if rows hold no reasoning: no data.thinking, and `thinking: own` in every stage"
 
@@ -77,7 +78,7 @@ def _decide(source: str, table: Table) -> Reading:
         # What must be decided of the prompt hides nothing of the rest.
         whole = not prompt.startswith(UNDECIDED)
         readings += _columns(table, prompt if whole else f"{{{table.called(PROMPT)[0]}}}")
-    readings += _conversations(table, chats)
+    readings += _conversations(table, chats, prompt)
     readings = [Reading({**system, **r.fields}, r.explicit, r.fit) for r in readings]
     good = _different(source, some, _best(readings))
     asked = {"prompt": prompt} if prompt is not None and prompt.startswith(UNDECIDED) else {}
@@ -120,8 +121,10 @@ def prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
 def system_field(table: Table) -> dict[str, str]:
     """Return the field that names the column of system messages, if there is one."""
     found = [column for column in table.called(SYSTEM) if table.is_text(column)]
-    found = [column for column in found if all(isinstance(v, str) for v in table.values(column))]
-    return {"system_column": found[0]} if found else {}
+    for column in found:
+        if all(value is None or isinstance(value, str) for value in table.values(column)):
+            return {"system_column": column}
+    return {}
 
 
 def _best(readings: Sequence[Reading]) -> list[Reading]:
@@ -149,10 +152,10 @@ def _key(example: Example) -> tuple[Any, ...]:
     return example.index, asked.strip(), example.thinking.strip(), example.answer.strip()
 
 
-def _conversations(table: Table, chats: Sequence[str]) -> Iterator[Reading]:
+def _conversations(table: Table, chats: Sequence[str], prompt: str | None) -> Iterator[Reading]:
     """Read conversations, or a prompt and a completion that are messages both."""
     for column in chats:
-        fields = chat_fields(table, column)
+        fields = chat_fields(table, column, prompt)
         last = [last_answer(chat) for chat in table.messages(column)]
         if sum("reasoning_content" in turn for turn in last) >= ENOUGH * len(last):
             yield Reading(fields, explicit=True)
@@ -161,11 +164,13 @@ def _conversations(table: Table, chats: Sequence[str]) -> Iterator[Reading]:
             yield Reading({**fields, "split_rule": fit.rule}, fit.explicit, fit)
 
 
-def chat_fields(table: Table, column: str) -> dict[str, str]:
-    """Return the fields that name a column of conversations, and the messages before it."""
+def chat_fields(table: Table, column: str, prompt: str | None) -> dict[str, str]:
+    """Return the fields that name a column of conversations, and what stands before it."""
     prompts = [each for each in table.called(("prompt", "input")) if table.is_messages(each)]
     if prompts and column not in prompts:
         return {"response": column, "prompt": f"{{{prompts[0]}}}"}
+    if prompt and all(chat and chat[0]["role"] == "assistant" for chat in table.messages(column)):
+        return {"response": column, "prompt": prompt}
     default = {"prompt", "thinking", "answer"} <= set(table.columns)
     return {} if column == "messages" and not default else {"response": column}
 
@@ -188,6 +193,7 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         if name in free and table.varies(name, beside) and not _is_label(table, name, beside)
     ]
     texts = [name for name in table.called(RESPONSE) if name in free]
+    texts += [name for name in free if name not in texts and _is_tagged(table, name)]
     for column in dict.fromkeys([*thoughts, *texts]):
         fit = find_rule(table.texts(column))
         if fit.good and not _says(table, column, fit, answers):
@@ -201,6 +207,15 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         for answer in rest:
             fields = {"thinking": f"{{{thought}}}", "answer": _answer(table, answer)}
             yield Reading({**base, **fields}, explicit=True)
+
+
+def _is_tagged(table: Table, column: str) -> bool:
+    """Tell whether tags say in a column's texts what is thinking, whatever it is called."""
+    some = table.texts(column)[:NUM_TRIED]
+    if not any(OPENING.match(text) or "</think>" in text for text in some):
+        return False
+    fit = find_rule(table.texts(column))
+    return fit.good and fit.explicit
 
 
 def _is_label(table: Table, column: str, beside: str) -> bool:
@@ -286,11 +301,13 @@ def _first_places(table: Table, column: str) -> list[str]:
 
 
 def _near(source: str, rows: Sequence[Row], readings: Sequence[Reading]) -> list[str]:
-    """Say of columns that hold both how many rows they read, where these are too few."""
+    """Say of readings that fit how many rows they read nevertheless, where these are too few."""
     said = []
     for reading in readings:
-        loaded = read(source, rows, reading.fields) if reading.fit is None else None
-        if loaded and loaded.examples and loaded.unsplit:
+        if reading.fit is not None and not reading.fit.good:
+            continue
+        loaded = read(source, rows, reading.fields)
+        if loaded.unsplit:
             reads = f"{reading} reads {len(loaded.examples)} of {len(rows)} rows"
             said.append(f"{reads}, in others: {loaded.unsplit[0].reason}")
     return said
@@ -307,6 +324,7 @@ def _asked(
     reason = "".join(f"{why}; " for why in [*why_not(table), *near_columns])
     answers = [name for name in table.called(ANSWER) if table.is_text(name)]
     fits = [(reading, reading.fit) for reading in readings if reading.fit and reading.fit.share]
+    fits = [(reading, fit) for reading, fit in fits if not fit.good]
     if fits:
         near, fit = max(fits, key=lambda pair: pair[1].share)
         right, why = fit.num_texts - len(fit.odd), next(iter(fit.odd.values()), "")

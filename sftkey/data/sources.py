@@ -188,7 +188,7 @@ def _is_file(text: str) -> bool:
         return False
     if is_data_file(text) or (glob.has_magic(text) and not SLICE.match(text)):
         return True
-    return path.exists() and (path.is_absolute() or text != path.name or not path.suffix)
+    return path.exists()
 
 
 Prompt = str | tuple[dict[str, str], ...]

@@ -93,6 +93,7 @@ def test_columns_that_say_what_they_are(
         ({"context": ["C.", "D."], "question": "Q", "cot": "c", "answer": "7"}, {"prompt"}),
         ({"context": {"text": "C."}, "question": "Q", "cot": "c", "answer": "7"}, {"prompt"}),
         ({"history": [["Q", "7"]], "prompt": "Q", "response": THOUGHT}, {"prompt"}),
+        ({"question": "Q", "answers": ["a", "b"], "cot": "c", "label": 1}, {"prompt"}),
         ({"problem": "Q", "solution": "x = \\boxed{1} or x = \\boxed{2}."}, {"thinking", "answer"}),
         ({"problem": "Q", "solution": "So \\boxed{1}. It takes one."}, {"thinking", "answer"}),
         ({"prompt": "Q", "response": "#### Plan\nAdd.\n\nIt is 7."}, {"thinking", "answer"}),
@@ -212,6 +213,11 @@ def test_what_is_asked_names_the_ways(
 
 HALF_EMPTY = [
     (
+        [{"messages": turns(THOUGHT, info="c")}],
+        [{"messages": turns(THOUGHT)}],
+        "split_rule: think_tags reads 20 of 40 rows, in others: `info` of a trained turn, which ",
+    ),
+    (
         [{"prompt": "Q", "thinking": "c d", "answer": ""}],
         [{"prompt": "Q", "thinking": "c d", "answer": "7"}],
         "thinking: {thinking}, answer: {answer} reads 20 of 40 rows, in others: the answer is "
@@ -244,6 +250,23 @@ def test_rows_of_which_half_hold_a_reasoning_are_asked_for(
     source = write_rows(tmp_path / "rows.jsonl", (without + given) * 20)
     choice = choose_data(source, seed=0, plain=False)
     assert choice.fields["thinking"].startswith(f"DECIDE: {said}")
+
+
+def test_system_messages_of_some_rows_are_read(tmp_path: Path) -> None:
+    """Null and empty ones say nothing, and no reason to drop the others."""
+    rows = [row | {"system": ("S", None, "")[n % 3]} for n, row in enumerate(sums(40))]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.fields["system_column"] == "system"
+    kinds = ["text" if isinstance(each.prompt, str) else "chat" for each in choice.examples[:3]]
+    assert kinds == ["chat", "text", "text"]
+
+
+def test_what_follows_the_last_answer_is_said(tmp_path: Path) -> None:
+    """A user's last message is in no row."""
+    rows = [{"messages": [*turns(THOUGHT), {"role": "user", "content": "Thanks"}]}] * 40
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    said = "40 conversations go on behind their last answer; that isn't read"
+    assert (choice.undecided, said in choice.notes) == ([], True)
 
 
 def test_few_empty_thinkings_are_left_out_and_said(tmp_path: Path) -> None:
@@ -294,6 +317,9 @@ def test_a_column_of_efforts_is_no_reasoning(tmp_path: Path) -> None:
         ({"question": "Q", "response": "c\n\n**Answer:** 7"}, "Q", "7"),
         ({"question": "Q", "response": "c. The answer is **7**."}, "Q", "7"),
         ({"question": "Q", "cot": "c", "answer": "[1, 2]"}, "Q", "[1, 2]"),
+        ({"prompt": "Q", "completion": turns("7", thinking="c")[1:]}, "Q", "7"),
+        ({"messages": turns("7")[:1], "reasoning": "c", "answer": "7"}, "Q", "7"),
+        ({"question": "Q", "r1_trace_of": THOUGHT, "answer": "7"}, "Q", "7"),
         (
             {"question": "Q", "options": "['a', 'b']", "cot": "c", "answer": "B"},
             "Q\nA) a\nB) b",

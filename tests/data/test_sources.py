@@ -555,3 +555,13 @@ def test_local_rows_are_read_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.parq", "v1.0"])
+def test_a_file_that_lies_here_is_no_hub_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its ending, nobody is asked for a data set of that name."""
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / name, *[{"prompt": "Q", "thinking": "c", "answer": "7"}] * 2)
+    assert [each.answer for each in load_examples(section(name), 0).examples] == ["7", "7"]
