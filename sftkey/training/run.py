@@ -251,7 +251,8 @@ class Run:
             start, trainer.row_losses, config.get_text_config().vocab_size, str(folder)
         )
         change = change_of(start, trainer.row_losses)
-        record.worse = change.said() if change is not None and change.is_worse else None
+        worse = change if change is not None and change.is_worse else None
+        record.worse = worse.said(self.prepared.loss_name) if worse else None
         if record.worse:
             self.progress.note(f"WARNING: {record.name}: {record.worse}\nhint: {HINT}")
 

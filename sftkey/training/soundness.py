@@ -42,10 +42,10 @@ class Change:
         """Whether the loss has risen by more than chance."""
         return self.low > 0
 
-    def said(self) -> str:
-        """Say it in a line."""
+    def said(self, loss_name: str) -> str:
+        """Say it in a line, with what the loss is called: it may be one on training rows."""
         return (
-            f"its validation loss ended above its start, by more than chance: {self.start:.4f} -> "
+            f"its {loss_name} ended above its start, by more than chance: {self.start:.4f} -> "
             f"{self.end:.4f} nats a token, +{self.end - self.start:.4f} [{self.low:.4f}, "
             f"{self.high:.4f}] over {self.num_rows} rows"
         )
@@ -101,7 +101,7 @@ def refuse_destroyed(
         return
     raise DivergedError(
         where,
-        f"expected a validation loss below a guess among all {vocabulary:,} tokens, "
+        f"expected a loss below a guess among all {vocabulary:,} tokens, "
         f"{guess:.4f} nats a token; it went from {change.start:.4f} to {change.end:.4f}, and "
         "nothing was saved",
         "lower trainer.learning_rate; the checkpoints are kept",

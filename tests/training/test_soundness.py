@@ -27,7 +27,8 @@ def test_a_loss_that_rose_in_most_rows_is_worse_and_one_that_rose_by_chance_is_n
     assert worse is not None
     assert worse.is_worse
     assert worse.num_rows == 4
-    assert worse.said() == (
+    assert worse.said("loss on training rows").startswith("its loss on training rows ended above ")
+    assert worse.said("validation loss") == (
         "its validation loss ended above its start, by more than chance: 2.5000 -> 2.7000 nats a "
         f"token, +0.2000 [{worse.low:.4f}, {worse.high:.4f}] over 4 rows"
     )
@@ -118,7 +119,7 @@ def test_a_last_stage_whose_only_step_is_far_too_large_ends_with_an_error(
     stages = [{"name": "key", "loss_on": "key", "context": context}]
     trainer = {"max_steps": 1, "learning_rate": 1e8 if context == "exact" else 1e18}
     recipe = tiny_recipe(stages=stages, trainer=trainer, eval={"num_questions": 1})
-    with pytest.raises(DivergedError, match="expected a validation loss below a guess"):
+    with pytest.raises(DivergedError, match="expected a loss below a guess"):
         done(recipe, tmp_path / "runs", "eval.max_new_tokens=1")
     folder = tmp_path / "runs" / "tiny"
     assert not (folder / "stages/1-key/adapter").exists()
