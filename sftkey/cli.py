@@ -212,6 +212,16 @@ def errors(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+) -> None:
+    """Write a run's report.html: tokens, losses, results and answers."""
+    from sftkey.commands.report import report
+
+    report(run)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or studies.")],
     as_json: AsJSON = False,

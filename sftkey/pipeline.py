@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftkey.activity import activity
-from sftkey.errors import JudgeError, RunError
+from sftkey.errors import JudgeError, RunError, SFTKeyError
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import BASE, Ledger, run_recipe, trained_stage
 
 if TYPE_CHECKING:
+    from sftkey.data.prepare import Prepared
     from sftkey.evaluation.results import StageResult
+    from sftkey.training.run import Run
 
 LOGGER = logging.getLogger("sftkey")
 
@@ -243,7 +245,44 @@ def train_recipe(
             note_thinking(run, stage)
             if not yes:
                 refuse_empty_thinking(run, stage)
+    _write_page(run)
     return TrainedRun(place)
+
+
+def _write_page(run: Run) -> None:
+    """Write a run's report, and say where it is (main process only)."""
+    from sftkey.evaluation.page import write_page
+
+    if run.ledger.main:
+        page, *_ = write_page(run.ledger.folder, run.recipe, run.prepared)
+        run.progress.note(f"report: {page}")
+
+
+def report_run(folder: str | Path) -> list[Path]:
+    """Write `report.html` and `losses.png` of a run from its files; no weights are loaded.
+
+    Args:
+        folder: A run folder, finished or not. Where its rows or tokenizer can't be read here, the
+            report says so instead of showing which tokens were trained.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RunError: The folder is no run, or a file of it holds something else than it should.
+
+    >>> [file.name for file in report_run("runs/gsm8k")]
+    ['report.html', 'losses.png']
+    """
+    recipe = run_recipe(Path(folder))
+    from sftkey.evaluation.page import write_page
+    from sftkey.training.run import read_rows
+
+    try:
+        prepared: Prepared | str = read_rows(recipe)
+    except SFTKeyError as error:
+        prepared = str(error)
+    return write_page(Path(folder), recipe, prepared)
 
 
 def evaluated_recipe(folder: Path, generations: Path | None, stage: str | None) -> Recipe:
@@ -300,4 +339,5 @@ def evaluate_run(
                 grade_stage(run, name, generations)
             except JudgeError as error:
                 failures.append(error)
+    _write_page(run)
     return TrainedRun(folder), failures

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sftkey.evaluation.losses import SEGMENT_COLOURS
 from sftkey.recipe.loss_on import loss_weights
 from sftkey.study.results import ArmFigures, StudyResults
 from sftkey.study.schema import Study, arm_recipe
 
 BLACK = "#000000"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+COLOURS = (*SEGMENT_COLOURS.values(), "#CC79A7", "#56B4E9", "#F0E442")
 MARKERS = "D^vPX*<>p"  # "s" is the control's and "o" the base model's
-SEGMENTS = ("thinking", "answer_tag", "answer", "end")
 Draw = Callable[[Any, StudyResults, str], bool]
 
 
@@ -237,7 +237,7 @@ def _shares(bars: Mapping[str, Sequence[Bar]], pane: Any, results: StudyResults,
         return False
     for place, (_, found) in enumerate(drawn):
         left = 0.0
-        for segment, colour in zip(SEGMENTS, COLOURS, strict=False):
+        for segment, colour in SEGMENT_COLOURS.items():
             share = found.get(segment, 0.0)
             label = segment.replace("_", " ") if place == len(drawn) - 1 else None
             pane.barh(place, share, left=left, color=colour, label=label, edgecolor="white")

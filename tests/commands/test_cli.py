@@ -15,7 +15,7 @@ from sftkey.cli import main
 from sftkey.errors import RunError
 
 COMMANDS = (
-    *("train", "check", "ls", "cp", "show", "adapt", "evaluate", "errors", "compare"),
+    *("train", "check", "ls", "cp", "show", "adapt", "evaluate", "errors", "report", "compare"),
     *("diagnose", "study", "generate", "chat", "merge", "export", "card", "push", "prompts"),
     "env",
 )

@@ -1,0 +1,179 @@
+"""`report.html` of a run: trained tokens, losses, results and answers in one file to pass on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from sftkey import __version__
+from sftkey.data.prepare import Prepared
+from sftkey.data.preview import preview_rows
+from sftkey.errors import RunError
+from sftkey.evaluation.answers import GradedAnswer, read_answers
+from sftkey.evaluation.comparison import Comparison, compare_runs, sentences
+from sftkey.evaluation.losses import (
+    SEGMENT_COLOURS,
+    StageLosses,
+    draw_losses,
+    read_losses,
+    spread_wide,
+)
+from sftkey.files import write_text
+from sftkey.recipe.schema import Recipe
+
+NUM_ROWS = 2  # of the token map
+MOST_QUESTIONS = 500  # whose answers are shown: a page of some megabytes
+WIDTH, HEIGHT, LEFT, BOTTOM = 420, 240, 46, 24  # of a chart, in pixels
+
+
+def write_page(folder: Path, recipe: Recipe, prepared: Prepared | str) -> list[Path]:
+    """Write `report.html` and `losses.png` of a run, and return those that were written.
+
+    Args:
+        folder: The run's.
+        recipe: The run's.
+        prepared: Its rows; or, where they can't be read, why, which then stands in their place.
+
+    Raises:
+        RunError: A file of the run holds something else than it should.
+    """
+    losses = read_losses(folder, recipe)
+    page = folder / "report.html"
+    write_text(page, render_page(folder, recipe, prepared, losses))
+    picture = draw_losses(folder, losses)
+    return [page, *([picture] if picture else [])]
+
+
+def render_page(
+    folder: Path, recipe: Recipe, prepared: Prepared | str, losses: Sequence[StageLosses]
+) -> str:
+    """Return the page; the arguments are those of `write_page`, and the run's losses."""
+    graded = list((folder / "evaluation").glob("[!.]*.json"))
+    comparison = compare_runs([folder]) if graded else None
+    counts = folder / "data.json"
+    rows = [] if isinstance(prepared, str) else preview_rows(recipe, prepared, NUM_ROWS)
+    questions = list(_questions(folder, comparison))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = files("sftkey.evaluation").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        recipe=recipe,
+        recipe_text=recipe.to_yaml(),
+        version=__version__,
+        counts=json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else None,
+        rows=rows,
+        unread=prepared if isinstance(prepared, str) else None,
+        charts=charts(losses),
+        segments={name: name.replace("_", " ") for name in SEGMENT_COLOURS},
+        losses=losses,
+        logarithmic=bool(losses) and spread_wide(losses),
+        comparison=comparison,
+        sentences=sentences(comparison) if comparison else [],
+        questions=questions[:MOST_QUESTIONS],
+        num_questions=len(questions),
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and what each stage answered, by stage."""
+
+    question: str
+    expected: str
+    name: str
+    answers: Mapping[str, GradedAnswer]
+
+    @property
+    def differs(self) -> bool:
+        """Whether one stage is right and another isn't."""
+        return len({answer.right for answer in self.answers.values()}) > 1
+
+
+def _questions(folder: Path, comparison: Comparison | None) -> Iterator[Asked]:
+    """Yield the questions in their order; none of runs whose answers weren't kept with them."""
+    by_stage: dict[str, dict[tuple[int, int], GradedAnswer]] = {}
+    for row in comparison.rows if comparison else ():
+        try:
+            answers = read_answers(folder, row.result.stage)
+        except RunError:  # of an older version, or broken: the page says how to get them
+            continue
+        by_stage[row.result.stage] = {(each.index, each.turn): each for each in answers}
+    for key in sorted({key for answers in by_stage.values() for key in answers}):
+        found = {stage: answers[key] for stage, answers in by_stage.items() if key in answers}
+        first = next(iter(found.values()))
+        name = f"row {first.index}" + (f", turn {first.turn}" if first.turn else "")
+        yield Asked(first.question, first.expected, name, found)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The losses of a stage, in pixels of an SVG of `WIDTH` x `HEIGHT`.
+
+    Args:
+        name: The stage's.
+        lines: Segment, whether it is of the validation rows, and the points.
+        x_ticks: Place and step.
+        y_ticks: Place and loss.
+    """
+
+    name: str
+    lines: Sequence[tuple[str, bool, Sequence[tuple[float, float]]]]
+    x_ticks: Sequence[tuple[float, str]]
+    y_ticks: Sequence[tuple[float, str]]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    bottom: int = BOTTOM
+
+
+def charts(stages: Sequence[StageLosses]) -> list[Chart]:
+    """Lay out a chart for each stage; they share the scale of the losses."""
+    losses = [loss for stage in stages for _, loss in stage.points]
+    if not losses:
+        return []
+    scale = math.log10 if spread_wide(stages) else float
+    low, high = scale(min(losses)), scale(max(losses))
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+
+    def y(value: float) -> float:
+        return round(8 + (HEIGHT - BOTTOM - 16) * (high - value) / (high - low), 1)
+
+    marks = ticks(low, high, whole=scale is math.log10)
+    words = [f"{10**mark:g}" if scale is math.log10 else f"{mark:g}" for mark in marks]
+    y_ticks = [(y(mark), word) for mark, word in zip(marks, words, strict=True)]
+    found = []
+    for stage in stages:
+        most = max(1, *(step for step, _ in stage.points))
+
+        def x(step: int, most: int = most) -> float:
+            return round(LEFT + 8 + (WIDTH - LEFT - 24) * step / most, 1)
+
+        lines = [
+            (name, validation, [(x(step), y(scale(loss))) for step, loss in points])
+            for validation, by_segment in ((False, stage.training), (True, stage.validation))
+            for name, points in by_segment.items()
+        ]
+        steps = sorted({0, round(most / 2), most})
+        found.append(Chart(stage.name, lines, [(x(step), f"{step:,}") for step in steps], y_ticks))
+    return found
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Return about four round values between two; `whole` numbers where they are powers of ten.
+
+    >>> ticks(5.58, 5.87), ticks(-4.3, 0.7, whole=True)
+    ([5.6, 5.7, 5.8], [-4.0, -3.0, -2.0, -1.0, 0.0])
+    """
+    small = 1e-9  # of a step, by which floats may miss a round value
+    rough = (high - low) / 4 * (1 - small)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = max(1.0, math.floor(rough)) if whole else step
+    first, last = math.ceil(low / step - small), math.floor(high / step + small)
+    return [float(f"{step * number:.12g}") for number in range(first, last + 1)]
