@@ -229,7 +229,7 @@ def train_recipe(
     from sftkey.checks.gate import require_trainable
     from sftkey.diagnosis.run import StageDiagnosis, refuse_empty_thinking
     from sftkey.evaluation.grading import grade
-    from sftkey.evaluation.stage import grade_stage, note_thinking
+    from sftkey.evaluation.stage import grade_stage, note_thinking, track_grades
     from sftkey.training.run import start
 
     place = Path("runs") / recipe.name if folder is None else Path(folder)
@@ -238,10 +238,13 @@ def train_recipe(
     )
     with run.progress:
         for stage in run.stages():
+            graded = (place / "evaluation" / f"{stage}.json").exists()
             try:
                 grade_stage(run, stage)
             except JudgeError as error:
                 run.progress.note(f"{stage}: graded by the rule; {error}")
+            if not graded:  # else the trackers have it from the call before
+                track_grades(run, stage)
             note_thinking(run, stage)
             if not yes:
                 refuse_empty_thinking(run, stage)

@@ -34,6 +34,7 @@ from sftkey.models.positions import mixing_length
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs
 from sftkey.training.stage import make_trainer, save_stage, stage_arguments
+from sftkey.training.trackers import reported_to
 from sftkey.training.trainer import KeyTrainer
 
 NUM_LAYERS = 2
@@ -149,10 +150,9 @@ def refuse_missing_trackers(recipe: Recipe) -> None:
         RecipeError: Names the tracker, and what its integration says.
     """
     for stage in recipe.stages:
-        told = recipe.stage_trainer(stage).get("report_to") or "none"
-        names = [told] if isinstance(told, str) else told
+        names = reported_to(recipe.stage_trainer(stage))
         try:
-            for kind in get_reporting_integration_callbacks([n for n in names if n != "none"]):
+            for kind in get_reporting_integration_callbacks(names):
                 kind()
         except (ImportError, RuntimeError, ValueError) as error:
             raise RecipeError(

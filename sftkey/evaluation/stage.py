@@ -62,6 +62,24 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         raise judge.failure
 
 
+def track_grades(run: Run, stage: str) -> None:
+    """Log Acc and Fmt with their intervals to the run's trackers, where the stage ends."""
+    from sftkey.evaluation.results import read_result
+
+    file = run.ledger.folder / "evaluation" / f"{stage}.json"
+    if not run.ledger.main or not file.exists():
+        return
+    result = read_result(file)
+    values: dict[str, float] = {}
+    for name in ("acc", "fmt"):
+        low, high = getattr(result, f"{name}_interval")
+        values |= {f"test/{name}": getattr(result, name)}
+        values |= {f"test/{name}_low": low, f"test/{name}_high": high}
+    number = result.position
+    num_steps = run.ledger.stages[number - 1].num_steps if number else 0
+    run.trackers.log(values, number, num_steps)
+
+
 def stage_judge(run: Run, stage: str) -> Judge | None:
     """Return what asks the recipe's judge about a stage; without one nothing is imported."""
     section = run.recipe.eval.judge

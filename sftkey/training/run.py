@@ -55,6 +55,7 @@ from sftkey.training.stage import (
     stage_arguments,
 )
 from sftkey.training.stage_model import load_stage, stands_on
+from sftkey.training.trackers import Trackers, TrackStage
 from sftkey.training.trainer import KeyTrainer
 from sftkey.training.weighting import own_losses
 
@@ -151,6 +152,11 @@ class Run:
         """Return what writes the answers to the test questions."""
         return Answers(self.recipe, self.ledger, self.tokenizer, self.prepared, self.progress)
 
+    @cached_property
+    def trackers(self) -> Trackers:
+        """The experiment trackers, which are opened when something is logged."""
+        return Trackers(self.recipe, self.ledger)
+
     def stages(self, train: bool = True) -> Iterator[str]:
         """Do what isn't done yet; yield `base` and each stage's name when its answers lie there.
 
@@ -168,7 +174,10 @@ class Run:
             explained_out_of_memory(folder),
             explained_full_disk(folder),
         ):
-            yield from self._stages(train, request)
+            try:
+                yield from self._stages(train, request)
+            finally:
+                self.trackers.finish()
 
     def _stages(self, train: bool, request: StopRequest) -> Iterator[str]:
         if train and (line := require_disk(self.ledger, self.progress.planned)):
@@ -222,7 +231,12 @@ class Run:
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
-            callbacks=[SealCheckpoints(processes.wait_for_everyone), log, StopAfterStep(request)],
+            callbacks=[
+                SealCheckpoints(processes.wait_for_everyone),
+                log,
+                TrackStage(self.trackers, number + 1),
+                StopAfterStep(request),
+            ],
         )
         log.row_losses = lambda: trainer.row_losses
         if checkpoint:

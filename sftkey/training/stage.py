@@ -23,6 +23,7 @@ from sftkey.training.answers import sharded
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.losses import token_losses
 from sftkey.training.stage_model import refuse_mixed_rows
+from sftkey.training.trackers import NAMES, reported_to
 from sftkey.training.trainer import KeyTrainer
 from sftkey.training.weighting import stage_settings
 
@@ -67,7 +68,10 @@ def stage_arguments(
     defaults = DEFAULTS
     if reads_packs(recipe, stage):
         defaults = {**DEFAULTS, "train_sampling_strategy": "random"}
-    return SFTConfig(**{**defaults, **recipe.stage_trainer(stage), **owned})
+    told = recipe.stage_trainer(stage)
+    if names := reported_to(told):
+        owned["report_to"] = [name for name in names if name not in NAMES] or "none"
+    return SFTConfig(**{**defaults, **told, **owned})
 
 
 NUM_ROWS = 16  # validation rows: half a minute of a small model on two cores
