@@ -186,16 +186,20 @@ def read_skeleton(section: ModelSection) -> Skeleton:
             "its memory can't be planned: the weights come quantized",
             "leave --gpu out, or take the unquantized model",
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     kind = fields.get("model_type")
     try:
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"transformers knows no model type {kind}")
-        config = CONFIG_MAPPING[kind].from_dict(fields)
+        config = CONFIG_MAPPING[kind].from_json_file(file)  # which may write infinities its own way
         skeleton = Skeleton(config, section.attn_implementation, name)
         skeleton.model  # noqa: B018  # built, to see that it can be
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, ImportError),
+        StrictDataclassError,
+    ) as error:
         raise ModelError(
             name, f"its memory can't be planned: {first_line(error)}", "leave --gpu out"
         ) from error

@@ -17,6 +17,7 @@ from sftkey.files import write_json
 
 ROWS_FILE = "validation.json"  # of a stage's folder: its own loss of each row, nats a token
 SAME = 1e-3  # nats: rows whose losses are as near to a guess's are guessed
+DESTROYED = 0.5  # nats that a loss has risen by at least; a model may start worse than a guess
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def refuse_destroyed(
     guessed = [
         all(abs(each - guess) < SAME for each in rows if each == each) for rows in (start, end)
     ]
-    if not (guessed == [False, True] or (change.is_worse and change.end > guess + SAME)):
+    risen = change.is_worse and change.end - change.start > DESTROYED
+    if guessed != [False, True] and not (risen and change.end > guess):
         return
     raise DivergedError(
         where,

@@ -55,6 +55,7 @@ GUESS = math.log(100)
         ([1.0, 1.2, 1.1], [1e7, 2e7, 1.5e7], True),  # sure of wrong tokens
         ([1.0, 1.2, 1.1], [2.0, 2.4, 2.1], False),  # worse, and still a model
         ([4.7, 4.5, 4.6], [4.8, 4.4, 4.7], False),  # untrained, and moved by chance
+        ([4.7, 4.5, 4.6], [4.71, 4.51, 4.61], False),  # untrained, and a little worse
     ],
 )
 def test_a_model_that_a_guess_would_beat_is_refused(
