@@ -19,11 +19,14 @@ CONTEXT_OF_KEY = 16  # for each token of a key, so many of context are held at m
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
 
 
+LOSSES = ("nll", "dft", "eaft")
+
+
 def _loss(value: str) -> str:
-    if value in ("nll", "dft") or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+    if value in LOSSES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
         return value
-    near = did_you_mean(value, ("nll", "dft"))
-    raise ValueError(f"expected nll, dft or module:function; got {shown(value)}{near}")
+    near = did_you_mean(value, LOSSES)
+    raise ValueError(f"expected {', '.join(LOSSES)} or module:function; got {shown(value)}{near}")
 
 
 def _weights(value: Any) -> Any:
@@ -341,7 +344,8 @@ class StageSection(Section):
     """Weights that those of `loss_on` move to, linearly from the stage's first step to its last."""
     loss: Annotated[str, AfterValidator(_loss)] = "nll"
     """`nll` is cross-entropy; `dft` also weights each token's loss with its probability (arXiv
-    2508.05629); `module:function` with what a function of yours returns."""
+    2508.05629), `eaft` with the model's entropy there (arXiv 2601.02151), `module:function` with
+    what a function of yours returns."""
     trainer: dict[str, Any] = {}
     """`trl.SFTConfig` fields that replace the recipe's in this stage."""
 

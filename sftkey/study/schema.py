@@ -74,7 +74,8 @@ STRATEGIES: dict[str, Strategy] = {
     "weighted_then_sft": Strategy((WEIGHTED, AGAIN)),
     "balanced": Strategy((BALANCED,)),
     "annealed": Strategy((ANNEALED,)),
-    "dft": Strategy(({"name": "dft", "loss_on": "completion", "loss": "dft"},)),
+    "dft": Strategy(({**COMPLETION, "name": "dft", "loss": "dft"},)),
+    "eaft": Strategy(({**COMPLETION, "name": "eaft", "loss": "eaft"},)),
     "rft": Strategy(
         (
             COMPLETION,

@@ -63,12 +63,13 @@ class Aligned:
         )
 
     def restored(self, values: torch.Tensor, length: int) -> torch.Tensor:
-        """Put the values of the key's columns, `(B, K)`, where the tokens came from: `(B, T)`."""
+        """Put values of the key's columns, `(…, B, K)`, where the tokens came from: `(…, B, T)`."""
         columns = torch.arange(length, device=values.device) - self.starts[:, None].to(
             values.device
         )
-        outside = (columns < 0) | (columns >= values.shape[1])
-        return values.gather(1, columns.clamp(0, values.shape[1] - 1)).masked_fill(outside, 0)
+        outside = (columns < 0) | (columns >= values.shape[-1])
+        source = columns.clamp(0, values.shape[-1] - 1).expand(*values.shape[:-1], length)
+        return values.gather(-1, source).masked_fill(outside, 0)
 
 
 Keep = Callable[[Aligned, Any, Callable[[], DynamicCache]], DynamicCache]
@@ -164,7 +165,7 @@ def read_context(
     return ReadContext(batch, cache, input_ids.shape[1])
 
 
-def key_log_probs(
+def key_losses(
     model: PreTrainedModel,
     head: Callable[..., torch.Tensor],
     read: Sequence[ReadContext],
@@ -174,13 +175,13 @@ def key_log_probs(
 
     Args:
         model: The causal language model.
-        head: Runs it on its inputs and scores the labels it is given.
+        head: Runs it on its inputs and scores the labels it is given, and maybe more.
         read: The micro-batches; their caches are used up.
         key_adapters: They act on the keys. Of several (a grid), each scores a copy of its own.
 
     Returns:
-        Of each micro-batch the `(B, T)` log-probabilities, 0 where there is no label; for N key
-        adapters `(N * B, T)`.
+        Of each micro-batch the `(B, T)` losses, 0 where there is no label; for N key adapters
+        `(N * B, T)`. Where the head gives more of each place, `(1 + n, …)`.
     """
     copies = max(len(key_adapters), 1)
     joined = _joined([each.batch for each in read])
@@ -205,10 +206,10 @@ def key_log_probs(
             **{_cache_name(model.base_model): cache},
         )
     sizes = [len(each.batch.labels) for each in read]
-    parts = found.view(copies, sum(sizes), -1).split(sizes, dim=1)
+    parts = found.unflatten(-2, (copies, sum(sizes))).split(sizes, dim=-2)
     return [
         each.batch.repeated(copies).restored(
-            part[..., : each.batch.labels.shape[1]].flatten(0, 1), each.length
+            part[..., : each.batch.labels.shape[1]].flatten(-3, -2), each.length
         )
         for each, part in zip(read, parts, strict=True)
     ]
@@ -253,7 +254,7 @@ def _read_context(
 ) -> DynamicCache:
     """Fill a cache with the context's keys and values, chunk by chunk; `exact`: without dropout."""
     cache = DynamicCache(config=model.config)
-    with _without_dropout(model) if exact else nullcontext():
+    with without_dropout(model) if exact else nullcontext():
         _read_chunks(model, batch, num_chunks, cache)
     return cache
 
@@ -275,7 +276,7 @@ def _read_chunks(
 
 
 @contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """Read a context as it will be when the model answers."""
     training = [each for each in model.modules() if each.training]
     for each in training:

@@ -6,22 +6,40 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer import utils as trl_utils
 
 from sftkey.data.labels import IGNORED
 from sftkey.models.key_adapter import key_adapters
-from sftkey.training.detached import key_log_probs, read_context, refuse_other_caches
+from sftkey.training.detached import key_losses, read_context, refuse_other_caches
 
 Context = Literal["exact", "detached", "frozen"]
+Logits = Callable[[torch.Tensor], torch.Tensor]
 
 TILE_LOGITS = 2**20  # on a CPU: so many logits at once stay in its cache (4 MiB in float32)
 TILE_ROWS = 4096  # TRL's tiles hold so many tokens at most
 NARROWEST_TILE, WIDEST_TILE = 256, 32768  # entries of the vocabulary
+BESIDE_LOGITS = 2**24  # at once of what is computed beside the losses (64 MiB in float32)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is computed of hidden states in the same pass as the losses.
+
+    Args:
+        compute: Takes hidden states `(n, H)` and the model's head, which gives their logits
+            `(n, V)`; returns `(n,)` values.
+        places: `(B, T)`, at which positions; None: where there is a label.
+    """
+
+    compute: Callable[[torch.Tensor, Logits], torch.Tensor]
+    places: torch.Tensor | None = None
 
 
 def token_losses(
@@ -34,13 +52,14 @@ def token_losses(
     Args:
         model: A causal language model that `add_token_losses` was given, wrapped or not.
         inputs: `input_ids` and `labels`, each `(B, T)`, and whatever else the model takes;
-            `frozen` takes `key_starts`, `(B,)`.
+            `frozen` takes `key_starts`, `(B,)`. `beside` is a sequence of `Beside`.
         context: `detached`: what lies before the key is read without gradient; `frozen`: the
             model's key adapters act from `key_starts` on besides.
 
     Returns:
         `(B, T - 1)`: entry `t` belongs to the token at `t + 1`; 0 where its label is -100. For
-        several key adapters `(N * B, T - 1)`: one copy of the batch behind another.
+        several key adapters `(N * B, T - 1)`: one copy of the batch behind another. With `beside`
+        `(1 + n, …)`: the losses, and the values of each, at entry `t` those of position `t`.
 
     >>> add_token_losses(model)
     >>> ids = torch.tensor([[11, 12, 13, 14]])
@@ -61,7 +80,7 @@ def joint_losses(
 
     Args:
         model: As for `token_losses`.
-        batches: Of each micro-batch the inputs, as for `token_losses`.
+        batches: Of each micro-batch the inputs, as for `token_losses`; `beside` in the first one.
         context: `detached` or `frozen`.
 
     Returns:
@@ -101,21 +120,22 @@ def add_token_losses(model: PreTrainedModel, context: Context = "exact") -> None
         *args: Any,
         token_losses: Context | None = None,
         others: Sequence[dict[str, Any]] | None = None,
+        beside: Sequence[Beside] = (),
         **kwargs: Any,
     ) -> Any:
         if token_losses is None:
             return fused(*args, **kwargs)
-        head = functools.partial(_labelled_log_probs, self.base_model, fused)
+        head = functools.partial(_labelled_losses, self.base_model, fused, beside=beside)
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             head = functools.partial(head, output_router_logits=False)  # of a loss that isn't ours
         if token_losses != "exact":
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT's
             read = [read_context(self, **_predicted(each)) for each in (kwargs, *(others or ()))]
             names = key_adapters(self) if "key_starts" in kwargs else []
-            losses = [-each[:, :-1] for each in key_log_probs(self, head, read, names)]
+            losses = [each[..., :-1] for each in key_losses(self, head, read, names)]
             return losses[0] if others is None else losses
         # Nothing reads a cache here, and beside one packed rows would see each other.
-        return -head(**_predicted({**kwargs, "use_cache": False}))[:, :-1]
+        return head(**_predicted({**kwargs, "use_cache": False}))[..., :-1]
 
     model.forward = types.MethodType(forward, model)
 
@@ -125,10 +145,11 @@ def _predicted(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "labels": pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)}
 
 
-def _labelled_log_probs(
+def _labelled_losses(
     backbone: torch.nn.Module,
     fused: Callable[..., Any],
     labels: torch.Tensor,
+    beside: Sequence[Beside] = (),
     **inputs: Any,
 ) -> torch.Tensor:
     """Run the model and score the labels; positions without one don't reach the head.
@@ -137,20 +158,23 @@ def _labelled_log_probs(
         backbone: The model below its head.
         fused: The model's forward with TRL's head.
         labels: `(B, T)`, at each position the token that it predicts, or -100.
+        beside: What else is computed of the hidden states.
         inputs: What the backbone takes.
 
     Returns:
-        `(B, T)` log-probabilities; 0 where there is no label.
+        `(B, T)` losses; 0 where there is no label. With `beside` `(1 + n, B, T)`.
     """
     labelled = labels != IGNORED
+    outputs: list[Any] = []
 
     def compact(module: torch.nn.Module, args: Any, output: Any) -> None:
         states = output.last_hidden_state
+        outputs.append(type(output)(last_hidden_state=states))
         output.last_hidden_state = states[labelled.to(states.device)][None]
 
-    if trl_utils._use_triton(labels.device):  # TRL's own head leaves them out
-        found: torch.Tensor = fused(**inputs, shift_labels=labels, fused_lm_head=True).log_probs
-        return found
+    if not beside and trl_utils._use_triton(labels.device):  # TRL's own head leaves them out
+        found = fused(**inputs, shift_labels=labels, fused_lm_head=True).log_probs
+        return -found
     hook = backbone.register_forward_hook(compact)
     try:
         with _tiles_for(int(labelled.sum()), labels.device):
@@ -159,8 +183,61 @@ def _labelled_log_probs(
             ).log_probs
     finally:
         hook.remove()
-    labelled = labelled.to(found.device)
-    return found.new_zeros(labelled.shape).masked_scatter(labelled, found)
+    losses = _scattered(-found, labelled)
+    if not beside:
+        return losses
+    (output,) = outputs
+    logits = functools.partial(_own_logits, backbone, fused, type(output))
+    values = [losses]
+    for each in beside:
+        places = labelled if each.places is None else each.places
+        states = output.last_hidden_state[places.to(output.last_hidden_state.device)]
+        values.append(_scattered(each.compute(states, logits).to(losses.dtype), places))
+    return torch.stack(values)
+
+
+def _scattered(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Put values where they belong, `(B, T)`; 0 elsewhere."""
+    places = places.to(values.device)
+    return values.new_zeros(places.shape).masked_scatter(places, values)
+
+
+def _own_logits(
+    backbone: torch.nn.Module, fused: Callable[..., Any], kind: type[Any], states: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits `(n, V)` of hidden states `(n, H)`, as the model computes them.
+
+    The model's own forward runs with a backbone that returns these states: scaling, soft-capping
+    and an adapter on the head are as it knows them.
+    """
+    before = vars(backbone).get("forward")
+    backbone.forward = lambda *args, **kwargs: kind(last_hidden_state=states[None])
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        logits: torch.Tensor = fused(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del backbone.forward
+        if before is not None:
+            backbone.forward = before
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def in_tiles(
+    compute: Callable[..., torch.Tensor], num_logits: int, *rows: torch.Tensor
+) -> torch.Tensor:
+    """Call a function on a few rows at a time; what a tile computes is freed after it.
+
+    Where gradients flow, the backward pass computes each tile anew.
+
+    Args:
+        compute: Takes a tile of each of `rows` and returns one value a row, `(n,)`.
+        num_logits: What one row takes: a tile has so many rows that `BESIDE_LOGITS` hold them.
+        rows: `(N, …)` each.
+    """
+    size = max(BESIDE_LOGITS // num_logits, 1)
+    tiles = zip(*(each.split(size) for each in rows), strict=True)
+    found = [checkpoint(compute, *tile, use_reentrant=False) for tile in tiles]
+    return torch.cat(found)
 
 
 @contextmanager

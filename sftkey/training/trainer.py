@@ -25,9 +25,17 @@ from sftkey.recipe.loss_on import annealed
 from sftkey.recipe.schema import KEY_BATCH_TOKENS, LossOn
 from sftkey.training.answers import sharded
 from sftkey.training.key_batches import KeyBatch, pass_ends
-from sftkey.training.losses import Context, add_token_losses, joint_losses, token_losses
+from sftkey.training.losses import (
+    Beside,
+    Context,
+    Logits,
+    add_token_losses,
+    in_tiles,
+    joint_losses,
+    token_losses,
+)
 from sftkey.training.sums import row_sums, segment_means, segment_sums
-from sftkey.training.weighting import find_weighting
+from sftkey.training.weighting import find_weighting, likeliest_entropy, takes_entropies
 
 
 class GroupedByLength(LengthGroupedSampler):
@@ -75,7 +83,8 @@ class KeyTrainer(SFTTrainer):
         context: What gradient flows through prompt and thinking. `exact`: all that there is;
             `detached`: none (`sftkey.training.detached`), and `loss_on` trains neither.
         loss: `dft` weighs each token's loss with the token's probability, through which no
-            gradient flows (arXiv 2508.05629); `module:function` with what that returns.
+            gradient flows (arXiv 2508.05629), `eaft` with the entropy there (arXiv 2601.02151);
+            `module:function` with what that returns.
         anneal: Weights that those of `loss_on` move to, linearly from the first step to the last.
         key_batch_tokens: Unless `exact`, so many tokens of keys at most, filled up ones too, of
             a step's micro-batches go through the model in one pass: the same gradients.
@@ -100,6 +109,7 @@ class KeyTrainer(SFTTrainer):
     _waiting: Sequence[dict[str, Any]] = ()  # micro-batches whose keys go with a later one
     _pass_ends: Sequence[bool] = ()  # whether those to come, the last one first, wait for none
     _worst_norm: torch.Tensor | None = None  # of the gradients since the last log line
+    wants_entropies = False  # True in a subclass: `token_weights` gets the entropies
 
     def __init__(
         self,
@@ -120,6 +130,7 @@ class KeyTrainer(SFTTrainer):
         self.segment_weights = weights_by_segment(annealed(loss_on, anneal))  # at the end
         self._first_weights = self._step_weights = weights_by_segment(loss_on)
         self.context, self.loss, self._weighting = context, loss, find_weighting(loss)
+        self.wants_entropies |= takes_entropies(self._weighting)
         self.key_batch_tokens, self._window = key_batch_tokens, torch.zeros(0)
         self.row_losses: list[float] = []  # the stage's own, of each validation row
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
@@ -162,11 +173,12 @@ class KeyTrainer(SFTTrainer):
         self._waiting = ()
         segments = [batch.pop("segment_ids") for batch in batches]
         weights = [batch.pop("loss_weights")[:, 1:] for batch in batches]
-        losses = self._losses(model, batches, segments)
+        beside = self._beside()
+        found = self._losses(model, batches, segments, tuple(beside.values()))
         total = num_items_in_batch
         if total is None:
             total = torch.stack([each.sum() for each in weights]).sum()
-        parts = map(self._weighted_loss, losses, segments, weights)
+        parts = map(partial(self._weighted_loss, list(beside)), found, segments, weights)
         # The processes' gradients are averaged, but their losses are parts of one sum.
         return torch.stack(list(parts)).sum() / total * self.accelerator.num_processes
 
@@ -175,25 +187,59 @@ class KeyTrainer(SFTTrainer):
         model: torch.nn.Module,
         batches: list[dict[str, Any]],
         segments: Sequence[torch.Tensor],
+        beside: Sequence[Beside] = (),
     ) -> list[torch.Tensor]:
         """Return of each micro-batch the losses of its labelled tokens, as `token_losses` does."""
         pairs = zip(batches, segments, strict=True)
         inputs = [self._model_inputs(model, *each) for each in pairs]
+        if beside:
+            inputs[0]["beside"] = beside
         if len(inputs) > 1:
             return joint_losses(model, inputs, self.context)
         return [token_losses(model, inputs[0], self.context)]
 
     def _weighted_loss(
-        self, losses: torch.Tensor, segment_ids: torch.Tensor, weights: torch.Tensor
+        self,
+        beside: Sequence[str],
+        found: torch.Tensor,
+        segment_ids: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return Σ wₜ·NLLₜ of a micro-batch, and count it for the next log line."""
-        self._count(losses.detach(), segment_ids, weights)
-        losses = losses.view(-1, *weights.shape)  # of several copies of the batch
+        """Return Σ wₜ·NLLₜ of a micro-batch, and count it for the next log line.
+
+        Args:
+            beside: What was computed beside the losses.
+            found: The losses, and the values of each of these.
+            segment_ids: `(B, T)`.
+            weights: `(B, T - 1)`.
+        """
+        # The leading dimension of each: several copies of the batch.
+        losses, *values = found.view(1 + len(beside), -1, *weights.shape)
+        self._count(losses.detach().flatten(0, 1), segment_ids, weights)
         # What isn't trained, a pack's first token too, belongs to no segment.
         trained = segment_ids[:, 1:].masked_fill(weights == 0, PADDING)
-        return (losses * self.token_weights(trained, losses.detach())).sum()
+        named = dict(zip(beside, values, strict=True))
+        return (losses * self.token_weights(trained, losses.detach(), **named)).sum()
 
-    def token_weights(self, segment_ids: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    def _beside(self) -> dict[str, Beside]:
+        """Return what is computed beside the losses, by the name that it has afterwards."""
+        return {"entropies": Beside(self._entropies)} if self.wants_entropies else {}
+
+    @torch.no_grad()
+    def _entropies(self, states: torch.Tensor, logits: Logits) -> torch.Tensor:
+        return in_tiles(lambda tile: likeliest_entropy(logits(tile)), self._num_logits, states)
+
+    @property
+    def _num_logits(self) -> int:
+        model: Any = self.model
+        return int(model.config.get_text_config().vocab_size)
+
+    def token_weights(
+        self,
+        segment_ids: torch.Tensor,
+        losses: torch.Tensor,
+        entropies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the weight of each token's loss; override it to try a weighting of your own.
 
         The weighted losses are summed over the step, and divided by the sum of the weights that
@@ -202,14 +248,17 @@ class KeyTrainer(SFTTrainer):
         Args:
             segment_ids: (B, T - 1) the `Segment` of each trained token, -1 where none is trained.
             losses: (N, B, T - 1) nats, without gradient; N is 1 but for several key adapters.
+            entropies: As the losses, of the 20 likeliest tokens; given only where
+                `wants_entropies` is true or the function of `loss` has such a parameter.
 
         Returns:
             (B, T - 1), or (N, B, T - 1); 0 where no token is trained.
         """
         weights = self._weights_of(segment_ids)
-        return (
-            weights if self._weighting is None else weights * self._weighting(segment_ids, losses)
-        )
+        if self._weighting is None:
+            return weights
+        more = {"entropies": entropies} if takes_entropies(self._weighting) else {}
+        return weights * self._weighting(segment_ids, losses, **more)
 
     def _weights_of(self, segment_ids: torch.Tensor) -> torch.Tensor:
         """Return the step's weights of tokens whose segment is -1 where none is trained."""

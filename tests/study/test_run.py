@@ -572,6 +572,7 @@ STAGES: dict[str, list[tuple[Any, ...]]] = {
     "annealed": [("annealed", {"completion": 1.0, "key": 1.0})],
     "balanced": [("balanced", {"completion": 1.0, "key": 1.0})],
     "dft": [("dft", "completion")],
+    "eaft": [("eaft", "completion")],
     "sftkey_detached": [("completion", "completion"), ("key", "key")],
     "rft": [("completion", "completion"), ("rft", "completion")],
     "sftkey_anchored": [("completion", "completion"), ("key", {"thinking": 0.1, "key": 1.0})],
@@ -591,7 +592,7 @@ def test_a_strategy_is_a_list_of_stages(name: str, task: Path) -> None:
     assert last.context == {"sftkey_detached": "detached", "sftkey_frozen": "frozen"}.get(
         name, "exact"
     )
-    assert last.loss == ("dft" if name == "dft" else "nll")
+    assert last.loss == (name if name in ("dft", "eaft") else "nll")
     tags = (*recipe.response.thinking, *recipe.response.answer)
     assert ("".join(tags).strip() == "") == (name == "sft")
 

@@ -10,7 +10,7 @@ import torch
 from trl.trainer import utils as trl_utils
 
 from sftkey.training import losses as losses_module
-from sftkey.training.losses import add_token_losses, token_losses
+from sftkey.training.losses import Beside, add_token_losses, in_tiles, token_losses
 from tests.benchmarks.measuring import peak_bytes
 from tests.support.models import (
     EQUAL,
@@ -64,6 +64,47 @@ def test_losses_and_gradients_equal_those_of_whole_logits(name: str) -> None:
     loss, gradient = distances(made_family(name))
     assert loss < EQUAL
     assert gradient < EQUAL
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_computed_beside_sees_the_models_own_logits(name: str) -> None:
+    """At the places that are asked for, else at labels; nothing of the losses changes."""
+    model, batch = made_family(name), made_batch()
+    with torch.no_grad():
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        expected = model(**inputs).logits.square().sum(-1)[:, :-1]
+    add_token_losses(model)
+    losses = token_losses(model, batch)
+    places = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    places[:, 2:5] = True
+
+    def squares(states: torch.Tensor, logits: Any) -> torch.Tensor:
+        return in_tiles(lambda tile: logits(tile).square().sum(-1), 2**22, states)
+
+    for beside, at in [(Beside(squares), losses != 0), (Beside(squares, places), places[:, :-1])]:
+        found = token_losses(model, {**batch, "beside": [beside]})
+        assert torch.equal(found[0], losses)
+        assert torch.equal(found[1] != 0, at)
+        assert torch.allclose(found[1][at], expected[at], rtol=1e-9)
+    again = model(**inputs).logits  # nothing is left of it
+    assert torch.allclose(again.square().sum(-1)[:, :-1], expected, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("context", ["exact", "detached"])
+def test_values_beside_stand_at_the_place_that_predicts(context: Any) -> None:
+    """Behind a cache as in a whole pass."""
+    model, batch = made_family("qwen3"), made_batch()
+    with torch.no_grad():
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        expected = model(**inputs).logits.square().sum(-1)[:, :-1]
+    add_token_losses(model, context)
+    beside = Beside(lambda states, logits: logits(states).square().sum(-1))
+    found = token_losses(model, {**batch, "beside": [beside]}, context)
+    at = batch["labels"][:, 1:] != -100
+    assert torch.equal(found[1] != 0, at)
+    assert torch.allclose(found[1][at], expected[at], rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +213,14 @@ def test_a_head_that_forgets_soft_capping_is_found() -> None:
 
 def test_a_head_that_leaves_out_the_last_position_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison with whole logits fails where each row's last label isn't projected."""
-    original = losses_module._labelled_log_probs
+    original = losses_module._labelled_losses
 
     def shortened(backbone: Any, fused: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         places = torch.arange(labels.shape[1])
         last = (places * (labels != -100)).argmax(1)
         return original(backbone, fused, labels.scatter(1, last[:, None], -100), **inputs)
 
-    monkeypatch.setattr(losses_module, "_labelled_log_probs", shortened)
+    monkeypatch.setattr(losses_module, "_labelled_losses", shortened)
     loss, gradient = distances(made_family("llama"))
     assert loss > 0.1
     assert gradient > 1e-3

@@ -12,6 +12,7 @@ import torch
 from sftkey.data.response import Segment
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
+from sftkey.training import losses as losses_module
 from sftkey.training.trainer import KeyTrainer
 from sftkey.training.weighting import find_weighting, own_losses
 from tests.support.models import EQUAL
@@ -33,10 +34,12 @@ def hard_answers(segment_ids: torch.Tensor, losses: torch.Tensor) -> torch.Tenso
     return (segment_ids == Segment.ANSWER) * losses
 
 
-def trained(tokenizer: Any, folder: Path, loss_on: Any, **settings: Any) -> KeyTrainer:
+def trained(
+    tokenizer: Any, folder: Path, loss_on: Any, kind: Any = KeyTrainer, **settings: Any
+) -> KeyTrainer:
     """Train three steps of four rows in two micro-batches."""
     rows = made_rows(len(tokenizer))
-    own = {key: settings.pop(key) for key in ("loss", "anneal") if key in settings}
+    own = {key: settings.pop(key) for key in ("loss", "anneal", "kl") if key in settings}
     args = config(
         folder,
         per_device_train_batch_size=2,
@@ -44,7 +47,7 @@ def trained(tokenizer: Any, folder: Path, loss_on: Any, **settings: Any) -> KeyT
         max_steps=STEPS,
         **settings,
     )
-    trainer = KeyTrainer(made_model(tokenizer), args, loss_on, tokenizer, rows, rows, **own)
+    trainer: KeyTrainer = kind(made_model(tokenizer), args, loss_on, tokenizer, rows, rows, **own)
     trainer.train()
     return trainer
 
@@ -64,6 +67,55 @@ def test_a_function_of_ones_own_weighs_tokens(tiny_tokenizer: Any, tmp_path: Pat
         above += losses[segments == Segment.ANSWER].square().sum().item()
         below += int((segments >= Segment.ANSWER_TAG).sum())
     assert training_lines(found)[0]["loss"] == pytest.approx(above / below, rel=EQUAL)
+
+
+def entropy(segment_ids: torch.Tensor, losses: torch.Tensor, entropies: Any) -> torch.Tensor:
+    """Weigh as `eaft` does."""
+    return entropies / 3
+
+
+class Unsure(KeyTrainer):
+    """Weighs as `eaft` does, by its own method."""
+
+    wants_entropies = True
+
+    def token_weights(self, segment_ids: Any, losses: Any, entropies: Any = None) -> Any:
+        """Weigh by entropy."""
+        return super().token_weights(segment_ids, losses) * entropies / 3
+
+
+def eaft_loss(logits: torch.Tensor, row: dict[str, Any]) -> tuple[float, int]:
+    """Return Σ H/3·NLL of a row's completion over all logits `(T, V)`, and its tokens."""
+    found, trained = 0.0, 0
+    for place, segment in enumerate(row["segment_ids"][1:]):
+        if segment > 0:
+            nll = -logits[place].log_softmax(-1)[row["input_ids"][place + 1]]
+            likeliest = logits[place].sort(descending=True).values[:20].softmax(-1)
+            found += float(-(likeliest * likeliest.log()).sum() / 3 * nll)
+            trained += 1
+    return found, trained
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("logits", [2**24, 2**12])  # one tile, and several
+def test_eaft_weighs_by_the_entropy_of_the_likeliest_tokens(
+    logits: int, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step's loss is the sum by hand; a function and a method of one's own equal it."""
+    monkeypatch.setattr(losses_module, "BESIDE_LOGITS", logits)
+    model, rows = made_model(tiny_tokenizer), made_rows(len(tiny_tokenizer)).select(range(4))
+    with torch.no_grad():
+        whole = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    above, below = zip(*map(eaft_loss, whole, rows), strict=True)
+    ours = training_lines(trained(tiny_tokenizer, tmp_path, "completion", loss="eaft"))
+    assert ours[0]["loss"] == pytest.approx(sum(above) / sum(below), rel=EQUAL)
+    by_function = trained(tiny_tokenizer, tmp_path, "completion", loss=f"{HERE}:entropy")
+    by_method = trained(tiny_tokenizer, tmp_path, "completion", kind=Unsure)
+    for theirs in (by_function, by_method):
+        for a, b in zip(ours, training_lines(theirs), strict=True):
+            assert (a["loss"], a["grad_norm"]) == pytest.approx(
+                (b["loss"], b["grad_norm"]), rel=EQUAL
+            )
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -111,8 +163,8 @@ def test_a_function_that_is_not_there_is_refused(tiny_recipe: MakeRecipe) -> Non
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"loss": "dtf"}, "stages[0].loss: expected nll, dft or module:function; got 'dtf'; did "
-         "you mean `dft`?"),
+        ({"loss": "dtf"}, "stages[0].loss: expected nll, dft, eaft or module:function; got 'dtf'; "
+         "did you mean `dft`?"),
         ({"anneal": {"prompt": 1.0}}, "stages[0].anneal: prompt: expected a weight above 0 at both "
          "ends, or at none"),
         ({"anneal": {"key": 0.0, "thinking": 1.0}}, "stages[0].anneal: answer_tag and answer and "
