@@ -72,6 +72,7 @@ class Setting:
         trained_rows: Rows of the embeddings, or of the head, that are trained beside.
         context_rank: Of the adapter that a frozen stage holds for the context; 0: none.
         optimizer: Its name, as the trainer has it.
+        keeps_start: A copy of what is trained is kept, as it was at the start.
     """
 
     kind: Kind
@@ -88,6 +89,7 @@ class Setting:
     trained_rows: int = 0
     context_rank: int = 0
     optimizer: str = "adamw_torch_fused"
+    keeps_start: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -240,6 +242,7 @@ def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Ki
         trained_rows=0 if frozen else sum(map(len, lists)),
         context_rank=int(lora_setting(lora, "r")) if before and lora else 0,
         optimizer=str(trainer_setting(trainer, "optim")),
+        keeps_start=stage.kl > 0,
     )
 
 
@@ -294,11 +297,12 @@ def constant_bytes(skeleton: Skeleton, setting: Setting) -> int:
 
 
 def adapter_bytes(skeleton: Skeleton, setting: Setting) -> int:
-    """Count the adapters: what is trained, and what acts on a frozen context."""
+    """Count the adapters: what is trained, what acts on a frozen context, a copy of the start."""
+    start = gradient_bytes(skeleton, setting) if setting.keeps_start else 0  # as large as that
     if setting.full:
-        return 0
+        return start
     pairs = sum(map(sum, linears(skeleton, setting.targets)))
-    return ADAPTER_BYTES * (setting.context_rank * pairs + sum(trained(skeleton, setting)))
+    return start + ADAPTER_BYTES * (setting.context_rank * pairs + sum(trained(skeleton, setting)))
 
 
 def gradient_bytes(skeleton: Skeleton, setting: Setting) -> int:

@@ -37,6 +37,8 @@ CONTEXT_TOKENS = 4096
 # The output head's tiles, as sftkey.training has them, which imports TRL.
 TILE_LOGITS, TILE_ROWS, WIDEST_TILE = 2**20, 4096, 32768
 CPU_TILES = 7  # copies of a tile of logits in the backward pass of TRL's head, without Triton
+BESIDE_LOGITS = 2**24  # of the divergence from a stage's start, in float32
+BESIDE_TILES = 6  # copies of such a tile in its backward pass: 5 measured, and one in 16 bits twice
 TOKEN_INTEGERS = 4  # labels, segments, weights and targets; the trace sees the other inputs
 
 
@@ -96,6 +98,11 @@ def head_bytes(skeleton: Skeleton, setting: Setting, batch: Batch) -> int:
         tiles = (tile + CPU_TILES * min(tile, tokens * weight.shape[0])) * 4
     else:
         tiles = min(tokens, TILE_ROWS) * WIDEST_TILE * size
+    if setting.keeps_start:
+        every = batch.rows * batch.length
+        states += 2 * every * weight.shape[1] * size  # of the start, and now
+        rows = min(max(BESIDE_LOGITS // weight.shape[0], 1), every)
+        tiles = max(tiles, BESIDE_TILES * rows * weight.shape[0] * 4)
     if setting.full:  # the head's own gradient, before it is added to what there is
         states += weight.numel() * 4
     return int(states + tiles)

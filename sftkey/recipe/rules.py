@@ -269,6 +269,9 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
     if context in ("detached", "frozen") and (trained := _trained_context(stage.get("loss_on"))):
         what = f"{context} gives no gradient to what `loss_on` trains here: {trained}"
         yield (*keys, "context"), f"{what}; write exact, or loss_on: key"
+    if context != "exact" and as_number(stage.get("kl")):
+        what = f"{context} gives no gradient to the thinking, where this acts"
+        yield (*keys, "kl"), f"{what}; write context: exact"
     if context == "frozen" and not last:
         what = "frozen, whose adapter acts on the key alone, leaves nothing for a stage after it"
         yield (*keys, "context"), f"{what}; make it the last one"

@@ -346,6 +346,9 @@ class StageSection(Section):
     """`nll` is cross-entropy; `dft` also weights each token's loss with its probability (arXiv
     2508.05629), `eaft` with the model's entropy there (arXiv 2601.02151), `module:function` with
     what a function of yours returns."""
+    kl: Annotated[Number, Field(ge=0, exclude_if=lambda kl: kl == 0)] = 0.0
+    """Adds so many times KL(the stage's start ‖ now) to the loss, in nats, the mean over the
+    thinking's tokens; `context: exact` alone."""
     trainer: dict[str, Any] = {}
     """`trl.SFTConfig` fields that replace the recipe's in this stage."""
 

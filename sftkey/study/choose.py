@@ -1,4 +1,4 @@
-"""Chooses each stage's learning rate, and a weight, on validation rows; no test row is read."""
+"""Chooses each stage's learning rate, weight or kl on validation rows; no test row is read."""
 
 from __future__ import annotations
 
@@ -116,8 +116,10 @@ class StudyChoices:
 
     def _grid(self, choice: Choice, arm: str, number: int) -> dict[str, tuple[float, ...]]:
         """Return the values of what is chosen for a stage of an arm."""
-        weight = choice.weight if has_weight(self.study.strategy(arm).stages[number]) else ()
-        grid = {"learning_rate": choice.learning_rate, "weight": weight}
+        stage = self.study.strategy(arm).stages[number]
+        weight = choice.weight if has_weight(stage) else ()
+        kl = choice.kl if stage.get("kl") else ()
+        grid = {"learning_rate": choice.learning_rate, "weight": weight, "kl": kl}
         return {name: values for name, values in grid.items() if values}
 
     def _record(self, choice: Choice) -> dict[str, Any]:

@@ -31,6 +31,7 @@ ANNEALED: Stage = {
     "anneal": {"key": WEIGHT},
 }
 AGAIN: Stage = {"name": "again", "loss_on": "completion"}
+KL = 1.0  # in `sftkey_kl`, where none is chosen
 
 
 OWN_KEYS = ("long", "balanced")  # of a strategy's stage, beside those of a recipe's
@@ -85,6 +86,7 @@ STRATEGIES: dict[str, Strategy] = {
     "sftkey_detached": Strategy((COMPLETION, {**KEY, "context": "detached"})),
     "sftkey_own": Strategy((COMPLETION, {**KEY, "thinking": "own"})),
     "sftkey_anchored": Strategy((COMPLETION, {**KEY, "loss_on": {"thinking": 0.1, "key": 1.0}})),
+    "sftkey_kl": Strategy((COMPLETION, {**KEY, "kl": KL})),
     "sftkey_frozen": Strategy((COMPLETION, {**KEY, "context": "frozen"})),
 }
 
@@ -101,8 +103,8 @@ def strategy_recipe(
         file: The recipe.
         strategy: Its stages.
         overrides: Laid over the recipe before the strategy is.
-        chosen: For the first stages what is laid over each: `weight`, of the key, and settings of
-            the trainer.
+        chosen: For the first stages what is laid over each: `weight`, of the key, `kl`, and
+            settings of the trainer.
 
     Raises:
         RecipeError: The recipe is wrong, has no stage at a strategy's place, or can't do it.
@@ -160,6 +162,8 @@ def _with_choice(stage: dict[str, Any], picked: Mapping[str, float]) -> dict[str
     for name, value in picked.items():
         if name == "weight":
             stage["loss_on"] = {**stage["loss_on"], "key": value}
+        elif name == "kl":
+            stage["kl"] = value
         else:
             stage["trainer"][name] = value
     return stage
@@ -198,6 +202,10 @@ class Choice(StudySection):
     weight: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     """The weights of the key to choose from, in stages whose `loss_on` weighs completion and
     key."""
+    kl: Annotated[
+        tuple[Positive, ...], Field(strict=False, exclude_if=lambda values: not values)
+    ] = ()
+    """The values of `kl` to choose from, in stages that have one."""
     seed: Seed = 1
     """The seed of these runs."""
     max_rounds: Annotated[int, Field(ge=0)] = 2
@@ -351,14 +359,18 @@ def _check_phases(
 def _check_choice(
     choose: dict[str, Any], arms: Sequence[Any], own: Mapping[Any, Any]
 ) -> Iterator[tuple[Keys, str]]:
-    if not choose.get("learning_rate") and not choose.get("weight"):
-        yield ("choose",), "expected values of learning_rate or weight to choose from; got none"
+    if not any(choose.get(name) for name in ("learning_rate", "weight", "kl")):
+        what = "expected values of learning_rate, weight or kl to choose from; got none"
+        yield ("choose",), what
     stages = [stage for arm in arms if arm in STRATEGIES for stage in STRATEGIES[arm].stages]
     for strategy in own.values():
         stages += _listed(strategy, "stages") if isinstance(strategy, dict) else []
-    if choose.get("weight") and not any(isinstance(s, Mapping) and has_weight(s) for s in stages):
+    stages = [stage for stage in stages if isinstance(stage, Mapping)]
+    if choose.get("weight") and not any(map(has_weight, stages)):
         what = "no stage of the arms weighs completion and key, as the arm `weighted` does"
         yield ("choose", "weight"), what
+    if choose.get("kl") and not any(stage.get("kl") for stage in stages):
+        yield ("choose", "kl"), "no stage of the arms has a `kl`, as the arm `sftkey_kl` does"
 
 
 def _listed(data: dict[str, Any], key: str) -> list[Any]:

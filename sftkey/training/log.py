@@ -319,6 +319,7 @@ class StageLog(TrainerCallback):
             "tokens": logs["tokens"],
             "seconds": round(seconds, 3),
             "tokens_per_second": round(logs["tokens"] / seconds, 1),
+            **{name: logs[name] for name in ("kl",) if name in logs},
         }
         if not math.isfinite(logs["loss"]):
             raise DivergedError(

@@ -34,6 +34,7 @@ from sftkey.training.losses import (
     joint_losses,
     token_losses,
 )
+from sftkey.training.stage_start import StageStart, thinking_targets
 from sftkey.training.sums import row_sums, segment_means, segment_sums
 from sftkey.training.weighting import find_weighting, likeliest_entropy, takes_entropies
 
@@ -88,6 +89,8 @@ class KeyTrainer(SFTTrainer):
         anneal: Weights that those of `loss_on` move to, linearly from the first step to the last.
         key_batch_tokens: Unless `exact`, so many tokens of keys at most, filled up ones too, of
             a step's micro-batches go through the model in one pass: the same gradients.
+        kl: Adds so many times KL(the stage's start ‖ now) to the loss, the mean over the step's
+            tokens of the thinking, in nats; with `exact` alone.
 
     Raises:
         ModelError: The model can't do `detached`.
@@ -124,6 +127,7 @@ class KeyTrainer(SFTTrainer):
         loss: str = "nll",
         anneal: Mapping[str, float] | None = None,
         key_batch_tokens: int = KEY_BATCH_TOKENS,
+        kl: float = 0.0,
     ) -> None:
         # SFTTrainer rounds the trainable weights of a 4-bit model to bfloat16: keep the exact ones.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -133,6 +137,8 @@ class KeyTrainer(SFTTrainer):
         self.wants_entropies |= takes_entropies(self._weighting)
         self.key_batch_tokens, self._window = key_batch_tokens, torch.zeros(0)
         self.row_losses: list[float] = []  # the stage's own, of each validation row
+        self.kl, self._kl_factor = kl, torch.ones(())  # the factor is the step's
+        self._kl_window = torch.zeros(2)  # its sum and the number of its tokens, as for `_window`
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
         super().__init__(
             model=model,
@@ -149,14 +155,12 @@ class KeyTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        add_token_losses(base, context)
+        add_token_losses(_innermost(model), context)
         self.remove_callback(PrinterCallback)  # stdout is for results
         if isinstance(model, PeftModel):
-            # Else every checkpoint asks the hub whether the base's vocabulary was resized.
-            quiet = partial(model.save_pretrained, save_embedding_layers=False)
-            model.save_pretrained = quiet  # type: ignore[method-assign]
+            _save_quietly(model)
         _restore(model, exact)
+        self._start = StageStart(model, self._num_logits) if kl else None
 
     def compute_loss(  # type: ignore[override]  # the count is always the tensor made below
         self,
@@ -173,7 +177,7 @@ class KeyTrainer(SFTTrainer):
         self._waiting = ()
         segments = [batch.pop("segment_ids") for batch in batches]
         weights = [batch.pop("loss_weights")[:, 1:] for batch in batches]
-        beside = self._beside()
+        beside = self._beside(batches[0], segments[0])  # the only ones, where places matter
         found = self._losses(model, batches, segments, tuple(beside.values()))
         total = num_items_in_batch
         if total is None:
@@ -205,7 +209,7 @@ class KeyTrainer(SFTTrainer):
         segment_ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return Σ wₜ·NLLₜ of a micro-batch, and count it for the next log line.
+        """Return Σ wₜ·NLLₜ of a micro-batch with its penalty; count it for the next log line.
 
         Args:
             beside: What was computed beside the losses.
@@ -219,11 +223,24 @@ class KeyTrainer(SFTTrainer):
         # What isn't trained, a pack's first token too, belongs to no segment.
         trained = segment_ids[:, 1:].masked_fill(weights == 0, PADDING)
         named = dict(zip(beside, values, strict=True))
-        return (losses * self.token_weights(trained, losses.detach(), **named)).sum()
+        moved = named.pop("kl", losses.new_zeros(()))
+        sums = losses * self.token_weights(trained, losses.detach(), **named)
+        return sums.sum() + self._penalty(moved)
 
-    def _beside(self) -> dict[str, Beside]:
+    def _penalty(self, moved: torch.Tensor) -> torch.Tensor:
+        """Return a micro-batch's part of the step's mean divergence times `kl`, times Σ wₜ."""
+        if self._start is not None:
+            self._kl_window[0] += moved.detach().sum().cpu()
+        return self.kl * moved.sum() * self._kl_factor.to(moved.device)
+
+    def _beside(
+        self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
+    ) -> dict[str, Beside]:
         """Return what is computed beside the losses, by the name that it has afterwards."""
-        return {"entropies": Beside(self._entropies)} if self.wants_entropies else {}
+        beside = {"entropies": Beside(self._entropies)} if self.wants_entropies else {}
+        if self._start is not None:
+            beside["kl"] = self._start.divergence(inputs, segment_ids)
+        return beside
 
     @torch.no_grad()
     def _entropies(self, states: torch.Tensor, logits: Logits) -> torch.Tensor:
@@ -317,7 +334,14 @@ class KeyTrainer(SFTTrainer):
             self._step_weights = tuple(first + done * (last - first) for first, last in ends)
             sums = [self._weights_of(_trained(batch)).sum() for batch in batch_samples]
         total = torch.stack(sums).sum()
-        return self.accelerator.reduce(total.to(device), reduction="sum")
+        whole: torch.Tensor = self.accelerator.reduce(total.to(device), reduction="sum")
+        if self._start is not None:
+            places = [thinking_targets(batch, batch["segment_ids"]) for batch in batch_samples]
+            count = torch.stack([each.sum() for each in places]).sum()
+            self._kl_window[1] += count.cpu()
+            everywhere = self.accelerator.reduce(count.to(device), reduction="sum")
+            self._kl_factor = whole / everywhere.clamp(min=1)
+        return whole
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         """Group rows by length, if so set, in an order that a resumed stage repeats."""
@@ -358,6 +382,11 @@ class KeyTrainer(SFTTrainer):
             sums = window[:-1].view(2, len(Segment))
             logs |= {f"loss_{name}": value for name, value in segment_means(sums).items()}
             logs |= {"trained_tokens": int(sums[1].sum()), "tokens": int(window[-1])}
+            if self._start is not None:
+                row = self._kl_window.to(self.args.device)
+                moved, count = self.accelerator.reduce(row, reduction="sum").tolist()
+                self._kl_window = torch.zeros(2)
+                logs["kl"] = moved / max(count, 1.0)
         super().log(logs, start_time)
         if "loss" in logs and self._worst_norm is not None:
             worst, self._worst_norm = self._worst_norm.item(), None
@@ -468,6 +497,19 @@ class KeyTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send none."""
+
+
+def _innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model below its adapters."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    found: PreTrainedModel = base
+    return found
+
+
+def _save_quietly(model: PeftModel) -> None:
+    """Let no checkpoint ask the hub whether the base's vocabulary was resized."""
+    quiet = partial(model.save_pretrained, save_embedding_layers=False)
+    model.save_pretrained = quiet  # type: ignore[method-assign]
 
 
 def _restore(model: torch.nn.Module, exact: Mapping[str, torch.Tensor]) -> None:

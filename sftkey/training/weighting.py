@@ -97,4 +97,4 @@ def own_losses(recipe: Recipe) -> dict[str, str]:
 
 def stage_settings(stage: StageSection) -> dict[str, Any]:
     """Return what a stage says of its loss, as `KeyTrainer` takes it."""
-    return {"loss_on": stage.loss_on, "loss": stage.loss, "anneal": stage.anneal}
+    return {name: getattr(stage, name) for name in ("loss_on", "loss", "anneal", "kl")}

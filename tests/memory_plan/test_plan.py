@@ -306,6 +306,18 @@ def test_a_frozen_stage_holds_two_adapters(folder: Path) -> None:
     assert grid.parts["cache"] == 2 * two.parts["cache"]
 
 
+def test_a_stage_that_is_held_by_its_start_keeps_it(folder: Path) -> None:
+    """A copy of the adapter, and the logits of both in tiles of the whole vocabulary."""
+    load = loader(folder)
+    skeleton = read_skeleton(load().model)
+    plain, held = (
+        make_plan(load([f"stages.key.kl={kl}"]), skeleton, 24 * GIB).stages[1] for kl in (0, 1)
+    )
+    assert held.parts["adapters"] == 2 * plain.parts["adapters"]
+    assert held.parts["logits"] > 6 * (2**24 - 151936) * 4
+    assert held.parts["optimizer"] == plain.parts["optimizer"]
+
+
 @functools.cache
 def skeleton_of(family: str, attention: str) -> Skeleton:
     """Return a small model of an architecture, one for all recipes that name it."""

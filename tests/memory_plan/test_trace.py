@@ -307,6 +307,7 @@ def test_what_fits_is_found() -> None:
 def test_tiles_are_those_of_the_losses() -> None:
     """The plan repeats sizes of the training's, whose import would cost it seconds."""
     assert trace.TILE_LOGITS == losses.TILE_LOGITS
+    assert trace.BESIDE_LOGITS == losses.BESIDE_LOGITS
     assert trace.TILE_ROWS == losses.TILE_ROWS
     assert trace.WIDEST_TILE == losses.WIDEST_TILE
     assert trace.CONTEXT_TOKENS == detached.CHUNK_TOKENS

@@ -504,6 +504,25 @@ def test_a_weight_is_chosen_where_a_stage_has_one(
     assert len(asked) == 3 + 1
 
 
+def test_a_kl_is_chosen_where_a_stage_has_one(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It widens as a learning rate does, and stands in the cell's recipe; no first stage has it."""
+    monkeypatch.chdir(tmp_path)
+
+    def tried(self: StudyChoices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        return {"loss": abs(picked[-1].get("kl", 8.0) - 8.0)}
+
+    monkeypatch.setattr(StudyChoices, "_try", tried)
+    arms = ["sft_twice", "sftkey_kl"]
+    file = write_study(tmp_path, tiny_folder, choose={"kl": [0.5, 2.0]}, arms=arms)
+    run = study_run(load_study(file), file)
+    picked = run.choices(run.files[0]).of("sftkey_kl")
+    assert picked == [{}, {"kl": 8.0}]
+    recipe = run.cell(run.files[0], "sftkey_kl", 1, picked).recipe
+    assert [stage.kl for stage in recipe.stages] == [0.0, 8.0]
+
+
 def test_a_choice_weighs_segments_by_their_tokens() -> None:
     """8 nats on 3 tokens and 2 on 1 are 6.5 a token, not 5; a segment without tokens has none."""
     tokens = {"PROMPT": 9, "THINKING": 9, "ANSWER_TAG": 3, "ANSWER": 1, "END": 0}
@@ -577,6 +596,7 @@ STAGES: dict[str, list[tuple[Any, ...]]] = {
     "rft": [("completion", "completion"), ("rft", "completion")],
     "sftkey_anchored": [("completion", "completion"), ("key", {"thinking": 0.1, "key": 1.0})],
     "sftkey_frozen": [("completion", "completion"), ("key", "key")],
+    "sftkey_kl": [("completion", "completion"), ("key", "key")],
 }
 
 
@@ -593,6 +613,7 @@ def test_a_strategy_is_a_list_of_stages(name: str, task: Path) -> None:
         name, "exact"
     )
     assert last.loss == (name if name in ("dft", "eaft") else "nll")
+    assert last.kl == (1.0 if name == "sftkey_kl" else 0.0)
     tags = (*recipe.response.thinking, *recipe.response.answer)
     assert ("".join(tags).strip() == "") == (name == "sft")
 
@@ -820,14 +841,16 @@ Sections = dict[str, Any]
         ({"recipes": ["a/x.yaml", "b/x.yaml"]}, "recipes[1]: `x` stands twice"),
         ({"control": "dft"}, "control: expected one of the arms; got 'dft'"),
         ({"overides": []}, "overides: unknown key; did you mean `overrides`?"),
-        ({"choose": {"seed": 1}}, "choose: expected values of learning_rate or weight to choose "
-         "from; got none"),
+        ({"choose": {"seed": 1}}, "choose: expected values of learning_rate, weight or kl to "
+         "choose from; got none"),
         ({"choose": {"weight": [2]}}, "choose.weight: no stage of the arms weighs completion and "
          "key, as the arm `weighted` does"),
+        ({"choose": {"kl": [2]}}, "choose.kl: no stage of the arms has a `kl`, as the arm "
+         "`sftkey_kl` does"),
         ({"choose": {"learning_rate": [0.0]}}, "choose.learning_rate[0]: expected a number above "
          "0; got 0.0"),
         ({"choose": {"learning_rate": [1e-4], "zzz": 3}}, "choose.zzz: unknown key; the keys "
-         "here are learning_rate, weight, seed, max_rounds, num_rows, by"),
+         "here are learning_rate, weight, kl, seed, max_rounds, num_rows, by"),
         ({"strategies": {"dft": {"stages": [{}]}}}, "strategies.dft: this name is a built-in "
          "strategy's; write another"),
         ({"strategies": {"mine": {"stages": [{}]}}}, "strategies.mine: no arm has this name"),
