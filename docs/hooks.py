@@ -40,7 +40,7 @@ WORDS = {
     "Grid": "lists by name",
     "ContextCache": "`auto`, `off` or a size",
     **dict.fromkeys(["ModelSection", "DataSection", "ResponseSection", "EvalSection"], "a section"),
-    **dict.fromkeys(["StageSection", "OwnThinking", "JudgeSection"], "a section"),
+    **dict.fromkeys(["StageSection", "OwnThinking", "EarlyStop", "JudgeSection"], "a section"),
     **dict.fromkeys(["OwnStrategy", "Choice"], "a section"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,3 +73,29 @@ def checked_loss_on(value: Any) -> Any:
     if not any(weights.values()):
         raise ValueError(f"expected a weight above 0, else nothing is trained; got {shown(value)}")
     return {name: float(weight) for name, weight in weights.items()}
+
+
+def checked_weights(value: Any) -> Any:
+    """Return weights by segment or group, as numbers.
+
+    Raises:
+        ValueError: They are none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"expected weights by segment or group; got {shown(value)}")
+    return checked_loss_on(value)
+
+
+LOSSES = ("nll", "dft", "eaft")
+
+
+def checked_loss(value: str) -> str:
+    """Return a stage's `loss`.
+
+    Raises:
+        ValueError: It is neither a loss's name nor a function's.
+    """
+    if value in LOSSES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        return value
+    near = did_you_mean(value, LOSSES)
+    raise ValueError(f"expected {', '.join(LOSSES)} or module:function; got {shown(value)}{near}")

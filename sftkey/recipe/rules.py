@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
@@ -175,12 +175,13 @@ def check_together(data: dict[str, Any]) -> Iterator[Finding]:
         if isinstance(own, dict) and isinstance(shared, dict):
             keys: Keys = ("stages", number, "trainer")
             packing = data["data"]["packing"] is True
-            found |= dict.fromkeys(_check_trainer(shared, own, keys, packing))
+            early = stage.get("early_stop") is not None
+            found |= dict.fromkeys(_check_trainer(shared, own, keys, packing, early))
     yield from found
 
 
 def _check_trainer(
-    shared: dict[str, Any], own: dict[str, Any], keys: Keys, packing: bool
+    shared: dict[str, Any], own: dict[str, Any], keys: Keys, packing: bool, early: bool
 ) -> Iterator[Finding]:
     """Check what a stage's trainer is told, in the place where it is told it."""
     trainer = {**shared, **own}
@@ -193,7 +194,10 @@ def _check_trainer(
     if trainer.get("data_seed") is not None and grouped:
         what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
         yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
-    if trainer.get("load_best_model_at_end") is True:
+    if trainer.get("load_best_model_at_end") is True and early:
+        what = "`early_stop` keeps the epoch with the most right answers; leave this out"
+        yield place("load_best_model_at_end"), what
+    elif trainer.get("load_best_model_at_end") is True:
         for key in ("eval_strategy", "save_strategy"):
             if trainer.get(key, "no" if key == "eval_strategy" else "steps") == "no":
                 what = "the best checkpoint is one of those saved, by the losses of evaluations"
@@ -258,6 +262,7 @@ def _check_stages(stages: list[dict[str, Any]], full: bool) -> Iterator[Finding]
                 what = f"stages[{first}] has this name, too; write another"
                 yield ("stages", number, "name"), what
         yield from _check_context(stage, ("stages", number), number + 1 == len(stages))
+        yield from _check_early_stop(stage, ("stages", number), [*seen][:-1])
         if full and stage["context"] == "frozen" and stage["lora"] is None:
             what = "missing; full fine-tuning would change what writes the thinking"
             yield ("stages", number, "lora"), f"{what}: a frozen stage trains an adapter"
@@ -296,6 +301,20 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
     if context == "exact" and stage.get("key_batch_tokens", KEY_BATCH_TOKENS) != KEY_BATCH_TOKENS:
         what = "only with `context: detached` or `frozen`: exact reads context and key in one pass"
         yield (*keys, "key_batch_tokens"), what
+
+
+def _check_early_stop(
+    stage: dict[str, Any], keys: Keys, earlier: Sequence[str]
+) -> Iterator[Finding]:
+    stop = stage.get("early_stop")
+    if not isinstance(stop, dict):
+        return
+    if stage["grid"] is not None:
+        what = "not with `grid`, which chooses by losses; write one value of each"
+        yield (*keys, "early_stop"), what
+    name = stop.get("as_long_as")
+    if isinstance(name, str) and name.lower() not in earlier:
+        yield (*keys, "early_stop", "as_long_as"), f"expected an earlier stage; got {shown(name)}"
 
 
 def _check_anneal(stage: dict[str, Any], keys: Keys) -> Iterator[Finding]:

@@ -10,29 +10,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe import yaml_io
-from sftkey.recipe.loss_on import checked_loss_on
+from sftkey.recipe.loss_on import checked_loss, checked_loss_on, checked_weights
 from sftkey.recipe.upstream import as_number
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", re.IGNORECASE)
 KEY_BATCH_TOKENS = 2048  # 6% of 32k tokens, whose keys and values are 1.8 GiB on a Qwen2.5-7B
 CONTEXT_OF_KEY = 16  # for each token of a key, so many of context are held at most
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
-
-
-LOSSES = ("nll", "dft", "eaft")
-
-
-def _loss(value: str) -> str:
-    if value in LOSSES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        return value
-    near = did_you_mean(value, LOSSES)
-    raise ValueError(f"expected {', '.join(LOSSES)} or module:function; got {shown(value)}{near}")
-
-
-def _weights(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected weights by segment or group; got {shown(value)}")
-    return checked_loss_on(value)
 
 
 def _rows(given: Any) -> Any:
@@ -167,7 +151,7 @@ VariableName = Annotated[str, AfterValidator(_variable_name)]
 Rows = Annotated[int | float | str | None, PlainValidator(_rows)]
 ContextCache = Annotated[str, PlainValidator(_context_cache)]
 Grid = Annotated[dict[str, list[Any]], PlainValidator(_grid)]
-Weights = Annotated[dict[str, float], PlainValidator(_weights)]
+Weights = Annotated[dict[str, float], PlainValidator(checked_weights)]
 LossOn = Annotated[
     Literal["completion", "key", "answer"] | dict[str, float], PlainValidator(checked_loss_on)
 ]
@@ -310,6 +294,22 @@ class OwnThinking(Section):
     """A JSONL file of thinkings that another engine wrote to the prompts of `sftkey prompts`."""
 
 
+class EarlyStop(Section):
+    """Ends a stage by the model's answers to validation questions, which it gives after each epoch.
+
+    The epoch with the most right answers is kept, of equal ones the first.
+    """
+
+    patience: Count = 2
+    """So many epochs in a row without more right answers end the stage."""
+    num_questions: Count = 100
+    """How many validation questions are asked."""
+    as_long_as: Text | None = None
+    """An earlier stage's name: train no longer than that one did."""
+    times: Annotated[Number, Field(gt=0)] = 1.0
+    """Or no longer than so many times that."""
+
+
 class StageSection(Section):
     """One training stage: which tokens its loss is on, and what its trainer does otherwise."""
 
@@ -342,13 +342,16 @@ class StageSection(Section):
     """How the model writes its own thinking; only with `thinking: own`."""
     anneal: Annotated[Weights | None, Field(exclude_if=lambda weights: weights is None)] = None
     """Weights that those of `loss_on` move to, linearly from the stage's first step to its last."""
-    loss: Annotated[str, AfterValidator(_loss)] = "nll"
+    loss: Annotated[str, AfterValidator(checked_loss)] = "nll"
     """`nll` is cross-entropy; `dft` also weights each token's loss with its probability (arXiv
     2508.05629), `eaft` with the model's entropy there (arXiv 2601.02151), `module:function` with
     what a function of yours returns."""
     kl: Annotated[Number, Field(ge=0, exclude_if=lambda kl: kl == 0)] = 0.0
     """Adds so many times KL(the stage's start ‖ now) to the loss, in nats, the mean over the
     thinking's tokens; `context: exact` alone."""
+    early_stop: Annotated[EarlyStop | None, Field(exclude_if=lambda stop: stop is None)] = None
+    """Ends the stage by the model's answers to validation questions; its epochs are the most that
+    it trains."""
     trainer: dict[str, Any] = {}
     """`trl.SFTConfig` fields that replace the recipe's in this stage."""
 

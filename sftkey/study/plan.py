@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from sftkey.recipe.schema import StageSection
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 from sftkey.study.cells import Cell, hashed
 from sftkey.study.results import FinishedCell
@@ -28,6 +29,7 @@ class PlannedStage:
     num_steps: int
     num_tokens: int
     shared: bool
+    paced_as: str = ""  # another stage, where this one ends by that one's time
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,33 @@ def plan(run: StudyRun) -> list[PlannedCell]:
     seen: set[str] = set()
     planned = []
     for cell in cells:
-        prepared, stages = run.rows(cell.recipe), []
+        prepared, stages = run.rows(cell.recipe), list[PlannedStage]()
         tokens = sum(prepared.counts["tokens"]["train"].values())
         for number, stage in enumerate(cell.recipe.stages):
             trainer, num_rows = cell.recipe.stage_trainer(stage), len(prepared.train)
             key = prefix_key(cell.recipe, number + 1)
             steps = num_stage_steps(trainer, num_rows, 1)
             read = round(num_stage_epochs(trainer, num_rows, 1) * tokens)
-            stages.append(PlannedStage(stage.name, steps, read, key in seen))
+            planned_stage = PlannedStage(stage.name, steps, read, key in seen)
+            stages.append(_by_time(stage, planned_stage, stages))
             seen.add(key)
         done = cell in finished
         seconds = 0.0 if done else pace.seconds(cell, stages)
         asked = prepared.questions(cell.recipe)
         questions = hashed([(each.index, each.prompt, each.answer) for each in asked])
         planned.append(PlannedCell(cell, done, tuple(stages), seconds, len(asked), questions))
+    return planned
+
+
+def _by_time(
+    stage: StageSection, planned: PlannedStage, before: Sequence[PlannedStage]
+) -> PlannedStage:
+    """Return a stage that ends by another's time as if it were that one, so many times as long."""
+    stop = stage.early_stop
+    for each in before:
+        if stop is not None and each.name == stop.as_long_as:
+            steps, read = (round(stop.times * n) for n in (each.num_steps, each.num_tokens))
+            return replace(planned, num_steps=steps, num_tokens=read, paced_as=each.name)
     return planned
 
 
@@ -96,7 +111,7 @@ class Pace:
         """Guess the seconds of a cell: its training, and what loading and answers took before."""
         total = self.overhead
         for stage in stages:
-            rate = self._rate(cell.task, stage.name)
+            rate = self._rate(cell.task, stage.paced_as or stage.name)
             if rate is None:
                 return None
             total += 0.0 if stage.shared else stage.num_tokens / rate
@@ -204,6 +219,8 @@ def _promised(run: StudyRun, task: str, planned: list[PlannedCell]) -> str:
 
 
 def _stage(stage: PlannedStage) -> str:
+    if stage.paced_as and not stage.shared:
+        return f"{stage.name} as long as {stage.num_steps} of {stage.paced_as}"
     return f"{stage.name} {'shared' if stage.shared else stage.num_steps}"
 
 

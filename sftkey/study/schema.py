@@ -34,7 +34,8 @@ AGAIN: Stage = {"name": "again", "loss_on": "completion"}
 KL = 1.0  # in `sftkey_kl`, where none is chosen
 
 
-OWN_KEYS = ("long", "balanced")  # of a strategy's stage, beside those of a recipe's
+OWN_KEYS = ("long", "balanced", "fill")  # of a strategy's stage, beside those of a recipe's
+MOST_EPOCHS = 20  # of a stage with `fill`, times those of the recipe's stage
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class Strategy:
     """Stages as a recipe has them; where one has no `trainer`, the recipe's at its place serves.
 
     Args:
-        stages: In their order. Two keys are a study's own: `long: true` trains for as long as the
-            recipe's first two stages together, with one schedule; `balanced: true` gives the key
-            the weight that makes thinking and key each half of all weights.
+        stages: In their order. Three keys are a study's own: `long: true` trains for as long as
+            the recipe's first two stages together, with one schedule; `balanced: true` gives the
+            key the weight that makes thinking and key each half of all weights; `fill: true` trains
+            as many epochs as fit the time that the arm's first stage would take at this stage's
+            length, and ends before them by validation answers.
         response: The tags, where they aren't the recipe's.
         matched: Whether the last stage trains as many tokens as a key stage would in its place.
         overrides: Laid over the recipe, as on the command line.
@@ -86,6 +89,7 @@ STRATEGIES: dict[str, Strategy] = {
     "sftkey_detached": Strategy((COMPLETION, {**KEY, "context": "detached"})),
     "sftkey_own": Strategy((COMPLETION, {**KEY, "thinking": "own"})),
     "sftkey_anchored": Strategy((COMPLETION, {**KEY, "loss_on": {"thinking": 0.1, "key": 1.0}})),
+    "sftkey_frozen_long": Strategy((COMPLETION, {**KEY, "context": "frozen", "fill": True})),
     "sftkey_kl": Strategy((COMPLETION, {**KEY, "kl": KL})),
     "sftkey_frozen": Strategy((COMPLETION, {**KEY, "context": "frozen"})),
 }
@@ -112,6 +116,7 @@ def strategy_recipe(
     laid = [*overrides, *strategy.overrides]
     recipe = load_recipe(file, laid)
     needed = [n + 1 for n, stage in enumerate(strategy.stages) if "trainer" not in stage]
+    needed += [n + 1 for n, stage in enumerate(strategy.stages) if stage.get("fill")]
     needed += [2 for stage in strategy.stages if stage.get("long")]
     if len(recipe.stages) < max(needed, default=0):
         raise RecipeError(
@@ -120,13 +125,16 @@ def strategy_recipe(
             f"take over; got {len(recipe.stages)}",
             "write a second stage into the recipe",
         )
-    stages = []
+    stages: list[dict[str, Any]] = []
     for number, stage in enumerate(strategy.stages):
         settings = stage["trainer"] if "trainer" in stage else recipe.stages[number].trainer
         length = _length_of_both(file, recipe) if stage.get("long") else {}
+        filled = _filled(file, recipe, stages) if stage.get("fill") else {}
+        length |= filled.pop("trainer", {})
         plain = {key: value for key, value in stage.items() if key not in OWN_KEYS}
         picked = chosen[number] if number < len(chosen) else {}
-        stages.append(_with_choice({**plain, "trainer": {**settings, **length}}, picked))
+        laid_out = {**plain, **filled, "trainer": {**settings, **length}}
+        stages.append(_with_choice(laid_out, picked))
     replaced: dict[str, Any] = {"stages": stages}
     if strategy.response is not None:
         response = {**recipe.response.model_dump(mode="json"), **strategy.response}
@@ -136,19 +144,45 @@ def strategy_recipe(
 
 def _length_of_both(file: Path, recipe: Recipe) -> dict[str, Any]:
     """Return the setting that trains as long as the recipe's first two stages together."""
-    trainers = [recipe.stage_trainer(stage) for stage in recipe.stages[:2]]
+    name, lengths = _two_lengths(file, recipe)
+    return {name: sum(lengths)}
+
+
+def _filled(file: Path, recipe: Recipe, before: Sequence[Stage]) -> dict[str, Any]:
+    """Return what ends a stage by time and answers; its learning rate stays as it is.
+
+    A schedule that falls to 0 at the last epoch would leave the ones before it half-trained.
+    """
+    if not before:
+        what = "a strategy's stage with `fill: true` goes by the time of an earlier one; got none"
+        raise RecipeError(str(file), what, "put a stage on the whole completion before it")
+    place = len(before)
+    _, (one, this) = _two_lengths(file, recipe, place)
+    epochs = trainer_setting(recipe.stage_trainer(recipe.stages[place]), "num_train_epochs")
+    trainer = {
+        "num_train_epochs": MOST_EPOCHS * epochs,
+        "max_steps": -1,
+        "lr_scheduler_type": "constant",
+    }
+    early_stop = {"as_long_as": before[0]["name"], "times": this / one}
+    return {"early_stop": early_stop, "trainer": trainer}
+
+
+def _two_lengths(file: Path, recipe: Recipe, place: int = 1) -> tuple[str, list[Any]]:
+    """Return the lengths of the recipe's first stage and another, and the setting of them."""
+    trainers = [recipe.stage_trainer(recipe.stages[number]) for number in (0, place)]
     steps = [trainer_setting(trainer, "max_steps") for trainer in trainers]
     if all(each > 0 for each in steps):
-        return {"max_steps": sum(steps)}
+        return "max_steps", steps
     if any(each > 0 for each in steps):
         raise RecipeError(
             str(file),
-            "a strategy with `long: true` adds the lengths of two stages; expected max_steps in "
-            f"both or in none; got {steps}",
+            "a strategy with `long` or `fill` goes by the lengths of two stages; expected "
+            f"max_steps in both or in none; got {steps}",
             "write num_train_epochs or max_steps into both stages' trainer",
         )
-    epochs = [trainer_setting(trainer, "num_train_epochs") for trainer in trainers]
-    return {"num_train_epochs": sum(epochs)}
+    name = "num_train_epochs"
+    return name, [trainer_setting(trainer, name) for trainer in trainers]
 
 
 def has_weight(stage: Stage) -> bool:
@@ -185,7 +219,8 @@ class OwnStrategy(StudySection):
     stages: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)]
     """The arm's stages, as a recipe writes them; one without `trainer` takes the recipe's. With
     `long: true` one trains as long as the recipe's first two together, with `balanced: true` the
-    key gets the weight that makes it half of all."""
+    key gets the weight that makes it half of all, with `fill: true` it trains as many epochs as fit
+    the time of full SFT in its place."""
     overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Changes to the recipe in this arm, as on the command line."""
 

@@ -86,6 +86,11 @@ class RunProgress:
         self._head = ""
         self._last = time.monotonic()
 
+    def leave_out(self, stage: str, num_steps: int) -> None:
+        """Expect so many steps less: the stage has ended before them."""
+        self._num_steps[stage] -= num_steps
+        self._bar.update(self._task, total=self.num_steps)
+
     def step(self) -> None:
         """Count one finished step."""
         now = time.monotonic()
@@ -265,17 +270,25 @@ class StageLog(TrainerCallback):
         self.tolerance, self.loss_name = tolerance, loss_name
         self.row_losses: Callable[[], list[float]] = list  # of the last validation
         self._num_read = 0  # batches of the validation that goes on
+        self._ended = False  # maybe before its last step
         self._since = time.monotonic()
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop log lines of steps that will be taken again."""
-        self.record.num_steps = state.max_steps
+        self.record.num_steps, self._ended = state.max_steps, False
         if state.is_world_process_zero:
             cut_log(self.path, state.global_step)
         self.progress.begin(self.record.name, state.max_steps - state.global_step)
         self._since = time.monotonic()
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out the steps that weren't taken."""
+        self.record.num_steps, self._ended = state.global_step, True
+        self.progress.leave_out(self.record.name, state.max_steps - state.global_step)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -344,6 +357,7 @@ class StageLog(TrainerCallback):
         self._num_read = 0
         losses = segments_of(kwargs["metrics"], "eval_loss_")
         at = {0: "start", state.max_steps: "end"}.get(state.global_step, str(state.global_step))
+        at = "end" if self._ended else at
         self.record.validation[at] = losses
         self.ledger.save()
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())

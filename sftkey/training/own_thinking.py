@@ -25,6 +25,7 @@ from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError, Problem
 from sftkey.files import write_json
 from sftkey.generation.generate import Generation, by_row, generate_to_file, key_of
+from sftkey.generation.key_switch import Switch
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.log import RunProgress
 
@@ -58,6 +59,8 @@ class Writer:
         folder: The stage's; the answers go there.
         progress: What the person sees.
         stage: What the progress calls it.
+        what: Likewise, what is written.
+        switch: Where the model goes over to its key adapter, if it does.
     """
 
     recipe: Recipe
@@ -66,6 +69,8 @@ class Writer:
     folder: Path
     progress: RunProgress
     stage: str
+    what: str = "own thinking"
+    switch: Switch | None = None
 
     def write(
         self, name: str, examples: Sequence[Example], samples: int, temperature: float
@@ -88,7 +93,8 @@ class Writer:
             "batch_size": self.recipe.eval.batch_size,
             "temperature": temperature,
             "seed": self.recipe.seed,
-            "report": partial(self.progress.answers, f"{self.stage}: own thinking"),
+            "report": partial(self.progress.answers, f"{self.stage}: {self.what}"),
+            "switch": self.switch,
         }
         files = [self.folder / f"{name}.part{each}of{world}.jsonl" for each in range(world)]
         tokenizer = self.renderer.tokenizer
@@ -222,6 +228,20 @@ def require_valid(
         "train a stage on whole completions with a reasoning first; or write the model's own tags "
         f"as response.thinking (now {[response.thinking_open, response.thinking_close]}), or raise "
         "eval.max_new_tokens",
+    )
+
+
+def count_right(
+    renderer: Renderer,
+    examples: Sequence[Example],
+    written: Mapping[int, Generation],
+    grader: str,
+    grade: Grader,
+) -> int:
+    """Count the examples, by their place, whose written answer is right."""
+    answers = {place: _parsed(renderer, each).answer for place, each in written.items()}
+    return sum(
+        bool(grade(answer, examples[place].answer, grader)) for place, answer in answers.items()
     )
 
 

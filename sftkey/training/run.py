@@ -26,7 +26,7 @@ from sftkey.data.prepare import (
     prepare,
     refuse_evaluation_without_rows,
 )
-from sftkey.errors import DeviceError
+from sftkey.errors import DataError, DeviceError
 from sftkey.files import explained_full_disk, write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
@@ -35,6 +35,7 @@ from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers
 from sftkey.training.checkpoints import SealCheckpoints, kept_checkpoint, newest_whole
 from sftkey.training.disk import require_disk
+from sftkey.training.early_stop import stop_by_answers
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
 from sftkey.training.own_thinking import (
@@ -231,14 +232,14 @@ class Run:
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
-            callbacks=[
-                SealCheckpoints(processes.wait_for_everyone),
-                log,
-                TrackStage(self.trackers, number + 1),
-                StopAfterStep(request),
-            ],
+            callbacks=[SealCheckpoints(processes.wait_for_everyone), StopAfterStep(request)],
         )
         log.row_losses = lambda: trainer.row_losses
+        early = stop_by_answers(self.recipe, self.prepared, log, trainer, self.grade)
+        track = TrackStage(self.trackers, number + 1)
+        # Answers are no time of training.
+        for callback in [early, log, track] if early else [log, track]:
+            trainer.add_callback(callback)
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
         elif self.measures_gradients and stage.context != "frozen":
@@ -248,6 +249,8 @@ class Run:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
                 self.progress.note(f"{stage.name}: {kept}")
+            if early:
+                early.load_best(trainer)
             trainer.evaluate()
             refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
             self._compare_ends(trainer, number)
@@ -337,9 +340,9 @@ def start(
     processes = PartialState(cpu=device.kind == "cpu")
     with processes.main_process_first():
         prepared = read(recipe)
+        refuse_no_questions(recipe, prepared)
         packs = packed_rows(recipe, prepared.train)
-    main = processes.is_main_process
-    ledger = open_run(recipe, folder, fresh) if main else None
+    ledger = open_run(recipe, folder, fresh) if processes.is_main_process else None
     if ledger is not None:
         require_same_rows(ledger, prepared, uses)
     processes.wait_for_everyone()
@@ -367,6 +370,18 @@ def start(
         reports,
         measures_gradients,
     )
+
+
+def refuse_no_questions(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse a stage that ends by validation answers where there is no validation row.
+
+    Raises:
+        DataError: Names the stage.
+    """
+    for stage in recipe.stages:
+        if stage.early_stop is not None and not prepared.validation_examples:
+            what = "early_stop: expected validation rows to ask; got none"
+            raise DataError(f"stages.{stage.name}", what, "write data.validation into the recipe")
 
 
 def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:

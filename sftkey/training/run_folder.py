@@ -26,6 +26,7 @@ class StageRecord:
     `grid` says what a grid tried and kept.
     `behind_cache` is how a frozen stage's first key losses compare with those of a full pass.
     `worse` says that the validation loss ended above its start, where it did by more than chance.
+    `answers` has by epoch how many validation answers were right, where that ends the stage.
     `shared_from` names the run beside this one that trained the stage, where it was another.
     """
 
@@ -39,6 +40,7 @@ class StageRecord:
     grid: dict[str, Any] | None = None
     behind_cache: dict[str, float] | None = None
     worse: str | None = None
+    answers: list[dict[str, float]] | None = None
 
 
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"

@@ -125,12 +125,19 @@ def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
 
     Raises:
         ModelError: The model mixes packed rows.
-        DeviceError: A frozen stage, or one with `kl`, where the model is sharded.
+        DeviceError: A frozen stage, or one with `kl` or `early_stop`, where the model is sharded.
     """
     if any(stage.context == "frozen" for stage in recipe.stages) and sharded():
         raise DeviceError(
             "context: frozen",
             "expected processes that hold the whole model each; FSDP and DeepSpeed cut it up",
+            "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
+        )
+    if any(stage.early_stop for stage in recipe.stages) and sharded():
+        raise DeviceError(
+            "early_stop",
+            "expected processes that hold the whole model each and can answer; FSDP and DeepSpeed "
+            "cut it up",
             "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
         )
     if any(stage.kl for stage in recipe.stages) and sharded():

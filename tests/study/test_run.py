@@ -597,7 +597,13 @@ STAGES: dict[str, list[tuple[Any, ...]]] = {
     "sftkey_anchored": [("completion", "completion"), ("key", {"thinking": 0.1, "key": 1.0})],
     "sftkey_frozen": [("completion", "completion"), ("key", "key")],
     "sftkey_kl": [("completion", "completion"), ("key", "key")],
+    "sftkey_frozen_long": [("completion", "completion"), ("key", "key")],
 }
+FILLED = {
+    "num_train_epochs": 60.0,
+    "max_steps": -1,
+    "lr_scheduler_type": "constant",
+}  # upstream's 3
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -605,13 +611,14 @@ def test_a_strategy_is_a_list_of_stages(name: str, task: Path) -> None:
     """Each has the recipe's trainer at its place; what it adds are the stages' own keys."""
     recipe = strategy_recipe(task, STRATEGIES[name])
     assert [(stage.name, stage.loss_on) for stage in recipe.stages] == STAGES[name]
-    assert [stage.trainer for stage in recipe.stages] == [{}, {"learning_rate": 5e-4}][
+    last = recipe.stages[-1]
+    filled = FILLED if name == "sftkey_frozen_long" else {}
+    assert [stage.trainer for stage in recipe.stages] == [{}, {"learning_rate": 5e-4, **filled}][
         : len(recipe.stages)
     ]
-    last = recipe.stages[-1]
-    assert last.context == {"sftkey_detached": "detached", "sftkey_frozen": "frozen"}.get(
-        name, "exact"
-    )
+    assert (last.early_stop is not None) == bool(filled)
+    contexts = {"sftkey_detached": "detached", "sftkey_frozen": "frozen"}
+    assert last.context == (contexts | {"sftkey_frozen_long": "frozen"}).get(name, "exact")
     assert last.loss == (name if name in ("dft", "eaft") else "nll")
     assert last.kl == (1.0 if name == "sftkey_kl" else 0.0)
     tags = (*recipe.response.thinking, *recipe.response.answer)
@@ -723,8 +730,21 @@ def test_a_long_stage_is_one_schedule_over_the_length_of_two(name: str, task: Pa
     twice = strategy_recipe(task, STRATEGIES["sft_twice"], epochs)
     steps = [num_stage_steps(twice.stage_trainer(stage), 24, 1) for stage in twice.stages]
     assert num_stage_steps(recipe.stage_trainer(recipe.stages[0]), 24, 1) == sum(steps)
-    with pytest.raises(RecipeError, match=r"expected max_steps in both or in none; got \[2, -1\]"):
+    with pytest.raises(RecipeError, match=r"max_steps in both or in none; got \[2, -1\]"):
         strategy_recipe(task, STRATEGIES[name], ["stages.key.trainer.max_steps=-1"])
+
+
+def test_a_filled_stage_ends_by_the_time_of_as_long_full_sft(task: Path) -> None:
+    """Of its second stage's length, which is measured in steps or epochs of the first."""
+    for overrides, times in [
+        ([], 1.0),
+        (["stages.key.trainer.max_steps=5"], 2.5),
+        (["trainer.max_steps=-1", "stages.key.trainer.num_train_epochs=6"], 2.0),
+    ]:
+        recipe = strategy_recipe(task, STRATEGIES["sftkey_frozen_long"], overrides)
+        stop = recipe.stages[1].early_stop
+        assert stop is not None
+        assert (stop.as_long_as, stop.times) == ("completion", times)
 
 
 def test_a_balanced_stage_weighs_thinking_and_key_alike(
