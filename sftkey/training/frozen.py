@@ -26,8 +26,8 @@ from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.context_cache import ContextCache, bytes_a_token
 from sftkey.training.key_batches import key_starts
 from sftkey.training.losses import token_losses
-from sftkey.training.sums import row_sums, segment_means
 from sftkey.training.trainer import GroupedByLength, KeyTrainer
+from sftkey.training.validating import row_sums, segment_means
 
 LOGGER = logging.getLogger("sftkey")
 SURELY_READ = 1e-3  # nats: no rounding makes that 0

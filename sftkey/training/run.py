@@ -35,7 +35,7 @@ from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers
 from sftkey.training.checkpoints import SealCheckpoints, kept_checkpoint, newest_whole
 from sftkey.training.disk import require_disk
-from sftkey.training.early_stop import stop_by_answers
+from sftkey.training.early_stop import StopByAnswers, stop_by_answers
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
 from sftkey.training.own_thinking import (
@@ -247,10 +247,7 @@ class Run:
             self.ledger.save()
         with activity(f"training {stage.name}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
-                self.progress.note(f"{stage.name}: {kept}")
-            if early:
-                early.load_best(trainer)
+            self._say_kept(trainer, stage.name, early)
             trainer.evaluate()
             refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
             self._compare_ends(trainer, number)
@@ -258,6 +255,13 @@ class Run:
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"
         self.ledger.finish(self.ledger.adapter(number), log.path)
+
+    def _say_kept(self, trainer: KeyTrainer, stage: str, early: StopByAnswers | None) -> None:
+        """Say with which checkpoint's weights a stage ends; those chosen by answers are loaded."""
+        if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
+            self.progress.note(f"{stage}: {kept}")
+        if early:
+            early.load_best(trainer)
 
     def _compare_ends(self, trainer: KeyTrainer, number: int) -> None:
         """Note a validation loss that ended above its start; refuse a model that is destroyed."""

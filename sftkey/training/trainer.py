@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.generic import is_flash_attention_requested
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_by_segment
@@ -35,7 +33,7 @@ from sftkey.training.losses import (
     token_losses,
 )
 from sftkey.training.stage_start import StageStart, thinking_targets
-from sftkey.training.sums import row_sums, segment_means, segment_sums
+from sftkey.training.validating import ValidatingTrainer, segment_means, segment_sums
 from sftkey.training.weighting import find_weighting, likeliest_entropy, takes_entropies
 
 
@@ -64,7 +62,7 @@ class GroupedByLength(LengthGroupedSampler):
         return order
 
 
-class KeyTrainer(SFTTrainer):
+class KeyTrainer(ValidatingTrainer):
     """Trains one stage: the loss of a step is Σ wₜ·NLLₜ / Σ wₜ over its whole batch.
 
     `token_weights` is the one method to override for other weights.
@@ -137,19 +135,15 @@ class KeyTrainer(SFTTrainer):
         self.wants_entropies |= takes_entropies(self._weighting)
         self.key_batch_tokens, self._window = key_batch_tokens, torch.zeros(0)
         self.row_losses: list[float] = []  # the stage's own, of each validation row
-        self.kl, self._kl_factor = kl, torch.ones(())  # the factor is the step's
-        self._kl_window = torch.zeros(2)  # its sum and the number of its tokens, as for `_window`
+        # The factor of a step; the sum and the number of its tokens, as `_window` has the losses'.
+        self.kl, self._kl_factor, self._kl_window = kl, torch.ones(()), torch.zeros(2)
         multiple: Any = args.pad_to_multiple_of  # text only until the arguments are made
+        flash = is_flash_attention_requested(model.config)
+        collator = KeyCollator(tokenizer, loss_on, multiple, for_key_trainer=True, one_line=flash)
         super().__init__(
             model=model,
             args=args,
-            data_collator=KeyCollator(
-                tokenizer,
-                loss_on,
-                multiple,
-                for_key_trainer=True,
-                one_line=is_flash_attention_requested(model.config),
-            ),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -355,9 +349,6 @@ class KeyTrainer(SFTTrainer):
             lambda: int(self.state.epoch or 0),
         )
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
-        """Return none: `evaluation_loop` chooses its own order."""
-
     def _count(
         self,
         losses: torch.Tensor,
@@ -411,86 +402,6 @@ class KeyTrainer(SFTTrainer):
             worst = found if self._worst_norm is None else self._worst_norm
             self._worst_norm = torch.maximum(worst, found)  # NaN stays
         return norm
-
-    def evaluation_loop(
-        self, dataloader: Any, description: str, *args: Any, **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Return the validation loss of every segment, trained or not, counted token by token.
-
-        Every process takes its share of the rows; none counts twice, as rows would that a
-        distributed sampler repeats to fill the last batch.
-        """
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        dataset = dataloader.dataset
-        sums = torch.zeros(1, device=self.args.device)
-        places, of_rows = [], []
-        was_training = self.model_wrapped.training
-        self.model_wrapped.eval()
-        for rows, numbers in self._validation_batches(dataset):
-            batch = self._prepare_inputs(self.data_collator(rows))
-            numbers = numbers.to(self.args.device)
-            segment_ids = batch["segment_ids"].masked_fill(numbers[:, None] < 0, PADDING)
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, -100)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                found = self._validation_sums(inputs, segment_ids)
-            sums = sums + found.sum(-3)
-            places.append(numbers)
-            of_rows.append(found.movedim(-3, 0))
-        self.model_wrapped.train(was_training)
-        sums = self._reported(self.accelerator.reduce(sums, reduction="sum").cpu())
-        gathered = self.accelerator.gather((torch.cat(places), torch.cat(of_rows)))
-        self.row_losses = self._losses_of_rows(*(each.cpu() for each in gathered))
-        metrics = {f"{prefix}_loss": self._weighted(sums).item()}
-        metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
-        nothing = np.empty(0)
-        return EvalLoopOutput(nothing, None, metrics, num_samples=len(dataset))
-
-    def _validation_sums(
-        self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the sums of each of a batch of validation rows, `(B, 2, 5)`."""
-        return row_sums(token_losses(self.model_wrapped, inputs), segment_ids[:, 1:])
-
-    def _reported(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the sums of all validation rows that are reported, `(2, 5)`."""
-        return sums
-
-    def _losses_of_rows(self, places: torch.Tensor, sums: torch.Tensor) -> list[float]:
-        """Return the stage's own loss of each validation row; NaN where it trains none of it.
-
-        Args:
-            places: `(R,)` the rows' numbers, -1 where one only fills a batch.
-            sums: `(R, …, 2, 5)`, as `_validation_sums` gives them.
-        """
-        order = places.argsort()[(places < 0).sum() :]
-        losses: list[float] = self._weighted(self._kept_of_rows(sums[order])).tolist()
-        return losses
-
-    def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return those of the sums of each row that are reported, `(R, 2, 5)`."""
-        return sums
-
-    def _weighted(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the stage's own loss, from sums `(…, 2, 5)`."""
-        weights = torch.tensor(self.segment_weights)
-        above, below = (sums * weights).sum(-1).unbind(-1)
-        return above / below
-
-    def _validation_batches(
-        self, dataset: Dataset
-    ) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor]]:
-        """Yield this process's batches, longest rows first, and the rows' numbers `(B,)`.
-
-        All processes get equally many batches (FSDP hangs otherwise); what fills up has number -1.
-        """
-        size, world = self.args.eval_batch_size, self.accelerator.num_processes
-        lengths = row_lengths(dataset)
-        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        order += [-1] * (-len(order) % (size * world))
-        for start in range(self.accelerator.process_index * size, len(order), size * world):
-            batch = order[start : start + size]
-            yield [dataset[max(row, 0)] for row in batch], torch.tensor(batch)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a checkpoint is no publication, and TRL's card asks the hub."""

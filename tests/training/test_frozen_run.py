@@ -19,7 +19,7 @@ from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.stage_model import load_stage
-from sftkey.training.sums import segment_means, segment_sums
+from sftkey.training.validating import segment_means, segment_sums
 from tests.support.models import EQUAL, float64
 from tests.support.tiny import made_model, made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, done, kill_at_step

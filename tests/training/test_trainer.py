@@ -13,8 +13,8 @@ from trl import SFTConfig, SFTTrainer
 from sftkey.data.labels import PADDING
 from sftkey.data.response import Segment
 from sftkey.training.losses import token_losses
-from sftkey.training.sums import segment_means, segment_sums
 from sftkey.training.trainer import KeyTrainer
+from sftkey.training.validating import segment_means, segment_sums
 from tests.support.models import EQUAL
 
 PROMPT_TOKENS = 5

@@ -1,0 +1,142 @@
+"""Validation: the loss of every segment, counted token by token, and that of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from sftkey.data.collator import row_lengths
+from sftkey.data.labels import PADDING
+from sftkey.data.response import Segment
+from sftkey.training.losses import token_losses
+
+
+class ValidatingTrainer(SFTTrainer):
+    """TRL's trainer with validation by segment.
+
+    `segment_weights` are those of the stage's own loss, in the order of `Segment`.
+    """
+
+    segment_weights: tuple[float, ...]
+    row_losses: list[float]  # the stage's own, of each validation row
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
+        """Return none: `evaluation_loop` chooses its own order."""
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Return the validation loss of every segment, trained or not, counted token by token.
+
+        Every process takes its share of the rows; none counts twice, as rows would that a
+        distributed sampler repeats to fill the last batch.
+        """
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        dataset = dataloader.dataset
+        sums = torch.zeros(1, device=self.args.device)
+        places, of_rows = [], []
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        for rows, numbers in self._validation_batches(dataset):
+            batch = self._prepare_inputs(self.data_collator(rows))
+            numbers = numbers.to(self.args.device)
+            segment_ids = batch["segment_ids"].masked_fill(numbers[:, None] < 0, PADDING)
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, -100)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self._validation_sums(inputs, segment_ids)
+            sums = sums + found.sum(-3)
+            places.append(numbers)
+            of_rows.append(found.movedim(-3, 0))
+        self.model_wrapped.train(was_training)
+        sums = self._reported(self.accelerator.reduce(sums, reduction="sum").cpu())
+        gathered = self.accelerator.gather((torch.cat(places), torch.cat(of_rows)))
+        self.row_losses = self._losses_of_rows(*(each.cpu() for each in gathered))
+        metrics = {f"{prefix}_loss": self._weighted(sums).item()}
+        metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
+        nothing = np.empty(0)
+        return EvalLoopOutput(nothing, None, metrics, num_samples=len(dataset))
+
+    def _validation_sums(
+        self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sums of each of a batch of validation rows, `(B, 2, 5)`."""
+        return row_sums(token_losses(self.model_wrapped, inputs), segment_ids[:, 1:])
+
+    def _reported(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the sums of all validation rows that are reported, `(2, 5)`."""
+        return sums
+
+    def _losses_of_rows(self, places: torch.Tensor, sums: torch.Tensor) -> list[float]:
+        """Return the stage's own loss of each validation row; NaN where it trains none of it.
+
+        Args:
+            places: `(R,)` the rows' numbers, -1 where one only fills a batch.
+            sums: `(R, …, 2, 5)`, as `_validation_sums` gives them.
+        """
+        order = places.argsort()[(places < 0).sum() :]
+        losses: list[float] = self._weighted(self._kept_of_rows(sums[order])).tolist()
+        return losses
+
+    def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return those of the sums of each row that are reported, `(R, 2, 5)`."""
+        return sums
+
+    def _weighted(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the stage's own loss, from sums `(…, 2, 5)`."""
+        weights = torch.tensor(self.segment_weights)
+        above, below = (sums * weights).sum(-1).unbind(-1)
+        return above / below
+
+    def _validation_batches(
+        self, dataset: Dataset
+    ) -> Iterator[tuple[list[dict[str, Any]], torch.Tensor]]:
+        """Yield this process's batches, longest rows first, and the rows' numbers `(B,)`.
+
+        All processes get equally many batches (FSDP hangs otherwise); what fills up has number -1.
+        """
+        size, world = self.args.eval_batch_size, self.accelerator.num_processes
+        lengths = row_lengths(dataset)
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        order += [-1] * (-len(order) % (size * world))
+        for start in range(self.accelerator.process_index * size, len(order), size * world):
+            batch = order[start : start + size]
+            yield [dataset[max(row, 0)] for row in batch], torch.tensor(batch)
+
+
+def segment_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Sum losses and count tokens by segment.
+
+    Args:
+        losses: `(B, T)`, nats.
+        segment_ids: `(B, T)`; `PADDING` where a token doesn't count.
+
+    Returns:
+        `(2, 5)`: for each `Segment` the sum of its losses, and its number of tokens.
+
+    >>> segment_sums(torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[3, 3, -1]]))[:, Segment.ANSWER]
+    tensor([2., 2.])
+    """
+    return row_sums(losses, segment_ids).sum(0)
+
+
+def row_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Sum losses and count tokens by segment, as `segment_sums`, of each row: `(B, 2, 5)`."""
+    member = torch.nn.functional.one_hot((segment_ids + 1).long(), len(Segment) + 1)[..., 1:]
+    member = member.to(losses.dtype if losses.dtype == torch.float64 else torch.float32)
+    return torch.stack([(losses[..., None] * member).sum(1), member.sum(1)], dim=1)
+
+
+def segment_means(sums: torch.Tensor) -> dict[str, float]:
+    """Name the mean loss of each segment that has tokens, from `segment_sums`."""
+    return {
+        segment.name.lower(): (sums[0, segment] / sums[1, segment]).item()
+        for segment in Segment
+        if sums[1, segment] > 0
+    }
