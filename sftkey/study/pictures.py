@@ -1,4 +1,4 @@
-"""A study's pictures: accuracy, gain by the length of the reasoning, and what stages train on."""
+"""A study's pictures: accuracy, what it costs, gain by the reasoning's length, stages' losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Draw = Callable[[Any, StudyResults, str], bool]
 def draw_pictures(
     folder: Path, results: StudyResults, weights: Mapping[tuple[str, str], StageWeights]
 ) -> list[str]:
-    """Draw accuracy, gain and shares into a folder, and return the names of the files.
+    """Draw accuracy, cost, gain and shares into a folder, and return the names of the files.
 
     A picture of which nothing is known is left out; without matplotlib all are.
 
@@ -38,17 +38,22 @@ def draw_pictures(
     files = []
     bars = {task: _bars(_arms(results, task), weights) for task in results.tasks}
     num_arms = max(len(_arms(results, task)) for task in results.tasks)
-    pictures: list[tuple[str, Draw, float, int]] = [
-        ("accuracy", _accuracy, 0.42, num_arms),
-        ("gain", _gain, 0.0, 0),
-        ("shares", partial(_shares, bars), 0.32, max(map(len, bars.values()))),
+    pictures: list[tuple[str, Sequence[Draw], float, int]] = [
+        ("accuracy", [_accuracy], 0.42, num_arms),
+        ("cost", [partial(_cost, "tokens"), partial(_cost, "minutes")], 0.11, num_arms),
+        ("gain", [_gain], 0.0, 0),
+        ("shares", [partial(_shares, bars)], 0.32, max(map(len, bars.values()))),
     ]
-    for name, draw, height, rows in pictures:
-        size = (6.4 * len(results.tasks), max(3.6, 1.6 + height * rows))
+    for name, draws, height, rows in pictures:
+        size = (6.4 * len(results.tasks), len(draws) * max(3.6, 1.6 + height * rows))
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        panes = figure.subplots(1, len(results.tasks), squeeze=False)[0]
-        drawn = [draw(pane, results, task) for pane, task in zip(panes, results.tasks, strict=True)]
+        panes = figure.subplots(len(draws), len(results.tasks), squeeze=False)
+        drawn = [
+            draw(pane, results, task)
+            for draw, row in zip(draws, panes, strict=True)
+            for pane, task in zip(row, results.tasks, strict=True)
+        ]
         if any(drawn):
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
             files.append(f"{name}.png")
@@ -113,6 +118,52 @@ def _accuracy(pane: Any, results: StudyResults, task: str) -> bool:
     pane.set_xlabel("accuracy, 95% interval over seeds and questions\nrings: single seeds")
     _bare(pane, f"{task}: accuracy (grey: interval of {results.control})")
     return bool(arms)
+
+
+def _cost(of: str, pane: Any, results: StudyResults, task: str) -> bool:
+    """Draw each trained arm where its cost and its accuracy lie, with the accuracy's interval."""
+    arms = {arm.name: arm for arm in _arms(results, task) if arm.stages}
+    costs = {
+        name: arm.trained_tokens if of == "tokens" else (arm.seconds or 0.0) / 60
+        for name, arm in arms.items()
+    }
+    known = {name: float(cost) for name, cost in costs.items() if cost}
+    if not known:
+        pane.set_axis_off()
+        return False
+    for name, at in _side_by_side(known).items():
+        colour, marker = _looks(results, name)
+        low, high = arms[name].acc_interval
+        pane.plot([at, at], [low, high], color=colour, linewidth=2, solid_capstyle="butt")
+        pane.plot(at, arms[name].acc, marker, color=colour, markersize=6, linestyle="", label=name)
+    what = "trained tokens" if of == "tokens" else "minutes of training on one kind of hardware"
+    pane.set_xlabel(f"{what}, all stages together\nbars: 95% intervals over seeds and questions")
+    pane.xaxis.set_major_formatter("{x:,.0f}" if of == "tokens" else "{x:g}")
+    pane.set_xlim(left=0)
+    pane.set_ylabel("accuracy")
+    pane.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _bare(pane, f"{task}: accuracy over {'trained tokens' if of == 'tokens' else 'time'}")
+    return True
+
+
+def _side_by_side(costs: Mapping[str, float]) -> dict[str, float]:
+    """Return where arms are drawn: those that cost the same stand beside each other.
+
+    >>> _side_by_side({"a": 100.0, "b": 50.0, "c": 100.0})
+    {'b': 50.0, 'a': 99.0, 'c': 101.0}
+    """
+    most = max(costs.values())
+    step, groups = 0.02 * most, list[list[str]]()
+    for name in sorted(costs, key=lambda name: costs[name]):
+        if groups and costs[name] - costs[groups[-1][0]] < step / 2:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return {
+        name: costs[name] + step * (place - (len(group) - 1) / 2)
+        for group in groups
+        for place, name in enumerate(group)
+    }
 
 
 def _width(arms: Sequence[ArmFigures]) -> tuple[float, float]:

@@ -11,6 +11,8 @@ from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, In
 
 HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
 
+SAME_TIME = 0.1  # of it: what two runs of one length differ by on a machine that others use
+
 
 def report(
     results: StudyResults,
@@ -37,6 +39,7 @@ def report(
             " ".join(said(results, task)),
             "",
         ]
+        lines += equals(results, task)
         lines += _list("Warnings", warnings(results, task))
         lines += _list("Chosen on the validation rows", chosen(results, task))
         lines += _list("The thinking", thinking(results, task))
@@ -68,9 +71,45 @@ def _pictures(files: Sequence[str]) -> list[str]:
     return [line for file in files for line in (f"![{file.removesuffix('.png')}]({file})", "")]
 
 
-def table(results: StudyResults, task: str, alpha: float | None = None) -> str:
-    """Return a task's table in Markdown; `alpha` adds Score."""
-    arms = [arm for arm in results.arms if arm.task == task]
+def equals(results: StudyResults, task: str) -> list[str]:
+    """Return what the control's cost bought: a table of its steps' number, one of its time.
+
+    An arm may stand in both, in one or in none. The time is that of the steps on one kind of
+    hardware, and equal within a tenth.
+    """
+    arms = [arm for arm in results.arms if arm.task == task and arm.stages]
+    control = next((arm for arm in arms if arm.name == results.control), None)
+    if control is None:
+        return []
+    steps, seconds = control.steps, control.seconds
+    at = {}
+    if steps:
+        at[f"With as many steps as {control.name}: {steps}"] = [
+            arm for arm in arms if arm.steps == steps
+        ]
+    if seconds:
+        head = f"In the time of {control.name}: {seconds / 60:.1f} min, give or take a tenth"
+        at[head] = [arm for arm in arms if arm.seconds and _alike(arm.seconds, seconds)]
+    lines = []
+    for head, found in at.items():
+        what = table(results, task, arms=found) if len(found) > 1 else "No other arm."
+        lines += [f"### {head}", "", what, ""]
+    return lines
+
+
+def _alike(seconds: float, others: float) -> bool:
+    return abs(seconds - others) <= SAME_TIME * others
+
+
+def table(
+    results: StudyResults,
+    task: str,
+    alpha: float | None = None,
+    arms: Sequence[ArmFigures] | None = None,
+) -> str:
+    """Return a task's table in Markdown; `alpha` adds Score; `arms`: those alone."""
+    if arms is None:
+        arms = [arm for arm in results.arms if arm.task == task]
     rows = [[cell.format(control=results.control) for cell in HEAD], *map(_row, arms)]
     if alpha is not None:
         rows[0].append(f"Score, alpha {alpha:g}")

@@ -16,7 +16,7 @@ from sftkey.study.summary import summarize
 from tests.support.cells import answered, cell, made_cells
 
 pytest.importorskip("matplotlib")
-NAMES = ["accuracy.png", "gain.png", "shares.png"]
+NAMES = ["accuracy.png", "cost.png", "gain.png", "shares.png"]
 BLACK = "#000000"
 ROOT = Path(__file__).parents[2]
 
@@ -120,9 +120,12 @@ def test_a_blank_pane_is_told_from_ink(tmp_path: Path) -> None:
 def test_nothing_is_drawn_of_which_nothing_is_known(tmp_path: Path) -> None:
     """Without lengths or a control there is no gain, without losses there are no shares."""
     unmeasured = made_cells(num_questions=40, reference_tokens={}, validation={})
-    assert drawn(tmp_path, summed(unmeasured)) == ["accuracy.png"]
+    assert drawn(tmp_path, summed(unmeasured)) == ["accuracy.png", "cost.png"]
+    free = made_cells(num_questions=40, reference_tokens={}, validation={}, trained_tokens={})
+    free = [{**each, "seconds": {}} for each in free]
+    assert drawn(tmp_path, summed(free)) == ["accuracy.png"]
     alone = [cell([True, False] * 20)]
-    assert drawn(tmp_path, summed(alone)) == ["accuracy.png", "shares.png"]
+    assert drawn(tmp_path, summed(alone)) == ["accuracy.png", "cost.png", "shares.png"]
 
 
 def test_a_task_of_which_nothing_is_known_has_an_empty_pane(
@@ -133,7 +136,7 @@ def test_a_task_of_which_nothing_is_known_has_an_empty_pane(
     drawn(tmp_path, summed([*made_cells(num_questions=40), *cells]))
     assert list(figures) == NAMES
     assert [pane.has_data() for pane in figures["accuracy.png"].axes] == [True, True]
-    for name in NAMES[1:]:
+    for name in NAMES[2:]:
         assert [pane.has_data() for pane in figures[name].axes] == [True, False]
         assert [pane.axison for pane in figures[name].axes] == [True, False]
 
@@ -176,6 +179,28 @@ def test_accuracy_is_drawn_where_it_is(figures: dict[str, Any], tmp_path: Path) 
         assert rings == [[seed.acc] for seed in (arm.seeds if arm.name != "base" else ())]
     (shade,) = pane.patches
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx(arms[1].acc_interval)
+
+
+def test_costs_are_drawn_with_accuracy_and_interval(
+    figures: dict[str, Any], tmp_path: Path
+) -> None:
+    """A pane over tokens and one over minutes, every trained arm in both, the base in neither."""
+    results = summed(made_cells(num_questions=40))
+    drawn(tmp_path, results)
+    tokens, minutes = figures["cost.png"].axes
+    for pane, costs in [
+        (tokens, {arm.name: arm.trained_tokens for arm in results.arms if arm.stages}),
+        (minutes, {arm.name: (arm.seconds or 0) / 60 for arm in results.arms if arm.stages}),
+    ]:
+        lines = pane.get_lines()
+        bars, points = lines[::2], {line.get_label(): line for line in lines[1::2]}
+        arms = {arm.name: arm for arm in results.arms}
+        assert points.keys() == costs.keys()
+        for bar, (name, line) in zip(bars, points.items(), strict=True):
+            assert line.get_ydata()[0] == arms[name].acc
+            assert tuple(bar.get_ydata()) == arms[name].acc_interval
+            assert line.get_xdata()[0] == pytest.approx(costs[name], rel=0.03)
+            assert bar.get_xdata()[0] == line.get_xdata()[0]
 
 
 def test_gains_are_drawn_in_points(figures: dict[str, Any], tmp_path: Path) -> None:

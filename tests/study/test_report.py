@@ -10,7 +10,7 @@ import pytest
 
 from sftkey.evaluation.judge import JudgeFigures
 from sftkey.study.pictures import draw_pictures
-from sftkey.study.report import chosen, report, said, table, thinking, warnings
+from sftkey.study.report import chosen, equals, report, said, table, thinking, warnings
 from sftkey.study.results import (
     ArmFigures,
     Detectable,
@@ -255,13 +255,38 @@ def test_the_thinking_is_told_as_far_as_it_is_known() -> None:
     ]
 
 
+def test_equal_steps_and_equal_time_are_two_tables() -> None:
+    """An arm stands where its own figure is the control's; one without another arm says so."""
+    control = made_arm("sft_tag", steps=250, seconds=600.0)
+    slow = made_arm("sftkey_kl", steps=250, seconds=661.0)
+    fast = made_arm("sftkey_frozen", steps=250, seconds=541.0)
+    filled = made_arm("sftkey_frozen_long", steps=900, seconds=659.0)
+    base = made_arm("base", stages=(), steps=250, seconds=600.0)
+    lines = equals(made_results(base, control, slow, fast, filled), "orders")
+    steps, time = lines[:4], lines[4:]
+    assert steps[0] == "### With as many steps as sft_tag: 250"
+    assert time[0] == "### In the time of sft_tag: 10.0 min, give or take a tenth"
+    names = [
+        [row.split(" | ")[0].removeprefix("| ") for row in part[2].splitlines()[2:]]
+        for part in (steps, time)
+    ]
+    assert names[0] == ["sft_tag", "sftkey_kl", "sftkey_frozen"]
+    assert names[1] == ["sft_tag", "sftkey_frozen", "sftkey_frozen_long"]
+    alone = equals(made_results(control), "orders")
+    assert alone[2] == alone[6] == "No other arm."
+    assert equals(made_results(base, slow), "orders") == []
+
+
 def test_the_report_has_its_parts_in_order() -> None:
     """Each task with its lists, then pictures, where it was measured, and what figures mean."""
     results = made_results(CONTROL, BETTER, versions={"torch": "2.13.0", "trl": "1.16.0"})
     text = report(results, ["accuracy.png", "gain.png"], title="Made")
     lines = text.splitlines()
     assert lines[:4] == ["# Made", "", "## orders", ""]
-    heads = "Made", "orders", "sums", "Chosen on the validation rows", "The thinking"
+    heads = [
+        *("Made", "orders", "In the time of sft_tag: 1.5 min, give or take a tenth"),
+        *("sums", "Chosen on the validation rows", "The thinking"),
+    ]
     found = [line.lstrip("# ") for line in lines if line.startswith("#")]
     assert found == [*heads, "Where it was measured"]
     assert {"- sums_only, key: weight 3", "- sums_only: right 7 of 9"} < set(lines)
