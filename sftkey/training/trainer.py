@@ -293,8 +293,10 @@ class KeyTrainer(ValidatingTrainer):
     ) -> tuple[list[Any], Any]:
         """Return a step's micro-batches, as transformers does; decide whose keys go together."""
         batches, total = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # Sharded layers need as many passes in all processes, and DataParallel cuts up batches.
-        alone = self.context == "exact" or sharded() or self.args.n_gpu > 1
+        # Sharded layers need as many passes in all processes, DeepSpeed counts the backward ones,
+        # and DataParallel cuts up batches.
+        several = self.accelerator.num_processes > 1 or self.args.n_gpu > 1
+        alone = self.context == "exact" or several or sharded()
         sizes = [] if alone else [KeyBatch.of(b["segment_ids"], self._copies) for b in batches]
         self._pass_ends = pass_ends(sizes, self.key_batch_tokens)[::-1]
         self._waiting = ()

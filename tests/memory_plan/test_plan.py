@@ -243,6 +243,11 @@ CHANGES: dict[str, tuple[str, list[str], list[str] | None]] = {
         ["trainer.gradient_checkpointing=false"],
         ["trainer.gradient_checkpointing=true"],
     ),
+    "keys": (
+        "10GB",
+        ["stages.key.context=detached", "data.max_length=2048", *ROWS],
+        ["stages.key.key_batch_tokens=512"],
+    ),
     "rows": ("8GB", [], ROWS),
     "nf4": ("16GB", ["model.quantization=none"], ["model.quantization=nf4"]),
     "length": ("10GB", ["data.max_length=30000"], ["data.max_length=2240"]),
