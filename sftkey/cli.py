@@ -17,6 +17,7 @@ from sftkey.commands.arguments import (
     Alpha,
     Answering,
     AsJSON,
+    LastStage,
     MaxNewTokens,
     Overrides,
     RecipeArgument,
@@ -187,7 +188,7 @@ def evaluate(
 
 @app.command()
 def errors(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
     stage: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The stage that answered, or base; default the last."),
@@ -213,7 +214,7 @@ def errors(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunArgument,
 ) -> None:
     """Write a run's report.html: tokens, losses, results and answers."""
     from sftkey.commands.report import report
@@ -316,10 +317,7 @@ def chat(
 def merge(
     run: RunArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")],
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage whose adapter is merged; default the last."),
-    ] = None,
+    stage: LastStage = None,
 ) -> None:
     """Write a stage's model as a folder that other programs serve."""
     from sftkey.commands.merge import merge
@@ -337,10 +335,7 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PATH", help="A new file (gguf) or folder.")
     ],
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage that is exported; default the last."),
-    ] = None,
+    stage: LastStage = None,
     llama_cpp: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A checkout of llama.cpp, which converts to GGUF."),
@@ -358,10 +353,7 @@ def export(
 @app.command()
 def card(
     run: RunArgument,
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage that is described; default the last."),
-    ] = None,
+    stage: LastStage = None,
 ) -> None:
     """Print a stage's model card."""
     from sftkey.commands.card import card
@@ -373,10 +365,7 @@ def card(
 def push(
     run: RunArgument,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage that is pushed; default the last."),
-    ] = None,
+    stage: LastStage = None,
     private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
     merged: Annotated[
         bool, typer.Option("--merged", help="Push the merged model, not the adapter.")

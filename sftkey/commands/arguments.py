@@ -30,6 +30,9 @@ RecipeArgument = Annotated[
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+LastStage = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="A trained stage; default the last.")
+]
 Answering = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The stage that answers, or base; default the last."),

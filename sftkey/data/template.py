@@ -25,8 +25,10 @@ Messages = Sequence[Mapping[str, Any]]
 QUESTION = "question4f1c"
 SENTINEL = "sentinel9b27"
 # What a template raises by itself, and what it trips over when it meets a message it doesn't know.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, RuntimeError)
-TEMPLATE_ERRORS += (AttributeError, TypeError, ValueError)
+TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, LookupError, RuntimeError),
+    *(AttributeError, TypeError, ValueError),
+)
 THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
 TAG = re.compile(r"(<[^<>\s]+>)")
 # Read by every template, or said with a count where it isn't.
