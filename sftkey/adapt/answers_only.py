@@ -26,6 +26,7 @@ from sftkey.adapt.readings import (
     last_answer,
     prompt_and_chats,
     system_field,
+    unread_system,
 )
 from sftkey.adapt.split import BOX, HAS_TAG, find_rule
 from sftkey.checks.recipe import UNDECIDED
@@ -43,7 +44,7 @@ def read_answers_only(table: Table) -> dict[str, Any] | None:
         table: All rows: a reasoning that only the last one holds is one.
     """
     prompt, chats = prompt_and_chats(table)
-    if prompt is not None and prompt.startswith(UNDECIDED):
+    if (prompt is not None and prompt.startswith(UNDECIDED)) or unread_system(table):
         return None
     if len(chats) == 1:
         return _conversation(table, chats[0], prompt)

@@ -24,7 +24,7 @@ RESPONSE = ("response", "completion", "output", "solution", "answer", "text", "g
 SYSTEM = ("system", "system_prompt", "system_message")
 CONTEXT = (
     *("context", "passage", "article", "document", "paragraph", "background", "story", "hint"),
-    *("history",),
+    *("contexts", "passages", "articles", "documents", "paragraphs", "premise", "table", "history"),
 )
 OPTIONS = ("options", "choices", "candidates", "endings")
 # A column's name with one of these is about a row, and no part of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,7 @@ def _decide(source: str, table: Table) -> Reading:
     readings = [Reading({**system, **r.fields}, r.explicit, r.fit) for r in readings]
     good = _different(source, some, _best(readings))
     asked = {"prompt": prompt} if prompt is not None and prompt.startswith(UNDECIDED) else {}
+    asked |= unread_system(table)
     if len(good) == 1:
         asked |= _counted_from(table, good[0].fields.get("answer", ""))
         return Reading({**good[0].fields, **asked}, good[0].explicit, good[0].fit)
@@ -90,8 +92,8 @@ def _decide(source: str, table: Table) -> Reading:
         ways = "; or ".join(map(str, good[:4]))
         asks = dict.fromkeys(("thinking", "answer"), f"{UNDECIDED} which is meant: {ways}")
     if prompt is None:
-        return Reading({**system, "thinking": asks["thinking"]}, explicit=False)
-    return Reading({"prompt": prompt, **system, **asks}, explicit=False)
+        return Reading({**system, **asked, "thinking": asks["thinking"]}, explicit=False)
+    return Reading({"prompt": prompt, **system, **asked, **asks}, explicit=False)
 
 
 def _is_list(table: Table, column: str) -> bool:
@@ -124,6 +126,16 @@ def system_field(table: Table) -> dict[str, str]:
     for column in found:
         if all(value is None or isinstance(value, str) for value in table.values(column)):
             return {"system_column": column}
+    return {}
+
+
+def unread_system(table: Table) -> dict[str, str]:
+    """Ask for system messages that are no text."""
+    for column in table.called(SYSTEM):
+        values = [value for value in table.values(column) if value not in NOTHING]
+        if any(not isinstance(value, str) for value in values) and not system_field(table):
+            what = f"{column} holds no text; make it one in the rows, or leave this line out"
+            return {"system_column": f"{UNDECIDED} {what}"}
     return {}
 
 
@@ -223,7 +235,8 @@ def _is_label(table: Table, column: str, beside: str) -> bool:
     if not table.is_words(column):
         return False
     few = table.num_kinds(column) * 2 < len({str(row) for row in table.rows})
-    return few or max(map(len, table.texts(beside))) > MOST_ANSWER
+    numbers = all(re.fullmatch(r"[-\d.,]*", text) for text in table.texts(column))
+    return few or numbers or max(map(len, table.texts(beside))) > MOST_ANSWER
 
 
 def answer_columns(table: Table, prompt: str) -> list[str]:
