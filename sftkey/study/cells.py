@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sftkey.data.labels import KEY
+from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import RunError
@@ -28,6 +29,7 @@ from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import read_log
+from sftkey.training.rows import TRAINS, fingerprints, made_from
 from sftkey.training.run import BASE, Run
 from sftkey.training.run_folder import Ledger, prefix_key
 
@@ -105,28 +107,39 @@ def rows_key(recipe: Recipe) -> str:
     return hashed(sections)
 
 
-def take_over(ledger: Ledger) -> None:
+def take_over(ledger: Ledger, prepared: Prepared) -> None:
     """Take over the stages that a run beside this one has trained already, with their answers.
 
     The files are linked, not copied, where the file system can; nobody writes into them again.
+
+    Args:
+        ledger: The run's.
+        prepared: Its rows: a stage that was trained on others of the same names isn't taken over.
     """
+    rows = fingerprints(made_from(ledger.recipe, prepared))
     for number, record in enumerate(ledger.stages):
         if record.status != "open":
             continue
-        giver = _giver(ledger, number)
+        giver = _giver(ledger, number, rows)
         if giver is None:
             return
         theirs = giver.stages[number]
         _link_folder(giver.stage_folder(number), ledger.stage_folder(number))
         answers, own = giver.generations(theirs.name), ledger.generations(record.name)
-        if answers.exists() and not own.exists() and giver.recipe.eval == ledger.recipe.eval:
+        asked_alike = giver.recipe.eval == ledger.recipe.eval and _same(giver, rows, ["test"])
+        if answers.exists() and not own.exists() and asked_alike:
             link(answers, own)
         by = theirs.shared_from or giver.folder.name
         ledger.stages[number] = replace(theirs, name=record.name, shared_from=by)
         ledger.finish(ledger.adapter(number), ledger.log(number), own)
 
 
-def _giver(ledger: Ledger, number: int) -> Ledger | None:
+def _same(giver: Ledger, rows: Mapping[str, str], splits: Collection[str]) -> bool:
+    """Tell whether another run has these rows; one of a time that noted none is believed."""
+    return all(giver.rows.get(name, rows[name]) == rows[name] for name in splits)
+
+
+def _giver(ledger: Ledger, number: int, rows: Mapping[str, str]) -> Ledger | None:
     """Find a run beside this one whose stage at `number` came about as this one's would.
 
     One that has answered the questions after it comes first.
@@ -138,6 +151,7 @@ def _giver(ledger: Ledger, number: int) -> Ledger | None:
         if len(other.stages) > number
         and other.stages[number].status == "trained"
         and prefix_key(other.recipe, number + 1) == wanted
+        and _same(other, rows, TRAINS)
     ]
     found.sort(key=lambda other: not other.generations(other.stages[number].name).exists())
     return found[0] if found else None

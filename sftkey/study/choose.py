@@ -179,8 +179,8 @@ class StudyChoices:
         folder = self._runs / hashed([self._key(arm, num_stages - 1), picked])[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
         open_run(recipe, folder)
-        take_over(Ledger(folder, recipe))
         rows = partial(self._few_rows, choice)
+        take_over(Ledger(folder, recipe), rows(recipe))
         run = start(recipe, folder, read=rows, grade=grade)
         run.answers.asked = {recipe.stages[-1].name} if by_answers else ()
         try:

@@ -232,7 +232,7 @@ class StudyRun:
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._refuse_changed(cell)
         open_run(cell.recipe, folder)
-        take_over(Ledger(folder, cell.recipe))
+        take_over(Ledger(folder, cell.recipe), self.rows(cell.recipe))
         run = start(cell.recipe, folder, read=self.rows, grade=grade, measures_gradients=True)
         run.answers.asked = {BASE, cell.last}
         base, own = self._base(run, cell), run.ledger.generations(BASE)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example
 from sftkey.errors import Problem, RunError
 from sftkey.files import write_json
+from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import ROWS, Ledger
 
 TRAINS = ("train", "validation", "template")
@@ -25,15 +26,20 @@ def row_hashes(rows: Sequence[Example]) -> list[str]:
     ]
 
 
-def made_from(ledger: Ledger, prepared: Prepared) -> dict[str, list[str]]:
+def made_from(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
     """Return hashes of the rows that train, validate and are asked, and of the template."""
     template = prepared.renderer.tokenizer.chat_template
     return {
         "train": row_hashes(prepared.train_examples),
         "validation": row_hashes(prepared.validation_examples),
-        "test": row_hashes(prepared.questions(ledger.recipe)),
+        "test": row_hashes(prepared.questions(recipe)),
         "template": [sha256(repr(template).encode()).hexdigest()[:16]],
     }
+
+
+def fingerprints(rows: Mapping[str, list[str]]) -> dict[str, str]:
+    """Return a hash of each split's rows, from what `made_from` returns."""
+    return {name: sha256(json.dumps(each).encode()).hexdigest() for name, each in rows.items()}
 
 
 def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:
@@ -47,8 +53,8 @@ def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str
     Raises:
         RunError: With the number of rows of each split that differ, and the ways on.
     """
-    now = made_from(ledger, prepared)
-    hashes = {name: sha256(json.dumps(rows).encode()).hexdigest() for name, rows in now.items()}
+    now = made_from(ledger.recipe, prepared)
+    hashes = fingerprints(now)
     used = {name: _begun(ledger) for name in TRAINS} | {"test": _answered(ledger)}
     differing = [
         name

@@ -23,6 +23,8 @@ from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.run import matched_steps
 from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
+from sftkey.training.rows import fingerprints, made_from
+from sftkey.training.run import read_rows
 from sftkey.training.run_folder import open_run, prefix_key
 from sftkey.training.trainer import KeyTrainer
 from tests.support.tiny import made_rows
@@ -689,11 +691,14 @@ def test_a_cell_that_another_process_works_on_is_left_to_it(
     assert said.count("left to another process: another process works on this run: pid 7 on a") == 2
 
 
-@pytest.mark.parametrize(("override", "num_answers"), [("name=b", 1), ("eval.alpha=0.5", 0)])
+@pytest.mark.parametrize(
+    ("override", "other_rows", "num_answers"),
+    [("name=b", None, 1), ("eval.alpha=0.5", None, 0), ("name=b", "test", 0)],
+)
 def test_a_shared_stage_brings_its_answers_along(
-    override: str, num_answers: int, task: Path, tmp_path: Path
+    override: str, other_rows: str | None, num_answers: int, task: Path, tmp_path: Path
 ) -> None:
-    """They are linked where the evaluation is the same, and the stage either way, not twice."""
+    """They are linked where evaluation and questions are the same, the stage either way."""
     first, second = load_recipe(task), load_recipe(task, [override])
     giver, taker = open_run(first, tmp_path / "a"), open_run(second, tmp_path / "b")
     for place in ("adapter", "checkpoints"):
@@ -701,13 +706,30 @@ def test_a_shared_stage_brings_its_answers_along(
         (giver.stage_folder(0) / place / "weights").write_text("trained")
     giver.generations("completion").write_text("answers")
     giver.stages[0].status = "trained"
+    prepared = read_rows(second)
+    giver.rows = fingerprints(made_from(first, prepared))
+    giver.rows |= {other_rows: "others"} if other_rows else {}
     giver.save()
-    take_over(taker)
+    take_over(taker, prepared)
     assert [record.shared_from for record in taker.stages] == ["a", None]
     assert [record.status for record in taker.stages] == ["trained", "open"]
     assert [file.name for file in taker.stage_folder(0).iterdir()] == ["adapter"]
     assert (taker.adapter(0) / "weights").samefile(giver.adapter(0) / "weights")
     assert len(list((tmp_path / "b" / "evaluation").iterdir())) == num_answers
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "template"])
+def test_a_stage_of_other_rows_is_not_taken_over(split: str, task: Path, tmp_path: Path) -> None:
+    """The recipe is the same to the last letter; its file has other rows now."""
+    recipe = load_recipe(task)
+    giver, taker = open_run(recipe, tmp_path / "a"), open_run(recipe, tmp_path / "b")
+    giver.adapter(0).mkdir(parents=True)
+    giver.stages[0].status = "trained"
+    prepared = read_rows(recipe)
+    giver.rows = fingerprints(made_from(recipe, prepared)) | {split: "others"}
+    giver.save()
+    take_over(taker, prepared)
+    assert [record.status for record in taker.stages] == ["open", "open"]
 
 
 def test_every_strategy_of_the_issue_is_there() -> None:

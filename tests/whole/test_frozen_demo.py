@@ -36,7 +36,7 @@ def arm(folder: Path, context: str) -> tuple[Run, ThinkingChange]:
     first = "{name: completion, loss_on: completion}"
     stages = f"stages=[{first}, {{name: key, context: {context}, {KEY}}}]"
     run = start(load_recipe(DEMO, (*SHORT, stages)), folder / context, grade=grade)
-    take_over(run.ledger)
+    take_over(run.ledger, run.prepared)
     run.answers.asked = ("completion", "key")  # the base model's are nobody's here
     for name in run.stages():
         grade_stage(run, name)
