@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCREENING = "a screening: each arm once, on validation rows; it shows nothing"
 NEXT = (
     "screened: name the arms that go on under `confirm` in the study's file, before any test "
-    "question is read; the same command then runs them"
+    "question is read; the same command then runs them. By these validation rows: confirm: [{}]"
 )
 
 
@@ -64,7 +64,10 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
             write_figures(run.study, run.folder.root)
         write_report(run.study, file.parent, run.folder.root)
     if checked.confirming() is None:
-        print(NEXT, file=sys.stderr)
+        from sftkey.study.report import to_confirm
+
+        names = to_confirm(write_figures(runs[0].study, runs[0].folder.root))
+        print(NEXT.format(", ".join(names)), file=sys.stderr)
 
 
 def phases(checked: Study, file: Path) -> list[StudyRun]:

@@ -97,6 +97,24 @@ def equals(results: StudyResults, task: str) -> list[str]:
     return lines
 
 
+PAPERS_ARM, NUM_BEST = "sftkey", 3
+
+
+def to_confirm(results: StudyResults) -> list[str]:
+    """Return the arms that a screening lets through: the paper's, and the three best beside it.
+
+    By the mean accuracy over the tasks; the control goes on anyway.
+    """
+    shares: dict[str, list[float]] = {}
+    for arm in results.arms:
+        if arm.stages and arm.name != results.control:
+            shares.setdefault(arm.name, []).append(arm.acc)
+    means = {name: sum(each) / len(each) for name, each in shares.items()}
+    ranked = sorted(means, key=lambda name: -means[name])
+    best = [name for name in ranked if name != PAPERS_ARM][:NUM_BEST]
+    return [name for name in ranked if name in (PAPERS_ARM, *best)]
+
+
 def _alike(seconds: float, others: float) -> bool:
     return abs(seconds - others) <= SAME_TIME * others
 

@@ -10,7 +10,7 @@ import pytest
 
 from sftkey.evaluation.judge import JudgeFigures
 from sftkey.study.pictures import draw_pictures
-from sftkey.study.report import chosen, equals, report, said, table, thinking, warnings
+from sftkey.study.report import chosen, equals, report, said, table, thinking, to_confirm, warnings
 from sftkey.study.results import (
     ArmFigures,
     Detectable,
@@ -253,6 +253,21 @@ def test_the_thinking_is_told_as_far_as_it_is_known() -> None:
         "570",
         "d: validation loss 0.3000 -> 0.2000 nats a token",
     ]
+
+
+def test_a_screening_proposes_the_papers_arm_and_the_best_three() -> None:
+    """By the mean over tasks; the control and the base model aren't proposed."""
+    shares = {"base": 0.9, "sft_tag": 0.8, "a": 0.5, "b": 0.7, "c": 0.6, "d": 0.4, "sftkey": 0.1}
+    arms = [
+        made_arm(name, acc=acc, stages=() if name == "base" else ("completion",))
+        for name, acc in shares.items()
+    ]
+    again = made_arm("c", task="sums", acc=0.9)
+    results = made_results(*arms, again)
+    results = results.model_copy(update={"arms": (*arms, again)})
+    assert to_confirm(results) == ["c", "b", "a", "sftkey"]
+    without = results.model_copy(update={"arms": (*arms[:-1], again)})
+    assert to_confirm(without) == ["c", "b", "a"]
 
 
 def test_equal_steps_and_equal_time_are_two_tables() -> None:

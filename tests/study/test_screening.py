@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def test_a_screening_reads_no_test_question(
     study(file)
     out, err = capsys.readouterr()
     assert "name the arms that go on under `confirm`" in err
+    (proposed,) = re.findall(r"confirm: \[(.*)\]", err)
+    assert set(proposed.split(", ")) == {"sft_long", "weighted"}
     assert "Of one seed, so of these two runs" in out
     root = tmp_path / "runs" / "small"
     assert not (root / "cells").exists()
