@@ -38,6 +38,7 @@ EXAMPLES = {
     ),
     "errors": ("sftkey errors runs/mine", "sftkey errors runs/mine --kind unparsed --json"),
     "chat": ("sftkey chat runs/mine", "sftkey chat runs/mine --stages --thinking"),
+    "report": ("sftkey report runs/mine",),
     "merge": ("sftkey merge runs/mine -o mine-merged",),
     "export": (
         "sftkey export runs/mine --to vllm -o mine-vllm",
