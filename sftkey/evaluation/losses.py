@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ SEGMENT_COLOURS = {
 }
 LEAST_LOSS = 1e-6  # nats a token; what is below stands here on a logarithmic scale
 Points = list[tuple[int, float]]
+VALIDATION = "validation rows"
 
 
 @dataclass(frozen=True)
@@ -30,32 +32,36 @@ class StageLosses:
     Args:
         name: The stage's.
         training: Of the tokens that the stage trains, since the point before.
-        validation: Of the validation rows, all segments of the completion.
+        measured: All segments of the completion, on the same rows before and after the stage.
+        rows: What these rows are: not every run has validation rows.
     """
 
     name: str
     training: Mapping[str, Points]
-    validation: Mapping[str, Points]
+    measured: Mapping[str, Points]
+    rows: str = VALIDATION
 
     @property
     def points(self) -> Points:
         """All of them."""
-        lines = (*self.training.values(), *self.validation.values())
+        lines = (*self.training.values(), *self.measured.values())
         return [point for line in lines for point in line]
 
 
 def read_losses(folder: Path, recipe: Recipe) -> list[StageLosses]:
     """Return the losses of the stages that have begun, as far as they were logged."""
-    ledger = Ledger(folder, recipe, main=False)
+    ledger, file = Ledger(folder, recipe, main=False), folder / "data.json"
+    counts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    rows = VALIDATION if counts.get("validation", 1) else "some training rows"
     found = []
     for number, record in enumerate(ledger.stages):
         training = [(line["step"], line["segments"]) for line in read_log(ledger.log(number))]
         steps = {"start": 0, "end": record.num_steps}
-        validation = sorted(
+        measured = sorted(
             (steps[at] if at in steps else int(at), losses)
             for at, losses in record.validation.items()
         )
-        stage = StageLosses(record.name, _lines(training), _lines(validation))
+        stage = StageLosses(record.name, _lines(training), _lines(measured), rows)
         if stage.points:
             found.append(stage)
     return found
@@ -97,8 +103,8 @@ def draw_losses(folder: Path, stages: Sequence[StageLosses]) -> Path | None:
         _draw(pane, stage)
         pane.set_yscale("log" if spread_wide(stages) else "linear")
     panes[0].set_ylabel("loss, nats a token")
-    names = {name for stage in stages for name in (*stage.training, *stage.validation)}
-    handles = [*_handles(names)]
+    names = {name for stage in stages for name in (*stage.training, *stage.measured)}
+    handles = _handles(names, stages[0].rows)
     figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside right upper")
     file = folder / "losses.png"
     with appearing(file) as temporary:
@@ -109,7 +115,7 @@ def draw_losses(folder: Path, stages: Sequence[StageLosses]) -> Path | None:
 def _draw(pane: Any, stage: StageLosses) -> None:
     for name, points in stage.training.items():
         pane.plot(*zip(*points, strict=True), color=SEGMENT_COLOURS[name], linewidth=1.2)
-    for name, points in stage.validation.items():
+    for name, points in stage.measured.items():
         steps, losses = zip(*points, strict=True)
         colour = SEGMENT_COLOURS[name]
         pane.plot(steps, losses, "--o", color=colour, markersize=4, linewidth=1, mfc="white")
@@ -118,7 +124,7 @@ def _draw(pane: Any, stage: StageLosses) -> None:
     pane.spines[["top", "right"]].set_visible(False)
 
 
-def _handles(names: set[str]) -> list[Any]:
+def _handles(names: set[str], rows: str) -> list[Any]:
     """Return what the legend shows: a line for each segment, and the two kinds of lines."""
     from matplotlib.lines import Line2D
 
@@ -127,9 +133,9 @@ def _handles(names: set[str]) -> list[Any]:
         for name, colour in SEGMENT_COLOURS.items()
         if name in names
     ]
-    validation: dict[str, Any] = {"linestyle": "--", "marker": "o", "mfc": "white"}
+    measured: dict[str, Any] = {"linestyle": "--", "marker": "o", "mfc": "white"}
     return [
         *lines,
         Line2D([], [], color="#777777", label="training"),
-        Line2D([], [], color="#777777", markersize=4, label="validation", **validation),
+        Line2D([], [], color="#777777", markersize=4, label=rows, **measured),
     ]

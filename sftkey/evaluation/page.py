@@ -116,7 +116,7 @@ class Chart:
 
     Args:
         name: The stage's.
-        lines: Segment, whether it is of the validation rows, and the points.
+        lines: Segment, whether it is measured before and after the stage, and the points.
         x_ticks: Place and step.
         y_ticks: Place and loss.
     """
@@ -155,8 +155,8 @@ def charts(stages: Sequence[StageLosses]) -> list[Chart]:
             return round(LEFT + 8 + (WIDTH - LEFT - 24) * step / most, 1)
 
         lines = [
-            (name, validation, [(x(step), y(scale(loss))) for step, loss in points])
-            for validation, by_segment in ((False, stage.training), (True, stage.validation))
+            (name, measured, [(x(step), y(scale(loss))) for step, loss in points])
+            for measured, by_segment in ((False, stage.training), (True, stage.measured))
             for name, points in by_segment.items()
         ]
         steps = sorted({0, round(most / 2), most})

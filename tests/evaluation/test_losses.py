@@ -15,7 +15,7 @@ from tests.support.tiny import write_recipe
 
 
 def test_losses_are_read_by_stage_and_segment(tmp_path: Path) -> None:
-    """Training as it was logged, validation from first to last step; nothing of what isn't there.
+    """Training as logged; what was measured, and on which rows; nothing of what isn't there.
 
     A stage that hasn't begun is left out, and so is a loss that isn't finite; 0 stands at the
     least that a logarithmic scale shows.
@@ -36,11 +36,13 @@ def test_losses_are_read_by_stage_and_segment(tmp_path: Path) -> None:
         {"step": 20, "segments": {"thinking": 2.0, "answer": float("nan")}},
     ]
     ledger.log(0).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "data.json").write_text(json.dumps({"validation": 0}))
     (stage,) = read_losses(tmp_path, recipe)
     assert stage == StageLosses(
         "completion",
         {"thinking": [(10, 3.0), (20, 2.0)], "answer": [(10, LEAST_LOSS)]},
         {"answer": [(0, 2.0), (12, 1.0), (20, 0.5)]},
+        "some training rows",
     )
 
 
