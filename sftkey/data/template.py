@@ -25,8 +25,8 @@ Messages = Sequence[Mapping[str, Any]]
 QUESTION = "question4f1c"
 SENTINEL = "sentinel9b27"
 # What a template raises by itself, and what it trips over when it meets a message it doesn't know.
-TEMPLATE_ERRORS = (
-    *(TemplateError, ArithmeticError, LookupError, RuntimeError),
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
+    *(TemplateError, ArithmeticError, LookupError, RuntimeError),  # it may call itself for ever
     *(AttributeError, TypeError, ValueError),
 )
 THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)

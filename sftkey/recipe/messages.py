@@ -65,7 +65,7 @@ def _finding(
     if kind == "missing":  # the second of a pair of tags
         return keys[:-1], f"expected two items; got {shown(got)}"
     quotes = " (text is written in quotes)" if isinstance(got, int | float) else ""
-    if kind not in _EXPECTED:  # text with half a character in it, for one
+    if kind not in _EXPECTED:  # what pydantic finds by itself
         return keys, f"{details['msg']}; got {shown(got)}"
     expected = _EXPECTED[kind].format(**context)
     return keys, f"expected {expected}; got {shown(got)}{quotes if expected == 'text' else ''}"

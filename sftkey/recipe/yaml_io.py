@@ -235,6 +235,11 @@ class _Walk:
             raise _not_plain(f"{node.value}, which is no finite number", node)
         if value is not None and not isinstance(value, str | int | float):
             raise _not_plain(f"a value of the kind {node.tag}", node)
+        if isinstance(value, str) and not value.isascii():
+            try:  # JSON writes what lies beyond 16 bits in two halves, which YAML leaves apart
+                value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                raise _not_plain("half a character, such as \\ud800", node) from None
         return value
 
     def items(self, node: yaml.Node, keys: Keys) -> Any:

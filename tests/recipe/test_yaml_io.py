@@ -105,3 +105,13 @@ def test_an_alias_that_repeats_a_little_is_read(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("a: &a [1, 2]\nb: *a\n")
     assert read(file).data == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_characters_that_json_writes_in_two_halves_are_one(tmp_path: Path) -> None:
+    """Half of one is refused: nothing could write it."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text('{"name": "\\ud83d\\ude00 \\u00e9"}')
+    assert read(file).data == {"name": "\U0001f600 é"}
+    file.write_text('{"name": "\\ud83d"}')
+    with pytest.raises(RecipeError, match="line 1: expected YAML; got half a character"):
+        read(file)
