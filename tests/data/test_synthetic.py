@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from sftkey.data.synthetic import task_rows
 from sftkey.errors import DataError
+from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import DataSection
 
 
@@ -56,6 +58,20 @@ def test_a_ledger_is_written_out_balance_by_balance(ask: str) -> None:
             "ends": balances[0] + balances[-1],
         }
         assert row["answer"] == str(expected[ask])
+
+
+# As SmolLM2's tokenizer: digit by digit, and the blank before a number by itself.
+PIECE = re.compile(r" (?=\d)|\d|[^\W\d]+|[^\w ]")
+
+
+def test_a_ledgers_thinking_is_twelve_times_as_long_as_its_key() -> None:
+    """In the rows of the recipe, tags and end of turn counted: the key's share of SFT is small."""
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "ledger.yaml")
+    tags = recipe.response
+    rows = task_rows(recipe.data, recipe.seed)[:100]
+    thinking = sum(len(PIECE.findall(row["thinking"].join(tags.thinking))) for row in rows)
+    key = sum(len(PIECE.findall(row["answer"].join(tags.answer))) + 1 for row in rows)
+    assert thinking >= 12 * key
 
 
 def test_seed_decides_the_rows() -> None:
