@@ -37,7 +37,6 @@ EXAMPLES = {
         'sftkey generate runs/mine "What is 2 + 3?" --stage base --json',
     ),
     "errors": ("sftkey errors runs/mine", "sftkey errors runs/mine --kind unparsed --json"),
-    "report": ("sftkey report runs/mine",),
     "chat": ("sftkey chat runs/mine", "sftkey chat runs/mine --stages --thinking"),
     "report": ("sftkey report runs/mine",),
     "merge": ("sftkey merge runs/mine -o mine-merged",),
