@@ -44,6 +44,7 @@ from sftkey.training.own_thinking import (
     make_own_rows,
     own_validation,
 )
+from sftkey.training.processes import explained_lost_process, patience
 from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.signals import StopAfterStep, StopRequest, stopping_on_signals
@@ -173,6 +174,7 @@ class Run:
         with (
             stopping_on_signals(folder, self.progress.note) as request,
             explained_out_of_memory(folder),
+            explained_lost_process(folder),
             explained_full_disk(folder),
         ):
             try:
@@ -341,7 +343,7 @@ def start(
         SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
     """
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
-    processes = PartialState(cpu=device.kind == "cpu")
+    processes = PartialState(cpu=device.kind == "cpu", timeout=patience(recipe))
     with processes.main_process_first():
         prepared = read(recipe)
         refuse_no_questions(recipe, prepared)
