@@ -22,20 +22,7 @@ class Problem:
 
 
 class Told(BaseException):
-    """What ends a command in the one form: where, what was expected and came, what to do.
-
-    Args:
-        where: The file, folder, model or data set that is at fault.
-        what: What was expected and what came, in one line; or every problem found there.
-        hint: What to do about it.
-
-    >>> error = RecipeError("gsm8k.yaml", [Problem("lora.r", "expected a number; got many", 9)])
-    >>> print(error)
-    gsm8k.yaml: 1 problem
-      line 9, lora.r: expected a number; got many
-    >>> error.where, error.problems[0].line, error.hint
-    ('gsm8k.yaml', 9, None)
-    """
+    """What ends a command in the one form, whether it is an error or a signal's wish."""
 
     exit_code = 2  # what the command line ends with
 
@@ -59,7 +46,22 @@ class Told(BaseException):
 
 
 class SFTKeyError(Told, Exception):
-    """Base of all errors that end a command with exit code 2 and no traceback."""
+    """Base of all errors that end a command with exit code 2 and no traceback.
+
+    It says where, what was expected and came, and what to do.
+
+    Args:
+        where: The file, folder, model or data set that is at fault.
+        what: What was expected and what came, in one line; or every problem found there.
+        hint: What to do about it.
+
+    >>> error = RecipeError("gsm8k.yaml", [Problem("lora.r", "expected a number; got many", 9)])
+    >>> print(error)
+    gsm8k.yaml: 1 problem
+      line 9, lora.r: expected a number; got many
+    >>> error.where, error.problems[0].line, error.hint
+    ('gsm8k.yaml', 9, None)
+    """
 
 
 class RecipeError(SFTKeyError, ValueError):

@@ -80,9 +80,8 @@ def test_a_study_is_read_as_its_report_has_it(
         compare([path])
         assert capsys.readouterr().out == report(results, pictures=None, title=str(path))
     compare([study], alpha=0.5)
-    (row,) = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("| sftkey |")
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("| sftkey |"))
     arm = next(arm for arm in results.arms if arm.name == "sftkey")
     assert row.endswith(f"| {(arm.acc + arm.fmt) / 2:.3f} |")
 

@@ -236,7 +236,8 @@ def test_columns_that_say_nothing_must_be_decided(
     parts = (
         "to be decided: a template, or `response` and a split_rule for the column of both: "
         "think_tags, boxed, hash_marks, or a regular expression with the groups thinking and "
-        "answer; the columns are a, b"
+        "answer; the columns are a, b; if rows hold no reasoning: no data.thinking, and `thinking: "
+        "own` in every stage"
     )
     assert refused(folder, "--data", "my.jsonl", capsys=capsys).endswith(
         f"error: {folder}: 3 problems\n"

@@ -308,7 +308,9 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge
 
 def said(out: str) -> list[str]:
     """Return the sentences about the judge from what was printed."""
-    return re.findall(r"(\w+: the judge .*?\.)(?= base: | key: | After |$)", " ".join(out.split()))
+    return re.findall(
+        r"(\w+: the judge .*?\.)(?= base: | key: | After | What |$)", " ".join(out.split())
+    )
 
 
 def test_the_judges_flags_stand_beside_the_rules(
@@ -608,7 +610,8 @@ def test_a_study_asks_goes_on_and_reports(
     server.say = lambda prompt: "yes"
     study(file)
     report = (tmp_path / "runs" / "small" / "report.md").read_text()
-    head, _, *rows = (line for line in report.splitlines() if line.startswith("|"))
+    first, _, _ = report.partition("\n\n|")[2].partition("\n\n")
+    head, _, *rows = f"|{first}".splitlines()
     assert head.split(" | ")[-1] == "judge: Acc, agreement, kappa |"
     figures = {row.split(" | ")[0]: row.split(" | ")[-1] for row in rows}
     assert figures == dict.fromkeys(["| base", "| sft_twice", "| sftkey"], "1.000, 2/3, 0.00 |")

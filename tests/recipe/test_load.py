@@ -408,12 +408,12 @@ RULE = (
         ("eval.num_question=1", "unknown key; did you mean `num_questions`?"),
         (
             "stages.key.loss=dtf",
-            "expected nll, dft or module:function; got 'dtf'; did you mean `dft`?",
+            "expected nll, dft, eaft or module:function; got 'dtf'; did you mean `dft`?",
         ),
         (
             "stages.key.zzz=1",
             "unknown key; the keys here are name, loss_on, context, lora, grid, context_cache, "
-            "key_batch_tokens, thinking, own, anneal, loss, trainer",
+            "key_batch_tokens, thinking, own, anneal, loss, kl, early_stop, trainer",
         ),
         (
             "trainr.max_steps=1",
