@@ -266,7 +266,7 @@ def test_a_packed_stage_and_an_unpacked_one_go_in_one_recipe(
     assert sum(line["trained_tokens"] for line in logs[0]) == 2 * trained
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_resumed_stage_meets_the_same_order(
     packing: str, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,7 +252,7 @@ def test_the_plan_is_what_a_gpu_measured_later(line: str, plan: Any) -> None:
 
 
 @pytest.mark.parametrize("context", ["exact", "detached", "frozen"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_more_needs_more(family: str, context: str) -> None:
     """Neither longer rows nor more of them ever need less, so what fits can be searched."""
     skeleton = Skeleton(config_of(family, sliding_window=64))
