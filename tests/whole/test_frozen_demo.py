@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_a_frozen_key_stage_changes_no_thinking_and_a_plain_one_does(tmp_path: P
     assert thinkings(frozen.ledger.folder, "key") == thinkings(frozen.ledger.folder, "completion")
     assert (change.num_identical, change.num_questions) == (NUM_QUESTIONS, NUM_QUESTIONS)
     assert texts(frozen, "completion").count("</Thinking>") >= 90, "few rows switched"
+    stopped = [json.loads(line)["stopped"] for line in texts(frozen, "completion").splitlines()]
+    assert sum(stopped) >= 90, "few rows end with the end of turn that was trained"
     assert texts(frozen, "key") != texts(frozen, "completion"), "the key adapter did nothing"
     loss = frozen.ledger.stages[1].validation
     assert loss["end"]["thinking"] == loss["start"]["thinking"]

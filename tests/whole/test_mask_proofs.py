@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import AddedToken
 
-from sftkey.checks.mask_proof import SYSTEM, Proof, judge, prove
+from sftkey.checks.mask_proof import SPECIAL_TEXT, SYSTEM, Proof, judge, prove
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
+from sftkey.data.returned import OWN_TAGS
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
@@ -158,28 +159,29 @@ def proofs(request: pytest.FixtureRequest) -> Iterator[list[tuple[Pair, Proof]]]
     """Gather the proofs, and print the table of them in the end, whether tests pass or not."""
     found: list[tuple[Pair, Proof]] = []
     yield found
-    columns = ("rows", "right", "refused: special text", "refused: else", "wrong")
+    columns = ("rows", "right", "refused: special text", "own tags", "else", "wrong")
     table = Table("tokenizer", "template", "response", title="Masks of hard rows")
     for column in columns:
         table.add_column(column, justify="right")
     for pair, proof in found:
-        numbers = [proof.rows, proof.right, num_special(proof), proof.num_refused_otherwise]
-        numbers.append(len(proof.wrong))
+        refused = [num_refused(proof, SPECIAL_TEXT), num_refused(proof, OWN_TAGS)]
+        refused.append(proof.num_refused_otherwise)
+        numbers = [proof.rows, proof.right, *refused, len(proof.wrong)]
         words = (pair.tokenizer, pair.template_in_words, pair.response)
         table.add_row(*words, *map(str, numbers))
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         Console(width=130).print("", table)
 
 
-def num_special(proof: Proof) -> int:
-    """Count the rows that were refused for the text of a special token."""
-    return sum(proof.refused.values()) - proof.num_refused_otherwise
+def num_refused(proof: Proof, why: str) -> int:
+    """Count the rows that were refused for what a text holds of the frame's own."""
+    return sum(count for reason, count in proof.refused.items() if why in reason)
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_hard_rows_are_right(pair: Pair, proofs: list[tuple[Pair, Proof]]) -> None:
-    """The frame is the one expected, no row is wrong, and few are refused but for special text."""
+    """The frame is the one expected, no row is wrong, and few are refused but for its own texts."""
     renderer = pair.renderer()
     assert (renderer.assistant_prefix, renderer.end) == (pair.assistant_prefix, pair.end)
     assert renderer.end_id == renderer.tokenizer.convert_tokens_to_ids(pair.end)
@@ -188,7 +190,8 @@ def test_hard_rows_are_right(pair: Pair, proofs: list[tuple[Pair, Proof]]) -> No
     assert [(wrong.what, wrong.example) for wrong in proof.wrong[:3]] == []
     assert proof.rows == NUM_ROWS == proof.right + sum(proof.refused.values())
     assert proof.num_refused_otherwise <= NUM_ROWS / 100
-    assert 0 < num_special(proof) < NUM_ROWS / 25
+    assert 0 < num_refused(proof, SPECIAL_TEXT) < NUM_ROWS / 25
+    assert 0 < num_refused(proof, OWN_TAGS) < NUM_ROWS / 5
 
 
 def test_there_are_pairs_enough() -> None:

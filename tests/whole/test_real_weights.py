@@ -56,14 +56,6 @@ def without_end(smollm2: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("smollm2")
-def test_a_trained_model_stops_by_itself(tmp_path: Path) -> None:
-    """At least 19 of 20 answers end with the end of turn that was trained."""
-    _, rows = answers(tmp_path, "as-it-is")
-    assert len(rows) == 20
-    assert sum(row["stopped"] for row in rows) >= 19
-
-
 def test_a_base_model_learns_to_stop_where_the_end_of_turns_row_is_trained(
     smollm2: Path, tmp_path: Path
 ) -> None:
