@@ -191,7 +191,7 @@ def test_hard_rows_are_right(pair: Pair, proofs: list[tuple[Pair, Proof]]) -> No
     assert proof.rows == NUM_ROWS == proof.right + sum(proof.refused.values())
     assert proof.num_refused_otherwise <= NUM_ROWS / 100
     assert 0 < num_refused(proof, SPECIAL_TEXT) < NUM_ROWS / 25
-    assert 0 < num_refused(proof, OWN_TAGS) < NUM_ROWS / 5
+    assert num_refused(proof, OWN_TAGS) < NUM_ROWS / 5
 
 
 def test_there_are_pairs_enough() -> None:
