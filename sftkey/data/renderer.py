@@ -273,6 +273,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str,
         another = pattern.match(after, found.end())
         if another is None or not probe.before_next.startswith(after[: another.end()]):
             break
+        if after[another.end() :][:1].isalpha():  # a role's name: the next turn begins
+            break
         found = another
     return after[: found.end()], found[0]
 
