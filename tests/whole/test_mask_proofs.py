@@ -132,7 +132,7 @@ PAIRS = [
     Pair("llama2", "phi3", "<|end|>", response="</think>", added=PHI3),
     Pair("llama2", PLAIN, "</s>"),
     Pair("llama3", OWN, EOT),
-    Pair("llama3_1", OWN, EOT, kwargs=DATED),
+    Pair("llama3_1", OWN, EOT),
     Pair("llama3_1", "llama3_2", EOT, kwargs=DATED),
     Pair("llama3_1", PLAIN, "<|end_of_text|>"),
     Pair("gemma3", OWN, "<end_of_turn>"),
