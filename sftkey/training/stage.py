@@ -120,6 +120,17 @@ def _norm(trainer: KeyTrainer, segment: Segment) -> float:
     return sum(float(gradient.double().square().sum()) for gradient in sums) ** 0.5
 
 
+# What a sharded model can't give, by the setting that needs it.
+WHOLE_MODEL = {
+    "context: frozen": "expected processes that hold the whole model each; FSDP and DeepSpeed cut "
+    "it up",
+    "early_stop": "expected processes that hold the whole model each and can answer; FSDP and "
+    "DeepSpeed cut it up",
+    "kl": "expected processes that hold the whole model each, as it was when the stage began; "
+    "FSDP and DeepSpeed cut it up",
+}
+
+
 def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
     """Refuse what a later stage couldn't do with this model: before hours of training, not after.
 
@@ -127,26 +138,18 @@ def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
         ModelError: The model mixes packed rows.
         DeviceError: A frozen stage, or one with `kl` or `early_stop`, where the model is sharded.
     """
-    if any(stage.context == "frozen" for stage in recipe.stages) and sharded():
-        raise DeviceError(
-            "context: frozen",
-            "expected processes that hold the whole model each; FSDP and DeepSpeed cut it up",
-            "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
-        )
-    if any(stage.early_stop for stage in recipe.stages) and sharded():
-        raise DeviceError(
-            "early_stop",
-            "expected processes that hold the whole model each and can answer; FSDP and DeepSpeed "
-            "cut it up",
-            "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
-        )
-    if any(stage.kl for stage in recipe.stages) and sharded():
-        raise DeviceError(
-            "kl",
-            "expected processes that hold the whole model each, as it was when the stage began; "
-            "FSDP and DeepSpeed cut it up",
-            "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
-        )
+    need_whole = {
+        "context: frozen": any(stage.context == "frozen" for stage in recipe.stages),
+        "early_stop": any(stage.early_stop for stage in recipe.stages),
+        "kl": any(stage.kl for stage in recipe.stages),
+    }
+    for where, is_set in need_whole.items():
+        if is_set and sharded():
+            raise DeviceError(
+                where,
+                WHOLE_MODEL[where],
+                "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
+            )
     if packed:
         refuse_mixed_rows(model, probe=not sharded())
 
