@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +127,36 @@ def _read(recipe: Recipe, output: Path) -> tuple[Renderer, str]:
     return renderer, baked_template(renderer, recipe.data)
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids).logits.float()
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return logits that are computed in float32, whatever the type of the weights.
+
+    In 16 bits rounding alone would move them as far as a light adapter does.
+    """
+    with torch.no_grad(), _computing_in_float32(model):
+        logits: torch.Tensor = model(input_ids=ids).logits
     return logits
+
+
+@contextmanager
+def _computing_in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Hold each module's own weights in float32 while it runs: never the whole model's."""
+    kept: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            kept[module, name] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def put_back(module: torch.nn.Module, *_: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = kept.pop((module, name))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.callback(module.register_forward_pre_hook(widen).remove)
+                hooks.callback(module.register_forward_hook(put_back).remove)
+        yield
 
 
 def _check(found: Merged, adapter: Path) -> None:

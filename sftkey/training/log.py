@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -171,7 +171,11 @@ def cut_log(path: Path, last_step: int) -> None:
 
 
 def check_handoff(
-    end: dict[str, float], start: dict[str, float], tolerance: float, where: str
+    end: dict[str, float],
+    start: dict[str, float],
+    tolerance: float,
+    where: str,
+    tokens: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Compare a stage's first losses with the last ones of the stage before.
 
@@ -180,13 +184,21 @@ def check_handoff(
         start: The same where this stage starts, on the same rows.
         tolerance: The largest difference, nats a token.
         where: The stage, for the message.
+        tokens: Where both were read in other batches or surroundings, the tokens of each segment:
+            their mean loss may differ by as much as they are rounded differently.
 
     Raises:
         RunError: The stage doesn't start from what the previous one wrote.
     """
     gaps = {name: abs(start[name] - end[name]) for name in end if name in start}
-    worst = max(gaps, key=lambda name: gaps[name])
-    if not gaps[worst] <= tolerance:
+    rounded = STANDARD_ERRORS * OTHER_ROUNDING * tolerance
+    allowed = {
+        name: max(tolerance, rounded / math.sqrt(tokens[name])) if name in tokens else tolerance
+        for name in gaps
+    }
+    missed = [name for name, gap in gaps.items() if not gap <= allowed[name]]  # NaN is one
+    if missed:
+        worst = max(missed, key=lambda name: gaps[name])
         raise RunError(
             where,
             f"expected to start where the previous stage ended; the {worst} loss was "
@@ -198,6 +210,11 @@ def check_handoff(
 # A key that is read at another place has other losses: they differ as much as the losses vary.
 MOST_NOISE = 0.25  # of that spread
 ALWAYS_ALLOWED = 100.0  # times the hand-off's tolerance, where all losses are nearly the same
+# Other rows beside a row, or another processor, round each of its tokens differently, up and down:
+# in 16 bits by hundredths of a nat.
+OTHER_ROUNDING = 100.0  # times the hand-off's tolerance
+STANDARD_ERRORS = 6.0
+SURROUNDINGS = ("device", "compute_dtype", "world_size", "versions")
 
 
 def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -> None:
@@ -358,7 +375,7 @@ class StageLog(TrainerCallback):
         losses = segments_of(kwargs["metrics"], "eval_loss_")
         at = {0: "start", state.max_steps: "end"}.get(state.global_step, str(state.global_step))
         at = "end" if self._ended else at
-        self.record.validation[at] = losses
+        self.record.validation[at], self.record.read_as = losses, self._read_as(args)
         self.ledger.save()
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.progress.note(f"{self.record.name} at {at}: {self.loss_name} {shown}")
@@ -375,12 +392,19 @@ class StageLog(TrainerCallback):
         if at == "start" and (behind := segments_of(kwargs["metrics"], "eval_behind_")):
             self._compare_behind_cache(behind, where)
         if at == "start" and self.number > 0:
-            end = self.ledger.stages[self.number - 1].validation["end"]
+            before = self.ledger.stages[self.number - 1]
             # One pass of both stages: a frozen one's own losses of the key are another's.
             same_pass = segments_of(kwargs["metrics"], "eval_full_") or losses
-            check_handoff(end, same_pass, self.tolerance, where)
+            alike = before.read_as in (None, self._read_as(args))
+            tokens = {} if alike else segments_of(kwargs["metrics"], "eval_tokens_")
+            check_handoff(before.validation["end"], same_pass, self.tolerance, where, tokens)
         self._since = time.monotonic()
         self.progress.pause()
+
+    def _read_as(self, args: Any) -> dict[str, Any]:
+        """Return what decides how a validation's losses are rounded."""
+        around = {name: self.ledger.facts.get(name) for name in SURROUNDINGS}
+        return {"rows": args.eval_batch_size, **around}
 
     def _compare_behind_cache(self, behind: dict[str, float], where: str) -> None:
         """Keep and say what a frozen stage reads behind its cache, beside the full pass."""

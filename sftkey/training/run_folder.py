@@ -25,6 +25,7 @@ class StageRecord:
     `gradient_norm`, in studies, is by segment that of its loss's gradient when the stage began.
     `grid` says what a grid tried and kept.
     `behind_cache` is how a frozen stage's first key losses compare with those of a full pass.
+    `read_as` is in what batches and surroundings its last validation was read.
     `worse` says that the validation loss ended above its start, where it did by more than chance.
     `answers` has by epoch how many validation answers were right, where that ends the stage.
     `shared_from` names the run beside this one that trained the stage, where it was another.
@@ -39,6 +40,7 @@ class StageRecord:
     shared_from: str | None = None
     grid: dict[str, Any] | None = None
     behind_cache: dict[str, float] | None = None
+    read_as: dict[str, Any] | None = None
     worse: str | None = None
     answers: list[dict[str, float]] | None = None
 

@@ -60,6 +60,9 @@ class ValidatingTrainer(SFTTrainer):
         self.row_losses = self._losses_of_rows(*(each.cpu() for each in gathered))
         metrics = {f"{prefix}_loss": self._weighted(sums).item()}
         metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
+        for segment in Segment:
+            if sums[1, segment] > 0:
+                metrics[f"{prefix}_tokens_{segment.name.lower()}"] = sums[1, segment].item()
         nothing = np.empty(0)
         return EvalLoopOutput(nothing, None, metrics, num_samples=len(dataset))
 

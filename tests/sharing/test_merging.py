@@ -17,6 +17,7 @@ from sftkey.sharing.merging import Merged
 from sftkey.training.stage_model import load_stage
 from tests.support.models import ROUNDED
 from tests.support.runs import STAGES, ledger_of, made_run
+from tests.support.tiny import made_model
 
 PLAIN = STAGES[:1]
 IDS = torch.arange(3, 40)[None]
@@ -75,8 +76,6 @@ def test_a_quantized_run_is_merged_in_the_published_type(
 ) -> None:
     """NF4 is for training: the weights that are merged are the published ones."""
     from transformers import AutoModelForCausalLM
-
-    from tests.support.tiny import made_model
 
     model = tmp_path / "model"
     made_model(tiny_tokenizer).to(dtype).save_pretrained(model)
@@ -167,6 +166,22 @@ def test_a_merge_that_did_nothing_is_refused(
         "and adapter: its logits are off by up to "
     )
     assert not (tmp_path / "merged").exists()
+
+
+def test_sixteen_bits_are_compared_without_the_rounding_of_what_they_compute(
+    tiny_tokenizer: Any,
+) -> None:
+    """It would move the logits as far as a light adapter does; the weights stay as they were."""
+    model = made_model(tiny_tokenizer, initializer_range=0.3).to(torch.bfloat16).eval()
+    weights = {name: each.clone() for name, each in model.state_dict().items()}
+    found = sftkey.sharing.merging._logits(model, IDS)
+    for name, each in model.state_dict().items():
+        assert each.dtype == torch.bfloat16
+        assert each.equal(weights[name])
+    rounded = logits(model)
+    exact = logits(model.float())
+    torch.testing.assert_close(found, exact, atol=0, rtol=0)
+    assert (rounded.float() - exact).abs().max() > 0.01
 
 
 def test_how_far_a_merge_may_be_off() -> None:

@@ -114,6 +114,25 @@ def test_another_adapter_falls(
         again()
 
 
+def test_other_batches_stop_no_healthy_stage(
+    before_key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are validated one at a time are rounded otherwise than several at once.
+
+    An adapter half as strong again falls all the same.
+    """
+    key = "{name: key, loss_on: key, trainer: {per_device_eval_batch_size: 1}}"
+    one = f"stages=[{{name: completion, loss_on: completion}}, {key}]"
+    runs = shutil.copytree(before_key / "runs", tmp_path / "healthy")
+    first, second = done(before_key / "tiny.yaml", runs, one).ledger.stages
+    end, start = first.validation["end"], second.validation["start"]
+    assert max(abs(start[name] - end[name]) for name in start) > 1e-3
+
+    monkeypatch.setattr(stage_model, "load_adapter", scaled)
+    with pytest.raises(RunError, match="expected to start where the previous stage ended"):
+        done(before_key / "tiny.yaml", shutil.copytree(before_key / "runs", tmp_path / "bad"), one)
+
+
 def test_a_key_shifted_by_one_token_falls(
     again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
