@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from sftkey.recipe.load import load_recipe
 from sftkey.training.checkpoints import is_whole, newest_whole, seal
 from sftkey.training.log import check_handoff, read_log
 from sftkey.training.run import Run, explained_out_of_memory, start
+from sftkey.training.validating import ValidatingTrainer
 from tests.support.models import ROUNDED
 from tests.support.tiny import write_recipe
 
@@ -370,9 +372,24 @@ def test_what_the_last_step_has_broken_is_not_saved(
 
 
 def test_the_best_checkpoint_is_kept_by_a_segments_loss_and_said(
-    tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: MakeRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The lowest loss is the best, whatever its name ends with: upstream would keep the highest."""
+    """The lowest loss is the best, whatever its name ends with: upstream would keep the highest.
+
+    A loss that is NaN is said, kept in the ledger, and never the best.
+    """
+    loop = ValidatingTrainer.evaluation_loop
+
+    def broken_at_two(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        found = loop(trainer, *args, **kwargs)
+        if trainer.state.global_step == 2:
+            found.metrics["eval_loss_answer_tag"] = float("nan")
+        return found
+
+    monkeypatch.setattr(ValidatingTrainer, "evaluation_loop", broken_at_two)
     trainer = {
         "max_steps": 4,
         "learning_rate": 1e-2,
@@ -385,8 +402,11 @@ def test_the_best_checkpoint_is_kept_by_a_segments_loss_and_said(
     }
     stages = [{"name": "key", "loss_on": "key"}]
     run = done(tiny_recipe(stages=stages, trainer=trainer), tmp_path / "runs")
-    assert "key: kept checkpoint-4 (validation loss " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "key: kept checkpoint-4 (validation loss " in said
+    assert "key at 2: the validation loss of answer_tag is not finite; no checkpoint" in said
     validation = run.ledger.stages[0].validation
+    assert math.isnan(validation.pop("2")["answer_tag"])
     assert validation["end"]["answer_tag"] == min(
         each["answer_tag"] for each in validation.values()
     )
