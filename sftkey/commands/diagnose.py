@@ -5,41 +5,43 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from typing import Annotated
 
-from sftkey.commands.terminal import stdout_console
+import typer
+
+from sftkey.commands.arguments import AsJSON, Overrides, recipe_names
+from sftkey.commands.terminal import set_up, stdout_console
 from sftkey.diagnosis.run import NUM_ROWS, _chosen, look
 
 
 def diagnose(
-    target: str,
-    overrides: Sequence[str] = (),
-    *,
-    data: str | None = None,
-    stage: str | None = None,
-    num_rows: int = NUM_ROWS,
-    as_json: bool = False,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN|MODEL",
+            help="A recipe's file or name, a run's folder, or a model.",
+            autocompletion=recipe_names,
+        ),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Rows for a MODEL: a file, a folder or a hub id."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A run's stage, or base; else its last one.")
+    ] = None,
+    num_rows: Annotated[
+        int, typer.Option("--rows", min=1, help="How many rows to ask.")
+    ] = NUM_ROWS,
+    as_json: AsJSON = False,
 ) -> None:
-    """Print the three conditions, their differences, and what they speak for.
-
-    Args:
-        target: A recipe, a run's folder, or with `data` a model.
-        overrides: Changes to a recipe.
-        data: Rows for a model without a recipe: a file, a folder, a hub id or a built-in name.
-        stage: Of a run, or `base`; default the last one that is trained.
-        num_rows: Validation rows that are asked at most.
-        as_json: Print JSON instead of tables.
-
-    Raises:
-        SFTKeyError: The model, its rows or the run can't be used.
-    """
-    load = _chosen(target, overrides, data, stage, num_rows)
-    from sftkey.commands.terminal import quiet_libraries, use_all_cores
+    """Tell what limits a model's answers, and what could mend it."""
+    load = _chosen(target, overrides or (), data, stage, num_rows)
+    set_up()
     from sftkey.diagnosis.report import as_json as plain
     from sftkey.diagnosis.report import render
 
-    use_all_cores()
-    quiet_libraries()
     subject = load()
     start = time.monotonic()
     figures, recommendation = look(subject, _say)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sftkey
+from sftkey.commands.arguments import AsJSON
 from sftkey.commands.terminal import available_cores, stdout_console
 from sftkey.errors import first_line
 from sftkey.files import free_bytes
@@ -20,12 +21,9 @@ PACKAGES = (
 )
 
 
-def env(as_json: bool = False) -> None:
-    """Print this machine and what is installed on it; no name, path or variable of the user's.
-
-    Args:
-        as_json: Print one JSON object.
-    """
+def env(as_json: AsJSON = False) -> None:
+    """Print what a bug report needs: versions, GPUs, memory."""
+    # No name, path or variable of the user's is printed.
     found = surroundings()
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))

@@ -6,8 +6,11 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from sftkey.commands.terminal import set_up, stdout_console
 from sftkey.errors import RunError
 from sftkey.files import write_text
 from sftkey.study.schema import Study, load_study
@@ -24,17 +27,21 @@ NEXT = (
 )
 
 
-def study(file: Path, plan_only: bool = False, report_folder: Path | None = None) -> None:
-    """Run what isn't finished of a study, or print what that would be.
-
-    Args:
-        file: The study's YAML file; its recipes lie relative to it.
-        plan_only: Print cells, steps, tokens and time, and train nothing.
-        report_folder: Write the report anew from the cells in this folder, and train nothing.
-
-    Raises:
-        SFTKeyError: What the user can mend; the command line prints it.
-    """
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Print cells, steps, tokens and time; train nothing.")
+    ] = False,
+    report_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FOLDER",
+            help="Write its report anew from its cells; train nothing.",
+        ),
+    ] = None,
+) -> None:
+    """Run arms and seeds over recipes, or go on with them."""
     checked = load_study(file)
     if report_folder is not None:
         write_report(checked, file.parent, report_folder)
@@ -42,13 +49,9 @@ def study(file: Path, plan_only: bool = False, report_folder: Path | None = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         what = f"expected one process; got {os.environ['WORLD_SIZE']}"
         raise RunError(str(file), what, "start it as `sftkey study`, without a launcher")
-    from sftkey.commands.terminal import quiet_libraries, use_all_cores
-
-    use_all_cores()
-    quiet_libraries()
+    set_up()
     runs = phases(checked, file)
     if plan_only:
-        from sftkey.commands.terminal import stdout_console
         from sftkey.study.plan import plan, promised, rendered, to_choose
 
         for run in runs:

@@ -122,6 +122,12 @@ def log_to_stderr() -> None:
         logger.addHandler(StderrHandler())
 
 
+def set_up() -> None:
+    """Use all cores, and keep the libraries quiet; torch and transformers are imported here."""
+    use_all_cores()
+    quiet_libraries()
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice off a run's progress; their warnings stay."""
     import warnings
@@ -136,7 +142,7 @@ def quiet_libraries() -> None:
 
 
 def use_all_cores() -> None:
-    """Return this process its share of the physical cores that it may use.
+    """Give this process its share of the physical cores that it may use.
 
     The launchers set `OMP_NUM_THREADS=1`, which leaves all cores but one idle. Another value is
     the user's own and stays. The variable is set for libraries that load an OpenMP of their own

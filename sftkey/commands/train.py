@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from sftkey.commands.arguments import Overrides, RecipeArgument
+from sftkey.commands.results import print_table
+from sftkey.commands.terminal import say, set_up
 from sftkey.recipe.load import load_recipe
 
 if TYPE_CHECKING:
@@ -14,24 +17,21 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Path, overrides: Sequence[str] = (), fresh: bool = False, yes: bool = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an old run of this name aside and start anew.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Go on to own thinking that shows no use.")
+    ] = False,
 ) -> None:
-    """Check the recipe's form, set the process up, train, and print the table.
-
-    The form comes first: a wrong recipe must be told before torch is imported, which takes seconds.
-
-    Raises:
-        SFTKeyError: What the user can mend; the command line prints it.
-    """
-    checked = load_recipe(recipe, overrides)
-    from sftkey.commands.terminal import quiet_libraries, use_all_cores
-
-    use_all_cores()
-    quiet_libraries()
+    """Train and evaluate a recipe's stages, or go on with them."""
+    # The form comes first: a wrong recipe is told before torch is imported, which takes seconds.
+    checked = load_recipe(recipe, overrides or ())
+    set_up()
     from accelerate import PartialState
 
-    from sftkey.commands.evaluate import print_table
-    from sftkey.commands.terminal import say
     from sftkey.pipeline import train_recipe
 
     run = train_recipe(checked, fresh=fresh, yes=yes)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import sftkey.commands.chat
+import sftkey.commands.ask
 from sftkey.cli import main
-from sftkey.commands.chat import chat, readable
+from sftkey.commands.ask import chat, readable
 from sftkey.data.response import Response
 from sftkey.data.sources import chat_prompt
 from sftkey.errors import RunError
@@ -56,7 +56,7 @@ def test_what_was_shown_is_never_taken_back(
 
 def test_doctests_hold() -> None:
     """The example of what can be shown is what comes."""
-    assert doctest.testmod(sftkey.commands.chat) == (0, 2)
+    assert doctest.testmod(sftkey.commands.ask) == (0, 2)
 
 
 def test_answers_come_as_they_are_written(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+from typer import Argument, Option
 
 import sftkey
-import sftkey.commands.ls
-from sftkey.cli import main
+from sftkey.cli import app, main
 from sftkey.errors import RunError
 
 COMMANDS = (
@@ -31,15 +32,25 @@ def ended(*arguments: str) -> int:
 def failing(error: BaseException) -> Any:
     """Make a command that raises."""
 
-    def command(as_json: bool = False) -> None:
+    def command() -> None:
         raise error
 
     return command
 
 
-def interrupted(*arguments: Any, **options: Any) -> None:
+def interrupted(
+    folder: Annotated[Path | None, Argument()] = None,
+    as_json: Annotated[bool, Option("--json")] = False,
+) -> None:
     """Do what Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def replace_command(monkeypatch: pytest.MonkeyPatch, name: str, function: Any) -> None:
+    """Let a command of this name do what a function does."""
+    (command,) = (each for each in app.registered_commands if each.callback.__name__ == name)
+    function.__name__ = name
+    monkeypatch.setattr(command, "callback", function)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +87,7 @@ def test_an_error_of_the_user_ends_with_2(
 ) -> None:
     """Such an error goes to stderr whole, without a traceback, and nothing goes to stdout."""
     error = RunError("runs/x", "expected a run's folder; got nothing", hint="train first")
-    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(error))
+    replace_command(monkeypatch, "ls", failing(error))
     assert ended("ls") == 2
     captured = capsys.readouterr()
     assert captured.err == (
@@ -92,7 +103,7 @@ def test_debug_shows_the_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With --debug, before or after the command, the traceback comes first; the code stays 2."""
-    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(RunError("runs/x", "wrong")))
+    replace_command(monkeypatch, "ls", failing(RunError("runs/x", "wrong")))
     assert ended(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("Traceback (most recent call last):\n")
@@ -101,7 +112,7 @@ def test_debug_shows_the_traceback(
 
 def test_another_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """What isn't the user's mistake isn't dressed up as one."""
-    monkeypatch.setattr(sftkey.commands.ls, "ls", failing(ZeroDivisionError("a bug")))
+    replace_command(monkeypatch, "ls", failing(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["ls"])
 
@@ -121,7 +132,7 @@ def test_ctrl_c_ends_with_130(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """An interrupted command ends as shells expect it, and says what comes next."""
-    monkeypatch.setattr(f"sftkey.commands.{command}.{command}", interrupted)
+    replace_command(monkeypatch, command, interrupted)
     assert ended(command, argument) == 130
     assert capsys.readouterr().err == f"stopped; {said}\n"
 

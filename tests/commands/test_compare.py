@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.commands.compare import compare
+from sftkey.commands.results import compare
 from sftkey.errors import RunError
 from sftkey.evaluation.results import StageResult, write_result
 from sftkey.study.report import report

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sftkey.commands.errors import errors
+from sftkey.commands.results import errors
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import GradedAnswer, write_answers
 from tests.support.tiny import write_recipe

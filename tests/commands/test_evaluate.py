@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sftkey.training.stage_model
-from sftkey.commands.evaluate import evaluate
+from sftkey.commands.results import evaluate
 from sftkey.commands.train import train
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_answers

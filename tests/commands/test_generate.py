@@ -13,7 +13,7 @@ import pytest
 
 import sftkey.data.sources
 from sftkey.cli import main
-from sftkey.commands.generate import generate
+from sftkey.commands.ask import generate
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
 from sftkey.generation.generate import generate as write

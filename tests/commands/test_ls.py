@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sftkey.commands.ls import ls, print_table
+from sftkey.commands.recipes import ls, print_table
 from sftkey.errors import RecipeError
 from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_names
 
@@ -42,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file = tmp_path / "recipes" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    monkeypatch.setattr("sftkey.commands.recipes.RECIPES", tmp_path / "recipes")
     return tmp_path / "recipes"
 
 
@@ -49,7 +50,7 @@ def test_json_says_all_that_the_table_shows(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One object a recipe in the order of the paths; memory that wasn't measured is null."""
-    ls(as_json=True, folder=folder)
+    ls(as_json=True)
     assert json.loads(capsys.readouterr().out) == [
         {
             "recipe": "a/one",
@@ -76,7 +77,7 @@ def test_json_says_all_that_the_table_shows(
 
 def test_the_table_is_whole_in_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where stdout is no terminal each recipe stands on one line, however long."""
-    ls(folder=folder)
+    ls()
     captured = capsys.readouterr()
     head, _, one, two = (" ".join(line.split()) for line in captured.out.splitlines())
     assert head == "recipe model data method stages GPU memory"
@@ -91,7 +92,7 @@ def test_no_terminal_breaks_the_list(
 ) -> None:
     """Of the recipes that ship, each name and model stands whole on a line that fits."""
     narrow = Console(width=width, markup=False, highlight=False)
-    monkeypatch.setattr("sftkey.commands.terminal.stdout_console", lambda: narrow)
+    monkeypatch.setattr("sftkey.commands.recipes.stdout_console", lambda: narrow)
     print_table([describe(file) for file in recipe_files(RECIPES)])
     out = capsys.readouterr().out
     assert all(name in out.split() for name in short_names())
@@ -120,7 +121,7 @@ def test_a_wrong_recipe_is_an_error(folder: Path) -> None:
     """A recipe that can't be read isn't left out in silence."""
     (folder / "b" / "two.yaml").write_text(FULL.replace("lora:", "lorra:"))
     with pytest.raises(RecipeError):
-        ls(folder=folder)
+        ls()
 
 
 def test_every_recipe_that_ships_is_found() -> None:

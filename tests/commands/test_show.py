@@ -11,7 +11,7 @@ import pytest
 
 from sftkey.checks.gate import check_recipe
 from sftkey.commands.diagnose import diagnose
-from sftkey.commands.show import show
+from sftkey.commands.recipes import show
 from sftkey.commands.train import train
 from sftkey.errors import CheckError, DataError
 from sftkey.recipe.load import load_recipe

@@ -19,7 +19,7 @@ import yaml
 
 import sftkey.training.stage_model
 from sftkey.checks.gate import check_recipe
-from sftkey.commands.evaluate import evaluate
+from sftkey.commands.results import evaluate
 from sftkey.commands.study import study
 from sftkey.commands.train import train
 from sftkey.data.response import Example, Response

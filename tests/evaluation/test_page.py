@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sftkey.commands.report import report
+from sftkey.commands.results import report
 from sftkey.data.response import Example, Response
 from sftkey.evaluation.answers import graded_answers, write_answers
 from sftkey.evaluation.losses import StageLosses

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from sftkey.commands.merge import merge
+from sftkey.commands.sharing import merge
 from sftkey.data.renderer import probe_renderer
 from sftkey.data.sources import question_prompt
 from sftkey.errors import FrameError

@@ -12,7 +12,7 @@ import pytest
 
 import sftkey.sharing.export
 from sftkey.cli import main
-from sftkey.commands.export import export
+from sftkey.commands.sharing import export
 from sftkey.errors import RunError
 from sftkey.sharing.baking import asked_ids, with_template
 from sftkey.sharing.export import converter_command, modelfile, run_renderer

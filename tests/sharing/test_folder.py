@@ -9,8 +9,8 @@ import pytest
 
 import sftkey.sharing.folder
 from sftkey.cli import main
-from sftkey.commands.evaluate import evaluate, evaluate_folder
-from sftkey.commands.merge import merge
+from sftkey.commands.results import evaluate, evaluate_folder
+from sftkey.commands.sharing import merge
 from sftkey.errors import RunError
 from tests.support.runs import STAGES, made_run
 from tests.support.tiny import made_rows
@@ -79,4 +79,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, tiny_folder: Path) -
         f"hint: sftkey evaluate {folder}"
     )
     with pytest.raises(RunError, match="expected --model or --generations; got both"):
-        evaluate_folder(folder, tiny_folder, generations=tmp_path / "x.jsonl")
+        evaluate(folder, generations=tmp_path / "x.jsonl", model=tiny_folder)

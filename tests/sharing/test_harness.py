@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sftkey.commands.export import export
+from sftkey.commands.sharing import export
 from sftkey.errors import RunError
 from sftkey.training.run_folder import run_recipe
 from tests.support.runs import STAGES, frame_of, made_run

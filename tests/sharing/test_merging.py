@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sftkey.sharing.merging
-from sftkey.commands.merge import merge
+from sftkey.commands.sharing import merge
 from sftkey.errors import RunError
 from sftkey.models.device import Device
 from sftkey.sharing.merging import Merged

@@ -13,8 +13,7 @@ from huggingface_hub import ModelCard
 import sftkey.sharing.card
 import sftkey.sharing.push
 from sftkey.cli import main
-from sftkey.commands.card import card
-from sftkey.commands.push import push
+from sftkey.commands.sharing import card, push
 from sftkey.data.response import Example, Response
 from sftkey.errors import RunError
 from sftkey.evaluation.results import score, write_result

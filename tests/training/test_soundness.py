@@ -137,7 +137,7 @@ def test_a_stage_that_ended_worse_is_said_behind_the_table(
     stages["two"].worse = "its validation loss ended above its start"
     run = SimpleNamespace(stages=stages)
     monkeypatch.setattr("sftkey.pipeline.train_recipe", lambda *args, **kwargs: run)
-    monkeypatch.setattr("sftkey.commands.evaluate.print_table", lambda run: None)
+    monkeypatch.setattr("sftkey.commands.train.print_table", lambda run: None)
     monkeypatch.setattr(train_command, "what_next", lambda run: [])
     train_command.train(tiny_recipe())
     said = capsys.readouterr().err.splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sftkey.commands.show import show
+from sftkey.commands.recipes import show
 from sftkey.errors import ModelError
 from sftkey.study.report import table
 from sftkey.study.results import read_cells, read_results_file

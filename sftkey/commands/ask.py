@@ -1,54 +1,87 @@
-"""Ask what a run has trained one question after another."""
+"""Ask what a run has trained: one question, or one after another."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import asdict
+from typing import Annotated
 
-from sftkey.commands.generate import say_what_is_missing
-from sftkey.commands.terminal import said
+import typer
+
+from sftkey.commands.arguments import Answering, AsJSON, MaxNewTokens, RunArgument
+from sftkey.commands.terminal import said, set_up
 from sftkey.data.response import Response
 from sftkey.errors import RunError
-from sftkey.pipeline import Reply, TrainedRun
+from sftkey.pipeline import Reply, TrainedRun, open_run
+from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import BASE, trained_stage
 
 FORGET = "/new"
 
 
-def chat(
-    folder: Path,
-    *,
-    stage: str | None = None,
-    stages: bool = False,
-    thinking: bool = False,
-    max_new_tokens: int | None = None,
+def generate(
+    folder: RunArgument,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="Default: what stands on stdin.")
+    ] = None,
+    stage: Answering = None,
+    max_new_tokens: MaxNewTokens = None,
+    as_json: AsJSON = False,
 ) -> None:
-    """Answer each line of stdin, as the answers are written, until it ends.
+    """Ask what a run has trained one question."""
+    run = open_run(folder)
+    trained_stage(folder, run.recipe, stage)  # a wrong call is told before torch is imported
+    asked = (sys.stdin.read() if question is None else question).strip()
+    if not asked:
+        raise RunError(
+            "question",
+            "expected a text; got none",
+            f'sftkey generate {folder} "How many …?", or the question on stdin',
+        )
+    set_up()
+    reply = run.ask(asked, stage, max_new_tokens)
+    if as_json:
+        print(json.dumps(asdict(reply), ensure_ascii=False))
+        return
+    if reply.answer is None:
+        print(reply.text)
+    else:
+        print(f"thinking:\n{reply.thinking or ''}\n\nanswer:\n{reply.answer}")
+    say_what_is_missing(run.recipe, reply, max_new_tokens)
 
-    Where the recipe trains all turns of conversations, earlier questions and answers stand in the
-    prompt, until a line says `/new`.
 
-    Args:
-        folder: A run folder.
-        stage: A trained stage, or `base`; default the last one that is trained.
-        stages: Let the base and every trained stage answer, each with a model of its own.
-        thinking: Show the thinkings, too.
-        max_new_tokens: Default the recipe's.
+def say_what_is_missing(recipe: Recipe, reply: Reply, max_new_tokens: int | None) -> None:
+    """Note on stderr that a reply has no answer, or wasn't ended."""
+    if reply.answer is None:
+        print("note: no answer was found in this text", file=sys.stderr)
+    if not reply.stopped:
+        limit = max_new_tokens or recipe.eval.max_new_tokens
+        print(f"note: it didn't stop within {limit} tokens", file=sys.stderr)
 
-    Raises:
-        SFTKeyError: The folder is no run, or the stage isn't trained, or both are asked for.
-    """
+
+def chat(
+    folder: RunArgument,
+    stage: Answering = None,
+    stages: Annotated[
+        bool,
+        typer.Option("--stages", help="Let base and all stages answer; a model each is held."),
+    ] = False,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="Show the thinkings, not the answers alone.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+) -> None:
+    """Ask what a run has trained one question after another."""
     if stages and stage is not None:
         raise RunError("--stages", f"expected it without --stage; got --stage {stage}")
     run = TrainedRun(folder, keeps_models=stages)
     last = trained_stage(folder, run.recipe, stage)  # a wrong call is told before torch is imported
     names = [BASE, *run.stages] if stages else [[BASE, *run.stages][last]]
-    from sftkey.commands.terminal import quiet_libraries, use_all_cores
-
-    use_all_cores()
-    quiet_libraries()
+    set_up()
+    # Where it trains all turns of conversations, earlier ones stand in the prompt.
     talks = run.recipe.response.turns == "all"
     forget = f"; {FORGET} forgets what was said" if talks else ""
     print(f"{run.folder}, {', '.join(names)}: a question a line{forget}", file=sys.stderr)

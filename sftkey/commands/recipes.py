@@ -1,0 +1,150 @@
+"""What is done with a recipe beside training it: list, copy, show its tokens, write its prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sftkey.commands.arguments import (
+    AsJSON,
+    Overrides,
+    RecipeArgument,
+    recipe_file,
+    recipe_names,
+)
+from sftkey.commands.terminal import stdout_console
+from sftkey.errors import RecipeError
+from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_name
+from sftkey.recipe.load import load_recipe
+from sftkey.recipe.yaml_io import write_new
+from sftkey.training.run_folder import run_recipe
+
+COLUMNS = ("model", "data", "method", "stages", "GPU memory")
+# To plan it, config and tokenizer of the model are needed, which may have to be fetched.
+PLANNED = "planned GPU memory of one: sftkey check RECIPE --gpu 24GB --plan-only"
+SPLITS = ("train", "validation", "test")
+RecipeOrRun = Annotated[
+    Path,
+    typer.Argument(
+        metavar="TARGET",
+        help="A recipe's file or name, or a run's folder.",
+        callback=recipe_file,
+        autocompletion=recipe_names,
+    ),
+]
+
+
+def ls(as_json: AsJSON = False) -> None:
+    """List the recipes that come with sftkey."""
+    rows = [describe(file, RECIPES) for file in recipe_files(RECIPES)]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_table(rows)
+        print(PLANNED, file=sys.stderr)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the recipes as a table that no pipe cuts and no terminal breaks."""
+    from sftkey.tables import FittedTable
+
+    table = FittedTable("recipe", COLUMNS, left=True)
+    for row in rows:
+        memory = "" if row["gpu_memory_gib"] is None else f"{row['gpu_memory_gib']:g} GiB"
+        stages = ", ".join(row["stages"])
+        table.add([row["recipe"], row["model"], row["data"], row["method"], stages, memory])
+    stdout_console().print(table)
+
+
+def cp(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="The copy; must be new.")],
+) -> None:
+    """Copy a recipe, to edit it."""
+    name = load_recipe(recipe).name
+    text = recipe.read_text(encoding="utf-8-sig")
+    # The commands in its head then name the copy.
+    write_new(output, text.replace(f"recipes/{short_name(recipe)}.yaml", str(output)))
+    print(f"{output}: written")
+    what = f"its runs go into runs/{name}; write another `name` there to keep several"
+    print(f"note: {what}", file=sys.stderr)
+
+
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 3,
+    as_json: AsJSON = False,
+) -> None:
+    """Show which tokens each stage trains."""
+    checked = load_recipe(recipe, overrides or ())
+    from rich.console import Console
+
+    from sftkey.checks.stop import not_verified
+    from sftkey.data.prepare import prepare
+    from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
+    from sftkey.models.facts import published_stops
+    from sftkey.models.loading import load_tokenizer
+
+    prepared = prepare(checked, load_tokenizer(checked.model), need_test=False)
+    rows = preview_rows(checked, prepared, num_rows)
+    numbers = rendered_statistics(statistics(checked, prepared))
+    if as_json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        Console(stderr=True).print(numbers)
+    else:
+        console = stdout_console()
+        console.print(rendered_rows(rows))
+        console.print(numbers)
+    for remark in prepared.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    if not published_stops(checked.model)[1]:
+        print(f"note: {not_verified(checked, prepared.renderer)}", file=sys.stderr)
+
+
+def prompts(
+    target: RecipeOrRun,
+    overrides: Overrides = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="train (default), validation or test (a run's default)."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With this stage's own.hint in the prompts."),
+    ] = None,
+) -> None:
+    """Write prompts as text and token ids, for another engine."""
+    run = target.is_dir()
+    if split not in (None, *SPLITS):
+        raise RecipeError("--split", f"expected one of {', '.join(SPLITS)}; got {split!r}")
+    if run and overrides:
+        raise RecipeError(str(target), "a run's recipe can't be changed", "give a recipe's file")
+    recipe = run_recipe(target) if run else load_recipe(target, overrides or ())
+    named = {each.name: each for each in recipe.stages}
+    if stage is not None and stage not in named:
+        raise RecipeError("--stage", f"expected one of {', '.join(named)}; got {stage!r}")
+    from sftkey.data.prepare import prepare
+    from sftkey.models.loading import load_tokenizer
+    from sftkey.training.own_thinking import with_hint
+
+    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    rows = {
+        "train": prepared.train_examples,
+        "validation": prepared.validation_examples,
+        "test": prepared.questions(recipe) if run else prepared.test,
+    }[split or ("test" if run else "train")]
+    hinted = stage is not None and named[stage].own_thinking.hint
+    for example in rows:
+        asked, renderer = (with_hint(example) if hinted else example).prompt, prepared.renderer
+        prompt = {
+            "prompt": renderer.prompt_text(asked),
+            "prompt_ids": renderer.prompt_ids(asked),
+        }
+        row = {"index": example.index, "turn": example.turn, **prompt}
+        print(json.dumps(row, ensure_ascii=False))
