@@ -9,12 +9,15 @@ from typing import Any
 from sftkey.adapt.columns import (
     ABOUT,
     ANSWER,
+    BOX,
+    HAS_TAG,
     NOTHING,
     OPTIONS,
     RESPONSE,
     SYSTEM,
     THINKING,
     Table,
+    find_rule,
     plain,
 )
 from sftkey.adapt.prompt import single_options
@@ -28,7 +31,6 @@ from sftkey.adapt.readings import (
     system_field,
     unread_system,
 )
-from sftkey.adapt.split import BOX, HAS_TAG, find_rule
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import think_tags
 from sftkey.data.response import Response

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftkey.adapt.answers_only import read_answers_only
-from sftkey.adapt.columns import Table
+from sftkey.adapt.columns import ENOUGH, Table
 from sftkey.adapt.readings import Reading, decide, read, why_not
-from sftkey.adapt.split import ENOUGH
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import Loaded, columns_of
 from sftkey.data.renderer import Renderer

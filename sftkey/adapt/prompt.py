@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sftkey.adapt.columns import ANSWER, CONTEXT, NOTHING, OPTIONS, PROMPT, Table, plain
-from sftkey.adapt.split import ENOUGH
+from sftkey.adapt.columns import ANSWER, CONTEXT, ENOUGH, NOTHING, OPTIONS, PROMPT, Table, plain
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.values import options_in
 

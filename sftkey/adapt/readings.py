@@ -7,9 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sftkey.adapt.columns import ANSWER, NOTHING, PROMPT, RESPONSE, SYSTEM, THINKING, Row, Table
+from sftkey.adapt.columns import (
+    ANSWER,
+    EMPTY,
+    ENOUGH,
+    NOTHING,
+    OPENING,
+    PROMPT,
+    RESPONSE,
+    SYSTEM,
+    THINKING,
+    Fit,
+    Row,
+    Table,
+    find_rule,
+)
 from sftkey.adapt.prompt import options_of, prompt_of
-from sftkey.adapt.split import EMPTY, ENOUGH, OPENING, Fit, find_rule
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import PLACES, Loaded, columns_of, make_examples, make_rule
 from sftkey.data.response import Example

@@ -39,8 +39,8 @@ def diagnose(
     """Tell what limits a model's answers, and what could mend it."""
     load = _chosen(target, overrides or (), data, stage, num_rows)
     set_up()
-    from sftkey.diagnosis.report import as_json as plain
-    from sftkey.diagnosis.report import render
+    from sftkey.diagnosis.rule import as_json as plain
+    from sftkey.diagnosis.rule import render
 
     subject = load()
     start = time.monotonic()

@@ -9,13 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sftkey.commands.arguments import (
-    AsJSON,
-    Overrides,
-    RecipeArgument,
-    recipe_file,
-    recipe_names,
-)
+from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, recipe_file, recipe_names
 from sftkey.commands.terminal import stdout_console
 from sftkey.errors import RecipeError
 from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_name

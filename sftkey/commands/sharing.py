@@ -67,7 +67,7 @@ def export(
     from sftkey.sharing.merging import write_model
 
     if to == "lm-eval":
-        from sftkey.sharing.harness import write_task
+        from sftkey.sharing.export import write_task
 
         print(write_task(shared, output))
     elif to == "vllm-lora":

@@ -193,7 +193,7 @@ def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
 
 def _foreign(target: str, data: str, num_rows: int) -> Subject:
     """Load a model that no recipe describes; what is chosen for it is said."""
-    from sftkey.adapt.foreign import read_foreign
+    from sftkey.adapt.frame import read_foreign
     from sftkey.data.renderer import stop_ids
     from sftkey.diagnosis.ask import Settings, asked_rows
     from sftkey.models.device import choose_device
@@ -248,7 +248,7 @@ class StageDiagnosis:
         PartialState().wait_for_everyone()
 
     def _write(self, name: str, model: Any) -> None:
-        from sftkey.diagnosis.report import as_json
+        from sftkey.diagnosis.rule import as_json
 
         run, start = self.run, time.monotonic()
         folder = str(run.ledger.folder)

@@ -10,12 +10,11 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from sftkey.evaluation.conversations import difference_with_interval, two_sided_p
 from sftkey.evaluation.judge import judge_sentence
 from sftkey.evaluation.results import StageResult, read_results
-from sftkey.evaluation.statistics import CHANCE, holm
+from sftkey.evaluation.statistics import CHANCE, difference_with_interval, holm, two_sided_p
+from sftkey.evaluation.thinking import form_table
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, thinking_table
-from sftkey.evaluation.thinking_form import form_table
 from sftkey.tables import FittedTable
 
 MOST_UNREAD = 0.05  # of the base's answers: with more, a difference may be that of the tags alone

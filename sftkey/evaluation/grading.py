@@ -1,16 +1,19 @@
 """Whether an answer is right: numbers, choices, mathematics, or the same text."""
 
+# ruff: noqa: RUF001  (quotes and dashes as models write them)
 from __future__ import annotations
 
+import math
 import re
+import threading
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Any, Literal
 
 from sftkey.data.response import Response
-from sftkey.errors import Problem
-from sftkey.evaluation.choices import same_choice
-from sftkey.evaluation.formulas import same_formula
+from sftkey.errors import Problem, RecipeError
 from sftkey.evaluation.numbers import Stated, same_numbers, stated_numbers
 from sftkey.evaluation.statement import cleaned, concluded, normalize, stated, unwrapped
 
@@ -122,3 +125,225 @@ def _same_text(answer: str, reference: str) -> tuple[bool, str | None]:
     forms = [normalize(answer), normalize(unwrapped(answer))]
     right = wanted != "" and wanted in forms
     return right, (wanted if right else forms[1]) or None
+
+
+_FORMATS = re.compile(
+    r"\\(?:text\w*|math\w*|boxed|fbox|left|right)|\\[()\[\] ,;!]|[*_`$\"'“”«»{}\\]"
+)
+# "A because …" names A; "A dog" and "I think" name nothing.
+_FOLLOWS = (
+    r"(?= (?:is|because|since|as|and|or|but|not|seems|looks|for|due|given|if|fails|was|rather"
+    r"|instead)\b)"
+)
+_LETTER = re.compile(
+    rf"[(\[<] ?([A-Za-z]) ?[)\]>]|\b(?:[Oo]ption|[Cc]hoice) ([A-Za-z])\b"
+    rf"|(?<![\w'’-])(?:([B-HJ-Z])(?![\w'’+#])|([AI])(?![\w'’+#])(?:(?! [a-z])|{_FOLLOWS})"
+    r"|(A)(?= (?:would|must|has|will|can|cannot)\b))"
+    r"|\A([a-z])(?=[).:\],;]|\Z|\n)"
+)
+_DIGITS = re.compile(r"(?<![\w.,])(\d{1,2})(?!\w|[.,]\d)")
+_LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
+_DENIED = re.compile(
+    r"(?:\b(?:not|never|than|instead of|except|cannot be|can't be|neither|nor|eliminate|rule out)"
+    r"|n t|n't)(?: be| option| choice)? ?$",
+    re.IGNORECASE,
+)
+_WRONG = re.compile(
+    r" ?(?:(?:is|are|was|seems|looks) (?:not|wrong|incorrect|false|tempting|too|ruled|out"
+    r"|eliminated|impossible)\b|isn\b|cannot\b|can ?n.t\b|fails\b|doesn\b|would be wrong)",
+    re.IGNORECASE,
+)
+_AND = re.compile(r" ?(?:,|&|;|,? ?\band)? ?", re.IGNORECASE)
+_OR = re.compile(r" ?(?:/|,? ?\bor|,? ?\bnor) ?", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| is| was| must be| would be) "
+)
+_STOP = re.compile(
+    r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- |(?: (?:because|since|as|it|that|this|they)\b))"
+)
+_LABELLED = re.compile(
+    r"[(\[<]?(?P<label>[A-Z]|\d{1,2})(?:[)\]>][.:]?|[.:])(?= |$)(?P<text>.*)", re.DOTALL
+)
+_LABELS = re.compile(r"[(\[]?[A-Z][)\]]?(?:(?: ?[,&;] ?(?:and )?| and )[(\[]?[A-Z][)\]]?)*")
+
+
+def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
+    """Compare the labels where both sides name one, else the texts; and say what was read.
+
+    `(B)`, `B.`, `b) text`, `Option B` and `The answer is (B), not (A)` name the letter B; a text
+    counts if it is the reference's, or opens with it and a stop (`True, because …`).
+    """
+    wanted, wanted_text = _reference(_plain(reference))
+    answer = _plain(stated(answer), keep_lines=True)
+    if wanted:
+        label = _DIGITS if min(wanted).isdigit() else _LETTER
+        together = re.fullmatch(r"[A-H]{2,6}\W*", answer) if len(wanted) > 1 else None
+        found = (
+            frozenset(re.findall("[A-H]", together[0]))
+            if together
+            else _labels(answer, label) or _labels(concluded(answer) or "", label)
+        )
+        if found:
+            return found == wanted, ", ".join(sorted(found))
+    labelled = _LABELLED.fullmatch(answer)
+    texts = [answer, concluded(answer) or "", labelled["text"] if labelled else ""]
+    right = any(_says(text, wanted_text) for text in texts)
+    return right, (normalize(answer) or None) if right or not wanted else None
+
+
+def _plain(text: str, keep_lines: bool = False) -> str:
+    text = unicodedata.normalize("NFKC", text)
+    text = _FORMATS.sub(" ", text)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return ("\n" if keep_lines else " ").join(line for line in lines if line)
+
+
+def _reference(text: str) -> tuple[frozenset[str], str]:
+    """Split a reference into the labels that it names and the option's text."""
+    if len(text) == 1 and text.isascii() and text.isalpha():
+        return frozenset(text.upper()), ""
+    if _LABELS.fullmatch(text) or re.fullmatch("[A-H]{2,6}", text):
+        return frozenset(re.findall("[A-Z]", text)), ""
+    if re.fullmatch(r"[(\[]?\d{1,2}[)\].]?", text):
+        return frozenset(re.findall(r"\d+", text)), ""
+    if labelled := _LABELLED.fullmatch(text):
+        return frozenset([labelled["label"]]), labelled["text"]
+    return frozenset(), text
+
+
+def _labels(text: str, label: re.Pattern[str]) -> frozenset[str] | None:
+    """Find the labels that a text names; None without one, and where it leaves a choice."""
+    runs: list[set[str]] = []  # of labels that "and" joins
+    mentions = list(label.finditer(text))
+    denied = opens = False
+    for number, match in enumerate(mentions):
+        end = mentions[number - 1].end() if number else 0
+        gap = text[end : match.start()]
+        if number and _OR.fullmatch(gap):
+            if not denied:
+                return None
+        elif number and _AND.fullmatch(gap) and not _WRONG.match(text, match.end()):
+            if not denied and runs:
+                runs[-1].add(match[match.lastindex or 0].upper())
+        else:
+            denied = bool(_DENIED.search(gap[-30:]) or _WRONG.match(text, match.end()))
+            if not denied and opens:
+                break  # the text opens with its label; what follows explains
+            if not denied:
+                opens = not number and _LEAD.fullmatch(gap) is not None
+                runs.append({match[match.lastindex or 0].upper()})
+    return frozenset(runs[0]) if runs and all(run == runs[0] for run in runs) else None
+
+
+def _says(text: str, wanted: str) -> bool:
+    """Tell whether a text is an option's text, or opens with it and a stop."""
+    said, option = normalize(text), normalize(wanted)
+    openings = [said, normalize(text.split("\n")[0])]
+    openings += [_STATEMENT.sub("", opening, count=1) for opening in openings]
+    return option != "" and any(
+        opening.startswith(option)
+        and (len(opening) == len(option) or _STOP.match(opening, len(option)) is not None)
+        for opening in openings
+    )
+
+
+MAX_CHARACTERS = 500  # of an answer: math-verify's patterns take more than linear time
+MAX_DIGITS = 100  # in a row
+MAX_DEPTH = 20  # of braces in braces
+TIMEOUT_SECONDS = 5
+
+# What sympy would evaluate for minutes: towers of powers, and what has thousands of digits.
+_ENDLESS = re.compile(
+    rf"\d\s*\^\s*\{{?\s*\d+\s*\^|\d{{5,}}\s*[)}}]?\s*!|!\s*[)}}]?\s*!|\d{{{MAX_DIGITS},}}"
+    r"|binom\s*\{?\s*\d{4,}"
+)
+MAX_POWER = 10**5  # of all exponents of a formula together
+_WORDS = re.compile(r"(?<![\\\w{])[A-Za-z]{3,}(?!\w)")
+_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "pi", "theta"}
+_FUNCTIONS |= {"infty", "inf", "max", "min", "gcd", "lcm", "mod", "and"}
+
+
+def same_formula(answer: str, reference: str) -> tuple[bool, str | None]:
+    """Compare as expressions, of which math-verify tells equal forms; and say what was read.
+
+    Raises:
+        RecipeError: math-verify isn't installed.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise RecipeError(
+            "eval.grader",
+            "`math` needs the package math-verify, which isn't installed",
+            'python -m pip install "sftkey[math]"',
+        ) from None
+    if answer.strip() == reference.strip() != "":
+        return True, answer.strip()
+    written, wanted = _formula(answer), _formula(reference)
+    if written is None or wanted is None:
+        return False, written
+    # The timeout is a signal, which Python allows in the main thread alone.
+    seconds = TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
+    try:
+        gold, found = (parse(text, parsing_timeout=seconds) for text in (wanted, written))
+        right = verify(gold, found, allow_set_relation_comp=True, timeout_seconds=seconds)
+        return right and not _differ_in_size(gold, found), written if found else None
+    except Exception:  # sympy and its parser raise anything on texts that are no formulas
+        return False, None
+
+
+def _formula(text: str) -> str | None:
+    """Write an answer as math-verify reads it; None where evaluating it could take for ever."""
+    part = re.split(r"[,.]?\s(?:since|because)\b", stated(text))[0].strip(" \n*`")
+    depth = deepest = 0
+    for brace in re.findall(r"[{(\[]|[})\]]", part):
+        depth += 1 if brace in "{([" else -1
+        deepest = max(deepest, depth)
+    if not part or len(part) > MAX_CHARACTERS or deepest > MAX_DEPTH or _ENDLESS.search(part):
+        return None
+    if math.prod(map(int, re.findall(r"\^\s*[{(]?\s*-?0*([1-9]\d*)", part))) > MAX_POWER:
+        return None
+    part = part.replace("\\$", "")
+    if part.count("$") == 2 and part.startswith("$") and part.endswith("$"):
+        part = part.strip("$ ")
+    if re.search(r"\$|\\\(|\\\[", part):
+        return _latex(part)
+    if set(map(str.lower, _WORDS.findall(part))) - _FUNCTIONS:
+        said = stated_numbers(part)
+        if said:
+            return "$" + ", ".join(str(number.value) for number in said.numbers) + "$"
+    return f"${_latex(part.rstrip('.'))}$"
+
+
+def _latex(text: str) -> str:
+    """Write in LaTeX what is often written without: `2*pi`, `sqrt(2)`, `3 1/2`, `x²`."""
+    text = re.sub(r"√\s?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{{{normalize(found[0])[1:]}}}", text)
+    text = re.sub(r"(?<=\d) (?:[cdkm]?m|ft|in)\^\{?[23]\}?$", "", text)  # 10 cm^2
+    text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb{\1}", text)
+    text = re.sub(r"\\?\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\?\bexp\s?\(([^()]*)\)", r"e^{\1}", text)
+    text = re.sub(r"(?<![\\A-Za-z])(pi|theta|infty)\b", r"\\\1", text)
+    text = re.sub(r"(?<!\*)\*(?!\*)", r" \\cdot ", text)
+    text = re.sub(r"\+\s?-", "-", text)
+    text = re.sub(r"(?<![\w.^])1(?:\.0+)?(?=[A-Za-z]\b)", "", text)  # 1.0i
+    text = re.sub(r"\b(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
+    return re.sub(r"(\d+)\.(\d*)\\overline\s?\{(\d+)\}", _periodic, text)
+
+
+def _periodic(match: re.Match[str]) -> str:
+    whole, first, period = match.groups()
+    value = Fraction(f"{whole}.{first or 0}")
+    value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(first))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _differ_in_size(gold: list[Any], found: list[Any]) -> bool:
+    """Tell 10^-30 from 10^-31, whose difference math-verify rounds to nothing."""
+    if not all(getattr(side[0], "is_number", False) for side in (gold, found) if side):
+        return False
+    first, second = gold[0].doit().evalf(), found[0].doit().evalf()
+    if not (first.is_Float and second.is_Float):
+        return False
+    largest = max(abs(first), abs(second))
+    return bool(largest < 1e-6 and abs(first - second) > 1e-6 * largest)

@@ -13,12 +13,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from sftkey.data.response import Example, Parsed, QuestionKey, Response
 from sftkey.errors import DataError, Problem, RunError
-from sftkey.evaluation.conversations import num_conversations, share_interval
 from sftkey.evaluation.grading import Untagged, grade, read_untagged, shortened
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
-from sftkey.evaluation.statistics import score_of
-from sftkey.evaluation.thinking import follow_thinkings, judge_thinkings, thinking_hash
-from sftkey.evaluation.thinking_form import Form, Rate, form_rates, thinking_form
+from sftkey.evaluation.statistics import num_conversations, score_of, share_interval
+from sftkey.evaluation.thinking import (
+    Form,
+    Rate,
+    follow_thinkings,
+    form_rates,
+    judge_thinkings,
+    thinking_form,
+    thinking_hash,
+)
 from sftkey.files import write_text
 from sftkey.generation.generate import Generation, by_row, key_of
 

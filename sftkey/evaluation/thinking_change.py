@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sftkey.evaluation.conversations import one_sided_p
 from sftkey.evaluation.results import VALIDATION_LOSS, Question, StageResult
-from sftkey.evaluation.statistics import CHANCE, discordant
-from sftkey.evaluation.thinking_form import PassedChange, ValidChange, passed_change, valid_change
+from sftkey.evaluation.statistics import CHANCE, discordant, one_sided_p
+from sftkey.evaluation.thinking import PassedChange, ValidChange, passed_change, valid_change
 from sftkey.tables import FittedTable
 
 MOST_LOSS = 0.02  # nats a token by which the thinking's loss may rise

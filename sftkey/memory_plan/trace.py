@@ -28,8 +28,7 @@ from sftkey.errors import ModelError, first_line
 from sftkey.memory_plan.batches import Batch, Joint
 from sftkey.memory_plan.held import DTYPE_BYTES, Setting, Skeleton, named
 from sftkey.memory_plan.meta import META, Adapted, Device, Head, Memory, Nf4
-from sftkey.models.attention import shared_keys
-from sftkey.models.key_pass import ConstantContext, checkpointed
+from sftkey.models.key_pass import ConstantContext, checkpointed, shared_keys
 
 # As sftkey.training has it (a test compares); its module imports peft.
 CONTEXT_TOKENS = 4096

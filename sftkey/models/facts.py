@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.errors import ModelError, first_line
 from sftkey.models.loading import linear_modules, load_tokenizer, short_names

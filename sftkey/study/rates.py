@@ -1,16 +1,16 @@
-"""Shares over seeds and questions, of flags and of thinking forms; a conversation counts once."""
+"""Shares over seeds and questions: of flags, thinking forms, parts by the reference's length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from sftkey.evaluation.conversations import by_conversation
-from sftkey.evaluation.thinking_form import Rate, form_flags
-from sftkey.study.results import Answered
-from sftkey.study.seeds import Estimate, mean_estimate
+from sftkey.evaluation.statistics import by_conversation
+from sftkey.evaluation.thinking import Rate, form_flags
+from sftkey.study.results import Answered, Bucket, FinishedCell, paired, same_questions
+from sftkey.study.seeds import Estimate, difference_estimate, mean_estimate
 
 
 def share(flags: Any, rows: Sequence[Sequence[Any]], same: bool) -> Estimate:
@@ -49,3 +49,110 @@ def rates(answered: Sequence[Answered], same: bool, one_model: bool = False) -> 
         estimate = (share_of_one_model if one_model else share)(table, rows, same)
         found[name] = Rate(rate=estimate.value, interval=estimate.interval)
     return found
+
+
+NUM_BUCKETS = 4
+Measure = Literal["length", "ratio"]
+Cells = Sequence[FinishedCell]
+
+
+def buckets(cells: Cells, control: Cells, measure: Measure) -> tuple[Bucket, ...]:
+    """Divide the questions near their quarters, never between equal measures.
+
+    Args:
+        cells: An arm's, one a seed.
+        control: The control's; empty for its own row.
+        measure: `length`: the tokens of the reference's thinking; `ratio`: these by its key's.
+
+    Returns:
+        Up to four; none where a cell doesn't have the lengths, or all questions have one measure.
+    """
+    pairs = paired(cells, control)
+    cells = [cell for cell, _ in pairs] or cells
+    values = [_measured(cell, measure) for cell in cells]
+    if any(value is None for value in values):
+        return ()
+    measured = [np.array(value) for value in values]
+    tops = _tops(np.concatenate(measured))
+    if len(tops) < 2 or min(map(len, measured)) < NUM_BUCKETS:
+        return ()
+    found, low = [], -np.inf
+    for top in tops:
+        inside = [np.flatnonzero((each > low) & (each <= top)) for each in measured]
+        found.append(_bucket(inside, measured, cells, [each for _, each in pairs]))
+        low = top
+    return tuple(found)
+
+
+def _tops(values: Any) -> list[float]:
+    """Return the largest measure of each part: ends of equal measures, the nearest to quarters.
+
+    >>> _tops(np.array([1, 1, 1, 1, 1, 2, 3, 4])), _tops(np.array([7, 7]))
+    ([1.0, 2.0, 4.0], [7.0])
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    shares = np.cumsum(counts) / len(values)
+    wanted = (number / NUM_BUCKETS for number in range(1, NUM_BUCKETS + 1))
+    return sorted({float(distinct[np.abs(shares - share).argmin()]) for share in wanted})
+
+
+def _bucket(places: Sequence[Any], measured: Sequence[Any], cells: Cells, control: Cells) -> Bucket:
+    """Return the figures of some questions of each seed, whose places are given.
+
+    Args:
+        places: Of the questions, by seed; a seed without any is left out.
+        measured: What each question is sorted by.
+        cells: An arm's.
+        control: The control's; empty for its own row.
+    """
+    seeds = [seed for seed, each in enumerate(places) if len(each)]
+    inside = np.concatenate([measured[seed][places[seed]] for seed in seeds])
+    rows = [[cells[seed].rows[place] for place in places[seed]] for seed in seeds]
+
+    def flags(of: Cells) -> list[Any]:
+        return [np.array(of[seed].flags("correct"))[places[seed]] for seed in seeds]
+
+    same = same_questions(cells)
+    acc = mean_estimate(_table(flags(cells), rows, around_mean=True), same)
+    figures = Bucket(
+        low=float(inside.min()),
+        high=float(inside.max()),
+        num_questions=round(len(inside) / len(seeds)),
+        num_seeds=acc.num_seeds,
+        acc=acc.value,
+        acc_interval=acc.interval,
+    )
+    if not control:
+        return figures
+    arm, other = (_table(flags(each), rows) for each in (cells, control))
+    gain = difference_estimate(arm, other, same)
+    return figures.model_copy(update={"gain": gain.value, "gain_interval": gain.interval})
+
+
+def _table(flags: Sequence[Any], rows: Sequence[Sequence[int]], around_mean: bool = False) -> Any:
+    """Return the flags of seeds that answered so and so many questions as one table `(S, Q)`.
+
+    A shorter row is filled up with its mean, and its flags are drawn away from it by as much as
+    keeps the variance of its mean.
+    """
+    each = [
+        by_conversation(flag[None], [row], around_mean)[0].astype(float)
+        for flag, row in zip(flags, rows, strict=True)
+    ]
+    most = max(map(len, each))
+    table = np.empty((len(each), most))
+    for place, values in enumerate(each):
+        mean = values.mean()
+        table[place] = mean
+        table[place, : len(values)] += (values - mean) * (most / len(values))
+    return table
+
+
+def _measured(cell: FinishedCell, measure: Measure) -> list[float] | None:
+    """Return the measure of each question; None where the cell doesn't have the lengths."""
+    thinking, key = (cell.reference_tokens.get(name, []) for name in ("thinking", "key"))
+    if len(thinking) != len(cell.questions) or len(key) != len(thinking):
+        return None
+    if measure == "length":
+        return [float(length) for length in thinking]
+    return [length / max(end, 1) for length, end in zip(thinking, key, strict=True)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sftkey.evaluation.statistics import CHANCE, score_of
+from sftkey.evaluation.thinking import PASSED
 from sftkey.evaluation.thinking_change import MOST_LOSS
-from sftkey.evaluation.thinking_form import PASSED
 from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, Interval, StudyResults
 
 HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")

@@ -17,7 +17,7 @@ from sftkey.errors import Problem, RunError
 from sftkey.evaluation.grading import shortened
 from sftkey.evaluation.judge import JudgeFigures
 from sftkey.evaluation.results import each_once
-from sftkey.evaluation.thinking_form import Form, Rate, ValidChange
+from sftkey.evaluation.thinking import Form, Rate, ValidChange
 from sftkey.files import write_text
 
 RESULTS = "results.json"

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey.errors import RecipeError, did_you_mean
 from sftkey.recipe import yaml_io as yaml_source
-from sftkey.recipe.load import load_recipe
-from sftkey.recipe.messages import found_by_models
+from sftkey.recipe.load import found_by_models, load_recipe
 from sftkey.recipe.schema import Count, Number, Recipe, RunName, Text
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.yaml_io import Keys

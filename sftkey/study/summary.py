@@ -10,12 +10,16 @@ from pathlib import PureWindowsPath
 from statistics import fmean
 from typing import Any
 
-from sftkey.evaluation.conversations import by_conversation, num_conversations, share_interval
 from sftkey.evaluation.judge import judge_figures
-from sftkey.evaluation.statistics import CHANCE, discordant
-from sftkey.evaluation.thinking_form import valid_change
-from sftkey.study.buckets import buckets
-from sftkey.study.rates import rates, share, share_of_one_model
+from sftkey.evaluation.statistics import (
+    CHANCE,
+    by_conversation,
+    discordant,
+    num_conversations,
+    share_interval,
+)
+from sftkey.evaluation.thinking import valid_change
+from sftkey.study.rates import buckets, rates, share, share_of_one_model
 from sftkey.study.results import (
     Answered,
     ArmFigures,

@@ -18,9 +18,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
-from sftkey.models.attention import GroupedAttention, shared_keys
 from sftkey.models.key_adapter import joining
-from sftkey.models.key_pass import ConstantContext, checkpointed, is_checkpointed, join
+from sftkey.models.key_pass import (
+    ConstantContext,
+    GroupedAttention,
+    checkpointed,
+    is_checkpointed,
+    join,
+    shared_keys,
+)
 
 CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -24,10 +24,9 @@ from sftkey.models.key_adapter import act, context_adapters
 from sftkey.recipe.schema import SIZE
 from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training.context_cache import ContextCache, bytes_a_token
-from sftkey.training.key_batches import key_starts
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import GroupedByLength, KeyTrainer
-from sftkey.training.validating import row_sums, segment_means
+from sftkey.training.validating import key_starts, row_sums, segment_means
 
 LOGGER = logging.getLogger("sftkey")
 SURELY_READ = 1e-3  # nats: no rounding makes that 0

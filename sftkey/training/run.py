@@ -1,4 +1,4 @@
-"""Memory: given back between stages, and explained where it doesn't suffice."""
+"""A run: its stages one after another, with memory given back between them."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
 from sftkey.training.answers import Answers
-from sftkey.training.checkpoints import SealCheckpoints, kept_checkpoint, newest_whole
+from sftkey.training.callbacks import (
+    SealCheckpoints,
+    StopAfterStep,
+    StopByAnswers,
+    StopRequest,
+    kept_checkpoint,
+    newest_whole,
+    stop_by_answers,
+    stopping_on_signals,
+)
 from sftkey.training.disk import require_disk
-from sftkey.training.early_stop import StopByAnswers, stop_by_answers
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
-from sftkey.training.own_thinking import (
-    Grader,
-    Writer,
-    make_own_rows,
-    own_validation,
-)
+from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
 from sftkey.training.processes import explained_lost_process, patience
 from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import Ledger, open_run
-from sftkey.training.signals import StopAfterStep, StopRequest, stopping_on_signals
 from sftkey.training.soundness import HINT, change_of, kept_losses, refuse_destroyed
 from sftkey.training.stage import (
     gradient_norms,

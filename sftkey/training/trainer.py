@@ -22,7 +22,6 @@ from sftkey.errors import DivergedError
 from sftkey.recipe.loss_on import annealed
 from sftkey.recipe.schema import KEY_BATCH_TOKENS, LossOn
 from sftkey.training.answers import sharded
-from sftkey.training.key_batches import KeyBatch, pass_ends
 from sftkey.training.losses import (
     Beside,
     Context,
@@ -33,7 +32,13 @@ from sftkey.training.losses import (
     token_losses,
 )
 from sftkey.training.stage_start import StageStart, thinking_targets
-from sftkey.training.validating import ValidatingTrainer, segment_means, segment_sums
+from sftkey.training.validating import (
+    KeyBatch,
+    ValidatingTrainer,
+    pass_ends,
+    segment_means,
+    segment_sums,
+)
 from sftkey.training.weighting import find_weighting, likeliest_entropy, takes_entropies
 
 

@@ -16,7 +16,7 @@ from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
 from sftkey.evaluation.results import StageResult, score, write_result
 from sftkey.evaluation.statistics import paired_difference, paired_p, wilson
-from sftkey.evaluation.thinking_form import PassedChange
+from sftkey.evaluation.thinking import PassedChange
 from sftkey.generation.generate import Generation
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")

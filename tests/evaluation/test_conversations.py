@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from sftkey.evaluation.conversations import (
+from sftkey.evaluation.statistics import (
     by_conversation,
+    chance_of_worse,
     difference_with_interval,
     num_conversations,
     one_sided_p,
+    paired_difference,
+    paired_p,
     share_interval,
     two_sided_p,
+    wilson,
 )
-from sftkey.evaluation.statistics import chance_of_worse, paired_difference, paired_p, wilson
 
 BEFORE = [True, True, False, True, False, False, True, True]
 AFTER = [False, True, True, False, False, True, False, False]

@@ -8,8 +8,7 @@ import threading
 import pytest
 
 from sftkey.errors import RecipeError
-from sftkey.evaluation import formulas
-from sftkey.evaluation.grading import Grade, grade
+from sftkey.evaluation.grading import Grade, grade, same_formula
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_math_without_its_package_says_what_to_install(monkeypatch: pytest.Monke
     """The error names the extra that brings math-verify."""
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(RecipeError) as caught:
-        formulas.same_formula("1", "1")
+        same_formula("1", "1")
     assert str(caught.value) == (
         "eval.grader: `math` needs the package math-verify, which isn't installed\n"
         'hint: python -m pip install "sftkey[math]"'

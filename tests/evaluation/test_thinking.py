@@ -34,7 +34,7 @@ def judged(
 
 def test_doctests_hold() -> None:
     """The examples in the docstrings are true."""
-    assert doctest.testmod(module) == (0, 6)
+    assert doctest.testmod(module) == (0, 9)
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,9 @@ def test_a_full_disk_is_known_by_each_librarys_words(error: Exception, tmp_path:
 
 def test_a_run_that_fills_the_disk_ends_with_that_error(tmp_path: Path) -> None:
     """Whatever of a run writes: a checkpoint, an optimizer, answers."""
+    from sftkey.training.callbacks import StopRequest
     from sftkey.training.log import RunProgress
     from sftkey.training.run import Run
-    from sftkey.training.signals import StopRequest
 
     class Full(Run):
         def __init__(self) -> None:

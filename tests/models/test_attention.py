@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sftkey.models.attention import GroupedAttention, shared_keys
+from sftkey.models.key_pass import GroupedAttention, shared_keys
 from tests.support.models import EQUAL
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from sftkey.errors import DataError, RecipeError
 from sftkey.recipe.load import load_recipe
-from sftkey.training import early_stop
-from sftkey.training.early_stop import verdict
+from sftkey.training import callbacks
+from sftkey.training.callbacks import verdict
 from sftkey.training.run import Run
 from tests.support.tiny import write_recipe
 from tests.training.test_run import Killed, adapter_of, done
@@ -75,7 +75,7 @@ def answering(patch: pytest.MonkeyPatch, *right: int | None) -> list[int]:
             raise Killed
         return found
 
-    patch.setattr(early_stop, "count_right", count)
+    patch.setattr(callbacks, "count_right", count)
     return written
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from sftkey.memory_plan import batches
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.stages import KeyAdapterSpec
-from sftkey.training import detached, key_batches
+from sftkey.training import detached, validating
 from sftkey.training.frozen import FrozenTrainer
-from sftkey.training.key_batches import KeyBatch, pass_ends
 from sftkey.training.losses import add_token_losses, joint_losses, token_losses
+from sftkey.training.validating import KeyBatch, pass_ends
 from tests.support.models import EQUAL, STARTS, differences, made_batch, made_family
 from tests.support.tiny import made_model
 from tests.training.test_frozen import adapted, gradients, lora
@@ -63,7 +63,7 @@ def test_joint_pass_equals_separate_ones(family: str, context: str, anew: bool) 
 
 def test_doctests_hold() -> None:
     """The examples of joined batches and of what goes together are what the code gives."""
-    assert [doctest.testmod(each).failed for each in (detached, key_batches, batches)] == [0, 0, 0]
+    assert [doctest.testmod(each).failed for each in (detached, validating, batches)] == [0, 0, 0]
 
 
 def test_a_pass_takes_what_fits() -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from sftkey.errors import RunError
 from sftkey.models.adapters import refuse_not_finite
-from sftkey.training.checkpoints import kept_checkpoint
+from sftkey.training.callbacks import kept_checkpoint
 from sftkey.training.log import RunProgress, refuse_unsound_end
 
 

@@ -17,7 +17,7 @@ from sftkey.errors import DeviceError, ModelError, RecipeError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
-from sftkey.training.checkpoints import is_whole, newest_whole, seal
+from sftkey.training.callbacks import is_whole, newest_whole, seal
 from sftkey.training.log import check_handoff, read_log
 from sftkey.training.run import Run, explained_out_of_memory, start
 from sftkey.training.validating import ValidatingTrainer

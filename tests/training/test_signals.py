@@ -17,10 +17,9 @@ from transformers import TrainerControl, TrainerState
 
 from sftkey import cli
 from sftkey.errors import RunStopped
-from sftkey.training import signals
-from sftkey.training.checkpoints import newest_whole
+from sftkey.training import callbacks
+from sftkey.training.callbacks import StopAfterStep, StopRequest, newest_whole, stopping_on_signals
 from sftkey.training.log import StageLog
-from sftkey.training.signals import StopAfterStep, StopRequest, stopping_on_signals
 from tests.training.test_run import adapter_of, done
 
 NUMBERS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
@@ -119,7 +118,7 @@ def test_several_processes_ask_each_other_on_their_cpus(
         torch.distributed, "new_group", lambda **given: made.append(given) or "theirs"
     )
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(signals, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(callbacks, "PartialState", lambda: SimpleNamespace(num_processes=2))
     stop, control = StopAfterStep(StopRequest(tmp_path, print)), TrainerControl()
     arguments = SimpleNamespace(ddp_timeout=60)
     for _ in range(2):
