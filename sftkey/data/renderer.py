@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftkey.data.response import Response
+from sftkey.data.response import TOOLS, Response
+from sftkey.data.spelling import Spelling, lost_bytes
 from sftkey.data.template import (
     TEMPLATE_ERRORS,
     Probe,
     name_of,
     probe_template,
+    reads_of,
     render,
     render_prompt,
     special_ids,
@@ -101,7 +103,13 @@ class Renderer:
         return prompt
 
     def _check_header(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
-        """Refuse a chat whose generation prompt isn't the one that completions were probed with."""
+        """Refuse a chat whose generation prompt isn't the one that completions were probed with.
+
+        Where the template's syntax tree shows that no row can change it, none is asked.
+        """
+        tools = messages[0]["content"] if messages and messages[0]["role"] == TOOLS else None
+        if reads_of(self.tokenizer, tools).fixed_header:
+            return
         try:
             closed = render(self.tokenizer, messages, self.chat_template_kwargs, False)
         except TEMPLATE_ERRORS as error:
@@ -131,16 +139,54 @@ class Renderer:
 
     def encode_rows(
         self, prompts: Sequence[str], wholes: Sequence[str]
-    ) -> tuple[list[Encoding], list[Encoding]]:
-        """Tokenize the prompts of rows and the whole rows; of the prompts no offsets are known."""
-        encode_prompts = self._backend.encode_batch_fast
-        return encode_prompts(list(prompts), add_special_tokens=False), self.encode(wholes)
+    ) -> list[tuple[list[int], list[int], Encoding]]:
+        """Tokenize the prompts of rows and the whole rows.
+
+        Returns:
+            Of each row the ids of its prompt alone, (T,) the ids of the whole, and their offsets.
+        """
+        encodings = self.encode(wholes)
+        ids = [encoding.ids for encoding in encodings]
+        fronts = [
+            self._front(prompt, *row)
+            for prompt, row in zip(prompts, zip(ids, encodings, strict=True), strict=True)
+        ]
+        alone = [prompt for prompt, front in zip(prompts, fronts, strict=True) if front is None]
+        others = iter(self._backend.encode_batch_fast(alone, add_special_tokens=False))
+        found = (next(others).ids if front is None else front for front in fronts)
+        return list(zip(found, ids, encodings, strict=True))
+
+    def _front(self, prompt: str, ids: list[int], encoding: Encoding) -> list[int] | None:
+        """Return a prompt's ids as they stand in its row's; None where it must be tokenized alone.
+
+        A special token parts a text: what stands before it becomes the same tokens whatever follows
+        it. So it is enough that those behind it, up to the prompt's end, are the header's.
+        """
+        if self._header_end is None or self.lost_character(prompt):
+            return None
+        text, last, *behind = self._header_end
+        place = encoding.char_to_token(len(prompt) - len(text) - 1)
+        if place is None or not prompt.endswith(text):
+            return None
+        end = place + 1 + len(behind)
+        return ids[:end] if ids[place:end] == [last, *behind] else None
+
+    @cached_property
+    def _header_end(self) -> tuple[Any, ...] | None:
+        """The header's text behind its last special token; its ids, and those of the text."""
+        found = list(self.special_pattern.finditer(self.header))
+        added = self.tokenizer.added_tokens_decoder.values()
+        if not found or any(token.single_word or token.lstrip for token in added):
+            return None
+        text = self.header[found[-1].end() :]
+        ids = self.encode([found[-1][0] + text])[0].ids
+        return (text, *ids) if ids[0] == self.special_ids[found[-1][0]] else None
 
     def backend_state(self) -> str:
         """Return all that tokenizing depends on, as JSON."""
         return self._backend.to_str()
 
-    @property
+    @cached_property
     def end_token(self) -> str:
         """The special token that ends generation."""
         return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
@@ -170,6 +216,17 @@ class Renderer:
         """Decode what follows a prompt: SentencePiece takes a first blank away elsewhere."""
         text = self._backend.decode([*self._anchor, *ids], skip_special_tokens=False)
         return text.lstrip().removeprefix(ANCHOR)
+
+    def spells(self, ids: Sequence[int], text: str) -> bool:
+        """Tell whether ids are seen to be a text, byte by byte; where not, decoding tells."""
+        return self._spelling is not None and self._spelling.of(ids) == text.encode()
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        from tokenizers.decoders import ByteLevel
+
+        bytewise = isinstance(self._backend.decoder, ByteLevel)
+        return Spelling(self._backend.id_to_token) if bytewise else None
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -201,12 +258,7 @@ class Renderer:
         """
         if "ByteLevel" not in str(self._backend.pre_tokenizer):
             return None
-        # What can be shown stands for itself in such a vocabulary, the others stand behind.
-        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(0x100) if byte not in shown]
-        signs = {byte: chr(byte) for byte in shown}
-        signs |= {byte: chr(0x100 + place) for place, byte in enumerate(others)}
-        lost = bytes(b for b, sign in signs.items() if self._backend.token_to_id(sign) is None)
+        lost = lost_bytes(self._backend.token_to_id)
         return re.compile(b"[" + re.escape(lost) + b"]") if lost else None
 
     @cached_property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Response:
 
     def _tags(self, strip: bool) -> tuple[str, ...]:
         tags = (self.thinking_open, self.thinking_close, self.answer_open, self.answer_close)
-        return tuple(tag.strip() for tag in tags) if strip else tags
+        return _stripped(tags) if strip else tags
 
     def _holds_tag(self, text: str) -> bool:
         return any(tag and tag in text for tag in self._tags(strip=True))
@@ -183,6 +184,11 @@ class Response:
         if not found:
             return None
         return (after.partition(closing)[0] if closing else after).strip()
+
+
+@cache  # for every row that is made
+def _stripped(tags: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(tag.strip() for tag in tags)
 
 
 def _split(text: str, tags: tuple[str, ...], strip: bool) -> tuple[str, str] | None:

@@ -39,7 +39,7 @@ def change_of(example: Example, ids: list[int], renderer: Renderer) -> Change | 
     """
     written = renderer.response.render(example.thinking, example.answer)
     whole = renderer.assistant_prefix + written + renderer.end
-    decoded = renderer.decode_behind(ids)
+    decoded = whole if renderer.spells(ids, whole) else renderer.decode_behind(ids)
     who = OWN_TAGS if _same(decoded, whole) else "the tokenizer changes"
     if decoded.strip() != whole.strip():  # as the tokenizer writes it, be it NFC alone
         inner = decoded.strip().removesuffix(renderer.end.strip())

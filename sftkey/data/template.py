@@ -35,6 +35,9 @@ TAG = re.compile(r"(<[^<>\s]+>)")
 ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
 OF_TOOL_ANSWERS = ("name", "tool_call_id")
+ASKED = "add_generation_prompt"
+OF_ROWS = ("messages", "tools")  # the variables that a row brings itself
+FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
 OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
 
 
@@ -63,10 +66,12 @@ class Reads:
     Args:
         variables: The names that it looks up in what it is given.
         names: Its constant texts, and the attributes that it asks for.
+        fixed_header: Whether asking for an answer adds the same text to every chat.
     """
 
     variables: frozenset[str]
     names: frozenset[str]
+    fixed_header: bool
 
 
 class _Generation(Extension):
@@ -86,12 +91,34 @@ def read_template(template: str) -> Reads:
     Raises:
         TemplateError: It is no Jinja.
     """
-    env = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    env = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     tree = env.parse(template)
     variables = meta.find_undeclared_variables(tree) - set(env.globals)
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    return Reads(frozenset(variables), frozenset(texts | attributes))
+    fixed = _has_fixed_header(tree, variables - set(OF_ROWS))
+    return Reads(frozenset(variables), frozenset(texts | attributes), fixed)
+
+
+def _has_fixed_header(tree: nodes.Template, of_run: set[str]) -> bool:
+    """Tell whether a template's end alone heeds `add_generation_prompt`, and nothing of the row.
+
+    Args:
+        tree: Its syntax tree.
+        of_run: Variables that have one value in a whole run.
+    """
+    last = tree.body[-1] if tree.body else None
+    if not isinstance(last, nodes.If):
+        return False
+    stored = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    asked = [name for name in tree.find_all(nodes.Name) if name.name == ASKED]
+    names = list(last.find_all(nodes.Name))
+    own = (of_run - stored) | FUNCTIONS | {ASKED}
+    return len(asked) == sum(name.name == ASKED for name in names) > 0 and all(
+        name.ctx == "load" and name.name in own for name in names
+    )
 
 
 def reads_of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> Reads:
@@ -320,7 +347,7 @@ def probe_template(
 
 def _check_kwargs(name: str, kwargs: Mapping[str, Any], reads: Reads) -> None:
     """Refuse what a recipe hands to a template that never looks it up."""
-    own = {"messages", "add_generation_prompt"}
+    own = {"messages", ASKED}
     known = sorted(reads.variables - own)
     where = "model.chat_template_kwargs"
     problems = [

@@ -56,13 +56,29 @@ class Tokens:
         span: Any = self.encoding.token_to_chars(self.first + place)
         return max(span[0] - self.shift, 0), span[1] - self.shift
 
-    def place_of(self, character: int) -> int:
-        """Return the first token that begins at a character or behind it."""
+    def cut(self, character: int) -> tuple[int, int]:
+        """Return the first token that reaches behind a place, and the first that begins behind it.
+
+        Args:
+            character: The place, before a character.
+        """
         if character == 0:
-            return 0
-        key: Any = self.encoding.token_to_chars  # (start, stop), which compares by its start
+            return 0, 0
+        place = self.encoding.char_to_token(character + self.shift)
+        if place is not None and self.first < place < self.first + len(self.ids) - 1:
+            place -= self.first
+            begins = self.span(place)[0]
+            if begins < character <= self.span(place + 1)[0]:  # this one reaches across
+                return place, place + 1
+            if self.span(place - 1)[1] <= character <= begins:
+                return place, place
+        # Bytes of one character, or a token of none: pairs compare by their starts.
+        span: Any = self.encoding.token_to_chars
         places = range(self.first, self.first + len(self.ids))
-        return bisect_left(places, (character + self.shift,), key=key)
+        place = behind = bisect_left(places, (character + self.shift,), key=span)
+        while place and self.span(place - 1)[1] > character:
+            place -= 1
+        return place, behind
 
 
 def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[int]:
@@ -75,13 +91,11 @@ def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[i
         tokens: What the pieces became.
         pieces: The texts that follow one another, each with its segment.
     """
-    cuts = [0, *accumulate(len(text) for _, text in pieces)]
-    behind = [tokens.place_of(cut) for cut in cuts]  # the first tokens wholly behind the cuts
+    cuts = map(tokens.cut, accumulate(len(text) for _, text in pieces[:-1]))
+    bounds = pairwise([(0, 0), *cuts, (len(tokens.ids), len(tokens.ids))])
     owned: dict[Segment, list[slice]] = {segment: [] for segment in PRECEDENCE}
-    for (segment, text), cut, (first, last) in zip(pieces, cuts, pairwise(behind), strict=False):
+    for (segment, text), ((first, _), (_, last)) in zip(pieces, bounds, strict=True):
         if text:
-            while first and tokens.span(first - 1)[1] > cut:
-                first -= 1
             owned[segment].append(slice(first, last))
     found = [int(Segment.PROMPT)] * len(tokens.ids)
     for segment in reversed(PRECEDENCE):
@@ -91,7 +105,7 @@ def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[i
 
 
 if TYPE_CHECKING:
-    _Encoded = tuple[list[Encoding], list[Encoding]]
+    _Encoded = tuple[list[int], list[int], Encoding]  # see `Renderer.encode_rows`
 
 DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
@@ -174,7 +188,7 @@ def tokenize_batches(
     """
     num_threads = _num_cores()
     batches = (examples[n : n + BATCH_SIZE] for n in range(0, len(examples), BATCH_SIZE))
-    waiting: deque[tuple[Sequence[Example], list[_Text | _Fault], Future[_Encoded]]] = deque()
+    waiting: deque[tuple[Sequence[Example], list[_Text | _Fault], Future[list[_Encoded]]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for batch in batches:
             written = [_write(example, renderer) for example in batch]
@@ -199,18 +213,14 @@ def _num_cores() -> int:
 def _rows(
     examples: Sequence[Example],
     written: Sequence[_Text | _Fault],
-    encoded: Future[_Encoded],
+    encoded: Future[list[_Encoded]],
     renderer: Renderer,
 ) -> list[Row | Refusal]:
     """Make the rows of a batch when its tokens are there."""
-    prompts, wholes = map(iter, encoded.result())
+    made = iter(encoded.result())
     rows: list[Row | Refusal] = []
     for example, text in zip(examples, written, strict=True):
-        outcome = (
-            text
-            if isinstance(text, _Fault)
-            else _row(example, text, next(prompts), next(wholes), renderer)
-        )
+        outcome = text if isinstance(text, _Fault) else _row(example, text, next(made), renderer)
         if isinstance(outcome, _Fault):
             rows.append(Refusal(example.index, outcome.reason, outcome.code))
         else:
@@ -259,14 +269,12 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _row(
-    example: Example, text: _Text, prompt: Encoding, whole: Encoding, renderer: Renderer
-) -> Row | _Fault:
+def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -> Row | _Fault:
     """Return a row, or why there is none."""
     lost = renderer.lost_character(text.rest)
     if lost:
         return _Fault(f"the completion holds {lost!r}, which the tokenizer would lose")
-    prompt_ids, ids = prompt.ids, whole.ids
+    prompt_ids, ids, whole = encoded
     start = len(prompt_ids)
     tokens = Tokens(ids[start:], whole, start)
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
@@ -277,7 +285,7 @@ def _row(
     if changed or swallowed or renderer.lost_character(text.prompt):
         apart = _apart(text, prompt_ids, None if swallowed else ids, renderer)
         if apart is None:
-            return _swallowing(whole.ids, whole, renderer) or _Fault(
+            return _swallowing(ids, whole, renderer) or _Fault(
                 "the ids do not begin with the prompt's, "
                 "and the rest tokenized apart decodes to another text",
                 "prefix",
@@ -335,6 +343,8 @@ def _swallowing(
 ) -> _Fault | None:
     """Name a token that takes the white space beside it away, if there is one."""
     lengths = renderer.swallowing_lengths
+    if not lengths or lengths.keys().isdisjoint(ids):
+        return None
     for place in (n for n, number in enumerate(ids) if number in lengths):
         span: Any = encoding.token_to_chars(first + place)
         if span[1] - span[0] != lengths[ids[place]]:

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import trl
+from hypothesis import given, settings
 
 from sftkey.data.renderer import Renderer, probe_renderer, stop_ids
 from sftkey.data.response import Example, Segment
+from sftkey.data.template import read_template
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
-from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, made
+from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, TEXT, made
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # What the templates write as one token of their families' vocabularies.
@@ -323,3 +325,46 @@ def test_trained_end_stops_generation_first(published: Any, expected: list[int])
     renderer: Renderer = probe_renderer(made("look_ahead", CHATML), OWN)
     assert renderer.end_id == 4
     assert stop_ids(renderer, published) == expected
+
+
+ROLES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+END = "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "fixed"),
+    [
+        (ROLES + ASKS + END, True),
+        (ROLES + ASKS + "{% if enable_thinking %}<think>{% endif %}" + END, True),
+        (ROLES + ASKS + "{% else %}{{ eos_token }}" + END, True),
+        (ROLES, False),
+        (ROLES + ASKS + END + "{{ messages[0].content }}", False),
+        (ROLES + ASKS + "{{ messages[0].role }}" + END, False),
+        (ROLES + ASKS + "{% if tools %}<think>{% endif %}" + END, False),
+        ("{% set t = messages[0].role %}" + ROLES + ASKS + "{{ t }}" + END, False),
+        ("{% set t = namespace(a='') %}" + ROLES + ASKS + "{{ t.a }}" + END, False),
+        ("{% set t = add_generation_prompt %}" + ROLES + ASKS + END, False),
+        ("{% if add_generation_prompt %}x{% endif %}" + ROLES + ASKS + END, False),
+        (ROLES + "{% if messages|length and add_generation_prompt %}x" + END, False),
+        ("{% macro t() %}{{ messages }}{% endmacro %}" + ROLES + ASKS + "{{ t() }}" + END, False),
+    ],
+)
+def test_a_header_is_fixed_where_no_row_can_change_it(template: str, fixed: bool) -> None:
+    """By the template's syntax tree: what it writes when asked depends on nothing of the row."""
+    assert read_template(template).fixed_header is fixed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("template", "section"), [(CHATML, OWN), (OPENED, OPENED_THINK)])
+@settings(max_examples=30, deadline=None)
+@given(prompt=TEXT, rest=TEXT)
+def test_ids_of_a_prompt_are_those_of_its_text_alone(
+    kind: str, template: str, section: ResponseSection, prompt: str, rest: str
+) -> None:
+    """However they are found: by the last special token of the header, or on their own."""
+    renderer = probe_renderer(made(kind, template), section)
+    text = renderer.prompt_text(f"Q{prompt}")
+    ((ids, whole, _),) = renderer.encode_rows([text], [text + rest])
+    assert ids == renderer.encode([text])[0].ids
+    assert whole == renderer.encode([text + rest])[0].ids
