@@ -16,7 +16,7 @@ from pathlib import Path
 from platform import node
 from typing import Any
 
-from sftkey.errors import DiskError
+from sftkey.errors import DiskError, RunError
 
 CHUNK_BYTES = 1 << 20
 
@@ -219,6 +219,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, as `write_text` writes."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote.
+
+    Raises:
+        RunError: It can't be read, or something else is there.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        what = f"it holds a {type(found).__name__}"
+        if isinstance(found, dict):
+            return found
+    except OSError as error:
+        what = error.strerror or str(error)
+    except (ValueError, RecursionError):  # also of bytes that are no text
+        what = "it is no JSON"
+    raise RunError(
+        str(path),
+        f"expected what a command wrote there; {what}",
+        "put it back from a copy; or move it aside, and run the command that wrote it again",
+    )
 
 
 def free_name(path: Path) -> Path:

@@ -219,15 +219,18 @@ def _are_objects(value: Any) -> bool:
 
 def _parse(text: str, file: Path, line: int | None) -> Any:
     try:
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of thousands of digits: read so it changes no row's text
+            return json.loads(text, parse_int=str)
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
         what, hint = f"{place}: expected JSON; got {error.msg!r}", None
         if line and error.msg == "Extra data":
             hint = "one object a line, without commas between the lines"
         raise DataError(str(file), what, hint=hint) from error
-    except ValueError:  # a number of thousands of digits: no row's text changes by reading it so
-        return json.loads(text, parse_int=str)
     except RecursionError as error:
         place = f"line {line}: " if line else ""
         what = f"{place}expected a row; got too many brackets"

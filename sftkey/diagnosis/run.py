@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftkey.errors import DataError, RecipeError, RunError, did_you_mean
-from sftkey.files import write_json
+from sftkey.files import read_json, write_json
 from sftkey.recipe.collection import find_recipe, short_names
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
@@ -266,7 +265,7 @@ class StageDiagnosis:
 def diagnosed(folder: Path, recipe: Recipe) -> list[str]:
     """Return the sentences of a run's diagnosed stages, in their order."""
     files = [_file(folder, stage.name) for stage in recipe.stages]
-    return [_line(json.loads(file.read_text())) for file in files if file.exists()]
+    return [_line(read_json(file)) for file in files if file.exists()]
 
 
 def refuse_empty_thinking(run: Run, stage: str) -> None:
@@ -285,7 +284,7 @@ def refuse_empty_thinking(run: Run, stage: str) -> None:
     begun = any(run.ledger.stages[names.index(each.name)].status != "open" for each in following)
     if begun or not file.exists() or not any(each.thinking == "own" for each in following):
         return
-    found = json.loads(file.read_text())
+    found = read_json(file)
     if found["own_thinking_is_empty"]:
         raise RunError(
             f"stages.{following[0].name}",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftkey.files import appearing
+from sftkey.files import appearing, read_json
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import read_log
 from sftkey.training.run_folder import Ledger
@@ -51,7 +50,7 @@ class StageLosses:
 def read_losses(folder: Path, recipe: Recipe) -> list[StageLosses]:
     """Return the losses of the stages that have begun, as far as they were logged."""
     ledger, file = Ledger(folder, recipe, main=False), folder / "data.json"
-    counts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    counts = read_json(file) if file.exists() else {}
     rows = VALIDATION if counts.get("validation", 1) else "some training rows"
     found = []
     for number, record in enumerate(ledger.stages):

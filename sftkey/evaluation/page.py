@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from sftkey.evaluation.losses import (
     read_losses,
     spread_wide,
 )
-from sftkey.files import write_text
+from sftkey.files import read_json, write_text
 from sftkey.recipe.schema import Recipe
 
 NUM_ROWS = 2  # of the token map
@@ -65,7 +64,7 @@ def render_page(
         recipe=recipe,
         recipe_text=recipe.to_yaml(),
         version=__version__,
-        counts=json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else None,
+        counts=read_json(counts) if counts.exists() else None,
         rows=rows,
         unread=prepared if isinstance(prepared, str) else None,
         charts=charts(losses),

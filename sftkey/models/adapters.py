@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError, RunError, first_line
-from sftkey.files import appearing
+from sftkey.files import appearing, read_json
 from sftkey.models.loading import check_targets, short_names, target_names
 from sftkey.models.lora_names import refuse_unmatched
 from sftkey.models.source import ADAPTER_CONFIG, Source, find_source
@@ -301,7 +301,7 @@ def read_adapter_config(
 def _check_base(source: Source, config: LoraConfig, base: Base) -> None:
     """Refuse an adapter of another base; peft doesn't look."""
     record = source.folder / BASE_FILE
-    trained: Base = json.loads(record.read_text()) if record.is_file() else {}
+    trained: Base = read_json(record) if record.is_file() else {}
     name = trained.get("name_or_path") or config.base_model_name_or_path
     if not name:
         raise ModelError(

@@ -17,7 +17,7 @@ from sftkey.files import irregular
 
 MOST_BYTES = 1 << 20  # of a template, and of what one makes of four short messages
 SECONDS = 5.0
-MEMORY_BYTES = 2 << 30
+MEMORY_BYTES = 512 << 20
 CONVERSATION = [
     {"role": "user", "content": "How many are 2 and 2?"},
     {"role": "assistant", "content": "4"},
@@ -70,7 +70,8 @@ def bounded(seconds: float = SECONDS, num_bytes: int = MEMORY_BYTES) -> Iterator
 
     with _memory(num_bytes):
         before = signal.signal(signal.SIGALRM, late)
-        timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Again and again: raised where Python drops errors, in a destructor say, one is lost.
+        timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
         try:
             yield
         finally:

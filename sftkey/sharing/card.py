@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from sftkey.data.sources import with_defaults
 from sftkey.evaluation.results import StageResult, read_results
+from sftkey.files import read_json
 from sftkey.models.packaged import is_packaged
 from sftkey.recipe.schema import Recipe
 from sftkey.sharing.stage import SharedStage
@@ -157,7 +158,7 @@ def _counts(run: Path, recipe: Recipe) -> str:
     source = _shared_name(recipe.data.source)
     if not file.exists():
         return source
-    counts = json.loads(file.read_text(encoding="utf-8"))
+    counts = read_json(file)
     splits = [
         f"{name} {counts[name]}" for name in ("train", "validation", "test") if name in counts
     ]

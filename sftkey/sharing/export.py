@@ -10,13 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from sftkey.data.prepare import prepare
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError, first_line
-from sftkey.files import appearing, write_text
+from sftkey.files import appearing, read_json, write_text
 from sftkey.models.loading import load_tokenizer
 from sftkey.models.source import ADAPTER_CONFIG, model_source
 from sftkey.recipe.schema import EvalSection, Recipe
@@ -210,7 +209,7 @@ def _lora_rank(stage: SharedStage) -> int:
     hint = "`--to vllm` merges it"
     if stage.recipe.lora is None:
         raise RunError(str(stage.run), f"{stage.name} trained the model whole", hint)
-    config: dict[str, Any] = json.loads((stage.weights / ADAPTER_CONFIG).read_text())
+    config = read_json(stage.weights / ADAPTER_CONFIG)
     if refused := [name for name in NOT_SERVED if config.get(name)]:
         what = f"vLLM serves no adapter with {', '.join(refused)}"
         raise RunError(str(stage.weights), what, hint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +17,7 @@ from sftkey.data.response import Segment
 from sftkey.errors import DataError, DivergedError, RunError
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_generations, score
-from sftkey.files import write_json
+from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
 from sftkey.study.schema import Choice, Study, arm_recipe, has_weight
@@ -127,7 +126,7 @@ class StudyChoices:
         path = self.folder.choices(self.file.stem)
         if not path.exists():
             return {"choose": asked, "stages": {}}
-        record: dict[str, Any] = json.loads(path.read_text())
+        record = read_json(path)
         if record["choose"] != asked:
             raise RunError(
                 str(path),

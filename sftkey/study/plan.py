@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from sftkey.files import read_json
 from sftkey.recipe.schema import StageSection
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 from sftkey.study.cells import Cell, hashed
@@ -58,7 +58,7 @@ def plan(run: StudyRun) -> list[PlannedCell]:
     """Plan all cells; nothing is trained, and what isn't chosen yet is as in the recipes."""
     cells = list(run.cells(choose=False))
     finished = [cell for cell in cells if run.folder.record(cell).exists()]
-    pace = Pace([json.loads(run.folder.record(cell).read_text()) for cell in finished])
+    pace = Pace([read_json(run.folder.record(cell)) for cell in finished])
     seen: set[str] = set()
     planned = []
     for cell in cells:

@@ -13,7 +13,7 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.errors import DataError, RunError, RunLocked
 from sftkey.evaluation.grading import grade
-from sftkey.files import write_json, write_text
+from sftkey.files import read_json, write_json, write_text
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
 from sftkey.study.cells import (
@@ -201,7 +201,7 @@ class StudyRun:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, wanted)
-        elif (kept := json.loads(file.read_text())) != wanted:
+        elif (kept := read_json(file)) != wanted:
             raise RunError(
                 str(file),
                 f"expected the arms that were confirmed before any answer was seen, {kept}; "
@@ -220,7 +220,7 @@ class StudyRun:
             return False
         if (folder / "recipe.yaml").exists():
             self._refuse_changed(cell)
-        elif json.loads(file.read_text())["recipe_sha256"] != recipe_hash(cell.recipe):
+        elif read_json(file)["recipe_sha256"] != recipe_hash(cell.recipe):
             raise RunError(str(file), "this cell is of another recipe", OTHER_STUDY)
         remove_checkpoints(folder)  # a kill may have come before
         return True

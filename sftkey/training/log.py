@@ -156,12 +156,15 @@ def clock(seconds: float) -> str:
 def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """Read the logged steps up to `last_step`, without a line that a kill has torn."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            step = line["step"]
+            if last_step is None or step <= last_step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):  # also of bytes that are no text
             continue
-    return [line for line in lines if last_step is None or line["step"] <= last_step]
+    return lines
 
 
 def cut_log(path: Path, last_step: int) -> None:

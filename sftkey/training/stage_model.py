@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.errors import ModelError, RunError
+from sftkey.files import read_json
 from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter
 from sftkey.models.device import Device
 from sftkey.models.key_adapter import KEY, act, context_adapters
@@ -200,7 +200,7 @@ def refuse_other_context(folder: Path, context: Base) -> None:
     Raises:
         ModelError: Names both.
     """
-    record = json.loads((folder / BASE_FILE).read_text())
+    record = read_json(folder / BASE_FILE)
     was, now = (each["context_fingerprint"] for each in (record, context))
     if was != now:
         raise ModelError(

@@ -28,6 +28,7 @@ from sftkey.recipe.load import load_recipe
         ),
     ],
 )
+@pytest.mark.fault("settings that would hang or train nothing")
 def test_what_could_not_be_done_is_refused_before_anything_starts(
     override: str, code: str, message: str, tiny_recipe: Callable[..., Path]
 ) -> None:

@@ -221,6 +221,9 @@ def test_odd_json(tmp_path: Path) -> None:
     )
     file.write_text('{"a": ' + "9" * 5000 + "}")
     assert str(read_file(file)[0]["a"]) == "9" * 5000
+    file.write_text('{"a": ' + "9" * 5000 + " b}")
+    with pytest.raises(DataError, match="expected JSON; got \"Expecting ',' delimiter\""):
+        read_file(file)
 
 
 def test_lines_with_commas_between_them(tmp_path: Path) -> None:

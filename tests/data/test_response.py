@@ -119,6 +119,7 @@ TAGS = [*DEFAULT.render("|", "|").split("|"), "<Thinking>", "</Thinking>", "<Ans
         "<Thinking>{}</Thinking>{}<Answer>7</Answer>",
     ],
 )
+@pytest.mark.fault("texts that take long to read")
 def test_parsing_takes_linear_time(response: Response, form: str) -> None:
     """Four times the length takes four times as long, whatever a model repeats."""
     for piece in [" ", "\n", "7", "<", "#", "<think>\n", "\n</think>\n\n", *TAGS]:

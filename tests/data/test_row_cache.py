@@ -242,6 +242,7 @@ def without_rows(entry: Path) -> None:
     [cut_rows, flip_a_bit, cut_about, other_about, without_rows],
     ids=lambda it: it.__name__,
 )
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_damaged_entry_is_made_anew(
     damage: Callable[[Path], None], renderer: Renderer, folder: Path, made_batches: list[int]
 ) -> None:
@@ -254,6 +255,7 @@ def test_damaged_entry_is_made_anew(
     assert made_batches == [4, 4]
 
 
+@pytest.mark.fault("a write cut short")
 def test_stopped_tokenization_leaves_nothing(
     renderer: Renderer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +361,7 @@ print(len(contents(tokenized_rows(EXAMPLES * 400, renderer, 60, trim=False))[0])
 """
 
 
+@pytest.mark.fault("a second process, a dead one's lock")
 def test_processes_at_once_share_an_entry(renderer: Renderer, folder: Path) -> None:
     """Three processes that make the same entry at the same time all get it, and one stays."""
     program = [sys.executable, "-c", PROCESS.format(root=str(Path(__file__).parents[2]))]

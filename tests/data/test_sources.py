@@ -523,6 +523,7 @@ def test_an_unknown_data_set_is_named(hub_answers: Callable[[type, int], None]) 
     )
 
 
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_without_network_the_error_says_what_to_fetch(no_cache: None) -> None:
     """Offline and without cache: what to download, and what to write then."""
     assert message_of(section("gsm8k")) == (

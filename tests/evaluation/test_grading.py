@@ -82,6 +82,7 @@ PIECES = [
 
 @pytest.mark.parametrize("grader", GRADERS)
 @pytest.mark.parametrize("form", ["{}", "7 {} 7", "\\boxed{{{}}}"])
+@pytest.mark.fault("texts that take long to read")
 def test_grading_takes_linear_time(grader: str, form: str) -> None:
     """Four times the length takes four times as long, whatever a model repeats."""
 

@@ -192,6 +192,7 @@ def test_what_is_on_its_way_at_a_failure_comes_in_and_is_kept(server: JudgeServe
     assert by_row(made_judge(server).flags(asked[:1], ["slow"])) == {0: True}
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_torn_line_of_the_cache_is_asked_again(server: JudgeServer, tmp_path: Path) -> None:
     """A kill in the middle of a line costs this verdict and no other."""
     made_judge(server, max_concurrent=1).flags(examples(1, 2), ["2", "4"])
@@ -212,6 +213,7 @@ def test_a_cache_that_cannot_be_written_is_said(server: JudgeServer, tmp_path: P
     )
 
 
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_a_slow_endpoint_is_given_up(server: JudgeServer) -> None:
     """After the recipe's seconds, and the library's own further tries."""
 
@@ -228,6 +230,7 @@ def test_a_slow_endpoint_is_given_up(server: JudgeServer) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"<html>", b"{}", b'{"choices": []}', b'"yes"', b"[]"])
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_what_is_no_completion_is_an_error(server: JudgeServer, raw: bytes) -> None:
     """A page behind a wrong address is no verdict, and isn't counted as an unclear one."""
     server.raw = raw
@@ -396,6 +399,7 @@ def test_a_reply_that_says_neither_is_counted_and_not_guessed(
     assert len(server.asked) == 5
 
 
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_an_endpoint_that_refuses_is_one_error_and_loses_nothing(
     run: Judged, server: JudgeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -432,6 +436,7 @@ def test_a_judge_of_another_engines_answers_fails_alike(run: Judged) -> None:
     assert run.flags() == [(True, None), (True, None), (False, None), (False, False)]
 
 
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_training_goes_on_without_its_judge(
     run: Judged,
     server: JudgeServer,

@@ -192,6 +192,7 @@ def test_thinkings_are_judged_and_hashed(tmp_path: Path) -> None:
     assert "That" not in write_result(tmp_path, result).read_text()
 
 
+@pytest.mark.fault("a write cut short")
 def test_a_write_that_is_cut_off_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

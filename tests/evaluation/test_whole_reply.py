@@ -75,6 +75,7 @@ def failure(send: Callable[[socket.socket], None], seconds: float) -> str:
 @pytest.mark.parametrize(
     "head", [b"", HEAD, HEAD + b"Content-Length: 9999\r\n\r\n"], ids=["start", "headers", "body"]
 )
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_a_reply_that_drips_is_given_up(
     head: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_reply_that_drips_is_given_up(
 
 
 @pytest.mark.parametrize("status", [b"200 OK", b"500 Broken"])
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_a_reply_without_end_is_given_up_at_its_size(
     status: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:

@@ -11,11 +11,19 @@ from types import SimpleNamespace
 import pytest
 
 from sftkey import files
-from sftkey.errors import DiskError
-from sftkey.files import appearing, explained_full_disk, irregular, is_full_disk, write_text
+from sftkey.errors import DiskError, RunError
+from sftkey.files import (
+    appearing,
+    explained_full_disk,
+    irregular,
+    is_full_disk,
+    read_json,
+    write_text,
+)
 from tests.support.leftovers import left_by_a_kill
 
 
+@pytest.mark.fault("a write cut short")
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -31,6 +39,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(
     assert {file.name for file in place.iterdir()} == {"a", "b"}
 
 
+@pytest.mark.fault("a write cut short")
 def test_an_error_leaves_the_old_one_and_no_litter(tmp_path: Path) -> None:
     """The same for a file and for a folder that is replaced."""
     (tmp_path / "folder").mkdir()
@@ -52,6 +61,7 @@ def test_an_error_leaves_the_old_one_and_no_litter(tmp_path: Path) -> None:
     assert files.files_below(tmp_path) == []
 
 
+@pytest.mark.fault("a write cut short")
 def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     """Another process that writes the same file keeps its own."""
     file = tmp_path / "ledger.json"
@@ -65,6 +75,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     assert {each.name for each in tmp_path.iterdir()} == {"ledger.json", alive.name}
 
 
+@pytest.mark.fault("disk full")
 def test_a_full_disk_is_one_error_with_folder_needed_and_free_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +104,7 @@ def test_a_full_disk_is_one_error_with_folder_needed_and_free_bytes(
     ],
     ids=["quota", "safetensors", "torch"],
 )
+@pytest.mark.fault("disk full")
 def test_a_full_disk_is_known_by_each_librarys_words(error: Exception, tmp_path: Path) -> None:
     """Also where it is only the cause of another error; other errors pass through."""
 
@@ -107,6 +119,7 @@ def test_a_full_disk_is_known_by_each_librarys_words(error: Exception, tmp_path:
         write(KeyError("another"))
 
 
+@pytest.mark.fault("disk full")
 def test_a_run_that_fills_the_disk_ends_with_that_error(tmp_path: Path) -> None:
     """Whatever of a run writes: a checkpoint, an optimizer, answers."""
     from sftkey.training.callbacks import StopRequest
@@ -126,6 +139,33 @@ def test_a_run_that_fills_the_disk_ends_with_that_error(tmp_path: Path) -> None:
         list(Full().stages())
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "it is no JSON"),
+        (b"\xff{}", "it is no JSON"),
+        (b"[" * 99999, "it is no JSON"),
+        (b"9" * 5000, "it is no JSON"),
+        (b"[]", "it holds a list"),
+        (None, "Is a directory"),
+    ],
+)
+def test_json_of_a_run_that_is_something_else_is_one_error(
+    content: bytes | None, what: str, tmp_path: Path
+) -> None:
+    """Whatever stands there, a folder too."""
+    file = tmp_path / "data.json"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(RunError) as error:
+        read_json(file)
+    assert str(error.value) == (
+        f"{file}: expected what a command wrote there; {what}\n"
+        "hint: put it back from a copy; or move it aside, and run the command that wrote it again"
+    )
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_what_may_never_end_is_no_file(tmp_path: Path) -> None:
     """A pipe and a device are named; a file and an absent one are not."""
     os.mkfifo(tmp_path / "pipe")

@@ -11,6 +11,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sftkey.training import run_folder
 from sftkey.training.soundness import kept_losses
 from tests.support.tiny import CHATML, made_rows, made_tokenizer, write_recipe
 
+Hold = Callable[[st.SearchStrategy[Any], Callable[[Any], object]], None]
 SECONDS = 10.0  # for one input: more is a hang
 MOST_BYTES = 2 << 30  # of the process, torch included
 
@@ -42,11 +44,17 @@ def runs(few: int, many: int) -> Any:
     return pytest.mark.parametrize("num", [few, marked])
 
 
-def hold(num: int, inputs: st.SearchStrategy[Any], use: Callable[[Any], object]) -> None:
+@pytest.fixture
+def hold(num: int, record_property: Callable[[str, object], None]) -> Hold:
     """Try so many inputs, always the same ones: no error but ours, no hang, no endless memory."""
+    record_property("tries", num)
+    return partial(_hold, num)
+
+
+def _hold(num: int, inputs: st.SearchStrategy[Any], use: Callable[[Any], object]) -> None:
 
     def tried(value: Any) -> None:
-        with bounded(SECONDS), suppress(SFTKeyError):
+        with bounded(SECONDS, MOST_BYTES), suppress(SFTKeyError):
             use(value)
 
     always = settings(
@@ -122,7 +130,8 @@ def torn(draw: Any, text: bytes) -> bytes:
 
 
 @runs(40, 4000)
-def test_recipes(num: int, tmp_path: Path) -> None:
+@pytest.mark.fault("changed or torn input, by the thousand")
+def test_recipes(hold: Hold, tmp_path: Path) -> None:
     """Other values and keys, and YAML that is torn."""
     file = write_recipe(tmp_path, tmp_path / "model", rows=2)
     written = file.read_bytes()
@@ -134,11 +143,12 @@ def test_recipes(num: int, tmp_path: Path) -> None:
         file.write_bytes(text)
         load_recipe(file)
 
-    hold(num, st.one_of(told, torn(written)), use)
+    hold(st.one_of(told, torn(written)), use)
 
 
 @runs(12, 1500)
-def test_rows(num: int, tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.fault("changed or torn input, by the thousand")
+def test_rows(hold: Hold, tmp_path: Path, tiny_folder: Path) -> None:
     """Rows with other columns and values, and files that are torn, up to their tokens."""
     recipe = load_recipe(write_recipe(tmp_path, tiny_folder), ["data.validation=1", "data.test=1"])
     tokenizer, file = made_tokenizer(), Path(recipe.data.source)
@@ -153,7 +163,7 @@ def test_rows(num: int, tmp_path: Path, tiny_folder: Path) -> None:
         file.write_bytes(content)
         prepare(recipe, tokenizer)
 
-    hold(num, st.one_of(changed(rows).map(lines), torn(whole)), use)
+    hold(st.one_of(changed(rows).map(lines), torn(whole)), use)
 
 
 PIECES = ["{% for m in messages %}", "{% endfor %}", "{{ m }}", "{{ messages[-1].content }}", "{{"]
@@ -165,7 +175,8 @@ PIECES += ["{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "<|im_end|>", "{{ 
 
 
 @runs(20, 3000)
-def test_templates(num: int) -> None:
+@pytest.mark.fault("changed or torn input, by the thousand")
+def test_templates(hold: Hold) -> None:
     """Templates in pieces, and a right one that is torn."""
     tokenizer = made_tokenizer()
     built = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
@@ -176,7 +187,7 @@ def test_templates(num: int) -> None:
         check_template(tokenizer, "template")
         probe_renderer(tokenizer, ResponseSection())
 
-    hold(num, st.one_of(built, cut), use)
+    hold(st.one_of(built, cut), use)
 
 
 @pytest.fixture
@@ -200,7 +211,8 @@ def run(tmp_path: Path) -> Path:
 
 
 @runs(20, 1500)
-def test_run_folders(num: int, run: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("changed or torn input, by the thousand")
+def test_run_folders(hold: Hold, run: Path, tmp_path: Path) -> None:
     """A file of it is torn, emptied or gone, or its JSON holds other values."""
     recipe = load_recipe(run / "recipe.yaml")
     files = {
@@ -236,4 +248,4 @@ def test_run_folders(num: int, run: Path, tmp_path: Path) -> None:
             with suppress(SFTKeyError):
                 look()
 
-    hold(num, broken(), use)
+    hold(broken(), use)

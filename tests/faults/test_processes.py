@@ -23,6 +23,7 @@ from sftkey.training.processes import explained_lost_process, patience
 MakeRecipe = Callable[..., Path]
 
 
+@pytest.mark.fault("a process of several gone")
 def test_processes_wait_as_long_as_the_recipe_says(tiny_recipe: MakeRecipe) -> None:
     """There is one group for all stages: the most patient one decides; else upstream's default."""
     recipe = tiny_recipe()
@@ -32,6 +33,7 @@ def test_processes_wait_as_long_as_the_recipe_says(tiny_recipe: MakeRecipe) -> N
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.fault("a process of several gone")
 def test_a_lost_process_is_one_error(
     num_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +72,7 @@ def ranks(recipe: Path, folder: Path, *overrides: str) -> list[subprocess.Popen[
 
 
 @pytest.mark.kill
+@pytest.mark.fault("a process of several gone")
 def test_a_killed_rank_ends_the_other_within_a_minute(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

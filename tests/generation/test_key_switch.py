@@ -232,6 +232,7 @@ def test_no_row_is_longer_than_asked_and_a_stop_ends_the_thinking() -> None:
     assert tag not in stopped.text
 
 
+@pytest.mark.fault("a kill")
 def test_a_killed_generation_goes_on(tmp_path: Path) -> None:
     """What a file holds already is not written again, and the rest is as it would have been."""
     model = family("llama")

@@ -247,6 +247,7 @@ def test_saving_asks_nobody_and_names_the_base(
     assert json.loads((tmp_path / "adapter" / "base.json").read_text()) == identity
 
 
+@pytest.mark.fault("a write cut short")
 def test_save_that_is_cut_short_leaves_the_old_adapter(
     ours: Path,
     tiny_folder: Path,
@@ -272,6 +273,7 @@ def test_save_that_is_cut_short_leaves_the_old_adapter(
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_pickled_and_torn_weights_are_refused(
     name: str, ours: Path, tiny_folder: Path, base: dict[str, str | None]
 ) -> None:
@@ -320,6 +322,7 @@ def test_adapter_for_another_base(ours: Path, tiny_folder: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.fault("rows, template or weights changed between two commands")
 def test_adapter_for_other_weights_of_the_name(ours: Path, tiny_folder: Path) -> None:
     """A repository that moved on is told from the commit that the adapter was trained on."""
     record = json.loads((ours / "base.json").read_text())

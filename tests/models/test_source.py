@@ -83,6 +83,7 @@ def test_folder_has_no_revision(tiny_folder: Path) -> None:
     )
 
 
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_hub_without_network() -> None:
     """Offline and not in the cache: what to fetch, and what to write then."""
     assert message("some/model-that-nobody-cached") == (
@@ -125,6 +126,7 @@ def test_hub_without_network() -> None:
         ),
     ],
 )
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
 def test_hub_refuses(hub_answers: Callable[..., Any], error: Exception, expected: str) -> None:
     """Each refusal of the hub is one error that says what to do."""
     hub_answers(error)

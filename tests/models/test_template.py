@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% e
         pytest.param("{{ 'x' * 10**7 }}", "makes 10,000,000 characters", id="long"),
     ],
 )
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_a_template_without_end_is_refused(
     text: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +58,31 @@ def test_a_usual_template_passes_and_leaves_no_bound() -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+class Slow:
+    """What Python drops the errors of: a destructor that takes longer than the bound."""
+
+    def __del__(self) -> None:
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_an_alarm_that_python_drops_comes_again() -> None:
+    """Otherwise what follows the destructor would have no bound."""
+    since = time.monotonic()
+
+    def endless() -> None:
+        with template.bounded(0.05):
+            Slow()
+            while time.monotonic() - since < 5:
+                pass
+
+    with pytest.raises(template._Late):
+        endless()
+    assert time.monotonic() - since < 5
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_a_template_file_is_text(tmp_path: Path) -> None:
     """A pipe isn't waited for; bytes that are no text, and a huge file, are refused."""
     pipe, binary, huge = (tmp_path / name for name in ("pipe", "binary", "huge"))

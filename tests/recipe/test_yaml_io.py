@@ -81,6 +81,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         pytest.param("# " + "x" * (1 << 20), "a recipe of at most 1,048,576 bytes", id="long"),
     ],
 )
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_a_recipe_that_would_take_all_time_or_memory_is_refused(
     text: str, what: str, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_recipe_that_would_take_all_time_or_memory_is_refused(
         read(file)
 
 
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_a_recipe_is_a_file(tmp_path: Path) -> None:
     """A pipe and a device are refused, not waited for."""
     pipe = tmp_path / "recipe.yaml"

@@ -223,6 +223,7 @@ def test_results_hold_no_absolute_path(tmp_path: Path) -> None:
     assert text == "sftkey study a.yaml --to='where' b.yaml ../c/d ./e"
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_broken_results_file_is_named(tmp_path: Path) -> None:
     """The error names the file, what is wrong in it, and the way to a new one."""
     file = write_results(tmp_path, summed([cell([True] * 9)]))
@@ -262,6 +263,7 @@ def test_a_folder_without_cells_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_broken_cell_is_named(tmp_path: Path) -> None:
     """The error names the file and what is wrong in it."""
     made = cell([True, False], seed=2)

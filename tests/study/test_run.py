@@ -134,6 +134,7 @@ def kill_in(patch: pytest.MonkeyPatch, stage: str) -> None:
     patch.setattr(StageLog, "on_step_begin", die, raising=False)
 
 
+@pytest.mark.fault("a kill")
 def test_a_killed_study_goes_on_and_runs_no_cell_twice(finished: Finished) -> None:
     """What was whole at the kill stays untouched; in the end every cell is there once."""
     after = finished.written()
@@ -668,6 +669,7 @@ def test_own_thinking_is_shared_where_it_is_graded_and_written_alike(
     assert first[0] == first[1]
 
 
+@pytest.mark.fault("a second process, a dead one's lock")
 def test_a_cell_that_another_process_works_on_is_left_to_it(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_what_a_file_holds_is_what_the_model_reads(
     assert len(read) == 1
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_torn_file_is_written_again(read: list[int], tmp_path: Path) -> None:
     """A file that is cut short, or has other bytes than were written, is read by the model."""
     model = model_of("llama")

@@ -55,6 +55,7 @@ def test_the_plan_is_what_the_files_take(
     assert require_disk(run.ledger, {"completion": 4}) is None  # nothing is left to be trained
 
 
+@pytest.mark.fault("disk full")
 def test_a_disk_without_room_is_refused_before_the_first_step(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(
     assert require_disk(ledger, STEPS) is not None  # what is there already isn't needed again
 
 
+@pytest.mark.fault("disk full")
 def test_a_run_asks_its_disk_before_it_trains(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("grid", [None, {"learning_rate": [1e-3, 1e-2]}], ids=["one", "grid"])
+@pytest.mark.fault("a kill")
 def test_a_killed_frozen_stage_goes_on_as_if_nothing_had_been(
     grid: Any, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import TrainerState
 from sftkey.errors import RunError
 from sftkey.models.adapters import refuse_not_finite
 from sftkey.training.callbacks import kept_checkpoint
-from sftkey.training.log import RunProgress, refuse_unsound_end
+from sftkey.training.log import RunProgress, read_log, refuse_unsound_end
 
 
 def test_the_time_left_is_that_of_the_steps_that_are_trained(
@@ -37,6 +37,7 @@ def test_the_time_left_is_that_of_the_steps_that_are_trained(
     assert lines.getvalue() == "key 1/7  loss 1.0000 (answer 1.0000)  9 tokens/s  1:00 left\n"
 
 
+@pytest.mark.fault("losses or gradients that are not finite, a model made worse")
 def test_an_end_that_is_not_finite_is_refused_before_anything_is_saved() -> None:
     """The error names the segments whose loss is none."""
     refuse_unsound_end({"thinking": 1.0, "answer": 0.1}, "stage")
@@ -44,6 +45,7 @@ def test_an_end_that_is_not_finite_is_refused_before_anything_is_saved() -> None
         refuse_unsound_end({"thinking": 1.0, "answer": float("nan"), "end": float("inf")}, "stage")
 
 
+@pytest.mark.fault("losses or gradients that are not finite, a model made worse")
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     """Of an adapter or of a whole model; the error names one of them."""
     sound = {"a": torch.zeros(2), "b": torch.ones(2)}
@@ -51,6 +53,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     broken = {**sound, "c": torch.tensor([1.0, float("nan")])}
     with pytest.raises(RunError, match="1 of 3 hold NaN or infinity, such as c; nothing was"):
         refuse_not_finite(broken, tmp_path)
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
+@pytest.mark.parametrize("torn", [b"\xff\xfe", b'{"step": 2, "lo', b"[1]", b"{}", b"[" * 9999])
+def test_lines_of_a_log_that_hold_no_step_are_passed_over(torn: bytes, tmp_path: Path) -> None:
+    """Bytes that are no text, and values that are no line of a log."""
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + torn + b'\n{"step": 3}\n')
+    for last_step in (None, 3):
+        assert [line["step"] for line in read_log(file, last_step)] == [1, 3]
 
 
 def test_what_a_stage_ends_with_is_said() -> None:

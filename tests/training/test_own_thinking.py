@@ -147,6 +147,7 @@ def test_thinkings_are_kept_by_what_they_led_to(
     }
 
 
+@pytest.mark.fault("settings that would hang or train nothing")
 def test_a_stage_without_thinkings_is_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_stage_without_thinkings_is_refused(
     assert set(asked) == {"probe.part0of1.jsonl"}  # a few questions told so, before all were asked
 
 
+@pytest.mark.fault("settings that would hang or train nothing")
 def test_nothing_kept_is_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +185,7 @@ def test_nothing_kept_is_refused(
     )
 
 
+@pytest.mark.fault("a kill")
 def test_a_killed_writing_goes_on_where_it_stopped(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

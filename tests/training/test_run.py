@@ -140,6 +140,7 @@ def test_the_same_command_again_trains_nothing(
     assert list(run.stages()) == ["base", "completion", "key"]
 
 
+@pytest.mark.fault("settings changed, a stage added")
 def test_a_changed_recipe_is_refused_and_fresh_moves_the_old_run_aside(
     again: tuple[Path, Path],
 ) -> None:
@@ -171,6 +172,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
 
 
 @pytest.mark.parametrize(("stage", "step"), [("completion", 1), ("completion", 3), ("key", 3)])
+@pytest.mark.fault("a kill")
 def test_a_resumed_run_equals_an_uninterrupted_one(
     stage: str,
     step: int,
@@ -228,6 +230,7 @@ def test_a_checkpoint_is_whole_where_every_byte_is_as_it_was(tmp_path: Path) -> 
         assert not is_whole(checkpoint)
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_torn_checkpoint_is_set_aside(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +359,7 @@ def test_float16_is_refused_on_a_cpu_where_auto_means_it(
         done(tiny_recipe(model=half), tmp_path / "runs")
 
 
+@pytest.mark.fault("losses or gradients that are not finite, a model made worse")
 def test_what_the_last_step_has_broken_is_not_saved(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -452,6 +456,7 @@ def test_an_evaluation_strategy_without_validation_rows_is_refused(
     )
 
 
+@pytest.mark.fault("losses or gradients that are not finite, a model made worse")
 def test_an_infinite_loss_ends_the_run_with_its_step(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

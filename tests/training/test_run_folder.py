@@ -82,6 +82,7 @@ def changed(whole: Path) -> Any:
 
 
 @pytest.mark.parametrize(("split", "num_rows"), [("train", 3), ("validation", 1), ("test", 8)])
+@pytest.mark.fault("rows, template or weights changed between two commands")
 def test_rows_that_changed_are_refused_with_their_number(
     split: str, num_rows: int, copied: Path, changed: Callable[[str, int], None]
 ) -> None:
@@ -97,6 +98,7 @@ def test_rows_that_changed_are_refused_with_their_number(
     assert "put them back; or" in str(caught.value)
 
 
+@pytest.mark.fault("rows, template or weights changed between two commands")
 def test_evaluating_looks_at_the_questions_alone(
     copied: Path, changed: Callable[[str, int], None]
 ) -> None:
@@ -134,6 +136,7 @@ MENDED = ("ledger.json", "recipe.yaml", "evaluation/key.jsonl", "evaluation/key.
 
 
 @pytest.mark.parametrize("how", BREAK)
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_broken_file_is_named_or_mended(how: str, copied: Path) -> None:
     """One error names the file and the ways on; or all ends as if nothing had been broken."""
     folder = copied / "runs" / "tiny"
@@ -153,6 +156,7 @@ def test_a_broken_file_is_named_or_mended(how: str, copied: Path) -> None:
     assert open_run(folder).results.keys() == {"base", "completion", "key"}
 
 
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_ledger_that_is_gone_with_its_copy_is_no_new_run(copied: Path) -> None:
     """Otherwise trained stages would be trained over."""
     folder = copied / "runs" / "tiny"
@@ -184,6 +188,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.fault("a second process, a dead one's lock")
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
     """The first one's host and pid are named; when it is killed its lock is free."""
     command = [sys.executable, "-c", LOCKING, str(tmp_path)]
@@ -199,6 +204,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: 
         assert lock_run(tmp_path) is lock_run(tmp_path), "the same process may ask again"
 
 
+@pytest.mark.fault("settings changed, a stage added")
 def test_changed_later_stages_leave_the_first_as_it_is(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +223,7 @@ def test_changed_later_stages_leave_the_first_as_it_is(
     assert load_recipe(run.ledger.folder / "recipe.yaml") == run.recipe
 
 
+@pytest.mark.fault("settings changed, a stage added")
 def test_a_stage_can_be_added(copied: Path) -> None:
     """The two before it stay."""
     stages = "stages=[{name: completion, loss_on: completion}, {name: key, loss_on: key, "
@@ -225,6 +232,7 @@ def test_a_stage_can_be_added(copied: Path) -> None:
     assert [each.status for each in run.ledger.stages] == ["trained", "trained", "open"]
 
 
+@pytest.mark.fault("rows, template or weights changed between two commands")
 def test_another_base_than_the_run_began_with_is_refused(copied: Path) -> None:
     """An older run didn't record it, and a model in memory has no files."""
     ledger = go_on(copied).ledger
@@ -239,6 +247,7 @@ def test_another_base_than_the_run_began_with_is_refused(copied: Path) -> None:
     require_same_base(ledger, base)
 
 
+@pytest.mark.fault("other versions, device or number of processes")
 def test_other_surroundings_are_said_in_one_line() -> None:
     """Versions, device and processes; what an older run didn't record is passed over."""
     before = {"device": "cuda", "world_size": 2, "versions": {"torch": "2.12.0", "trl": "1.16.0"}}

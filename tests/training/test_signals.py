@@ -26,6 +26,7 @@ NUMBERS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (s
 
 
 @pytest.mark.parametrize(("number", "exit_code"), NUMBERS[::3])
+@pytest.mark.fault("signals")
 def test_a_signal_ends_the_stage_after_its_step_with_a_checkpoint(
     number: int,
     exit_code: int,
@@ -55,6 +56,7 @@ def test_a_signal_ends_the_stage_after_its_step_with_a_checkpoint(
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
+@pytest.mark.fault("signals")
 def test_while_answers_are_written_a_signal_ends_the_run_and_keeps_them(
     tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +76,7 @@ def test_while_answers_are_written_a_signal_ends_the_run_and_keeps_them(
 
 
 @pytest.mark.parametrize(("number", "exit_code"), NUMBERS)
+@pytest.mark.fault("signals")
 def test_each_signal_ends_with_its_exit_code(number: int, exit_code: int, tmp_path: Path) -> None:
     """As a shell reports a process that it has ended."""
     with stopping_on_signals(tmp_path, print), pytest.raises(RunStopped) as error:
@@ -81,6 +84,7 @@ def test_each_signal_ends_with_its_exit_code(number: int, exit_code: int, tmp_pa
     assert error.value.exit_code == exit_code
 
 
+@pytest.mark.fault("signals")
 def test_a_second_ctrl_c_waits_for_no_step(tmp_path: Path) -> None:
     """A second signal of another kind is the same one, passed on."""
     said: list[str] = []
@@ -94,6 +98,7 @@ def test_a_second_ctrl_c_waits_for_no_step(tmp_path: Path) -> None:
     assert error.value.exit_code == 130
 
 
+@pytest.mark.fault("signals")
 def test_no_library_takes_it_for_an_error_of_its_own(tmp_path: Path) -> None:
     """One that goes on after any error doesn't go on after this."""
     with (
