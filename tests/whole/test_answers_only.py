@@ -21,6 +21,8 @@ from sftkey.recipe.schema import Recipe
 from sftkey.training import own_thinking
 from sftkey.training.own_thinking import HINT, own_examples, with_references
 from sftkey.training.run import read_rows, start
+from tests.support.real_tokenizers import real_tokenizer
+from tests.support.tiny import made_model, made_tokenizer
 
 MakeRecipe = Callable[..., Path]
 OWN: dict[str, Any] = {"name": "key", "loss_on": "key", "thinking": "own"}
@@ -108,8 +110,54 @@ def test_the_key_is_trained_behind_what_the_model_wrote(
         )
 
 
+def tagged_folder(folder: Path) -> Path:
+    """Write a tiny model that stage 1 of somebody taught the paper's tags."""
+    tokenizer = made_tokenizer()
+    made_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def qwen3_folder(folder: Path) -> Path:
+    """Write two random layers of Qwen3 with its real tokenizer and template."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    tokenizer = real_tokenizer("qwen3")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("made", "written", "key"),
+    [
+        pytest.param(
+            tagged_folder,
+            "<Thinking>\n{}\n</Thinking>\n<Answer>\n0\n</Answer>",
+            "\n<Answer>\n{}\n</Answer><|im_end|>",
+            id="tags",
+        ),
+        pytest.param(
+            qwen3_folder,
+            "<think>\n{}\n</think>\n\n0",
+            "\n\n{}<|im_end|>",
+            marks=pytest.mark.network,
+            id="qwen3",
+        ),
+    ],
+)
 def test_adapt_check_show_and_train_walk_the_whole_way(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    made: Callable[[Path], Path],
+    written: str,
+    key: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     """Of fifty rows of questions and answers nothing but keys is marked, shown and trained."""
     from sftkey.adapt import adapt
@@ -118,11 +166,11 @@ def test_adapt_check_show_and_train_walk_the_whole_way(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(adapt, "NUM_PROOF_ROWS", 20)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers(50)))
-    writes(monkeypatch, lambda key, name: thought(f"{name} {key}"))
-    made, marked = module.make_trainer, []
+    writes(monkeypatch, lambda key, name: written.format(f"{name} {key}"))
+    make, marked = module.make_trainer, []
 
     def keep(recipe: Any, stage: Any, **settings: Any) -> Any:
-        trainer = made(recipe, stage, **settings)
+        trainer = make(recipe, stage, **settings)
         for row in settings["train_dataset"]:
             labels = trainer.data_collator([row])["labels"]
             marked.append(settings["tokenizer"].decode(labels[labels != -100]))
@@ -131,7 +179,7 @@ def test_adapt_check_show_and_train_walk_the_whole_way(
     monkeypatch.setattr(module, "make_trainer", keep)
     short = ["trainer.max_steps=1", "model.quantization=none", "eval.max_new_tokens=4"]
     for command in (
-        ["adapt", str(tiny_folder), "--data", "rows.jsonl", "-o", "q.yaml"],
+        ["adapt", str(made(tmp_path / "model")), "--data", "rows.jsonl", "-o", "q.yaml"],
         ["check", "q.yaml"],
         ["show", "q.yaml", "--rows", "50", "--json"],
         ["train", "q.yaml", *short],
@@ -143,7 +191,7 @@ def test_adapt_check_show_and_train_walk_the_whole_way(
         if command[0] == "show":
             rows = [json.loads(line)["tokens"] for line in out.splitlines()]
             shown = ["".join(t["text"] for t in row if t["trained"]["key"]) for row in rows]
-    keys = [f"\n<Answer>\n{2 * n}\n</Answer><|im_end|>" for n in range(50)]
+    keys = [key.format(2 * n) for n in range(50)]
     assert shown == keys
     assert len(marked) == 40  # the others are held out
     assert set(marked) <= set(keys)
