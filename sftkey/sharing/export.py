@@ -85,7 +85,8 @@ def _convert(command: list[str]) -> None:
         raise RunError(
             command[1],
             f"llama.cpp's converter failed: {first_line(error)}",
-            "its own words stand above; does this checkout know the model's architecture?",
+            "its own words stand above; it needs what its requirements.txt names, and a checkout "
+            "that knows the model's architecture",
         ) from error
 
 

@@ -13,11 +13,16 @@ import pytest
 import sftkey.sharing.export
 from sftkey.cli import main
 from sftkey.commands.sharing import export
+from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
+from sftkey.models.device import Device
 from sftkey.sharing.baking import asked_ids, with_template
 from sftkey.sharing.export import converter_command, modelfile, run_renderer
 from sftkey.sharing.stage import shared_stage
-from tests.support.runs import STAGES, made_run
+from sftkey.training.stage_model import load_stage
+from tests.support.real_tokenizers import llama_cpp, real_tokenizer
+from tests.support.runs import STAGES, ledger_of, made_run
+from tests.support.tiny import made_model
 
 # Stands for llama.cpp's converter: writes what it was called with, and the template it was given.
 CONVERTER = """
@@ -106,6 +111,40 @@ def test_the_converter_is_llama_cpps_own(checkout: Path, tmp_path: Path) -> None
         f"{tmp_path}: expected a checkout of llama.cpp; it holds no convert_hf_to_gguf.py\n"
         "hint: git clone https://github.com/ggml-org/llama.cpp, and name that folder"
     )
+
+
+@pytest.mark.network
+def test_a_gguf_gives_the_answers_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty greedy answers of two random layers, from the file alone, token for token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkout = llama_cpp()
+    monkeypatch.setenv("PYTHONPATH", str(checkout / "site"))
+    tokenizer = real_tokenizer("smollm2")
+    model = made_model(tokenizer, initializer_range=0.3, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder, recipe = made_run(tmp_path, tmp_path / "model", num_trained=1, stages=STAGES[:1])
+    file = tmp_path / "out" / "m.gguf"
+    export(folder, "gguf", file, llama_cpp=checkout, outtype="f32")
+
+    served = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    renderer = run_renderer(recipe)
+    cpu = Device("cpu", 0, torch.float32)
+    trained = load_stage(recipe, ledger_of(folder, recipe), cpu, renderer, 1).eval()
+    for number in range(20):
+        question = f"What is {number} + {number}?"
+        ids = asked_ids(read, [{"role": "user", "content": question}])
+        assert ids == renderer.prompt_ids(question_prompt(recipe.data, question))
+        given = torch.tensor([ids])
+        greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": renderer.end_id}
+        found, expected = (each.generate(given, **greedy) for each in (served, trained))
+        assert found.tolist() == expected.tolist()
+        assert found.shape[1] > given.shape[1]
 
 
 def test_a_converter_that_fails_leaves_nothing(

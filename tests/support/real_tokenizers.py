@@ -80,6 +80,37 @@ def real_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(fetch(name))
 
 
+def llama_cpp() -> Path:
+    """Return a checkout of llama.cpp, or skip the test with the reason.
+
+    It is the one in llama-cpp-python's source archive; what the converter imports lies in `site`
+    beside it.
+    """
+    folder = _cache_folder() / "llama.cpp"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            FileLock(folder.with_suffix(".lock")),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llama-cpp-") as fetching,
+        ):
+            if not folder.is_dir():
+                _llama_cpp_from_sdist(Path(fetching)).rename(folder)
+    return folder
+
+
+def _llama_cpp_from_sdist(fetching: Path) -> Path:
+    package = "llama-cpp-python==0.3.36"
+    download = ["download", "--no-deps", "--no-binary=:all:", package]
+    _run([sys.executable, "-m", "pip", *download], package, fetching)
+    (archive,) = fetching.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(fetching, filter="data")
+    (checkout,) = fetching.glob("llama_cpp_python-*/vendor/llama.cpp")
+    needed = ["install", "--no-deps", "--target", str(checkout / "site"), "sentencepiece==0.2.1"]
+    _run([sys.executable, "-m", "pip", *needed], "sentencepiece", fetching)
+    return checkout
+
+
 def _cache_folder() -> Path:
     if own := os.environ.get("SFTKEY_TEST_CACHE"):
         return Path(own).expanduser()
