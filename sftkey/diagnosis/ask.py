@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sftkey.activity import activity, tell
+from sftkey.data.labels import IGNORED
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
@@ -19,15 +22,16 @@ from sftkey.diagnosis.rule import CONDITIONS, Outcome
 from sftkey.errors import FrameError
 from sftkey.evaluation.grading import grade
 from sftkey.generation.generate import Generation, generate, inferring
-from sftkey.generation.key_switch import Switch, cache_name, find_switch
+from sftkey.generation.key_switch import Switch, find_switch
 from sftkey.models.key_adapter import KEY, acting
+from sftkey.models.key_pass import cache_name
+from sftkey.training.detached import Aligned, align
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 BATCH_TOKENS = 4096  # padding counted
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -75,63 +79,49 @@ def _batches(contexts: Sequence[KeyContext]) -> Iterator[list[int]]:
 def _batch_losses(
     model: Any, contexts: Sequence[KeyContext], switch: Switch | None
 ) -> torch.Tensor:
-    """Score one batch: `(B,)`.
-
-    Contexts end in one column, filled up on the left, and keys begin there, filled up on the right.
-    """
-    heads = [context.before[:-1] for context in contexts]
-    tails = [[context.before[-1], *context.key] for context in contexts]
-    length, width = max(map(len, heads)), max(map(len, tails))
-    head = torch.tensor([[0] * (length - len(ids)) + ids for ids in heads]).long()
-    tail = torch.tensor([ids + [0] * (width - len(ids)) for ids in tails])
-    mask = torch.tensor(
-        [
-            [0] * (length - len(before))
-            + [1] * (len(before) + len(after))
-            + [0] * (width - len(after))
-            for before, after in zip(heads, tails, strict=True)
-        ]
+    """Score one batch: `(B,)`; its keys begin in one column, as in training behind a context."""
+    rows = [torch.tensor([*context.before, *context.key]) for context in contexts]
+    ids = pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([[len(row)] for row in rows])
+    starts = torch.tensor([len(context.before) - 1 for context in contexts])
+    places = torch.arange(ids.shape[1])
+    scored = (places >= starts[:, None]) & (places < lengths - 1)
+    labels = pad(ids[:, 1:], (0, 1)).masked_fill(~scored, IGNORED)
+    mask = (places < lengths).long()
+    ids, mask, labels, starts = (each.to(model.device) for each in (ids, mask, labels, starts))
+    batch = align(ids, mask, labels, starts=starts)
+    length, width = batch.input_ids.shape[1], batch.labels.shape[1]
+    if switch is None:
+        logits = _logits(model, batch, slice(0, length), width)
+    else:  # the context with the adapters that wrote it, then the key with the key's as well
+        cache = DynamicCache(config=model.config)
+        if batch.num_context:
+            with acting(model, switch.context):
+                _logits(model, batch, slice(0, batch.num_context), 1, cache)
+        with acting(model, [*switch.context, KEY]):
+            logits = _logits(model, batch, slice(batch.num_context, length), width, cache)
+    losses = cross_entropy(
+        logits.float().transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
     )
-    labels = [context.key + [IGNORED] * (width - 1 - len(context.key)) for context in contexts]
-    head, tail, mask = (each.to(model.device) for each in (head, tail, mask))
-    logits = (
-        _logits(model, torch.cat([head, tail], dim=1), mask, width)
-        if switch is None
-        else _switching_logits(model, head, tail, mask, switch)
-    )
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2),
-        torch.tensor(labels, device=logits.device),
-        ignore_index=IGNORED,
-        reduction="none",
-    ).sum(1)
-
-
-def _switching_logits(
-    model: Any, head: torch.Tensor, tail: torch.Tensor, mask: torch.Tensor, switch: Switch
-) -> torch.Tensor:
-    """Read the context with the adapters that wrote it, then the key with the key's as well."""
-    cache = DynamicCache(config=model.config)
-    length = head.shape[1]
-    if length:
-        with acting(model, switch.context):
-            _logits(model, head, mask[:, :length], 1, cache)
-    with acting(model, [*switch.context, KEY]):
-        return _logits(model, tail, mask, tail.shape[1], cache)
+    return losses.sum(1)
 
 
 def _logits(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, width: int, cache: DynamicCache | None = None
+    model: Any, batch: Aligned, columns: slice, width: int, cache: DynamicCache | None = None
 ) -> torch.Tensor:
-    """Return the logits of the last columns: `(B, width, V)`."""
+    """Run some columns of a batch; return the logits of the last ones: `(B, width, V)`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    taken = inspect.signature(base.forward).parameters
-    places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    given = {"position_ids": places, "logits_to_keep": width}
+    taken = signature(base.forward).parameters
+    given = {"position_ids": batch.position_ids[:, columns], "logits_to_keep": width}
     inputs = {name: value for name, value in given.items() if name in taken}
     if cache is not None:
-        inputs[cache_name(model)] = cache
-    output = model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **inputs)
+        inputs[cache_name(base)] = cache
+    output = model(
+        input_ids=batch.input_ids[:, columns],
+        attention_mask=batch.attention_mask[:, : columns.stop],
+        use_cache=cache is not None,
+        **inputs,
+    )
     logits: torch.Tensor = output.logits[:, -width:]
     return logits
 

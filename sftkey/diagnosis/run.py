@@ -15,6 +15,7 @@ from sftkey.files import read_json, write_json
 from sftkey.recipe.collection import find_recipe, short_names
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
+from sftkey.training.run_folder import BASE, Ledger, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
@@ -100,7 +101,9 @@ def _chosen(
         return lambda: _foreign(target, data, num_rows)
     if is_run:
         recipe = load_recipe(folder / "recipe.yaml")
-        number = _stage_number(folder, recipe, stage)
+        stages = Ledger(folder, recipe, main=False).stages
+        begun = any(each.status == "trained" for each in stages)
+        number = trained_stage(folder, recipe, stage if stage or begun else BASE)
     elif folder.is_file():
         recipe, number = load_recipe(folder, overrides), 0
     else:
@@ -112,28 +115,11 @@ def _chosen(
     return lambda: _of_recipe(target, recipe, folder, number, num_rows)
 
 
-def _stage_number(folder: Path, recipe: Recipe, stage: str | None) -> int:
-    """Return the place of a trained stage, the first being 1 and the base model 0."""
-    from sftkey.training.run_folder import Ledger
-
-    trained = [each.status == "trained" for each in Ledger(folder, recipe, main=False).stages]
-    names = [
-        "base",
-        *(each.name for each, done in zip(recipe.stages, trained, strict=True) if done),
-    ]
-    if stage is not None and stage not in names:
-        raise RunError(
-            str(folder), f"--stage: expected one that is trained, {', '.join(names)}; got {stage!r}"
-        )
-    return ["base", *(each.name for each in recipe.stages)].index(stage or names[-1])
-
-
 def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows: int) -> Subject:
     """Load the model of a recipe before its stages, or as one of a run's left it."""
     from sftkey.data.prepare import prepare
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_tokenizer
-    from sftkey.training.run_folder import Ledger
     from sftkey.training.stage_model import load_stage
 
     prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
@@ -152,7 +138,7 @@ def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows:
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
     ledger = Ledger(folder, recipe, main=False)
     model = load_stage(recipe, ledger, device, prepared.renderer, number)
-    name = recipe.stages[number - 1].name if number else "base"
+    name = recipe.stages[number - 1].name if number else BASE
     return validation_subject(target, name, model, recipe, prepared, num_rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from transformers import (
 
 from sftkey.errors import FrameError
 from sftkey.models.key_adapter import KEY, acting, context_adapters, has_key_adapter
+from sftkey.models.key_pass import cache_name
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Renderer
@@ -204,6 +204,7 @@ def write_switching(
     input_ids, attention_mask = _padded(model, prompts, config)
     length, most = input_ids.shape[1], config.max_new_tokens
     ends = StopAtThinkingEnd(switch, tokenizer, length, config.eos_token_id)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()  # layers with a window keep what a shorter row's needs
     with torch.no_grad(), acting(model, switch.context):
@@ -212,7 +213,7 @@ def write_switching(
             attention_mask=attention_mask,
             generation_config=_changed(config, 1 if switch.thinking_given else most),
             stopping_criteria=None if switch.thinking_given else StoppingCriteriaList([ends]),
-            **{cache_name(model): cache},
+            **{cache_name(base): cache},
         )
     if switch.thinking_given:
         output, ends.num_tokens = input_ids, dict.fromkeys(range(len(prompts)), 0)
@@ -232,7 +233,7 @@ def write_switching(
             attention_mask=kept_mask,
             generation_config=_changed(config, max(left)),
             streamer=streamer and streamer.behind(written[0]),
-            **{cache_name(model): kept},
+            **{cache_name(base): kept},
         )
     for row, ids, num_tokens in zip(rows, keys[:, 1:].tolist(), left, strict=True):
         written[row] += ids[:num_tokens]
@@ -288,9 +289,3 @@ def _changed(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
     changed = copy.deepcopy(config)
     changed.max_new_tokens = max_new_tokens
     return changed
-
-
-def cache_name(model: PreTrainedModel | PeftModel) -> str:
-    """Return the argument of the cache, which transformers 5.24 renamed."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

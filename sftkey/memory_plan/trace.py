@@ -7,7 +7,6 @@ often as the model has them. What happens only on a real device is imitated (`me
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from collections import Counter
@@ -28,7 +27,7 @@ from sftkey.errors import ModelError, first_line
 from sftkey.memory_plan.batches import Batch, Joint
 from sftkey.memory_plan.held import DTYPE_BYTES, Setting, Skeleton, named
 from sftkey.memory_plan.meta import META, Adapted, Device, Head, Memory, Nf4
-from sftkey.models.key_pass import ConstantContext, checkpointed, shared_keys
+from sftkey.models.key_pass import ConstantContext, cache_name, checkpointed, shared_keys
 
 # As sftkey.training has it (a test compares); its module imports peft.
 CONTEXT_TOKENS = 4096
@@ -282,7 +281,7 @@ class Tracer:
             start, stop = joint.context, joint.context + joint.keys
             inputs = self._columns(joint.rows * members, start, stop)
             with self._anew(cache, members):
-                kept, peak = self._step(memory, inputs | {self._cache_name: cache}, before)
+                kept, peak = self._step(memory, inputs | {cache_name(self.decoder): cache}, before)
             after = [_cache_bytes(layer) for layer in cache.layers]
         return Trace(kept, peak, reading, self._all(after))
 
@@ -316,7 +315,7 @@ class Tracer:
 
     def _run(self, rows: int, start: int, stop: int, cache: Any) -> None:
         self.decoder(
-            **self._columns(rows, start, stop), **{self._cache_name: cache}, use_cache=True
+            **self._columns(rows, start, stop), **{cache_name(self.decoder): cache}, use_cache=True
         )
 
     def _columns(self, rows: int, start: int, stop: int) -> dict[str, Any]:
@@ -327,11 +326,6 @@ class Tracer:
 
     def _all(self, sizes: list[int]) -> int:
         return sum((more + 1) * size for more, size in zip(self.extra, sizes, strict=True))
-
-    @property
-    def _cache_name(self) -> str:
-        known = inspect.signature(self.decoder.forward).parameters
-        return "cache" if "cache" in known else "past_key_values"
 
     @contextmanager
     def _adapters_of_context(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ class ConstantContext(DynamicLayer):
         """Return the number of context columns."""
         length: int = self._read.get_seq_length()
         return length
+
+
+def cache_name(model: torch.nn.Module) -> str:
+    """Return the argument of the cache, which transformers 5.24 renamed.
+
+    Args:
+        model: A language model or its decoder, without a wrapper of peft's.
+    """
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def join(caches: Sequence[DynamicCache], copies: int = 1) -> DynamicCache:

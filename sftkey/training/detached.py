@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from sftkey.models.key_adapter import joining
 from sftkey.models.key_pass import (
     ConstantContext,
     GroupedAttention,
+    cache_name,
     checkpointed,
     is_checkpointed,
     join,
@@ -122,7 +122,7 @@ def align(
     return Aligned(
         input_ids.gather(1, source),
         (~outside).to(attention_mask.dtype),
-        places.clamp(min=0),
+        places.clamp(min=0).minimum(lengths[:, None] - 1),  # what fills up takes no new place
         labels.gather(1, source).masked_fill(outside, IGNORED)[:, num_context:],
         starts,
     )
@@ -209,7 +209,7 @@ def key_losses(
             input_ids=batch.input_ids[:, start:],
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids[:, start:],
-            **{_cache_name(model.base_model): cache},
+            **{cache_name(model.base_model): cache},
         )
     sizes = [len(each.batch.labels) for each in read]
     parts = found.unflatten(-2, (copies, sum(sizes))).split(sizes, dim=-2)
@@ -275,7 +275,7 @@ def _read_chunks(
             attention_mask=batch.attention_mask[:, :stop],
             position_ids=batch.position_ids[:, start:stop],
             use_cache=True,
-            **{_cache_name(model.base_model): cache},
+            **{cache_name(model.base_model): cache},
         )
         if cache.get_seq_length() != stop:
             raise _unfit(model, "doesn't keep its context in transformers' cache")
@@ -300,13 +300,6 @@ def _num_chunks(input_ids: torch.Tensor) -> int:
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(num_chunks, distributed.ReduceOp.MAX)
     return int(num_chunks)
-
-
-def _cache_name(backbone: torch.nn.Module) -> str:
-    """Return the argument of the cache, which transformers 5.24 renamed."""
-    return (
-        "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
-    )
 
 
 def refuse_other_caches(model: PreTrainedModel | PeftModel) -> None:

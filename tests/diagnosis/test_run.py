@@ -259,7 +259,7 @@ def test_columns_that_say_nothing_must_be_decided(
         ),
         (
             ["runs/tiny", "--stage", "kee"],
-            "runs/tiny: --stage: expected one that is trained, base, key; got 'kee'\n",
+            "runs/tiny: --stage: expected one of base, key; got 'kee'\n",
         ),
         (
             ["tiny.yaml", "--stage", "key"],

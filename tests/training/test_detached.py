@@ -247,7 +247,7 @@ def test_a_model_that_leaves_the_cache_aside_is_refused(monkeypatch: pytest.Monk
     """It would train the key on no context at all, without a word."""
     model = made_family("llama")
     add_token_losses(model, "detached")
-    monkeypatch.setattr(detached, "_cache_name", lambda backbone: "no_cache")
+    monkeypatch.setattr(detached, "cache_name", lambda backbone: "no_cache")
     with pytest.raises(ModelError) as caught:
         token_losses(model, made_batch(), "detached")
     what = "a model of this family doesn't keep its context in transformers' cache"
