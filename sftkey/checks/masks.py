@@ -1,24 +1,25 @@
-"""What the gate reads off the batches: is what each stage would train what the recipe says?
+"""What the gate reads off the rows: is what each stage would train what the recipe says?
 
-Every row goes through the collator that training uses; then rows from all over train are judged by
-an oracle that decodes them and knows nothing of how they were made.
+Every row is labelled by the function that the collator calls, many rows at once; then rows from all
+over train are judged by an oracle that decodes them and knows nothing of how they were made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from sftkey.activity import activity
+from sftkey.activity import activity, tell
 from sftkey.checks.findings import Finding, of_rows
 from sftkey.checks.mask_proof import judge
-from sftkey.data.collator import KeyCollator
-from sftkey.data.labels import COMPLETION, IGNORED, KEY, PADDING, weights_by_segment
+from sftkey.data.labels import COMPLETION, IGNORED, KEY, labels_for, weights_by_segment
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import tokenize
@@ -26,7 +27,7 @@ from sftkey.models.facts import num_embeddings
 from sftkey.recipe.schema import Recipe, StageSection
 
 NUM_JUDGED = 200  # rows of train that the oracle judges
-BATCH_SIZE = 64
+ROWS_AT_ONCE = 1000
 BUG = "no recipe mends this: it is a bug of sftkey, please report it with the tokenizer's name"
 NO_ROW = "take the tokenizer that belongs to the model, with a pad_token that its embedding has"
 HINTS = {
@@ -38,7 +39,7 @@ HINTS = {
 
 @dataclass
 class Masks:
-    """What the batches of one split show.
+    """What the rows of one split show.
 
     Args:
         faults: Rows by code and by what is wrong with them.
@@ -53,36 +54,66 @@ class Masks:
         for (code, what), rows in self.faults.items():
             yield of_rows(code, f"{split}: {what}", rows, HINTS.get(code, BUG))
 
-    def note(self, code: str, what: str, wrong: torch.Tensor, rows: Sequence[int]) -> None:
-        """Note the rows of a batch of which a (B,) tensor of booleans says that they are wrong."""
-        if bool(wrong.any()):
-            numbers = [rows[place] for place in wrong.nonzero().flatten().tolist()]
-            self.faults.setdefault((code, what), []).extend(numbers)
+    def note(self, code: str, what: str, wrong: npt.NDArray[np.bool_], rows: _Rows) -> None:
+        """Note the rows of which a (B,) array says that they are wrong."""
+        if wrong.any():
+            self.faults.setdefault((code, what), []).extend(rows.numbers[wrong].tolist())
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows behind one another, without padding.
+
+    Args:
+        ids: (N,) token ids of all rows.
+        segments: (N,) values of `Segment`.
+        starts: (B,) places of the rows' first tokens.
+        numbers: (B,) the rows' numbers in source order.
+    """
+
+    ids: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> _Rows:
+        """Take the rows of a table out of its buffers."""
+        ids, segments = (table[name].combine_chunks() for name in ("input_ids", "segment_ids"))
+        lengths = ids.value_lengths().to_numpy().astype(np.int64)
+        flat, which = (it.flatten().to_numpy().astype(np.int64) for it in (ids, segments))
+        return cls(flat, which, np.cumsum(lengths) - lengths, table["index"].to_numpy())
+
+    @property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """The places behind the rows' last tokens, (B,)."""
+        return np.append(self.starts[1:], len(self.ids))
+
+    def count(self, tokens: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Count in each row the tokens of which a (N,) array says so, (B,)."""
+        return np.add.reduceat(tokens, self.starts, dtype=np.int64)
 
 
 @activity("checking the masks")
 def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
-    """Collate all rows of a split for every stage, and compare with what the recipe says."""
+    """Label all rows of a split for every stage, and compare with what the recipe says."""
     masks = Masks()
-    closing = _closing(renderer)
-    pad, num_ids = renderer.tokenizer.pad_token_id, num_embeddings(recipe.model)
+    (closing,) = renderer.encode([renderer.response.answer_close + renderer.end])
+    num_ids, pad = num_embeddings(recipe.model), renderer.tokenizer.pad_token_id
     with _one_thread():
-        for rows in dataset.iter(batch_size=BATCH_SIZE):
-            items = [
-                {"input_ids": ids, "segment_ids": segments}
-                for ids, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)
-            ]
+        for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            rows = _Rows.of(table)
             for stage in recipe.stages:
-                batch = KeyCollator(pad, stage.loss_on, for_key_trainer=True)(items)
-                _note_stage_faults(masks, stage, batch, renderer, rows["index"])
-            _note_ids(masks, batch["input_ids"], num_ids, rows["index"])
-            _note_row_faults(masks, batch["segment_ids"], rows, closing, renderer)
+                _note_stage_faults(masks, stage, rows, renderer)
+            _note_ids(masks, rows, num_ids, pad)
+            _note_row_faults(masks, rows, closing.ids, renderer)
+            tell(f"{len(masks.key_shares)} of {len(dataset)} rows")
     return masks
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: on small batches several only wait for one another."""
+    """Keep torch to one thread: on few tokens several only wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,50 +122,55 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _note_stage_faults(
-    masks: Masks,
-    stage: StageSection,
-    batch: Mapping[str, torch.Tensor],
-    renderer: Renderer,
-    rows: Sequence[int],
-) -> None:
+def _note_stage_faults(masks: Masks, stage: StageSection, rows: _Rows, renderer: Renderer) -> None:
     """Look for rows of which a stage trains nothing, or not the end of turn."""
-    ids, segments, labels = batch["input_ids"], batch["segment_ids"], batch["labels"]
+    ids, segments = torch.from_numpy(rows.ids), torch.from_numpy(rows.segments)
+    labels = labels_for(ids, segments, stage.loss_on)[0].numpy()
     where = f"stages.{stage.name}"
-    masks.note("nothing-trained", f"{where}: trains no token", (labels == IGNORED).all(1), rows)
-    last = (segments != PADDING).sum(1, keepdim=True) - 1
-    end = ids.gather(1, last) == renderer.end_id
+    nothing = rows.count(labels != IGNORED) == 0
+    masks.note("nothing-trained", f"{where}: trains no token", nothing, rows)
+    last = rows.ends - 1
+    end = rows.ids[last] == renderer.end_id
     if weights_by_segment(stage.loss_on)[Segment.END]:
-        end &= labels.gather(1, last) == renderer.end_id
+        end &= labels[last] == renderer.end_id
     what = f"{where}: doesn't train {renderer.end_token!r} as the last token"
-    masks.note("end-untrained", what, ~end.squeeze(1), rows)
+    masks.note("end-untrained", what, ~end, rows)
 
 
-def _note_ids(masks: Masks, ids: torch.Tensor, num_ids: int | None, rows: Sequence[int]) -> None:
+def _note_ids(masks: Masks, rows: _Rows, num_ids: int | None, pad: int) -> None:
     """Look for ids, padding's among them, that the model's embedding has no row for."""
-    if num_ids is not None:
-        what = f"an id of {int(ids.max())}, and the embedding has {num_ids} rows"
-        masks.note("no-embedding", what, (ids >= num_ids).any(1), rows)
+    most = max(int(rows.ids.max()), pad)
+    if num_ids is not None and most >= num_ids:
+        what = f"an id of {most}, and the embedding has {num_ids} rows"
+        wrong = rows.count(rows.ids >= num_ids) > 0
+        masks.note("no-embedding", what, wrong | (pad >= num_ids), rows)
 
 
 def _note_row_faults(
-    masks: Masks, segments: torch.Tensor, rows: Mapping[str, Any], closing: str, renderer: Renderer
+    masks: Masks, rows: _Rows, closing_ids: Sequence[int], renderer: Renderer
 ) -> None:
     """Look for rows whose answer is missing or cut, and measure the key."""
-    without = (segments != Segment.ANSWER).all(1)
-    masks.note("no-key", "no token of an answer", without, rows["index"])
+    masks.note(
+        "no-key", "no token of an answer", rows.count(rows.segments == Segment.ANSWER) == 0, rows
+    )
+    closing = _decode(renderer, [closing_ids])[0].lstrip()
+    cut = ~_ends_in(rows, closing_ids)
+    places = cut.nonzero()[0]
     longest = len(closing.encode()) + 1
-    tails = _decode(renderer, [ids[-longest:] for ids in rows["input_ids"]])
-    cut = torch.tensor([not tail.endswith(closing) for tail in tails])
-    masks.note("answer-cut", f"doesn't end in {closing!r}", cut, rows["index"])
-    key, completion = (torch.isin(segments, torch.tensor(it)).sum(1) for it in (KEY, COMPLETION))
-    masks.key_shares += (key / completion.clamp(min=1)).tolist()
+    spans = zip(rows.starts[places], rows.ends[places], strict=True)
+    tails = [rows.ids[max(start, end - longest) : end].tolist() for start, end in spans]
+    texts = _decode(renderer, tails)
+    cut[places] = [not text.endswith(closing) for text in texts]
+    masks.note("answer-cut", f"doesn't end in {closing!r}", cut, rows)
+    key, completion = (rows.count(np.isin(rows.segments, it)) for it in (KEY, COMPLETION))
+    masks.key_shares += (key / completion.clip(min=1)).tolist()
 
 
-def _closing(renderer: Renderer) -> str:
-    """Return the text that every row ends in, as the tokenizer decodes it."""
-    (encoding,) = renderer.encode([renderer.response.answer_close + renderer.end])
-    return _decode(renderer, [encoding.ids])[0].lstrip()
+def _ends_in(rows: _Rows, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Tell of each row whether these are its last ids, (B,)."""
+    places = rows.ends[:, None] - np.arange(len(ids), 0, -1)
+    same = rows.ids[places.clip(min=0)] == np.array(ids)
+    return np.asarray((same & (places >= rows.starts[:, None])).all(1))
 
 
 def _decode(renderer: Renderer, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sftkey import __version__
-from sftkey.activity import activity
+from sftkey.activity import activity, tell
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize_batches
@@ -184,6 +184,7 @@ def _write_rows(
             fitted = fit(whole, batch, renderer, max_length, too_long)
             _note(outcome, whole, fitted, start, max_length)
             start += len(batch)
+            tell(f"{start} of {len(examples)} rows")
             rows = [row for row in fitted if isinstance(row, Row)]
             columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
             written = pa.RecordBatch.from_pydict(columns, schema=SCHEMA)

@@ -183,7 +183,7 @@ def test_complaint_11_trains_on_the_prompt_or_on_nothing(
         weights = (torch.zeros if masked else torch.ones)(ids.shape)
         return torch.where(weights > 0, ids, -100), weights
 
-    for reader in ("data.collator", "checks.mask_proof"):
+    for reader in ("data.collator", "checks.masks", "checks.mask_proof"):
         monkeypatch.setattr(f"sftkey.{reader}.labels_for", labels_for)
     messages = found(gate("stages=[{name: key, loss_on: key}]"))
     assert messages.pop("masks") == [
