@@ -25,7 +25,7 @@ from sftkey.commands.sharing import card, export, merge, push
 from sftkey.commands.study import study
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.commands.train import train
-from sftkey.errors import Told
+from sftkey.errors import Told, as_told
 
 app = typer.Typer(
     help="Fine-tune a language model so that its final answer is right.",
@@ -142,8 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             goes_on = bool(words) and words[0] in GOING_ON
             say(f"stopped; {'the same command goes on' if goes_on else ANEW}")
         raise
-    except Told as error:
+    except (Told, OSError) as caught:
         if debug:
             traceback.print_exc()
+        error = as_told(caught)
         say(f"error: {error}")
         sys.exit(error.exit_code)

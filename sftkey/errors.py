@@ -126,6 +126,21 @@ class DiskError(SFTKeyError, RuntimeError):
     """A disk is full, or can't hold what is going to be written."""
 
 
+def as_told(error: Told | OSError) -> Told:
+    """Return an error in the one form: the system's own as one that names the file.
+
+    Raises:
+        OSError: A library's, which has no number of the system's.
+    """
+    if isinstance(error, Told):
+        return error
+    if error.errno is None:
+        raise error
+    where = str(error.filename or "the system")
+    what = f"can't be read or written: {error.strerror}"
+    return RunError(where, what, "mend that, and run the same command again")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

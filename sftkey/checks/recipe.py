@@ -65,6 +65,12 @@ def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:
             "launch with accelerate_configs/fsdp2.yaml, which does, or with deepspeed_zero2.yaml, "
             "where each GPU holds them all; or write model.quantization=none",
         )
+    if deepspeed or launched_with("FSDP", env):
+        what = (
+            "FSDP and DeepSpeed cut the model up: its answers aren't written or graded in the run"
+        )
+        hint = f"after it, on one process: sftkey evaluate runs/{recipe.name}"
+        yield Finding("not-graded", (), what, hint, refuses=False)
 
 
 def _learning_rates(recipe: Recipe) -> Iterator[Finding]:

@@ -79,6 +79,7 @@ def choose_device(
         compute_dtype = torch.bfloat16 if modern else torch.float16
     elif not use_cpu and torch.backends.mps.is_available():
         kind = "mps"
+    refuse_fsdp(kind, env)
     if section.quantization == "nf4":
         _check_nf4(kind)
     if section.dtype in DTYPES:
@@ -122,6 +123,21 @@ def _check_one_gpu(env: Mapping[str, str]) -> None:
             f"expected one GPU for this process; it sees {count}",
             "launch with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m "
             "sftkey.train RECIPE`, or set CUDA_VISIBLE_DEVICES=0",
+        )
+
+
+def refuse_fsdp(kind: str, env: Mapping[str, str]) -> None:
+    """Refuse FSDP where accelerate would go on without it, and without a word.
+
+    Raises:
+        DeviceError: There are no GPUs.
+    """
+    if kind != "cuda" and launched_with("FSDP", env):
+        raise DeviceError(
+            kind,
+            "expected GPUs: accelerate's FSDP shards nothing here, and each process would hold the "
+            "whole model",
+            "launch with `torchrun`, or with accelerate_configs/cpu.yaml",
         )
 
 

@@ -10,6 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sftkey.errors import Problem, RunError
 from sftkey.files import file_hash, files_below, free_name, write_json, write_text
 from sftkey.recipe.load import changed_keys, load_recipe
@@ -45,6 +47,7 @@ class StageRecord:
     answers: list[dict[str, float]] | None = None
 
 
+STAGES, MAPPING = TypeAdapter(list[StageRecord]), TypeAdapter(dict[str, Any])
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
 
 
@@ -73,7 +76,7 @@ class Ledger:
         self.lock: RunLock | None = None  # held as long as anybody has this ledger
         if content := read_ledger(folder):
             self.facts, self.stages = content["facts"], content["stages"]
-            self.rows, self.files = content.get("rows", {}), content.get("files", {})
+            self.rows, self.files = content["rows"], content["files"]
 
     def stage_folder(self, number: int) -> Path:
         """Return the folder of the stage at `number` from 0: `stages/1-completion`, say."""
@@ -179,9 +182,11 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
             content = json.loads((folder / name).read_bytes())
             known = content.pop("sha256", None)
             if known == _content_hash(content) or (known is None and "files" not in content):
-                content["stages"] = [StageRecord(**each) for each in content["stages"]]
-                return {"facts": {}, **content}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+                content["stages"] = STAGES.validate_python(content["stages"])
+                for part in ("facts", "rows", "files"):
+                    MAPPING.validate_python(content.setdefault(part, {}))
+                return content
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
     left = [each for each in (LEDGER, COPY) if (folder / each).exists()]
     if left or any(folder.glob("stages/*")):

@@ -126,6 +126,8 @@ WHOLE_MODEL = {
     "it up",
     "early_stop": "expected processes that hold the whole model each and can answer; FSDP and "
     "DeepSpeed cut it up",
+    "thinking: own": "expected processes that hold the whole model each and can answer; FSDP and "
+    "DeepSpeed cut it up",
     "kl": "expected processes that hold the whole model each, as it was when the stage began; "
     "FSDP and DeepSpeed cut it up",
 }
@@ -136,11 +138,12 @@ def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
 
     Raises:
         ModelError: The model mixes packed rows.
-        DeviceError: A frozen stage, or one with `kl` or `early_stop`, where the model is sharded.
+        DeviceError: A stage that needs the whole model, where it is sharded.
     """
     need_whole = {
         "context: frozen": any(stage.context == "frozen" for stage in recipe.stages),
         "early_stop": any(stage.early_stop for stage in recipe.stages),
+        "thinking: own": any(stage.thinking == "own" for stage in recipe.stages),
         "kl": any(stage.kl for stage in recipe.stages),
     }
     for where, is_set in need_whole.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -110,11 +111,29 @@ def test_debug_shows_the_traceback(
     assert captured.err.endswith("error: runs/x: wrong\n")
 
 
+@pytest.mark.fault("a folder or file that the system refuses")
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EROFS]
+)
+def test_what_the_system_refuses_is_one_error_with_the_file(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Permissions, a folder in a file's place, a loop of links, a broken or read-only disk."""
+    refused = OSError(number, os.strerror(number), "runs/x/log.jsonl")
+    replace_command(monkeypatch, "ls", failing(refused))
+    assert ended("ls") == 2
+    assert capsys.readouterr().err == (
+        f"error: runs/x/log.jsonl: can't be read or written: {os.strerror(number)}\n"
+        "hint: mend that, and run the same command again\n"
+    )
+
+
 def test_another_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """What isn't the user's mistake isn't dressed up as one."""
-    replace_command(monkeypatch, "ls", failing(ZeroDivisionError("a bug")))
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        main(["ls"])
+    for error in (ZeroDivisionError("a bug"), OSError("a library's")):
+        replace_command(monkeypatch, "ls", failing(error))
+        with pytest.raises(type(error), match=str(error)):
+            main(["ls"])
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,16 @@ def test_mps_refuses_nf4(no_device: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_fsdp_without_gpus(no_device: pytest.MonkeyPatch) -> None:
+    """Accelerate would go on without a word, each process with the whole model."""
+    with pytest.raises(DeviceError) as error:
+        choose_device(section(), env={"ACCELERATE_USE_FSDP": "true"})
+    assert str(error.value) == (
+        "cpu: expected GPUs: accelerate's FSDP shards nothing here, and each process would hold "
+        "the whole model\nhint: launch with `torchrun`, or with accelerate_configs/cpu.yaml"
+    )
+
+
 def test_nf4_without_bitsandbytes(no_device: pytest.MonkeyPatch) -> None:
     """Where bitsandbytes doesn't import, the reason stands in the message."""
     no_device.setitem(sys.modules, "bitsandbytes", None)

@@ -20,6 +20,7 @@ from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
 from sftkey.training.lock import lock_run
 from sftkey.training.run import Run, changed_facts, start
+from sftkey.training.run_folder import read_ledger
 from sftkey.training.stage_model import require_same_base
 from tests.support.tiny import made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, kill_at_step
@@ -157,6 +158,24 @@ def test_a_broken_file_is_named_or_mended(how: str, copied: Path) -> None:
 
 
 @pytest.mark.fault("a file emptied, halved, garbled or deleted")
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"facts": {}, "stages": 3},
+        {"facts": [], "stages": []},
+        {"facts": {}, "stages": [{"name": "key", "validation": {"end": 3}}]},
+        {"facts": {}, "stages": [], "rows": ["train"]},
+    ],
+)
+def test_a_ledger_of_another_form_is_named(content: Any, tmp_path: Path) -> None:
+    """One of before there were hashes has nothing else to be told by."""
+    (tmp_path / "ledger.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"ledger\.json: expected what the run wrote; it holds some"):
+        read_ledger(tmp_path)
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_ledger_that_is_gone_with_its_copy_is_no_new_run(copied: Path) -> None:
     """Otherwise trained stages would be trained over."""
     folder = copied / "runs" / "tiny"
@@ -196,8 +215,9 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: 
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(RunLocked, match=f"another process works on this run: pid {other.pid}"):
-            lock_run(tmp_path)
+        for _ in range(2):  # who was refused has taken nothing away
+            with pytest.raises(RunLocked, match=f"process works on this run: pid {other.pid}"):
+                lock_run(tmp_path)
         other.kill()
         other.wait()
     with lock_run(tmp_path):

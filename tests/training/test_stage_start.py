@@ -134,11 +134,16 @@ def test_a_kl_that_cannot_act_is_refused(
     assert [f"{each.where}: {each.what}" for each in caught.value.problems] == [problem]
 
 
-def test_a_sharded_model_has_no_copy_of_its_start(
-    tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("setting", "where"), [({"kl": 0.1}, "kl"), ({"thinking": "own"}, "thinking: own")]
+)
+def test_a_sharded_model_neither_answers_nor_has_a_copy_of_its_start(
+    setting: dict[str, Any], where: str, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused before anything is trained."""
-    recipe = load_recipe(tiny_recipe(stages=[{"name": "one", "loss_on": "key", "kl": 0.1}]))
+    recipe = load_recipe(tiny_recipe(stages=[{"name": "one", "loss_on": "key", **setting}]))
     monkeypatch.setattr(stage_module, "sharded", lambda: True)
-    with pytest.raises(DeviceError, match="kl: expected processes that hold the whole model each"):
+    with pytest.raises(
+        DeviceError, match=f"{where}: expected processes that hold the whole model each"
+    ):
         refuse_unfit(None, recipe, packed=False)
