@@ -177,6 +177,7 @@ def _class(file: Path, name: str) -> ast.ClassDef | None:
     return next((each for each in classes if each.name == name), None)
 
 
+@functools.cache  # a class body of thousands of nodes
 def _last_value(owner: ast.ClassDef, name: str) -> ast.expr | None:
     """Find what a class body sets a name to: a later value is for newer libraries."""
     values = [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,18 +28,6 @@ def test_an_unknown_name_is_none_of_ours() -> None:
     """A name that isn't there raises what Python's own modules raise."""
     with pytest.raises(AttributeError, match=r"^module 'sftkey' has no attribute 'load_recipes'$"):
         _ = sftkey.load_recipes
-
-
-def test_reading_a_recipe_loads_no_torch() -> None:
-    """The import, and a recipe's check of form, load nothing that takes seconds."""
-    code = (
-        "import sys, sftkey\n"
-        "sftkey.load_recipe('recipes/smollm2-135m/demo.yaml')\n"
-        "print({'torch', 'transformers', 'trl', 'datasets'} & {*sys.modules})"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
 
 
 def test_examples_become_rows_that_train_on_the_key(tiny_folder: Path) -> None:

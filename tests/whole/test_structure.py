@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ LIGHT = [
     "sftkey.commands.study",
     "sftkey.recipe",
     "sftkey.data.response",
+    "sftkey.data.splits",
     "sftkey.diagnosis.rule",
     "sftkey.evaluation.comparison",
     "sftkey.evaluation.grading",
@@ -80,9 +82,10 @@ def wrong_directions(root: Path) -> list[str]:
     return wrong
 
 
-def heavy_at_import(root: Path, module: str) -> set[str]:
-    """Name the heavy libraries that importing a module would import."""
-    return reachable(graph(root, whole=False), module) & HEAVY
+def heavy_at_import(root: Path, *names: str) -> dict[str, set[str]]:
+    """Name the heavy libraries that importing each of some modules would import."""
+    edges = graph(root, whole=False)
+    return {name: reachable(edges, name) & HEAVY for name in names}
 
 
 def test_imports_follow_the_design() -> None:
@@ -142,40 +145,49 @@ def test_functions_are_small() -> None:
     assert {f: size for f, size in lengths.items() if size > MOST_LINES_OF_A_FUNCTION} == {}
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_import_nothing_heavy(module: str) -> None:
+def test_light_modules_import_nothing_heavy() -> None:
     """What the fast commands import reaches no library that takes seconds."""
-    assert module in modules(PACKAGE)
-    assert heavy_at_import(PACKAGE, module) == set()
+    assert {*LIGHT} <= {*modules(PACKAGE)}
+    assert heavy_at_import(PACKAGE, *LIGHT) == {name: set() for name in LIGHT}
 
 
-def loaded_by(*arguments: str) -> set[str]:
-    """Name the heavy libraries that a call of the command line loads, in a process of its own."""
-    code = (
-        "import sys; from sftkey.cli import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit: pass\n"
-        "print(*sys.modules, file=sys.stderr)"
-    )
-    command = [sys.executable, "-c", code, *arguments]
+LOADED = """
+import importlib, sys
+import sftkey
+sftkey.load_recipe("recipes/smollm2-135m/demo.yaml")
+from sftkey.cli import main
+for name in {names!r}:
+    importlib.import_module(name)
+    print(name, *{{*sys.modules}} & {heavy!r}, sep=",", file=sys.stderr)
+for arguments in {commands!r}:
+    try: main(arguments)
+    except SystemExit: pass
+    print(arguments[0], *{{*sys.modules}} & {heavy!r}, sep=",", file=sys.stderr)
+"""
+
+
+def loaded_by(names: Sequence[str], *commands: tuple[str, ...]) -> dict[str, set[str]]:
+    """Name the heavy libraries that are loaded after each of some imports and commands.
+
+    All happen in one process, in this order: what one loads is there for those behind it.
+    """
+    program = LOADED.format(names=names, commands=commands, heavy=HEAVY)
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(done.stderr.split()) & HEAVY
+    lines = [line.split(",") for line in done.stderr.splitlines()]
+    asked = [*names, *(each[0] for each in commands)]
+    return {name: {*heavy} for name, *heavy in lines if name in asked}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--help",),
-        ("--version",),
-        ("ls",),
-        ("compare", "no-such-run"),
-        ("train", "recipes/smollm2-135m/demo.yaml", "stages.key.trainer.learning_rte=1"),
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_fast_commands_load_nothing_heavy(arguments: tuple[str, ...]) -> None:
-    """The lists, the check of form and the comparison start without torch."""
-    assert loaded_by(*arguments) == set()
+def test_fast_commands_load_nothing_heavy() -> None:
+    """The light modules, lists, a recipe's check of form and the comparison start without torch."""
+    recipe = "recipes/smollm2-135m/demo.yaml"
+    commands = (
+        *[("--help",), ("--version",), ("ls",), ("compare", "no-such-run")],
+        ("train", recipe, "stages.key.trainer.learning_rte=1"),
+    )
+    loaded = loaded_by(LIGHT, *commands)
+    assert loaded == {name: set() for name in (*LIGHT, *(each[0] for each in commands))}
 
 
 @pytest.fixture
@@ -209,11 +221,11 @@ def test_the_checkers_fail_on_a_crooked_package(crooked: Path) -> None:
         ["sftkey.models", "sftkey.recipe", "sftkey.models"],
         ["sftkey.recipe", "sftkey.models", "sftkey.recipe"],
     ]
-    assert heavy_at_import(crooked, "sftkey.train") == {"torch"}
-    assert heavy_at_import(crooked, "sftkey.cli") == set()
+    heavy = heavy_at_import(crooked, "sftkey.train", "sftkey.cli")
+    assert heavy == {"sftkey.train": {"torch"}, "sftkey.cli": set()}
     assert "torch" in reachable(graph(crooked), "sftkey.cli")
     assert dict(function_lengths(crooked))["sftkey.long.long"] == 301
-    assert loaded_by("--help") == set()
+    assert loaded_by(["accelerate"])["accelerate"] >= {"accelerate", "torch"}
 
 
 def test_a_lazy_import_in_a_method_is_not_import_time(tmp_path: Path) -> None:
@@ -226,4 +238,4 @@ def test_a_lazy_import_in_a_method_is_not_import_time(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n    import torch\n"
     )
     (root / "cli.py").write_text(text)
-    assert heavy_at_import(root, "sftkey.cli") == {"peft", "trl"}
+    assert heavy_at_import(root, "sftkey.cli") == {"sftkey.cli": {"peft", "trl"}}
