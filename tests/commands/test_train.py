@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from sftkey.cli import main
 from sftkey.commands.train import what_next
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +42,17 @@ def test_a_misspelt_key_is_refused_before_torch_is_loaded(way: list[str], tmp_pa
     )
 
 
-def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A file that there isn't is named, with the command that shows the ones that there are."""
-    done = subprocess.run([*SFTKEY, "no.yaml"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no.yaml: expected a recipe file; ")
-    assert "`sftkey ls`" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "no.yaml"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no.yaml: expected a recipe file; ")
+    assert "`sftkey ls`" in said
 
 
 @pytest.mark.parametrize(
@@ -77,23 +84,46 @@ def test_what_comes_next_can_be_done(
         assert command.startswith(f"  sftkey {each}")
 
 
-def test_the_launcher_trains_as_the_readme_says(
-    tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    """`accelerate launch -m sftkey.train RECIPE a.b=c` trains and prints the table."""
-    recipe = tiny_recipe(eval={"num_questions": 2, "max_new_tokens": 4})
-    config = str(ROOT / "accelerate_configs" / "cpu.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    command = [*launch, "-m", "sftkey.train", str(recipe), "trainer.max_steps=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "completion 1 steps, key 1 steps" in done.stderr
-    assert done.stderr.endswith(
+def trained(printed: str, said: str) -> None:
+    """Read what a training of one step a stage has printed: the table, and what comes next."""
+    assert "completion 1 steps, key 1 steps" in said
+    assert said.endswith(
         "key: its adapter is runs/tiny/stages/2-key/adapter\n"
         "next:\n"
         '  sftkey generate runs/tiny "a question"\n'
         "  sftkey merge runs/tiny -o tiny-merged\n"
         "  sftkey evaluate runs/tiny --model tiny-merged\n"
     )
-    stages = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
+    stages = [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()]
     assert stages[1:4] == ["base", "completion", "key"]
+
+
+def test_the_module_trains(
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`python -m sftkey.train RECIPE a.b=c` trains and prints the table."""
+    recipe = tiny_recipe(eval={"num_questions": 2, "max_new_tokens": 4})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(recipe), "trainer.max_steps=1"])
+    monkeypatch.delitem(sys.modules, "sftkey.train", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sftkey.train", run_name="__main__")
+    assert ended.value.code in (None, 0)
+    trained(*capsys.readouterr())
+
+
+@pytest.mark.slow
+def test_the_launcher_trains_as_the_readme_says(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`accelerate launch -m sftkey.train RECIPE a.b=c` does the same."""
+    recipe = tiny_recipe(eval={"num_questions": 2, "max_new_tokens": 4})
+    config = str(ROOT / "accelerate_configs" / "cpu.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command = [*launch, "-m", "sftkey.train", str(recipe), "trainer.max_steps=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained(done.stdout, done.stderr)
