@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from sftkey.adapt.columns import (
-    ABOUT,
     ANSWER,
     BOX,
     HAS_TAG,
@@ -18,6 +17,7 @@ from sftkey.adapt.columns import (
     THINKING,
     Table,
     find_rule,
+    is_about,
     plain,
 )
 from sftkey.adapt.prompt import single_options
@@ -123,8 +123,8 @@ def _may_reason(table: Table, column: str, wholes: Sequence[str]) -> bool:
     stands = all(text in whole for text, whole in zip(texts, wholes, strict=True))
     if stands or table.is_words(column):
         return False
-    is_about = ABOUT & set(plain(column).split("_")) and max(map(len, texts)) <= MOST_ANSWER
-    return not is_about and table.num_kinds(column) * 20 >= len(set(wholes))
+    about = is_about(plain(column), THINKING) and max(map(len, texts)) <= MOST_ANSWER
+    return not about and table.num_kinds(column) * 20 >= len(set(wholes))
 
 
 def own_notes(response: Response) -> list[str]:

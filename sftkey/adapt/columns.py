@@ -32,6 +32,8 @@ OPTIONS = ("options", "choices", "candidates", "endings")
 ABOUT = {"type", "source", "id", "idx", "index", "uuid", "grade", "config", "configs", "count"}
 ABOUT |= {"model", "mode", "length", "score", "reward", "task", "topic", "is", "original", "tokens"}
 ABOUT |= {"correctness", "finish", "license", "version", "difficulty", "level", "rate", "category"}
+# In front of what a column holds these say whose it is: `model_reasoning` is one.
+WHOSE = {"model", "original"}
 # No blank, and no script that writes without blanks.
 WORD = re.compile(r"[!-~]*\Z")
 NOTHING: tuple[Any, ...] = (None, "", [], {})
@@ -120,7 +122,7 @@ class Table:
     def called(self, names: Sequence[str]) -> list[str]:
         """Find columns of these names, in the names' order; else those with a name inside.
 
-        `Complex_CoT` and `generated_solution` are found, `problem_type` and `source_id` aren't.
+        `Complex_CoT` and `model_reasoning` are found, `problem_type` and `reasoning_model` aren't.
         """
         plains = {column: plain(column) for column in self.columns}
         exact = [column for name in names for column in self.columns if plains[column] == name]
@@ -129,7 +131,7 @@ class Table:
         return [
             column
             for column in self.columns
-            if not ABOUT & set(plains[column].split("_"))
+            if not is_about(plains[column], names)
             and any(re.search(rf"(^|_){name}(_|$)", plains[column]) for name in names)
         ]
 
@@ -151,6 +153,16 @@ def plain(column: str) -> str:
     name = column.removesuffix("]").rpartition("[")[2]
     name = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name)
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def is_about(name: str, names: Sequence[str]) -> bool:
+    """Tell whether a plain name says something about a row, and isn't one of `names` in it.
+
+    >>> [is_about(name, ["reasoning"]) for name in ("model_reasoning", "reasoning_model")]
+    [False, True]
+    """
+    about = ABOUT & set(name.split("_"))
+    return bool(about) and not (about <= WHOSE and any(name.endswith(f"_{each}") for each in names))
 
 
 ENOUGH = 0.9  # of the rows must be read well

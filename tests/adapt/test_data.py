@@ -50,6 +50,10 @@ def turns(content: str, **more: str) -> list[dict[str, str]]:
             },
         ),
         (
+            {"question": "Q", "model_reasoning": "c", "ground_truth": "7", "reasoning_model": "m"},
+            {"prompt": "{question}", "thinking": "{model_reasoning}", "answer": "{ground_truth}"},
+        ),
+        (
             {"question": "Q", "answer": "c\n#### 7"},
             {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"},
         ),
