@@ -11,6 +11,7 @@ import lzma
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -227,9 +228,8 @@ def _parse(text: str, file: Path, line: int | None) -> Any:
             return json.loads(text, parse_int=str)
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
-        what, hint = f"{place}: expected JSON; got {error.msg!r}", None
-        if line and error.msg == "Extra data":
-            hint = "one object a line, without commas between the lines"
+        what = f"{place}: expected JSON; got {error.msg!r}"
+        hint = "one object a line, without commas between the lines" if line else None
         raise DataError(str(file), what, hint=hint) from error
     except RecursionError as error:
         place = f"line {line}: " if line else ""
@@ -253,6 +253,9 @@ def _csv(text: io.TextIOWrapper, file: Path, kind: str) -> Rows:
     if delimiter not in header:
         delimiter = next((each for each in ";\t,|" if each in header), delimiter)
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+    if twice := sorted(name for name, num in Counter(reader.fieldnames or ()).items() if num > 1):
+        what = f"line 1: expected each column once; got {', '.join(twice)} several times"
+        raise DataError(str(file), what, "of columns of one name only the last would be read")
     rows: Rows = []
     for row in reader:
         if None in row:

@@ -126,6 +126,15 @@ def test_a_zip_of_several_files_is_refused(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Only the last of them would be read."""
+    (tmp_path / "r.csv").write_text("question,answer,answer\nQ,c,7\n")
+    assert message_of(tmp_path / "r.csv") == (
+        "FILE: line 1: expected each column once; got answer several times\n"
+        "hint: of columns of one name only the last would be read"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
