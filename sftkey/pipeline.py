@@ -100,11 +100,9 @@ class TrainedRun:
     @property
     def results(self) -> dict[str, StageResult]:
         """The graded answers of `base` and each stage, by name; empty where nothing is graded."""
-        from sftkey.evaluation.results import read_results
+        from sftkey.evaluation.results import read_graded
 
-        if not list((self.folder / "evaluation").glob("[!.]*.json")):
-            return {}
-        return {each.stage: each for each in read_results(self.folder)}
+        return {each.stage: each for each in read_graded(self.folder)}
 
     def ask(
         self,
@@ -162,17 +160,15 @@ class TrainedRun:
 
     def _model(self, number: int) -> tuple[Any, Any]:
         """Load the model after so many stages, and its renderer."""
-        from sftkey.data.renderer import probe_renderer
         from sftkey.models.device import choose_device
-        from sftkey.models.loading import load_tokenizer
+        from sftkey.models.loading import load_renderer
         from sftkey.training.stage_model import load_stage
 
         if number not in self._loaded:
             if not self.keeps_models:  # two at once may be too much for the device
                 self._loaded.clear()
             recipe = self.recipe
-            tokenizer = load_tokenizer(recipe.model)
-            renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+            renderer = load_renderer(recipe)
             device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
             ledger = Ledger(self.folder, recipe, main=False)
             model = load_stage(recipe, ledger, device, renderer, number)

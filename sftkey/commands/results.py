@@ -91,7 +91,7 @@ def print_table(run: TrainedRun, alpha: float | None = None) -> None:
 
     if not PartialState().is_main_process:
         return
-    if not list((run.folder / "evaluation").glob("*.json")):
+    if not run.results:
         print(f"{run.folder}: nothing was evaluated, so there is no table", file=sys.stderr)
         return
     console = stdout_console()

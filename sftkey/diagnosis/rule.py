@@ -13,7 +13,7 @@ from rich.text import Text
 from scipy.stats import t as student
 
 from sftkey.evaluation.statement import normalize
-from sftkey.evaluation.statistics import paired_difference, wilson
+from sftkey.evaluation.statistics import paired_difference, points_text, wilson
 from sftkey.tables import FittedTable
 
 CONDITIONS = ("own", "reference", "none")  # the thinking that stands before the answer
@@ -67,8 +67,7 @@ class Gap:
     @property
     def points(self) -> str:
         """Return the difference of the shares in percentage points, with its interval."""
-        low, high = self.acc_interval
-        return f"{100 * self.acc:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return f"{100 * self.acc:+.1f} points {points_text(self.acc_interval)}"
 
 
 @dataclass(frozen=True)

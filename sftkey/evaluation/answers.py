@@ -1,20 +1,113 @@
-"""A stage's graded answers with question and reference, as `evaluation/<stage>.graded.jsonl`."""
+"""A stage's answers: as any engine wrote them, and graded, with question and reference."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sftkey.data.response import Example, QuestionKey, Response
-from sftkey.errors import Problem, RunError
-from sftkey.evaluation.grading import grade
+from sftkey.errors import DataError, Problem, RunError
+from sftkey.evaluation.grading import grade, shortened
 from sftkey.evaluation.results import StageResult
 from sftkey.files import write_text
-from sftkey.generation.generate import Generation
+from sftkey.generation.generate import Generation, by_row, key_of
+
+
+def read_generations(
+    file: Path, expected: Collection[QuestionKey]
+) -> dict[QuestionKey, Generation]:
+    """Read one generation for each question from JSONL, in any order.
+
+    A row is an object with `index` and `text`; `num_tokens` and `stopped` may stand in it, and
+    `turn` must where several turns of one conversation are asked.
+
+    Args:
+        file: As another engine wrote it, or a run's own `evaluation/<stage>.jsonl`.
+        expected: Row and turn of each question.
+
+    Raises:
+        DataError: With all rows that are no generations, stand twice or belong to no question,
+            and with the questions that have none.
+    """
+    hint = 'a row is {"index": 7, "text": "…"}, one for each question; `stopped` is optional'
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(str(file), f"can't be read: {error.strerror}", hint) from None
+    generations: dict[QuestionKey, Generation] = {}
+    first_lines: dict[QuestionKey, int] = {}
+    problems, asked = [], by_row(expected)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            index, turn, generation = _row(line)
+        except ValueError as error:
+            problems.append(Problem("", str(error), number))
+            continue
+        try:
+            key = key_of(asked.get(index, []), turn)
+        except ValueError as error:
+            problems.append(Problem(f"index {index}", str(error), number))
+            hint = _OF_ONE_TURN
+            continue
+        where = _named(key or QuestionKey(index, turn or 0), asked)
+        if key is None:
+            what = f"expected the index of one of the {len(expected)} questions"
+            problems.append(Problem(where, what, number))
+        elif key in first_lines:
+            what = f"expected once; it stands in line {first_lines[key]} already"
+            problems.append(Problem(where, what, number))
+        else:
+            generations[key] = generation
+            first_lines[key] = number
+    missing = [key for key in expected if key not in generations]
+    what = "expected a generation; got none"
+    problems += [Problem(_named(key, asked), what) for key in missing]
+    if problems:
+        raise DataError(str(file), shortened(problems), hint)
+    return generations
+
+
+_OF_ONE_TURN = (
+    'with `turns: all` a row is {"index": 7, "turn": 0, "text": "…"}; a file that an older '
+    "version wrote lacks answers: move it aside, and `sftkey evaluate` asks again"
+)
+
+
+def _named(key: QuestionKey, asked: Mapping[int, Sequence[QuestionKey]]) -> str:
+    turn = f", turn {key.turn}" if key.turn or len(asked.get(key.row, ())) > 1 else ""
+    return f"index {key.row}{turn}"
+
+
+_FIELDS = {
+    "index": ((int,), "an integer"),
+    "turn": ((int, type(None)), "an integer"),
+    "text": ((str,), "a text"),
+    "num_tokens": ((int, type(None)), "an integer"),
+    "stopped": ((bool, type(None)), "true or false"),
+}
+
+
+def _row(line: bytes) -> tuple[int, int | None, Generation]:
+    """Check one row; a ValueError's text says what was expected."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # also of bytes that are no UTF-8
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object; got {line[:60].decode(errors='replace')!r}")
+    for key, (types, name) in _FIELDS.items():
+        if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
+            raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
+    generation = Generation(row["text"], row.get("num_tokens"), row.get("stopped"))
+    return row["index"], row.get("turn"), generation
+
 
 Kind = Literal["wrong", "unparsed", "truncated", "invalid"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

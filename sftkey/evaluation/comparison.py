@@ -12,7 +12,14 @@ from rich.text import Text
 
 from sftkey.evaluation.judge import judge_sentence
 from sftkey.evaluation.results import StageResult, read_results
-from sftkey.evaluation.statistics import CHANCE, difference_with_interval, holm, two_sided_p
+from sftkey.evaluation.statistics import (
+    CHANCE,
+    difference_with_interval,
+    holm,
+    p_text,
+    points_text,
+    two_sided_p,
+)
 from sftkey.evaluation.thinking import form_table
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, thinking_table
 from sftkey.tables import FittedTable
@@ -38,10 +45,6 @@ class Difference:
     p: float
     p_holm: float
     num_conversations: int | None = None
-
-    def points(self) -> str:
-        """Return the interval in percentage points."""
-        return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in self.interval))
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ def _sentence(difference: Difference, unshown: str) -> str:
     low, high = difference.interval
     head = (
         f"The difference between {before} and {after} is {100 * difference.difference:+.1f} points "
-        f"{difference.points()} on {_asked(difference)}: the interval "
+        f"{points_text(difference.interval)} on {_asked(difference)}: the interval "
     )
     if low <= 0 <= high:
         return f"{head}includes 0, so {unshown} show that {after} answers better or worse."
@@ -319,5 +322,5 @@ def _cells(row: StageRow) -> list[str]:
 
 
 def _difference_cell(difference: Difference) -> str:
-    p = "p<0.001" if difference.p < 0.001 else f"p {difference.p:.3f}"
-    return f"{100 * difference.difference:+.1f}, {p}\n{difference.points()}"
+    interval = points_text(difference.interval)
+    return f"{100 * difference.difference:+.1f}, {p_text(difference.p)}\n{interval}"

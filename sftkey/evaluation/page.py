@@ -23,6 +23,7 @@ from sftkey.evaluation.losses import (
     read_losses,
     spread_wide,
 )
+from sftkey.evaluation.statistics import points_text
 from sftkey.files import read_json, write_text
 from sftkey.recipe.schema import Recipe
 
@@ -75,6 +76,7 @@ def render_page(
         sentences=sentences(comparison) if comparison else [],
         questions=questions[:MOST_QUESTIONS],
         num_questions=len(questions),
+        points=points_text,
     )
 
 

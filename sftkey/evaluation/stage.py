@@ -27,8 +27,8 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
             grades and what was judged; graded again, only what is left is asked.
     """
     from sftkey.data.sources import MADE
-    from sftkey.evaluation.answers import graded_answers, write_answers
-    from sftkey.evaluation.results import read_generations, score, write_result
+    from sftkey.evaluation.answers import graded_answers, read_generations, write_answers
+    from sftkey.evaluation.results import score, write_result
 
     file = generations or run.ledger.generations(stage)
     if not run.ledger.main or not file.exists() or not run.answers.questions:

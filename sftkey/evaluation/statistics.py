@@ -123,6 +123,16 @@ def _tango_score(difference: float, gains: int, losses: int, num_questions: int)
     return numerator / sqrt(variance)
 
 
+def p_text(p: float) -> str:
+    """Write a p, as short as it may be."""
+    return "p<0.001" if p < 0.001 else f"p {p:.3f}"
+
+
+def points_text(interval: tuple[float, float]) -> str:
+    """Write an interval of a difference of shares in percentage points."""
+    return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in interval))
+
+
 def score_of(acc: float, fmt: float, alpha: float) -> float:
     """Return alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
     return alpha * acc + (1 - alpha) * fmt

@@ -19,6 +19,8 @@ from sftkey.evaluation.statistics import (
     difference_with_interval,
     discordant,
     one_sided_p,
+    p_text,
+    points_text,
     share_interval,
     two_sided_p,
 )
@@ -303,11 +305,9 @@ class ValidChange:
     def text(self) -> str:
         """Say it in words."""
         fell = f"valid thinkings went from {self.num_before} to {self.num_after}"
-        return f"{fell} ({self.num_lost} lost, {self.num_gained} gained, one-sided {self.p_text()})"
-
-    def p_text(self) -> str:
-        """Return p, as short as it may be."""
-        return "p<0.001" if self.p < 0.001 else f"p {self.p:.3f}"
+        return (
+            f"{fell} ({self.num_lost} lost, {self.num_gained} gained, one-sided {p_text(self.p)})"
+        )
 
 
 def valid_change(pairs: Iterable[tuple[Formed, Formed]]) -> ValidChange | None:
@@ -335,9 +335,8 @@ class PassedChange:
 
     def text(self) -> str:
         """Say it in points."""
-        p = "p<0.001" if self.p < 0.001 else f"p {self.p:.3f}"
-        low, high = (100 * end for end in self.interval)
-        return f"{100 * self.difference:+.1f} points [{low:+.1f}, {high:+.1f}], {p}"
+        gain, interval = f"{100 * self.difference:+.1f}", points_text(self.interval)
+        return f"{gain} points {interval}, {p_text(self.p)}"
 
 
 def passed_change(pairs: Iterable[tuple[Formed, Formed]]) -> PassedChange | None:
@@ -366,6 +365,6 @@ def form_table(
     for name, rates, change in known:
         cells = [rates["valid"].text("\n")]
         cells += [f"{rates[form].rate:.3f}" for form in ("empty", "truncated", "missing")]
-        lost = f"{change.num_lost}, {change.num_gained}\n{change.p_text()}" if change else ""
+        lost = f"{change.num_lost}, {change.num_gained}\n{p_text(change.p)}" if change else ""
         grid.add([name, *cells, rates[PASSED].text("\n"), lost])
     return grid

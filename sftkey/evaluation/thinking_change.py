@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sftkey.evaluation.results import VALIDATION_LOSS, Question, StageResult
-from sftkey.evaluation.statistics import CHANCE, discordant, one_sided_p
+from sftkey.evaluation.statistics import CHANCE, discordant, one_sided_p, p_text
 from sftkey.evaluation.thinking import PassedChange, ValidChange, passed_change, valid_change
 from sftkey.tables import FittedTable
 
@@ -67,8 +67,7 @@ class ThinkingChange:
                 f"its {self.loss_name} rose by {rise:.4f} nats a token (more than {MOST_LOSS})"
             )
         if self.turned and self.turned.p < CHANCE:
-            p = "p<0.001" if self.turned.p < 0.001 else f"p {self.turned.p:.3f}"
-            found.append(f"{_shown(self.turned)} (one-sided {p})")
+            found.append(f"{_shown(self.turned)} (one-sided {p_text(self.turned.p)})")
         if self.valid and self.valid.p < CHANCE:
             found.append(self.valid.text())
         return found

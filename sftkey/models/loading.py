@@ -23,6 +23,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from sftkey.activity import activity
+from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.errors import ModelError, first_line
 from sftkey.models.device import DTYPES, Device, free_bytes, launched_with
 from sftkey.models.source import (
@@ -36,7 +37,7 @@ from sftkey.models.source import (
     weight_files,
 )
 from sftkey.models.template import check_template, read_template
-from sftkey.recipe.schema import ModelSection
+from sftkey.recipe.schema import ModelSection, Recipe
 
 LOGGER = logging.getLogger("sftkey")
 GIB = 2**30
@@ -93,6 +94,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def load_renderer(recipe: Recipe) -> Renderer:
+    """Load a recipe's tokenizer, and probe what stands around its responses."""
+    tokenizer = load_tokenizer(recipe.model)
+    return probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
 
 
 def _refuse_code(section: ModelSection, source: Source) -> None:

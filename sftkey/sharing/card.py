@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from sftkey.data.sources import with_defaults
-from sftkey.evaluation.results import StageResult, read_results
+from sftkey.evaluation.results import StageResult, read_graded
 from sftkey.files import read_json
 from sftkey.models.packaged import is_packaged
 from sftkey.recipe.schema import Recipe
@@ -32,7 +32,7 @@ def model_card(stage: SharedStage) -> str:
     Args:
         stage: A trained one. Where its answers aren't graded, the card says so.
     """
-    results = {each.stage: each for each in _results(stage.run)}
+    results = {each.stage: each for each in read_graded(stage.run)}
     data = ModelCardData(
         base_model=hub_id(stage.recipe.model.name_or_path),
         datasets=hub_id(with_defaults(stage.recipe.data).source),
@@ -57,11 +57,6 @@ def model_card(stage: SharedStage) -> str:
         f"```yaml\n{public_recipe(stage.recipe)}```",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def _results(run: Path) -> list[StageResult]:
-    graded = list((run / "evaluation").glob("[!.]*.json"))
-    return read_results(run) if graded else []
 
 
 def _eval_results(recipe: Recipe, result: StageResult | None) -> list[EvalResult] | None:

@@ -11,17 +11,16 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sftkey.data.prepare import prepare
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError, first_line
 from sftkey.files import appearing, read_json, write_text
-from sftkey.models.loading import load_tokenizer
+from sftkey.models.loading import load_renderer
 from sftkey.models.source import ADAPTER_CONFIG, model_source
 from sftkey.recipe.schema import EvalSection, Recipe
 from sftkey.sharing.baking import baked_generation_config, baked_template
 from sftkey.sharing.merging import write_model
-from sftkey.sharing.stage import SharedStage
+from sftkey.sharing.stage import SharedStage, asked_questions, refuse_existing
 
 CONVERTER = "convert_hf_to_gguf.py"
 QUESTION = "question7d30"
@@ -66,8 +65,7 @@ def write_gguf(stage: SharedStage, checkout: Path, file: Path, outtype: str = "a
         RunError: The file exists, the checkout is none, or the converter fails.
         ModelError: The weights can't be loaded.
     """
-    if file.exists():
-        raise RunError(str(file), "expected a new file; it exists already")
+    refuse_existing(file, "file")
     converter_command(checkout, file, file, outtype)  # a wrong checkout is told before the merge
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=".merged-") as place:
@@ -103,18 +101,10 @@ def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str 
         RunError: As in `write_gguf`, or the prompt can't stand in a Modelfile.
         ModelError: The weights can't be loaded.
     """
-    if folder.exists():
-        raise RunError(str(folder), "expected a new folder; it exists already")
-    text = modelfile(run_renderer(stage.recipe), stage.recipe)
+    refuse_existing(folder)
+    text = modelfile(load_renderer(stage.recipe), stage.recipe)
     write_gguf(stage, checkout, folder / "model.gguf", outtype)
     write_text(folder / "Modelfile", text)
-
-
-def run_renderer(recipe: Recipe) -> Renderer:
-    """Read a run's tokenizer, and what stands around its responses."""
-    return probe_renderer(
-        load_tokenizer(recipe.model), recipe.response, recipe.model.chat_template_kwargs
-    )
 
 
 def modelfile(renderer: Renderer, recipe: Recipe) -> str:
@@ -179,10 +169,9 @@ def write_vllm_lora(stage: SharedStage, folder: Path) -> str:
     from transformers import GenerationConfig
 
     recipe = stage.recipe
-    if folder.exists():
-        raise RunError(str(folder), "expected a new folder; it exists already")
+    refuse_existing(folder)
     rank = _lora_rank(stage)
-    renderer = run_renderer(recipe)
+    renderer = load_renderer(recipe)
     base = model_source(recipe.model)
     try:
         published = GenerationConfig.from_pretrained(base.path, revision=base.commit or "main")
@@ -235,12 +224,9 @@ def write_task(stage: SharedStage, folder: Path) -> str:
         RunError: The folder exists, or the run asks no questions.
     """
     recipe = stage.recipe
-    if folder.exists():
-        raise RunError(str(folder), "expected a new folder; it exists already")
-    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
-    questions, renderer = prepared.questions(recipe), prepared.renderer
-    if not questions:
-        raise RunError(str(stage.run), "expected test rows; its recipe has none", "write data.test")
+    refuse_existing(folder)
+    prepared, questions = asked_questions(stage.run, recipe)
+    renderer = prepared.renderer
     rows = [
         {
             "index": example.index,

@@ -10,24 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sftkey.data.prepare import Prepared, prepare
+from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.sources import MADE
 from sftkey.errors import RunError
+from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.comparison import Comparison, compare
-from sftkey.evaluation.results import (
-    StageResult,
-    read_generations,
-    read_result,
-    score,
-    write_result,
-)
+from sftkey.evaluation.results import StageResult, read_result, score, write_result
 from sftkey.generation.generate import Generation, generate_to_file
 from sftkey.models.device import choose_device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import fingerprint
 from sftkey.recipe.schema import Recipe
 from sftkey.sharing.baking import asked_ids
+from sftkey.sharing.stage import asked_questions
 from sftkey.training.run_folder import BASE, Ledger
 
 DESCRIBED = ("generation_config.json", "chat_template.jinja", "tokenizer_config.json")
@@ -78,10 +74,7 @@ def grade_folder(
     if not graded.exists():
         what = f"{stage} has no graded answers, which the folder's are compared with"
         raise RunError(str(run), what, f"sftkey evaluate {run}")
-    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
-    questions = prepared.questions(recipe)
-    if not questions:
-        raise RunError(str(run), "expected test rows; its recipe has none", "write data.test")
+    prepared, questions = asked_questions(run, recipe)
     answers = _answers(recipe, run, folder, questions, report)
     keys = [example.key for example in questions]
     written, before = (

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from sftkey.activity import activity
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.errors import RunError
 from sftkey.files import appearing
 from sftkey.models.adapters import load_adapter, peft_warnings_logged
 from sftkey.models.device import Device
-from sftkey.models.loading import load_model, load_tokenizer
+from sftkey.models.loading import load_model, load_renderer
 from sftkey.models.source import base_identity
 from sftkey.recipe.schema import Recipe
 from sftkey.sharing.baking import baked_generation_config, baked_template, with_template
+from sftkey.sharing.stage import refuse_existing
 
 # How far the merged model's logits may lie from base and adapter, as a share of what the adapter
 # changes: in 16 bits the merged weights are rounded.
@@ -120,10 +121,8 @@ def write_whole(recipe: Recipe, weights: Path, output: Path) -> None:
 
 def _read(recipe: Recipe, output: Path) -> tuple[Renderer, str]:
     """Read all that may refuse before weights are loaded: folder, tokenizer, chat template."""
-    if output.exists():
-        raise RunError(str(output), "expected a new folder; it exists already")
-    tokenizer = load_tokenizer(recipe.model)
-    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    refuse_existing(output)
+    renderer = load_renderer(recipe)
     return renderer, baked_template(renderer, recipe.data)
 
 

@@ -11,10 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from sftkey.errors import RunError, first_line
 from sftkey.models.adapters import WEIGHTS_FILE
+from sftkey.models.loading import load_renderer
 from sftkey.models.source import ADAPTER_CONFIG
 from sftkey.sharing.baking import baked_template, with_template
 from sftkey.sharing.card import hub_id, model_card
-from sftkey.sharing.export import run_renderer
 from sftkey.sharing.merging import write_model
 from sftkey.sharing.stage import SharedStage
 from sftkey.training.run_folder import Ledger
@@ -81,7 +81,7 @@ def write_files(stage: SharedStage, folder: Path, merged: bool = False) -> None:
         if recipe.stages[stage.number - 1].context == "frozen" and stage.number > 1:
             before = Ledger(stage.run, recipe, main=False).adapter(stage.number - 2)
             _copy_adapter(before, folder / "context")
-        renderer = run_renderer(recipe)
+        renderer = load_renderer(recipe)
         template = baked_template(renderer, recipe.data)
         with_template(renderer.tokenizer, template).save_pretrained(folder)
     (folder / "README.md").write_text(model_card(stage), encoding="utf-8")

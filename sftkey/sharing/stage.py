@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sftkey.errors import RunError
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import Ledger, run_recipe, trained_stage
+
+if TYPE_CHECKING:
+    from sftkey.data.prepare import Prepared
+    from sftkey.data.response import Example
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,24 @@ def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStag
         raise RunError(str(run), f"--stage: the base has no adapter to {what}")
     weights = Ledger(run, recipe, main=False).adapter(number - 1)
     return SharedStage(run, recipe, recipe.stages[number - 1].name, number, weights)
+
+
+def refuse_existing(path: Path, what: str = "folder") -> None:
+    """Refuse to write where something is."""
+    if path.exists():
+        raise RunError(str(path), f"expected a new {what}; it exists already")
+
+
+def asked_questions(run: Path, recipe: Recipe) -> tuple[Prepared, list[Example]]:
+    """Return a run's rows and the test questions that its stages are asked; none is an error."""
+    from sftkey.data.prepare import prepare
+    from sftkey.models.loading import load_tokenizer
+
+    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    questions = list(prepared.questions(recipe))
+    if not questions:
+        raise RunError(str(run), "expected test rows; its recipe has none", "write data.test")
+    return prepared, questions
 
 
 def refuse_frozen(stage: SharedStage) -> None:

@@ -15,8 +15,9 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, DivergedError, RunError
+from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.grading import grade
-from sftkey.evaluation.results import read_generations, score
+from sftkey.evaluation.results import score
 from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over

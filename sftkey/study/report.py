@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sftkey.evaluation.statistics import CHANCE, score_of
+from sftkey.evaluation.statistics import CHANCE, points_text, score_of
 from sftkey.evaluation.thinking import PASSED
 from sftkey.evaluation.thinking_change import MOST_LOSS
-from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, Interval, StudyResults
+from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, StudyResults
 
 HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
 
@@ -156,7 +156,9 @@ def _row(arm: ArmFigures) -> list[str]:
         f"{arm.num_questions}{_in_conversations(arm)}{times}",
         f"{arm.acc:.3f} [{arm.acc_interval[0]:.3f}, {arm.acc_interval[1]:.3f}]",
         f"{arm.fmt:.3f}",
-        f"{_points(difference.difference)} {_ends(difference.interval)}" if difference else "",
+        f"{_points(difference.difference)} {points_text(difference.interval)}"
+        if difference
+        else "",
         _p(difference.p_holm) if difference else "",
         "" if arm.trained_tokens is None else f"{arm.trained_tokens:,}",
         "" if arm.seconds is None else f"{arm.seconds / 60:.1f} min",
@@ -219,7 +221,7 @@ def _stated(stated: Detectable) -> str:
 
 
 def _figures(difference: DifferenceToControl) -> str:
-    points = f"{_points(difference.difference)} points {_ends(difference.interval)}"
+    points = f"{_points(difference.difference)} points {points_text(difference.interval)}"
     return f"({points}, p {_p(difference.p_holm)})"
 
 
@@ -292,10 +294,6 @@ def _thinking(arm: ArmFigures) -> Iterable[str]:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
-
-
-def _ends(interval: Interval) -> str:
-    return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in interval))
 
 
 def _p(p: float) -> str:

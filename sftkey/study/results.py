@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from sftkey.errors import Problem, RunError
-from sftkey.evaluation.grading import shortened
+from sftkey.errors import RunError
 from sftkey.evaluation.judge import JudgeFigures
-from sftkey.evaluation.results import each_once
+from sftkey.evaluation.results import each_once, read_model
 from sftkey.evaluation.thinking import Form, Rate, ValidChange
 from sftkey.files import write_text
 
@@ -187,14 +186,8 @@ def read_results_file(file: Path) -> StudyResults:
     Raises:
         RunError: The file holds something else.
     """
-    try:
-        return StudyResults.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        problems = [
-            Problem(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()
-        ]
-        hint = "`sftkey study` on the study's file writes its results anew"
-        raise RunError(str(file), shortened(problems), hint) from None
+    hint = "`sftkey study` on the study's file writes its results anew"
+    return read_model(StudyResults, file, hint)
 
 
 class CellQuestion(BaseModel):
@@ -267,7 +260,9 @@ def read_cells(folder: Path) -> list[FinishedCell]:
     Raises:
         RunError: There is none, or a file that is no cell.
     """
-    cells = [_read(file) for file in (folder / "cells").glob("*/*/seed-*.json")]
+    hint = "move the file aside; `sftkey study` on its file runs the cell again"
+    files = (folder / "cells").glob("*/*/seed-*.json")
+    cells = [read_model(FinishedCell, file, hint) for file in files]
     if not cells:
         raise RunError(
             str(folder),
@@ -275,17 +270,6 @@ def read_cells(folder: Path) -> list[FinishedCell]:
             "`sftkey study` on its file runs the cells",
         )
     return sorted(cells, key=lambda cell: (cell.task, cell.arm, cell.seed))
-
-
-def _read(file: Path) -> FinishedCell:
-    try:
-        return FinishedCell.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        problems = [
-            Problem(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()
-        ]
-        hint = "move the file aside; `sftkey study` on its file runs the cell again"
-        raise RunError(str(file), shortened(problems), hint) from None
 
 
 def table_of(answered: Iterable[Answered], name: str) -> Any:

@@ -11,14 +11,8 @@ import pytest
 
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.errors import DataError, RunError
-from sftkey.evaluation.results import (
-    StageResult,
-    read_generations,
-    read_result,
-    read_results,
-    score,
-    write_result,
-)
+from sftkey.evaluation.answers import read_generations
+from sftkey.evaluation.results import StageResult, read_result, read_results, score, write_result
 from sftkey.evaluation.statistics import wilson
 from sftkey.generation.generate import Generation
 

@@ -24,7 +24,8 @@ from sftkey.data.prepare import prepare
 from sftkey.data.renderer import probe_renderer
 from sftkey.data.response import QuestionKey
 from sftkey.errors import SFTKeyError
-from sftkey.evaluation.results import read_generations, read_results
+from sftkey.evaluation.answers import read_generations
+from sftkey.evaluation.results import read_results
 from sftkey.models.template import bounded, check_template
 from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe

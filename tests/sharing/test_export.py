@@ -17,7 +17,8 @@ from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
 from sftkey.models.device import Device
 from sftkey.sharing.baking import asked_ids, with_template
-from sftkey.sharing.export import converter_command, modelfile, run_renderer
+from sftkey.models.loading import load_renderer
+from sftkey.sharing.export import converter_command, modelfile
 from sftkey.sharing.stage import shared_stage
 from sftkey.training.stage_model import load_stage
 from tests.support.real_tokenizers import llama_cpp, real_tokenizer
@@ -65,13 +66,13 @@ def test_an_ollama_folder_holds_gguf_and_modelfile(
     merged, _, _, *outtype = called["arguments"]
     assert (Path(merged).name, outtype) == ("tiny", ["--outtype", "q8_0"])
     assert "You calculate." in called["template"]
-    assert (output / "Modelfile").read_text() == modelfile(run_renderer(recipe), recipe)
+    assert (output / "Modelfile").read_text() == modelfile(load_renderer(recipe), recipe)
 
 
 def test_a_modelfile_says_all_that_was_measured(run: tuple[Path, Any]) -> None:
     """The run's prompt, its stop, greedy, no penalty, and room for prompt and response."""
     _, recipe = run
-    assert modelfile(run_renderer(recipe), recipe) == (
+    assert modelfile(load_renderer(recipe), recipe) == (
         'FROM ./model.gguf\nTEMPLATE """<|im_start|>system\nYou calculate.<|im_end|>\n'
         "<|im_start|>user\nQ: {{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n"
         '{{ .Response }}"""\n'
@@ -83,7 +84,7 @@ def test_a_modelfile_says_all_that_was_measured(run: tuple[Path, Any]) -> None:
 def test_a_modelfile_escapes_braces_and_refuses_quotes(run: tuple[Path, Any]) -> None:
     """Braces mean something to Go, and three quotes end the template."""
     _, recipe = run
-    renderer = run_renderer(recipe)
+    renderer = load_renderer(recipe)
 
     def with_system(text: str) -> str:
         data = recipe.data.model_copy(update={"system": text})
@@ -133,7 +134,7 @@ def test_a_gguf_gives_the_answers_of_the_run(
 
     served = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    renderer = run_renderer(recipe)
+    renderer = load_renderer(recipe)
     cpu = Device("cpu", 0, torch.float32)
     trained = load_stage(recipe, ledger_of(folder, recipe), cpu, renderer, 1).eval()
     for number in range(20):
@@ -176,7 +177,7 @@ def test_vllm_serves_an_adapter_beside_its_base(
     ]
     assert words[5:8] == ["8", "--lora-modules", f"tiny={folder}/stages/1-completion/adapter"]
     assert json.loads(words[-1]) == {"temperature": 0.0, "repetition_penalty": 1.0}
-    renderer = run_renderer(recipe)
+    renderer = load_renderer(recipe)
     template = (output / "chat_template.jinja").read_text()
     asked = asked_ids(
         with_template(renderer.tokenizer, template), [{"role": "user", "content": "2?"}]

@@ -13,8 +13,9 @@ import pytest
 from sftkey.checks.gate import unreadable_answers
 from sftkey.data.response import QuestionKey
 from sftkey.errors import DataError
+from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.grading import grade
-from sftkey.evaluation.results import read_generations, read_result
+from sftkey.evaluation.results import read_result
 from sftkey.evaluation.stage import grade_stage
 from sftkey.generation import generate as writing
 from sftkey.generation.generate import Generation
