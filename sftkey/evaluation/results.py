@@ -31,6 +31,9 @@ from sftkey.generation.generate import Generation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sftkey.data.renderer import Renderer
+    from sftkey.recipe.schema import Recipe
+
 
 T = TypeVar("T")
 # What no rule and no judge said isn't written, so that results without are as they were.
@@ -265,6 +268,36 @@ def score(
         settings={"grader": grader, "response": asdict(response), **(settings or {})},
         questions_sha256=_fingerprint(examples),
         questions=questions,
+    )
+
+
+def score_stage(
+    recipe: Recipe,
+    renderer: Renderer,
+    stage: str,
+    generations: Mapping[QuestionKey, Generation],
+    questions: Sequence[Example],
+    settings: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> StageResult:
+    """Grade a stage of a run as its recipe says; the other arguments are those of `score`."""
+    from sftkey.data.sources import MADE
+
+    section = recipe.eval
+    about = {"max_new_tokens": section.max_new_tokens, "temperature": section.temperature}
+    return score(
+        generations,
+        questions,
+        renderer.response,
+        stage=stage,
+        position=["base", *(each.name for each in recipe.stages)].index(stage),
+        grader=section.grader,
+        alpha=section.alpha,
+        assistant_prefix=renderer.assistant_prefix,
+        end=renderer.end,
+        settings={**about, **(settings or {})},
+        made=recipe.data.source in MADE,
+        **more,
     )
 
 

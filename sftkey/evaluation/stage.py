@@ -26,31 +26,24 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         JudgeError: The judge can't be asked. The file lies there nevertheless, with the rule's
             grades and what was judged; graded again, only what is left is asked.
     """
-    from sftkey.data.sources import MADE
     from sftkey.evaluation.answers import graded_answers, read_generations, write_answers
-    from sftkey.evaluation.results import score, write_result
+    from sftkey.evaluation.results import score_stage, write_result
 
     file = generations or run.ledger.generations(stage)
     if not run.ledger.main or not file.exists() or not run.answers.questions:
         return
-    questions, renderer, settings = run.answers.questions, run.prepared.renderer, run.recipe.eval
-    names = ["base", *(each.name for each in run.recipe.stages)]
+    questions, renderer = run.answers.questions, run.prepared.renderer
     judge = stage_judge(run, stage)
-    about = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
     written = read_generations(file, [example.key for example in questions])
     ends = {"assistant_prefix": renderer.assistant_prefix, "end": renderer.end}
-    result = score(
+    result = score_stage(
+        run.recipe,
+        renderer,
+        stage,
         written,
         questions,
-        renderer.response,
-        stage=stage,
-        position=names.index(stage),
-        grader=settings.grader,
-        alpha=settings.alpha,
-        **ends,
+        settings={"judge": judge.section.model} if judge else None,
         tokenizer=run.tokenizer,
-        settings=about | ({"judge": judge.section.model} if judge else {}),
-        made=run.recipe.data.source in MADE,
         thinking_loss=thinking_losses(run, stage),
         loss_name=run.prepared.loss_name,
         judge=judge.flags if judge else None,

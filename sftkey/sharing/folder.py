@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sftkey.data.prepare import Prepared
-from sftkey.data.response import Example, QuestionKey
-from sftkey.data.sources import MADE
+from sftkey.data.response import Example
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.comparison import Comparison, compare
-from sftkey.evaluation.results import StageResult, read_result, score, write_result
-from sftkey.generation.generate import Generation, generate_to_file
+from sftkey.evaluation.results import StageResult, read_result, score_stage, write_result
+from sftkey.generation.generate import generate_to_file
 from sftkey.models.device import choose_device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import fingerprint
@@ -81,42 +79,20 @@ def grade_folder(
         read_generations(answers, keys),
         read_generations(ledger.generations(stage), keys),
     )
-    result = _scored(recipe, prepared, questions, written, stage, number, folder)
+    renderer = prepared.renderer
+    result = score_stage(
+        recipe,
+        renderer,
+        stage,
+        written,
+        questions,
+        settings={"model": str(folder)},
+        tokenizer=renderer.tokenizer,
+    )
     write_result(answers.parent, result.model_copy(update={"stage": answers.stem}))
     equal = sum(written[key].text == before[key].text for key in keys)
     return FolderResult(
         _compared(run, recipe, folder, read_result(graded), result), equal, len(keys)
-    )
-
-
-def _scored(
-    recipe: Recipe,
-    prepared: Prepared,
-    questions: list[Example],
-    written: Mapping[QuestionKey, Generation],
-    stage: str,
-    number: int,
-    folder: Path,
-) -> StageResult:
-    """Grade the folder's answers as the run's were."""
-    settings, renderer = recipe.eval, prepared.renderer
-    return score(
-        written,
-        questions,
-        renderer.response,
-        stage=stage,
-        position=number,
-        grader=settings.grader,
-        alpha=settings.alpha,
-        assistant_prefix=renderer.assistant_prefix,
-        end=renderer.end,
-        tokenizer=renderer.tokenizer,
-        settings={
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "model": str(folder),
-        },
-        made=recipe.data.source in MADE,
     )
 
 

@@ -17,7 +17,7 @@ from sftkey.data.response import Segment
 from sftkey.errors import DataError, DivergedError, RunError
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.grading import grade
-from sftkey.evaluation.results import score
+from sftkey.evaluation.results import score_stage
 from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
@@ -242,20 +242,10 @@ def _rank(tried: ChoiceFigures) -> tuple[float, float]:
 
 def accuracy(run: Run) -> float:
     """Return Acc, by the rule, of what the last stage answered."""
-    questions, renderer, settings = run.answers.questions, run.prepared.renderer, run.recipe.eval
-    stage = run.recipe.stages[-1].name
-    file = run.ledger.generations(stage)
-    return score(
-        read_generations(file, [example.key for example in questions]),
-        questions,
-        renderer.response,
-        stage=stage,
-        position=len(run.recipe.stages),
-        grader=settings.grader,
-        alpha=settings.alpha,
-        assistant_prefix=renderer.assistant_prefix,
-        end=renderer.end,
-    ).acc
+    questions, stage = run.answers.questions, run.recipe.stages[-1].name
+    keys = [example.key for example in questions]
+    written = read_generations(run.ledger.generations(stage), keys)
+    return score_stage(run.recipe, run.prepared.renderer, stage, written, questions).acc
 
 
 def validation_loss(losses: dict[str, float], prepared: Prepared, by: str) -> float:

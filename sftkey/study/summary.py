@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import PureWindowsPath
@@ -34,6 +34,7 @@ from sftkey.study.results import (
     table_of,
 )
 from sftkey.study.seeds import (
+    Estimate,
     Supposed,
     corrected,
     detectable_difference,
@@ -288,22 +289,14 @@ def _arm(
 ) -> ArmFigures:
     same = same_questions(cells)
     timed = [cell for cell in cells if cell.hardware == cells[0].hardware]
-    rows = [cell.rows for cell in cells]
-    acc, fmt = (share(table_of(cells, name), rows, same) for name in ("correct", "strict"))
     against = control if cells[0].arm != (control[0].arm if control else None) else ()
     loss_share, gradient_share = shares(cells)
     return ArmFigures(
         name=cells[0].arm,
         task=cells[0].task,
         stages=cells[0].stages,
-        num_seeds=acc.num_seeds,
-        num_questions=len(rows[0]),
-        num_conversations=num_conversations(rows[0]),
-        same_questions=same,
-        acc=acc.value,
-        acc_interval=acc.interval,
-        fmt=fmt.value,
-        fmt_interval=fmt.interval,
+        num_seeds=len(cells),
+        **_answered(cells, same, share),
         steps=round(fmean(sum(cell.steps.values()) for cell in cells)),
         trained_tokens=round(fmean(sum(cell.trained_tokens.values()) for cell in cells)),
         seconds=fmean(sum(cell.seconds.values()) for cell in timed),
@@ -314,10 +307,27 @@ def _arm(
         loss_share=loss_share,
         gradient_share=gradient_share,
         chosen=cells[0].chosen,
-        judge=judge_figures(question for cell in cells for question in cell.questions),
         rates=rates(cells, same),
         seeds=tuple(_seed(cell, cell) for cell in cells),
     )
+
+
+def _answered(
+    answered: Sequence[Answered], same: bool, share_of: Callable[..., Estimate]
+) -> dict[str, Any]:
+    """Return what the answers of all seeds add up to; `same`: they were to the same questions."""
+    rows = [each.rows for each in answered]
+    acc, fmt = (share_of(table_of(answered, name), rows, same) for name in ("correct", "strict"))
+    return {
+        "num_questions": len(rows[0]),
+        "num_conversations": num_conversations(rows[0]),
+        "same_questions": same,
+        "acc": acc.value,
+        "acc_interval": acc.interval,
+        "fmt": fmt.value,
+        "fmt_interval": fmt.interval,
+        "judge": judge_figures(question for each in answered for question in each.questions),
+    }
 
 
 def _stage_earlier(cells: Cells, by_arm: Mapping[str, Cells]) -> Cells:
@@ -353,23 +363,12 @@ def _base(cells: Cells) -> ArmFigures | None:
         return None
     answered = list(asked.values())
     same = len({sha for sha, _ in asked}) == 1
-    tables = [table_of(answered, name) for name in ("correct", "strict")]
-    rows: list[list[Any]] = [each.rows for each in answered]
-    acc, fmt = (share_of_one_model(flags, rows, same) for flags in tables)
-    num_seeds, num_questions = tables[0].shape
     return ArmFigures(
         name=BASE,
         task=cells[0].task,
         stages=(),
-        num_seeds=num_seeds,
-        num_questions=num_questions,
-        num_conversations=num_conversations(rows[0]),
-        same_questions=same,
-        acc=acc.value,
-        acc_interval=acc.interval,
-        fmt=fmt.value,
-        fmt_interval=fmt.interval,
-        judge=judge_figures(question for each in answered for question in each.questions),
+        num_seeds=len(answered),
+        **_answered(answered, same, share_of_one_model),
         rates=rates(answered, same, one_model=True),
         seeds=tuple(_seed(each) for each in answered),
     )

@@ -16,8 +16,8 @@ from sftkey.commands.sharing import export
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
 from sftkey.models.device import Device
-from sftkey.sharing.baking import asked_ids, with_template
 from sftkey.models.loading import load_renderer
+from sftkey.sharing.baking import asked_ids, with_template
 from sftkey.sharing.export import converter_command, modelfile
 from sftkey.sharing.stage import shared_stage
 from sftkey.training.stage_model import load_stage
