@@ -205,6 +205,17 @@ def irregular(path: Path) -> str | None:
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), None)
 
 
+def refuse_irregular(folder: Path) -> None:
+    """Refuse a folder in which a pipe or a device has a file's place: reading it may never end.
+
+    Raises:
+        RunError: Names it.
+    """
+    for path in folder.rglob("*"):
+        if kind := irregular(path):
+            raise RunError(str(path), f"expected a file; got {kind}", "move it out of the folder")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text; the file appears under its name only when it is whole.
 

@@ -25,7 +25,7 @@ from sftkey.evaluation.thinking import (
     thinking_form,
     thinking_hash,
 )
-from sftkey.files import write_text
+from sftkey.files import refuse_irregular, write_text
 from sftkey.generation.generate import Generation
 
 if TYPE_CHECKING:
@@ -381,6 +381,7 @@ def read_results(run_folder: Path) -> list[StageResult]:
     Raises:
         RunError: There is none, or one that isn't a result.
     """
+    refuse_irregular(run_folder)
     results = read_graded(run_folder)
     if not results:
         hint = "`sftkey train` on its recipe evaluates a run; `sftkey evaluate` does so again"

@@ -13,7 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sftkey.errors import Problem, RunError
-from sftkey.files import file_hash, files_below, free_name, write_json, write_text
+from sftkey.files import (
+    file_hash,
+    files_below,
+    free_name,
+    refuse_irregular,
+    write_json,
+    write_text,
+)
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.lock import RunLock, lock_run
@@ -231,6 +238,7 @@ def _stamp() -> str:
 
 def _opened(recipe: Recipe, folder: Path) -> Ledger:
     """Read or begin the run in a folder that this process has for itself."""
+    refuse_irregular(folder)
     ledger = Ledger(folder, recipe)
     for name in ("stages", "evaluation"):
         (folder / name).mkdir(exist_ok=True)
@@ -369,6 +377,7 @@ def run_recipe(folder: Path) -> Recipe:
     Raises:
         RunError: The folder is no run.
     """
+    refuse_irregular(folder)
     if not (folder / RECIPE).is_file():
         raise RunError(
             str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"

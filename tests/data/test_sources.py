@@ -304,7 +304,8 @@ def test_a_prompt_may_be_messages_and_system_comes_first(tmp_path: Path) -> None
             "a.jsonl",
             '{"a": 1}\n{broken',
             "line 2, column 2: expected JSON; got "
-            "'Expecting property name enclosed in double quotes'",
+            "'Expecting property name enclosed in double quotes'\n"
+            "hint: one object a line, without commas between the lines",
         ),
         ("b.jsonl", '"x"', "line 1: expected an object; got str"),
         (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -23,14 +24,15 @@ from hypothesis import strategies as st
 from sftkey.data.prepare import prepare
 from sftkey.data.renderer import probe_renderer
 from sftkey.data.response import QuestionKey
-from sftkey.errors import SFTKeyError
+from sftkey.errors import RunError, SFTKeyError, as_told
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.results import read_results
 from sftkey.models.template import bounded, check_template
 from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
-from sftkey.recipe.schema import ResponseSection
+from sftkey.recipe.schema import Recipe, ResponseSection
 from sftkey.training import run_folder
+from sftkey.training.log import read_log
 from sftkey.training.soundness import kept_losses
 from tests.support.tiny import CHATML, made_rows, made_tokenizer, write_recipe
 
@@ -211,6 +213,59 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def look_at(place: Path, recipe: Recipe) -> None:
+    """Read a run folder as commands do, which turn what the system refuses into one error."""
+    for look in (
+        lambda: open_run(place).stages,
+        lambda: read_results(place),
+        lambda: read_generations(place / "evaluation/base.jsonl", [QuestionKey(0, 0)]),
+        lambda: kept_losses(place / "stages/1-completion"),
+        lambda: read_log(place / "stages/1-completion/log.jsonl"),
+        lambda: run_folder.open_run(recipe, place).lock.release(),  # type: ignore[union-attr]
+    ):
+        try:
+            look()
+        except (SFTKeyError, OSError) as error:
+            as_told(error)
+
+
+def looped(path: Path) -> None:
+    """Make a link to itself."""
+    path.symlink_to(path.name)
+
+
+@pytest.mark.fault("a folder or file that the system refuses")
+@pytest.mark.parametrize("put", [Path.mkdir, looped])
+def test_what_is_no_file_in_a_run_folder_ends_with_an_error(
+    put: Callable[[Path], object],
+    run: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """A folder, or a loop of links, in the place of each file."""
+    recipe, place = load_recipe(run / "recipe.yaml"), tmp_path / "broken"
+    names = [file.relative_to(run) for file in run.rglob("*") if file.is_file()]
+    for name in names:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(run, place)
+        (place / name).unlink()
+        put(place / name)
+        look_at(place, recipe)
+    record_property("tries", len(names))
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_a_pipe_in_a_run_folder_is_not_waited_for(run: Path) -> None:
+    """Whichever file it stands for; commands ask for the recipe first."""
+    recipe = load_recipe(run / "recipe.yaml")
+    pipe = run / "stages" / "1-completion" / "log.jsonl"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    for look in (open_run, read_results, partial(run_folder.open_run, recipe)):
+        with bounded(SECONDS), pytest.raises(RunError, match="expected a file; got a pipe"):
+            look(run)
+
+
 @runs(20, 1500)
 @pytest.mark.fault("changed or torn input, by the thousand")
 def test_run_folders(hold: Hold, run: Path, tmp_path: Path) -> None:
@@ -239,14 +294,6 @@ def test_run_folders(hold: Hold, run: Path, tmp_path: Path) -> None:
             (place / name).unlink()
         else:
             (place / name).write_bytes(content)
-        for look in (
-            lambda: open_run(place).stages,
-            lambda: read_results(place),
-            lambda: read_generations(place / "evaluation/base.jsonl", [QuestionKey(0, 0)]),
-            lambda: kept_losses(place / "stages/1-completion"),
-            lambda: run_folder.open_run(recipe, place).lock.release(),  # type: ignore[union-attr]
-        ):
-            with suppress(SFTKeyError):
-                look()
+        look_at(place, recipe)
 
     hold(broken(), use)
