@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sftkey.adapt.answers_only import own_notes
-from sftkey.adapt.data import choose_data, measure
+from sftkey.adapt.data import choose_data, measure, own_notes
 from sftkey.adapt.frame import choose_frame
 from sftkey.adapt.write import OWN_TOKENS, Choices, head, sections
 from sftkey.checks.mask_proof import Proof, prove

@@ -31,7 +31,6 @@ from sftkey.training.losses import (
     joint_losses,
     token_losses,
 )
-from sftkey.training.stage_start import StageStart, thinking_targets
 from sftkey.training.validating import (
     KeyBatch,
     ValidatingTrainer,
@@ -39,7 +38,13 @@ from sftkey.training.validating import (
     segment_means,
     segment_sums,
 )
-from sftkey.training.weighting import find_weighting, likeliest_entropy, takes_entropies
+from sftkey.training.weighting import (
+    StageStart,
+    find_weighting,
+    likeliest_entropy,
+    takes_entropies,
+    thinking_targets,
+)
 
 
 class GroupedByLength(LengthGroupedSampler):
