@@ -140,7 +140,7 @@ def _same(giver: Ledger, rows: Mapping[str, str], splits: Collection[str]) -> bo
 
 
 def _giver(ledger: Ledger, number: int, rows: Mapping[str, str]) -> Ledger | None:
-    """Find a run beside this one whose stage at `number` came about as this one's would.
+    """Find a run of this study that has trained an identical stage at this place.
 
     One that has answered the questions after it comes first.
     """

@@ -1,4 +1,4 @@
-"""Losses of labelled tokens, of which alone the model's head computes the logits."""
+"""Per-token losses; the model's head runs on labelled positions only."""
 
 from __future__ import annotations
 

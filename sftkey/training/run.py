@@ -126,7 +126,7 @@ class Run:
         packs: The training rows, packed, for the stages that read packs.
         reports: Each makes what writes something more of each stage's model than its answers.
         grade: Tells whether an answer is right, for stages over the model's own thinking.
-        measures_gradients: Whether the ledger is to say how strongly each segment pulls.
+        measures_gradients: Whether the ledger gets the gradient norm of each segment's loss.
     """
 
     recipe: Recipe
