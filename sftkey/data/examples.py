@@ -232,12 +232,13 @@ def make_examples(
             try:
                 system = _system(row, data)
                 prompt, thinking, answer = _usable(outcome, data, system)
+                tools = read_tools(row.get("tools"))
             except RowError as error:
                 loaded.unsplit.append(Unsplit(index, str(error), error.code))
                 continue
             if system is not None:
                 prompt = ({"role": "system", "content": system}, *_as_messages(prompt))
-            if tools := read_tools(row.get("tools")):
+            if tools:
                 first = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
                 prompt = (first, *_as_messages(prompt))
             loaded.examples.append(Example(prompt, thinking, answer, index, turn))

@@ -79,9 +79,12 @@ def _is_trained(message: Mapping[str, Any], role: str, place: int) -> bool:
 
 
 def _further(message: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a message says beside what is read here; null and empty values say nothing."""
+    """Yield what a message says beside what is read here; null and empty values say nothing.
+
+    False does: it may be somebody's word for a turn that isn't to be trained.
+    """
     for key, value in message.items():
-        if key not in READ_HERE and value not in (None, False, "", [], {}):
+        if key not in READ_HERE and value is not None and value not in ("", [], {}):
             yield key, value
 
 
@@ -102,11 +105,17 @@ def _calls(value: Any, place: int) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Read a row's tools: a list of descriptions, or JSON of such; anything else is none."""
+    """Read a row's tools: a list of descriptions, or JSON of such; words are something else.
+
+    Raises:
+        RowError: A description has no name.
+    """
     tools = parsed_json(value)
-    listed = isinstance(tools, list) and all(isinstance(each, dict) for each in tools)
-    named = listed and all("name" in (each.get("function") or each) for each in tools)
-    return tools if named else []
+    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+        return []
+    if not all("name" in (each.get("function") or each) for each in tools):
+        raise RowError("`tools` holds the description of a tool without a `name`")
+    return tools
 
 
 def _from_parts(parts: Sequence[Any], place: int) -> tuple[str | None, str]:

@@ -62,7 +62,9 @@ def _same(one: str, other: str) -> bool:
 
 
 def _arrow(before: str, after: str) -> str:
-    """Show two texts from a little before the place where they part."""
+    """Show two texts from a little before the place where they part; the same text once."""
+    if before == after:
+        return repr(before[:NUM_SHOWN])
     pairs = enumerate(zip(before, after, strict=False))
     place = next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
     start = max(place - NUM_SHOWN // 3, 0)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from inspect import signature
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, TemplateError, meta, nodes
-from jinja2.ext import Extension
+from jinja2 import TemplateError
 
 from sftkey.data.response import TOOLS, Response
+from sftkey.data.template_reads import Reads, read_template
 from sftkey.errors import FrameError, Problem, did_you_mean
 
 if TYPE_CHECKING:
-    from jinja2.parser import Parser
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, Any]]
@@ -35,9 +33,6 @@ TAG = re.compile(r"(<[^<>\s]+>)")
 ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
 OF_TOOL_ANSWERS = ("name", "tool_call_id")
-ASKED = "add_generation_prompt"
-OF_ROWS = ("messages", "tools")  # the variables that a row brings itself
-FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
 OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
 
 
@@ -57,68 +52,6 @@ def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that finds special tokens in a text, the longest first."""
     tokens = sorted(special, key=len, reverse=True)
     return re.compile("|".join(re.escape(token) for token in tokens) or r"(?!)")
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What a chat template reads, by its syntax tree.
-
-    Args:
-        variables: The names that it looks up in what it is given.
-        names: Its constant texts, and the attributes that it asks for.
-        fixed_header: Whether asking for an answer adds the same text to every chat.
-    """
-
-    variables: frozenset[str]
-    names: frozenset[str]
-    fixed_header: bool
-
-
-class _Generation(Extension):
-    """`{% generation %}`, by which templates mark an assistant's text."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@cache
-def read_template(template: str) -> Reads:
-    """Return what a template reads.
-
-    Raises:
-        TemplateError: It is no Jinja.
-    """
-    env = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    tree = env.parse(template)
-    variables = meta.find_undeclared_variables(tree) - set(env.globals)
-    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    fixed = _has_fixed_header(tree, variables - set(OF_ROWS))
-    return Reads(frozenset(variables), frozenset(texts | attributes), fixed)
-
-
-def _has_fixed_header(tree: nodes.Template, of_run: set[str]) -> bool:
-    """Tell whether a template's end alone heeds `add_generation_prompt`, and nothing of the row.
-
-    Args:
-        tree: Its syntax tree.
-        of_run: Variables that have one value in a whole run.
-    """
-    last = tree.body[-1] if tree.body else None
-    if not isinstance(last, nodes.If):
-        return False
-    stored = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    asked = [name for name in tree.find_all(nodes.Name) if name.name == ASKED]
-    names = list(last.find_all(nodes.Name))
-    own = (of_run - stored) | FUNCTIONS | {ASKED}
-    return len(asked) == sum(name.name == ASKED for name in names) > 0 and all(
-        name.ctx == "load" and name.name in own for name in names
-    )
 
 
 def reads_of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> Reads:
@@ -172,6 +105,8 @@ def render_prompt(
         lost = _lost(tokenizer, message, text)
         if lost:
             raise FrameError(name, lost, _hint(message["role"]))
+    if len(messages) > 1 and not _stand_in_order(messages, text):
+        _check_each_is_read(tokenizer, messages, kwargs, text)
     for key in _further_keys(messages):
         if not _is_read(tokenizer, messages, kwargs, key, text):
             near = did_you_mean(key, _message_names(tokenizer))
@@ -180,6 +115,33 @@ def render_prompt(
                 name, what, "leave it out, or give a model.chat_template that reads it"
             )
     return text
+
+
+def _stand_in_order(messages: Messages, text: str) -> bool:
+    """Tell whether each message's text stands behind the one before: then none hides another."""
+    place = 0
+    for message in messages:
+        content = message["content"].strip()
+        place = text.find(content, place)
+        if place < 0:
+            return False
+        place += len(content)
+    return True
+
+
+def _check_each_is_read(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any], text: str
+) -> None:
+    """Refuse a message whose text stands in the prompt only since another one holds it."""
+    for place, message in enumerate(messages):
+        others = [*messages[:place], *messages[place + 1 :]]
+        try:
+            same = bool(others) and render(tokenizer, others, kwargs) == text
+        except TEMPLATE_ERRORS:
+            continue
+        if same:
+            what = f"the chat template drops the {message['role']} message {place}"
+            raise FrameError(name_of(tokenizer), what, _hint(message["role"]))
 
 
 def _hint(role: str) -> str:
@@ -311,7 +273,7 @@ def probe_template(
         )
     question = [{"role": "user", "content": QUESTION}]
     try:
-        reads = reads_of(tokenizer, kwargs.get("tools"))
+        _check_kwargs(tokenizer, kwargs, reads_of(tokenizer, kwargs.get("tools")))
         closed = render(tokenizer, question, kwargs, add_generation_prompt=False)
         prompt = render(tokenizer, question, kwargs)
         turn = [*question, {"role": "assistant", "content": SENTINEL}]
@@ -323,7 +285,6 @@ def probe_template(
             f"the chat template raises on a question and its answer: {error}",
             hint="give another model.chat_template",
         ) from error
-    _check_kwargs(name, kwargs, reads)
     if QUESTION not in prompt or text.count(SENTINEL) != 1:
         raise FrameError(
             name,
@@ -345,18 +306,25 @@ def probe_template(
     return Probe(assistant_prefix, after, header, tail, more.partition(SENTINEL)[2])
 
 
-def _check_kwargs(name: str, kwargs: Mapping[str, Any], reads: Reads) -> None:
-    """Refuse what a recipe hands to a template that never looks it up."""
-    own = {"messages", ASKED}
+def _check_kwargs(
+    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], reads: Reads
+) -> None:
+    """Refuse what a recipe hands to a template that never looks it up, or that is set for it."""
+    own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
+    own -= {"tools", "documents", "kwargs"}
     known = sorted(reads.variables - own)
-    where = "model.chat_template_kwargs"
+    never = "the chat template never reads it"
     problems = [
-        Problem(f"{where}.{key}", f"the chat template never reads it{did_you_mean(key, known)}")
+        Problem(
+            f"model.chat_template_kwargs.{key}",
+            "sftkey sets it for each row" if key in own else never + did_you_mean(key, known),
+        )
         for key in kwargs
         if key not in known
     ]
     if problems:
-        raise FrameError(name, problems, f"its variables are {', '.join(known) or 'none'}")
+        hint = f"its variables are {', '.join(known) or 'none'}"
+        raise FrameError(name_of(tokenizer), problems, hint)
 
 
 def _check_header(name: str, header: str, response: Response) -> None:

@@ -123,8 +123,9 @@ def test_turns_that_are_not_to_be_trained_are_left_out() -> None:
 
 def test_what_nothing_reads_of_a_trained_turn_is_refused() -> None:
     """A half-written answer to be gone on from is trained as a whole one otherwise."""
-    (refused,) = loaded(PLAIN[0], {**PLAIN[1], "prefix": True}).unsplit
-    assert refused.reason == "`prefix` of a trained turn, which nothing reads; leave it out"
+    for key, value in {"prefix": True, "loss": False, "mask": 0}.items():
+        (refused,) = loaded(PLAIN[0], {**PLAIN[1], key: value}).unsplit
+        assert refused.reason == f"`{key}` of a trained turn, which nothing reads; leave it out"
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -138,6 +139,8 @@ def test_a_row_s_tools_stand_first(tools: Any) -> None:
     assert example.prompt[1:] == (PLAIN[0],)
     for other in (None, "hammer", [], ["hammer"]):
         assert loaded(*PLAIN, tools=other).examples[0].prompt == (PLAIN[0],)
+    (refused,) = loaded(*PLAIN, tools=[TOOL, {"type": "function"}]).unsplit
+    assert refused.reason == "`tools` holds the description of a tool without a `name`"
 
 
 WITH_TOOLS = (

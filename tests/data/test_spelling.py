@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ TEXTS = st.lists(
 
 def framed(kind: str) -> Renderer:
     """Probe a made tokenizer with two added tokens, one of which no byte-level sign writes."""
-    tokenizer = made(kind, CHATML)
+    tokenizer = copy.deepcopy(made(kind, CHATML))
     tokenizer.add_tokens([AddedToken("legs here"), AddedToken("三")])
     return probe_renderer(tokenizer, ResponseSection())
 

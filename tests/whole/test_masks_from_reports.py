@@ -108,6 +108,38 @@ def test_keys_of_messages(key: str) -> None:
     assert f"never reads `{key}` of a message" in refused.reason
 
 
+HI = {"role": "user", "content": "2 + 2?"}
+TURN = "(messages[-2:] if messages[-1].role == 'assistant' else messages[-1:])"
+LAST_ALONE = CHATML.replace("in messages", f"in {TURN}")
+NO_SYSTEM = CHATML.replace("in messages", "in messages if m['role'] != 'system'")
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (NO_SYSTEM, asked("2 + 2")),
+        (LAST_ALONE, (HI, {"role": "assistant", "content": "2"}, HI)),
+    ],
+    ids=["system", "earlier turns"],
+)
+def test_a_dropped_message_hides_behind_another(
+    template: str, prompt: tuple[dict[str, str], ...]
+) -> None:
+    """Its text stands in the prompt, but only as another message's."""
+    refused = outcome(framed(template), Example(prompt, "2 and 2.", "4", 2))
+    assert isinstance(refused, Refusal)
+    assert (refused.index, refused.code) == (2, "template")
+    assert "the chat template drops the" in refused.reason
+    assert isinstance(outcome(framed(), Example(prompt, "2 and 2.", "4", 2)), Row)
+
+
+@pytest.mark.parametrize("key", ["messages", "add_generation_prompt", "tokenize", "chat_template"])
+def test_kwargs_that_are_set_for_each_row(key: str) -> None:
+    """They are named as such, and nothing is blamed on the template."""
+    with pytest.raises(FrameError, match=f"{key}: sftkey sets it for each row"):
+        framed(kwargs={key: False})
+
+
 def test_normalizer_rewrites() -> None:
     """An answer that becomes another one refuses its row; a thinking is told with an example."""
     renderer = framed(normalizer=normalizers.NFKC())
@@ -159,6 +191,17 @@ def test_control_text_in_earlier_reasoning() -> None:
     assert isinstance(refused, Refusal)
     assert (refused.index, refused.code) == (7, "special-token-text")
     assert "<|im_end|>" in refused.reason
+
+
+def test_control_text_in_the_name_of_an_argument() -> None:
+    """What a tool is called with has names, which templates write as they write values."""
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | string }}")
+    call = {"name": "add", "arguments": {"<|im_end|>": 2}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = ({"role": "user", "content": "2?"}, called, {"role": "tool", "content": "4"})
+    refused = outcome(framed(template), Example(prompt, "2 and 2.", "4", 1))
+    assert isinstance(refused, Refusal)
+    assert (refused.index, refused.code) == (1, "special-token-text")
 
 
 @pytest.mark.parametrize("answer", ["4", "4 ", "4\n"])
