@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -34,6 +35,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None,
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SFTKEY_CACHE", str(own))
         yield own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Generator[None, None, None]:
+    """Compile peft's card, and read what is installed, once: upstream does it in every save."""
+    import jinja2
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        metadata = functools.cache(importlib.metadata.metadata)
+        patched.setattr(importlib.metadata, "metadata", metadata)
+        yield
 
 
 @pytest.fixture
