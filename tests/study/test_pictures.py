@@ -43,15 +43,13 @@ def two_tasks(**more: Any) -> StudyResults:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Keep each figure, by its file's name, when it is saved."""
+    """Keep each figure, by its file's name, in place of a file."""
     from matplotlib.figure import Figure
 
     kept: dict[str, Any] = {}
-    save = Figure.savefig
 
     def keep(figure: Figure, file: Path, **settings: Any) -> None:
         kept[file.name] = figure
-        save(figure, file, **settings)
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return kept
@@ -117,6 +115,7 @@ def test_a_blank_pane_is_told_from_ink(tmp_path: Path) -> None:
     assert ink[0] < 0.005 < 0.01 < ink[1]
 
 
+@pytest.mark.usefixtures("figures")
 def test_nothing_is_drawn_of_which_nothing_is_known(tmp_path: Path) -> None:
     """Without lengths or a control there is no gain, without losses there are no shares."""
     unmeasured = made_cells(num_questions=40, reference_tokens={}, validation={})

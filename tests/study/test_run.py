@@ -368,13 +368,13 @@ def test_choices_are_made_on_validation_rows_alone(
 
 
 @pytest.mark.parametrize(
-    ("num_right", "chosen", "by_the_loss"),
-    [([3, 1], 1e-9, False), ([1, 3], 1e-1, False), ([2, 2], None, True), ([0, 0], None, True)],
+    ("arm", "num_right", "chosen"),
+    [("sftkey", [3, 1], 1e-9), ("sft_tag", [1, 3], 1e-1), ("sft_tag", [0, 0], None)],
 )
 def test_values_are_chosen_by_the_answers_to_validation_rows(
+    arm: str,
     num_right: list[int],
     chosen: float | None,
-    by_the_loss: bool,
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -383,9 +383,11 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
     monkeypatch.chdir(tmp_path)
     rates = [1e-9, 1e-1]
     choose = {"learning_rate": rates, "num_rows": 6, "max_rounds": 0}
-    file = write_study(tmp_path, tiny_folder, choose=choose, arms=["sftkey", "sft_twice"])
+    arms = ["sft_tag", "sft_twice", "sftkey"]
+    file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
     run = study_run(load_study(file), file)
-    prepared = run.rows(arm_recipe(run.study, run.files[0], "sftkey", 1))
+    recipe = arm_recipe(run.study, run.files[0], arm, 1)
+    prepared = run.rows(recipe)
     examples = {each.index: each for each in prepared.validation_examples}
     asked: list[tuple[str, float, list[Any]]] = []
 
@@ -404,15 +406,15 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
         return f"<Thinking>\n1\n</Thinking>\n<Answer>\n{answer}\n</Answer>"
 
     monkeypatch.setattr("sftkey.training.answers.generate_to_file", answer)
-    picked = run.choices(run.files[0]).of("sftkey")
+    picked = run.choices(run.files[0]).of(arm)
     stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
     for values, stage in zip(picked, stages, strict=True):
         losses = {each["learning_rate"]: each["loss"] for each in stage["tried"]}
         lowest = min(losses, key=lambda rate: losses[rate])
-        assert values == {"learning_rate": lowest if by_the_loss else chosen}
+        assert values == {"learning_rate": chosen or lowest}
         assert [each["acc"] for each in stage["tried"]] == [right / 3 for right in num_right]
     assert [(name, rate) for name, rate, _ in asked] == [
-        (name, rate) for name in ("completion", "key") for rate in rates
+        (stage.name, rate) for stage in recipe.stages for rate in rates
     ]
     for *_, indexes in asked:
         assert len(indexes) == 3
