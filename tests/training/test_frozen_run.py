@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,10 @@ def test_a_stage_trains_the_key_as_it_is_generated(trained: Run) -> None:
     assert found == pytest.approx({name: reported[name] for name in found}, rel=EQUAL)
 
 
-def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_another_context_is_refused(trained: Run, tmp_path: Path) -> None:
     """A key adapter isn't put beside other weights than those that it was trained on."""
-    recipe = tiny_recipe(stages=stages())
-    run = done(recipe, tmp_path / "runs")
+    folder = shutil.copytree(trained.ledger.folder, tmp_path / "tiny")
+    run = start(trained.recipe, folder, grade=grade)
     was = json.loads((run.ledger.adapter(1) / "base.json").read_text())["context_fingerprint"]
     file = run.ledger.adapter(0) / "adapter_model.safetensors"
     save_file({name: each + 1 for name, each in load_file(file).items()}, file)
@@ -128,21 +129,24 @@ def test_another_context_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize("grid", [None, {"learning_rate": [1e-3, 1e-2]}], ids=["one", "grid"])
+GRID = stages(grid={"learning_rate": [1e-3, 1e-2]})
+
+
+@pytest.mark.parametrize("given", [stages(), GRID[1:]], ids=["one", "grid, on the base"])
 @pytest.mark.fault("a kill")
 def test_a_killed_frozen_stage_goes_on_as_if_nothing_had_been(
-    grid: Any, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Any, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at its third step and begun again, the stage writes the same adapter, bit for bit."""
-    recipe = tiny_recipe(stages=stages(grid=grid))
+    recipe = tiny_recipe(stages=given, eval={"num_questions": 1, "max_new_tokens": 1})
     whole = done(recipe, tmp_path / "whole")
     with monkeypatch.context() as context:
         kill_at_step(context, "key", 3)
         with pytest.raises(Killed):
             done(recipe, tmp_path / "killed")
     resumed = done(recipe, tmp_path / "killed")
-    expected = adapter_of(whole, 1)
-    assert all(torch.equal(each, expected[name]) for name, each in adapter_of(resumed, 1).items())
+    expected, got = (adapter_of(run, len(given) - 1) for run in (whole, resumed))
+    assert all(torch.equal(each, expected[name]) for name, each in got.items())
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -180,8 +184,8 @@ def test_a_grid_is_judged_by_its_validation_rows(tiny_recipe: MakeRecipe, tmp_pa
     data = {"source": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "other.jsonl")}
     grid = {"learning_rate": [5e-2, 1e-5]}
     key = {"loss_on": "answer", "grid": grid, "trainer": {"max_steps": 12}}
-    sections = {"data": {**data, "test": 4}, "stages": stages(**key)}
-    choice = done(tiny_recipe(**sections), tmp_path / "runs").ledger.stages[1].grid
+    sections = {"data": {**data, "test": 4}, "stages": stages(**key)[1:]}
+    choice = done(tiny_recipe(**sections), tmp_path / "runs").ledger.stages[0].grid
     assert choice is not None
     assert choice["kept"] == {"learning_rate": 1e-5}
     assert choice["tried"][0]["loss"] > choice["tried"][1]["loss"] + 1e-2

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,10 @@ REFUSED = (
     *("stages/2-key/adapter/adapter_config.json", "stages/2-key/adapter/base.json"),
     *("stages/2-key/adapter/adapter_model.safetensors", "stages/1-completion/log.jsonl"),
 )
-MENDED = ("ledger.json", "recipe.yaml", "evaluation/key.jsonl", "evaluation/key.json", "rows.json")
+MENDED = (  # those of a line are broken at once
+    ("ledger.json", "evaluation/key.jsonl"),
+    ("recipe.yaml", "evaluation/key.json", "rows.json"),
+)
 
 
 @pytest.mark.parametrize("how", BREAK)
@@ -141,16 +145,17 @@ MENDED = ("ledger.json", "recipe.yaml", "evaluation/key.jsonl", "evaluation/key.
 def test_a_broken_file_is_named_or_mended(how: str, copied: Path) -> None:
     """One error names the file and the ways on; or all ends as if nothing had been broken."""
     folder = copied / "runs" / "tiny"
-    kept = {name: (folder / name).read_bytes() for name in (*REFUSED, *MENDED)}
+    kept = {name: (folder / name).read_bytes() for name in (*REFUSED, *chain(*MENDED))}
     (folder / "evaluation" / "key.jsonl").unlink()  # so that the last stage's model is loaded
     for name in REFUSED:
         BREAK[how](folder / name)
         with pytest.raises(RunError, match=re.escape(f"{folder / name}: expected what the run")):
             finish(go_on(copied))
         (folder / name).write_bytes(kept[name])
-    for name in MENDED:
+    for names in MENDED:
         finish(go_on(copied))
-        BREAK[how](folder / name)
+        for name in names:
+            BREAK[how](folder / name)
     finish(go_on(copied))
     for name in ("recipe.yaml", "evaluation/key.jsonl", "evaluation/key.json"):
         assert (folder / name).read_bytes() == kept[name]
