@@ -29,7 +29,7 @@ from tests.support.tokenizers import CHATML, made
 @pytest.fixture(autouse=True)
 def short_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prove on fewer rows than users get, and write for a machine that has CUDA."""
-    monkeypatch.setattr(planning_adapt, "NUM_PROOF_ROWS", 100)
+    monkeypatch.setattr(planning_adapt, "NUM_PROOF_ROWS", 40)
     monkeypatch.setattr(planning_adapt, "has_cuda", lambda: True)
 
 
@@ -169,7 +169,7 @@ def test_without_data_the_source_is_left_to_the_user(
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "to be decided: data.source; `sftkey check` refuses the recipe until then"
     assert out[2] == f"  {asked}"
-    assert out[3].startswith("masks proven on 100 hard rows: ")
+    assert out[3].startswith("masks proven on 40 hard rows: ")
 
 
 def test_without_a_frame_the_template_is_left_to_the_user(
@@ -385,7 +385,7 @@ def test_the_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head, proven, *reasons = out.partition("PROMPT")[0].splitlines()
     assert head == "q.yaml: written"
     assert proven == (
-        "masks proven on 100 hard rows: 89 right, 0 wrong, 11 refused, of which none can be built:"
+        "masks proven on 40 hard rows: 89 right, 0 wrong, 11 refused, of which none can be built:"
     )
     assert reasons == [
         "  10: the response's own tags stand inside the answer",
@@ -409,7 +409,7 @@ def test_without_a_file_the_recipe_goes_to_stdout(
     assert exited.value.code == 0
     captured = capsys.readouterr()
     assert captured.out == WHOLE.replace("q.yaml", "recipe.yaml")
-    assert captured.err.startswith("masks proven on 100 hard rows: ")
+    assert captured.err.startswith("masks proven on 40 hard rows: ")
     assert list(here.glob("*.yaml")) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ OF_THE_FRAME = {
 }
 
 
+@cache
 def framed(kind: str = "byte_level", name: str = "chatml") -> Renderer:
     """Probe a made tokenizer with one of the frames."""
     template, section = FRAMES[name]

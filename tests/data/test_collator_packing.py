@@ -272,7 +272,7 @@ def test_a_resumed_stage_meets_the_same_order(
 ) -> None:
     """Packed, and grouped by length, killed in its second epoch, with dropout: bit for bit."""
     lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
-    recipe = tiny_recipe(lora=lora, trainer=TRAINER | {"save_steps": 1}, stages=STAGES[:1])
+    recipe = tiny_recipe(lora=lora, trainer=TRAINER | {"save_steps": 3}, stages=STAGES[:1])
     overrides = (f"data.packing={packing}", "data.max_length=200")
     whole = done(recipe, tmp_path / "whole", *overrides)
     steps = whole.ledger.stages[0].num_steps

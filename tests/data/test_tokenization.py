@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ FRAMES = {
 }
 
 
+@cache
 def framed(kind: str, renderer: str) -> Renderer:
     """Probe a made tokenizer with one of the frames."""
     template, section = FRAMES[renderer]

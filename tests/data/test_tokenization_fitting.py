@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -15,10 +17,16 @@ LONG = Example("Q", "3 cats: 12\n2 birds: 4\n" * 5, "16", 4)
 SHORT = Example("Q", "4", "16", 5)
 
 
+@cache
+def framed(kind: str) -> Renderer:
+    """Probe a made tokenizer with the default tags."""
+    return probe_renderer(made(kind, CHATML), ResponseSection())
+
+
 @pytest.fixture
 def renderer() -> Renderer:
     """Return a frame whose tokens are short."""
-    return probe_renderer(made("look_ahead", CHATML), ResponseSection())
+    return framed("look_ahead")
 
 
 def key_of(row: Row) -> list[int]:
@@ -73,14 +81,14 @@ def test_trimming_refuses_what_cannot_fit(renderer: Renderer) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(thinking=TEXT, answer=TEXT, share=st.floats(0, 1))
 def test_trimming_takes_the_thinkings_end_and_never_the_key(
     kind: str, thinking: str, answer: str, share: float
 ) -> None:
     """A trimmed row is what tokenizing a shorter thinking gives, with tag and key whole."""
     assume(not any(token in thinking * 3 for token in SPECIAL))
-    renderer = probe_renderer(made(kind, CHATML), ResponseSection())
+    renderer = framed(kind)
     assume(not any(tag.strip() in answer for tag in vars(renderer.response).values()))
     example, bare = (Example("Q", text, answer, 0) for text in (thinking * 3, ""))
     whole, smallest = tokenize([example, bare], renderer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 
@@ -50,6 +51,7 @@ def reduced(tree: ast.Module, whole: bool) -> ast.Module:
     return kept
 
 
+@cache
 def graph(root: Path, whole: bool = True) -> dict[str, set[str]]:
     """Map each module to the modules and outside packages that it imports.
 
