@@ -364,7 +364,7 @@ def test_the_command_loads_nothing_heavy(folder: Path) -> None:
 def test_json_has_plan_and_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What doesn't fit refuses, with the change as the hint."""
     with pytest.raises(SystemExit) as ended:
-        check(RECIPE, [f"model.name_or_path={folder}"], True, gpu="8GB", plan_only=True)
+        check(RECIPE, [f"model.name_or_path={folder}"], as_json=True, gpu="8GB", plan_only=True)
     assert ended.value.code == 2
     report = json.loads(capsys.readouterr().out)
     (finding,) = report["findings"]
@@ -394,12 +394,12 @@ def test_check_plans_beside_the_rows(
     tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without `--plan-only` the gate's findings and the plan come together."""
-    check(tiny_recipe(), ["trainer.optim=sgd"], True, gpu="24GB")
+    check(tiny_recipe(), ["trainer.optim=sgd"], as_json=True, gpu="24GB")
     report = json.loads(capsys.readouterr().out)
     assert report["statistics"]["key_share"]
     assert report["plan"]["fits"]
     with pytest.raises(SystemExit):
-        check(tiny_recipe(), ["lora.use_dora=true"], True, gpu="24GB")
+        check(tiny_recipe(), ["lora.use_dora=true"], as_json=True, gpu="24GB")
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["message"] == (
         "tiny, stage completion: lora.use_dora: what it adds to memory isn't planned"
