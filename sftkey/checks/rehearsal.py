@@ -5,20 +5,23 @@ What upstream refuses, it refuses here: as an error of ours, before any weights 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig
 
 from sftkey.checks.findings import Finding, of_error
 from sftkey.data.collator import row_lengths
@@ -84,6 +87,7 @@ def rehearsal_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
         device = Device("cpu", 0, torch.float32)  # whatever this machine has, and the run will
         skeleton = skeleton_of(recipe.model)
         refuse_missing_trackers(recipe)
+        refuse_attention(recipe, skeleton)
         recipe = _with_all_settings(recipe, skeleton)
         rows = prepared.train.select(range(min(NUM_ROWS, len(prepared.train))))
         found = list(_stages(recipe, skeleton, device, rows, prepared))
@@ -141,6 +145,23 @@ def refuse_mixed_lengths(skeleton: PreTrainedModel, prepared: Prepared) -> None:
             f"row's loss would depend on the rows beside it; the longest row has {longest}",
             f"write data.max_length={limit}",
         )
+
+
+def refuse_attention(recipe: Recipe, skeleton: PreTrainedModel) -> None:
+    """Refuse an attention that this model doesn't have, or whose package is missing.
+
+    Raises:
+        ModelError: Says what transformers says.
+    """
+    attention = recipe.model.attn_implementation
+    if attention is None:
+        return
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(skeleton.config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        what = f"expected one that this model has, on this machine; got {attention!r}"
+        raise ModelError("model.attn_implementation", f"{what}: {first_line(error)}") from error
 
 
 def refuse_missing_trackers(recipe: Recipe) -> None:
@@ -217,12 +238,36 @@ def build_arguments(recipe: Recipe, stage: StageSection, device: Device, folder:
     """
     try:
         with quiet():
-            stage_arguments(recipe, stage, device, folder, on_start=True)
+            arguments = stage_arguments(recipe, stage, device, folder, on_start=True)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         if isinstance(error, SFTKeyError):
             raise
         where = f"stages.{stage.name}.trainer"
         raise RecipeError(where, f"trl.SFTConfig refuses it: {_said(error)}") from error
+    refuse_idle_optimizer_settings(arguments, f"stages.{stage.name}.trainer")
+
+
+def refuse_idle_optimizer_settings(arguments: SFTConfig, where: str) -> None:
+    """Refuse settings of an optimizer that the one which is built never reads.
+
+    Raises:
+        RecipeError: Names the first.
+    """
+    defaults = {each.name: each.default for each in dataclasses.fields(SFTConfig)}
+    read = Trainer.get_optimizer_cls_and_kwargs
+    for key in ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(arguments, key) == defaults[key]:
+            continue
+        plain = copy.copy(arguments)
+        setattr(plain, key, defaults[key])
+        try:
+            idle = read(plain) == read(arguments)
+        except (ImportError, ValueError):  # the stage's step tells more of it
+            return
+        if idle:
+            optimizer = OptimizerNames(arguments.optim).value
+            what = f"{key}={getattr(arguments, key)!r}: {optimizer} never reads it"
+            raise RecipeError(where, what, "leave it out, or choose another optimizer")
 
 
 def small_model(skeleton: PreTrainedModel) -> PreTrainedModel | None:
@@ -389,7 +434,7 @@ def _reload(
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep upstream's warnings of a rehearsal to ourselves: what matters is an error."""
     from transformers.utils import logging

@@ -49,6 +49,19 @@ REFUSED_TRAINER_KEYS = {
     "router_aux_loss_coef": "sftkey's loss has no load-balancing term, and this would do nothing",
     "auto_find_batch_size": "a batch that shrinks by itself can't be resumed; set the batch size",
     "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
+    "liger_kernel_config": "its loss isn't proven equal to sftkey's yet",
+    **dict.fromkeys(
+        [
+            *("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+            *("bf16_full_eval", "fp16_full_eval"),
+        ],
+        "sftkey validates by segment itself, and this would do nothing",
+    ),
+    **dict.fromkeys(
+        ["do_train", "do_eval", "do_predict"],
+        "a run trains, validates and evaluates by itself, and this would do nothing",
+    ),
     **dict.fromkeys(
         ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"],
         PUSHES,
@@ -58,10 +71,19 @@ METRICS = (
     "loss",
     *(f"loss_{segment}" for segment in ("prompt", "thinking", "answer_tag", "answer", "end")),
 )
+# What does nothing beside another key that isn't so.
+_EVALUATES = ("eval_strategy", ("steps", "epoch"), "no")
+NEEDED = {
+    "eval_delay": _EVALUATES,
+    "eval_steps": ("eval_strategy", ("steps",), "no"),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", (True,), True),
+    "dataloader_persistent_workers": ("dataloader_num_workers", range(1, 1024), 0),
+}
 # Refused where they ask for something: false asks for nothing.
 REFUSED_WHERE_TRUE = {
     "greater_is_better": "all that a stage can be chosen by are losses",
     "push_to_hub": PUSHES,
+    "ignore_data_skip": "a stage that goes on would read other rows than one that ran through",
     "save_only_model": "a stage could not go on from a checkpoint without its optimizer",
 }
 REFUSED_LORA_KEYS = dict.fromkeys(
@@ -81,6 +103,8 @@ UNSERVED_LORA_KEYS = {
     "stage with `context: frozen` trains one that acts on the key",
     "megatron_config": "sftkey trains without Megatron",
     "megatron_core": "sftkey trains without Megatron",
+    "use_qalora": "it acts on GPTQ's layers, which sftkey doesn't load",
+    "qalora_group_size": "it acts on GPTQ's layers, which sftkey doesn't load",
 }
 REFUSED_KEY_LORA_KEYS = {
     **dict.fromkeys(
@@ -108,6 +132,7 @@ LIMITS = {
     "logging_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
     "save_steps": _POSITIVE,
+    "save_total_limit": _COUNT,
     "r": _COUNT,
     "lora_alpha": _COUNT,
     "lora_dropout": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
@@ -124,11 +149,14 @@ def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
         if isinstance(stage, dict)
     ]
     for keys, section in places:
+        lora = section.get("lora")
+        named = lora if isinstance(lora, dict) else {}
+        if named.get("layers_pattern") and named.get("layers_to_transform") is None:
+            what = "does nothing without layers_to_transform: write that, or leave this out"
+            yield (*keys, "lora", "layers_pattern"), what
         refused = REFUSED_LORA_KEYS | UNSERVED_LORA_KEYS
         refused |= REFUSED_KEY_LORA_KEYS if keys else {}
-        yield from _check_settings(
-            section.get("lora"), (*keys, "lora"), refused, lora_config_fields()
-        )
+        yield from _check_settings(lora, (*keys, "lora"), refused, lora_config_fields())
         yield from _check_settings(
             section.get("trainer"), (*keys, "trainer"), REFUSED_TRAINER_KEYS, sft_config_fields()
         )
@@ -194,6 +222,14 @@ def _check_trainer(
     if trainer.get("data_seed") is not None and grouped:
         what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
         yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
+    for key in NEEDED.keys() & trainer.keys():
+        other, sound, default = NEEDED[key]
+        if trainer[key] and trainer.get(other, default) not in sound:
+            told = shown(trainer.get(other, default))
+            yield place(key), f"does nothing where {other} is {told}: change that, or leave it out"
+    if trainer.get("save_strategy") == "best" and trainer.get("eval_strategy", "no") == "no":
+        what = "without evaluations none is the best, and no checkpoint is saved"
+        yield place("save_strategy"), f"{what}; write eval_strategy: steps or epoch"
     if trainer.get("load_best_model_at_end") is True and early:
         what = "`early_stop` keeps the epoch with the most right answers; leave this out"
         yield place("load_best_model_at_end"), what

@@ -62,6 +62,17 @@ NAMES = {
         "write save_strategy: steps or epoch"
     ),
     "trainer={load_best_model_at_end: true}": "write eval_strategy: steps or epoch",
+    "trainer={save_strategy: best}": "without evaluations none is the best",
+    "trainer.eval_steps=3": "does nothing where eval_strategy is 'no'",
+    "trainer={gradient_checkpointing: false, gradient_checkpointing_kwargs: {use_reentrant: true}}": "does nothing where gradient_checkpointing is false",
+    "trainer.dataloader_persistent_workers=true": "does nothing where dataloader_num_workers is 0",
+    "trainer.ignore_data_skip=true": "would read other rows than one that ran through",
+    "trainer.batch_eval_metrics=true": "sftkey validates by segment itself",
+    "trainer={optim: sgd, adam_beta1: 0.5}": "adam_beta1=0.5: sgd never reads it",
+    "trainer={optim: adamw_torch, optim_args: rank=4}": "'rank=4': adamw_torch never reads it",
+    "lora.layers_pattern=h": "does nothing without layers_to_transform",
+    "lora.use_qalora=true": "it acts on GPTQ's layers",
+    "model.attn_implementation=flash_attn": "expected one that this model has, on this machine",
     "trainer.optim=galore_adamw": "galore_torch",
     "trainer.optim=schedule_free_adamw": "schedulefree",
     "stages.key.trainer.lr_scheduler_type=cosine_with_min_lr": (
