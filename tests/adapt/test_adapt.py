@@ -387,10 +387,7 @@ def test_the_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert proven == (
         "masks proven on 40 hard rows: 36 right, 0 wrong, 4 refused, of which none can be built:"
     )
-    assert reasons == [
-        "  10: the response's own tags stand inside the answer",
-        "  1: the answer holds the text of a special token",
-    ]
+    assert reasons == ["  4: the response's own tags stand inside the answer"]
     assert "stage completion:\n<|im_start|>user⏎\nWhat is 0 + 0?<|im_end|>⏎\n" in out
     assert (
         "\n</Thinking>⏎\n⟦<Answer>⏎\n0⏎\n</Answer><|im_end|>⟧\n" in out.partition("stage key:")[2]

@@ -64,7 +64,9 @@ NAMES = {
     "trainer={load_best_model_at_end: true}": "write eval_strategy: steps or epoch",
     "trainer={save_strategy: best}": "without evaluations none is the best",
     "trainer.eval_steps=3": "does nothing where eval_strategy is 'no'",
-    "trainer={gradient_checkpointing: false, gradient_checkpointing_kwargs: {use_reentrant: true}}": "does nothing where gradient_checkpointing is false",
+    "trainer={gradient_checkpointing: false, gradient_checkpointing_kwargs: {a: 1}}": (
+        "does nothing where gradient_checkpointing is false"
+    ),
     "trainer.dataloader_persistent_workers=true": "does nothing where dataloader_num_workers is 0",
     "trainer.ignore_data_skip=true": "would read other rows than one that ran through",
     "trainer.batch_eval_metrics=true": "sftkey validates by segment itself",
