@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,6 +270,15 @@ def test_the_change_is_the_simplest_that_suffices(name: str, folder: Path) -> No
     assert make_plan(load(found), skeleton, size).fits
 
 
+def test_where_nothing_suffices_there_is_no_change(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is another answer than that none is needed."""
+    never = SimpleNamespace(fits=False, stages=(SimpleNamespace(longest=0),))
+    monkeypatch.setattr("sftkey.memory_plan.plan.make_plan", lambda *_: never)
+    assert changes_that_fit(loader(folder), skeleton_8b(), 24 * GIB) is None
+
+
 def test_several_changes_where_one_does_not_suffice(folder: Path) -> None:
     """None of them can be left out."""
     given = ["model.quantization=none", "trainer.per_device_train_batch_size=32"]
@@ -381,8 +391,11 @@ def test_json_has_plan_and_finding(folder: Path, capsys: pytest.CaptureFixture[s
     assert sum(report["plan"]["stages"]["key"]["parts"].values()) <= peak
 
 
-def test_nothing_that_fits_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_fits_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where no change suffices."""
+    monkeypatch.setattr("sftkey.memory_plan.plan.changes_that_fit", lambda *_: None)
     with pytest.raises(SystemExit):
         check(RECIPE, [f"model.name_or_path={folder}"], gpu="6GB", plan_only=True)
     last = capsys.readouterr().out.splitlines()[-1]
@@ -411,6 +424,7 @@ def test_adapt_takes_the_rows_that_fit(
 ) -> None:
     """As many at once as the GPU holds, and the rest accumulated; in NF4, without CUDA here too."""
     monkeypatch.setattr("sftkey.adapt.adapt.has_cuda", lambda: False)
+    monkeypatch.setattr("sftkey.adapt.adapt.NUM_PROOF_ROWS", 20)
     big = {k: v for k, v in QWEN3_8B.items() if k not in ("vocab_size", "model_type")}
     model = model_folder(tmp_path / "m", tiny_tokenizer, ["<|im_end|>"], **big)
     rows = write_rows(tmp_path / "rows.jsonl", sums(30))
