@@ -128,6 +128,8 @@ class Family:
             assert self.bos is not None  # the template writes it as a variable
             tokens = sorted({*CONTROL.findall(self.jinja or ""), self.bos, self.end})
             tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+        if self.name == "Mistral":  # version 0.1's vocabulary; 0.3 has these tokens more
+            tokenizer.add_special_tokens({"extra_special_tokens": ["[INST]", "[/INST]"]})
         return self._dressed(tokenizer)
 
     def _dressed(self, tokenizer: Any) -> Any:
@@ -182,7 +184,9 @@ FAMILIES = {  # by the folder of recipes/
     "lfm2-1.2b": Family("LFM2", "<|im_end|>", (), "lfm2_v2", bos="<|startoftext|>"),
     "llama-3.2-1b-instruct": LLAMA_3_2,
     "llama-3.2-3b-instruct": LLAMA_3_2,
-    "mistral-7b-instruct-v0.3": Family("Mistral", "</s>", (), MISTRAL, kind="unigram", bos="<s>"),
+    "mistral-7b-instruct-v0.3": Family(
+        "Mistral", "</s>", (), MISTRAL, "llama2", kind="unigram", bos="<s>"
+    ),
     "nemotron-nano-4b": Family(
         "Nemotron Nano",
         "<|eot_id|>",

