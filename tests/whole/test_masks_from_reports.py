@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError, ModelError
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import ModelSection, ResponseSection
+from tests.support.real_tokenizers import real_tokenizer
 from tests.support.tokenizers import CHATML, made
 
 SYSTEM = "{% if messages[0].role == 'system' %}{% set flag = messages[0].content %}{% endif %}"
@@ -258,3 +261,34 @@ def test_a_tokenizer_of_mistral_common_beside_it(folder: Path) -> None:
     (folder / "tekken.json").write_text("{}")
     section = ModelSection(name_or_path=str(folder), quantization="none")
     assert load_tokenizer(section)("2 + 2")["input_ids"]
+
+
+@cache
+def real(name: str) -> Any:
+    """Return a published tokenizer with ChatML's tokens, always the same one."""
+    tokenizer = copy.deepcopy(real_tokenizer(name))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        test_header_depends_on_the_row,
+        test_header_wrongly_accused,
+        test_the_prompt_is_what_the_model_is_asked_id_for_id,
+        test_normalizer_rewrites,
+        test_an_added_token_eats_white_space,
+        test_control_text_in_earlier_reasoning,
+        test_two_tokens_end_a_turn,
+    ],
+    ids=lambda case: case.__name__.removeprefix("test_"),
+)
+def test_on_real_tokenizers(
+    case: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What holds of a tokenizer that the tests train holds of published ones."""
+    monkeypatch.setitem(globals(), "made", lambda _: real(name))
+    case()
