@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,67 +151,3 @@ def test_two_sharded_ranks_train_as_one_process_does(
     evaluated = launch(["sftkey", "evaluate", "runs/two"], tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert_measured_alike(tmp_path / "runs")
-
-
-def killed_when(condition: Callable[[], bool], recipe: str, folder: Path) -> None:
-    """Start a run, and kill it hard when the condition holds."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sftkey.train", recipe],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def has_lines(path: Path, count: int) -> bool:
-    """Tell whether a file has so many lines."""
-    return path.exists() and path.read_bytes().count(b"\n") >= count
-
-
-@pytest.mark.kill
-def test_a_run_killed_in_each_stage_and_evaluation_ends_as_an_uninterrupted_one(
-    tiny_recipe: MakeRecipe, tmp_path: Path
-) -> None:
-    """SIGKILL in both stages and the evaluation: no gap, no repeat, the same adapter and table."""
-    trainer = {**STEADY, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 40}
-    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
-    recipe = tiny_recipe(
-        rows=48,
-        lora=lora,
-        trainer={**trainer, "per_device_train_batch_size": 2, "save_steps": 7},
-        eval={"num_questions": 8, "max_new_tokens": 200, "grader": "number", "batch_size": 1},
-    )
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir()
-    cut.mkdir()
-    expected = launch(["sftkey.train", str(recipe)], whole)
-    assert expected.returncode == 0, expected.stderr
-    run = cut / "runs" / "tiny"
-    killed_when(lambda: has_lines(run / "stages/1-completion/log.jsonl", 17), str(recipe), cut)
-    killed_when(lambda: has_lines(run / "stages/2-key/log.jsonl", 10), str(recipe), cut)
-    part = run / "evaluation" / "key.part0of1.jsonl"
-    killed_when(lambda: has_lines(part, 2), str(recipe), cut)
-    kept = [json.loads(line) for line in part.read_text().splitlines()[:2]]
-    resumed = launch(["sftkey.train", str(recipe)], cut)
-    assert resumed.returncode == 0, resumed.stderr
-    for stage in STAGES:
-        logs = [log_lines(folder / "runs" / "tiny", stage) for folder in (whole, cut)]
-        assert [line["step"] for line in logs[1]] == list(range(1, 41))
-        assert [line["loss"] for line in logs[1]] == [line["loss"] for line in logs[0]]
-        weights = adapter(whole / "runs" / "tiny", stage)
-        got = adapter(run, stage)
-        assert weights.keys() == got.keys()
-        assert all(torch.equal(weights[name], got[name]) for name in weights)
-    answered = (run / "evaluation" / "key.jsonl").read_text().splitlines()[:2]
-    for line, before in zip(answered, kept, strict=True):  # with question and reference now
-        assert json.loads(line).items() >= before.items()
-    assert resumed.stdout == expected.stdout
-    again = launch(["sftkey.train", str(recipe)], cut)
-    assert again.stdout == expected.stdout
