@@ -341,7 +341,7 @@ def skeleton_of(family: str, attention: str) -> Skeleton:
     return Skeleton(CONFIG_MAPPING[family].from_dict(sizes), attention)
 
 
-@pytest.mark.parametrize("file", recipe_files(RECIPES), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", list(recipe_files(RECIPES)), ids=lambda file: file.parent.name)
 def test_every_recipe_has_a_figure(file: Path) -> None:
     """With a config of its model's architecture."""
     recipe = load_recipe(file)
