@@ -134,9 +134,9 @@ def test_two_sharded_ranks_train_as_one_process_does(
     told = {key.upper(): str(value).lower() for key, value in config["fsdp_config"].items()}
     told["FSDP_AUTO_WRAP_POLICY"] = config["fsdp_config"]["fsdp_auto_wrap_policy"]
     told["FSDP_STATE_DICT_TYPE"] = config["fsdp_config"]["fsdp_state_dict_type"]
-    on_cpu = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")
-    command = [*RANKS, on_cpu, recipe, "name=two", lora]
-    two = launch(command, tmp_path, ACCELERATE_USE_FSDP="true", **told)
+    told |= {"ACCELERATE_USE_FSDP": "true", "PYTHONPATH": str(ROOT)}
+    command = [*RANKS, "-m", "tests.support.fsdp_on_cpu", recipe, "name=two", lora]
+    two = launch(command, tmp_path, **told)
     assert two.returncode == 0, two.stderr
     assert "key: not evaluated; run `sftkey evaluate runs/two`" in two.stderr
     for stage in STAGES:
