@@ -222,9 +222,8 @@ def _check_trainer(
     if trainer.get("data_seed") is not None and grouped:
         what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
         yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
-    for key in NEEDED.keys() & trainer.keys():
-        other, sound, default = NEEDED[key]
-        if trainer[key] and trainer.get(other, default) not in sound:
+    for key, (other, sound, default) in NEEDED.items():
+        if trainer.get(key) and trainer.get(other, default) not in sound:
             told = shown(trainer.get(other, default))
             yield place(key), f"does nothing where {other} is {told}: change that, or leave it out"
     if trainer.get("save_strategy") == "best" and trainer.get("eval_strategy", "no") == "no":
