@@ -87,9 +87,9 @@ HALF = (
 )
 
 
-def up_to_the_key(folder: Path, seed: int) -> Run:
+def up_to_the_key(folder: Path, seed: int, *overrides: str) -> Run:
     """Train the first stage in bfloat16, and measure the start of the frozen one."""
-    recipe = load_recipe(DEMO, (*HALF, f"seed={seed}", f"name=half-{seed}"))
+    recipe = load_recipe(DEMO, (*HALF, f"seed={seed}", f"name=half-{seed}", *overrides))
     run = start(recipe, folder / recipe.name, grade=grade)
     run.answers.asked = ()
     with pytest.MonkeyPatch.context() as patch:
