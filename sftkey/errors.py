@@ -107,8 +107,8 @@ class RunLocked(RunError):
 class RunStopped(Told):
     """A signal has stopped a run, which has kept what it had reached.
 
-    It is no `Exception`, as KeyboardInterrupt is none: it arises wherever the signal comes, and a
-    library that goes on after any error of its own would go on after this.
+    It is no `Exception`, as KeyboardInterrupt is none: it is raised wherever the signal comes, and
+    a library that goes on after any error of its own would go on after this.
 
     Args:
         where: The run folder.

@@ -229,7 +229,7 @@ def _data(choices: Choices) -> Iterator[Line]:
 
 
 def _others_data(other: Recipe, choices: Choices) -> tuple[dict[str, Any], dict[str, str]]:
-    """Take the other recipe's data over; how its prompts end hangs on the frame."""
+    """Take the other recipe's data over; how its prompts end depends on the frame."""
     given = other.data
     fields = given.model_dump(mode="json", exclude_defaults=True)
     fields = {key: value for key, value in fields.items() if key not in ("max_length", "too_long")}

@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
-    """Find all that is wrong with a recipe; what can't be read hides only what hangs on it.
+    """Find all that is wrong with a recipe; a check whose input can't be read is skipped.
 
     Args:
         recipe: A recipe of right form.

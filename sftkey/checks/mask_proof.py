@@ -391,7 +391,7 @@ class Oracle:
         ids, answer = row.input_ids, self.normal(example.answer)
         before = self.normal(self.renderer.response.answer_open)
         if not answer or self.normal(before + answer) != before + answer:
-            return None  # tag and answer melt into one another, and no decoding tells them apart
+            return None  # the normalizer merges tag and answer, and no decoding tells them apart
         start += len(before)
         places = trained(row, "answer") or trained(row, "key")[:1]
         first, last = places[0], places[-1]

@@ -33,7 +33,8 @@ NO_ROW = "take the tokenizer that belongs to the model, with a pad_token that it
 HINTS = {
     "nothing-trained": "leave these rows out, or choose another loss_on",
     "no-embedding": NO_ROW,
-    "no-key": "the answer melts into the thinking: choose other tags as response.answer",
+    "no-key": "the tokenizer merges the answer's first characters into the thinking's last token: "
+    "choose other tags as response.answer",
 }
 
 

@@ -274,10 +274,12 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
     lost = renderer.lost_character(text.rest)
     if lost:
         return _Fault(f"the completion holds {lost!r}, which the tokenizer would lose")
+    # 1. Prompt and completion are tokenized as one text, as the model will read them.
     prompt_ids, ids, whole = encoded
     start = len(prompt_ids)
     tokens = Tokens(ids[start:], whole, start)
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
+    # 2. Where that changes the prompt's own ids, the completion is tokenized by itself.
     changed = ids[:start] != prompt_ids
     # A special token may swallow the white space behind it, here the completion's first. And a
     # character that is lost makes the offsets behind it wrong.
@@ -291,6 +293,7 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
                 "prefix",
             )
         tokens, pieces = apart, text.pieces
+    # 3. What can't be told apart, or doesn't come back as it was written, makes no row.
     fault = _fault(tokens, pieces, renderer)
     if fault:
         return fault
@@ -298,6 +301,7 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
     if change and change.in_answer:
         return _Fault(change.what, "not-returned")
     notes = text.notes + (((change.what, change.shown),) if change else ())
+    # 4. Each token gets the segment that its characters lie in.
     before = [*renderer.bos_before(text.prompt), *prompt_ids]
     segments = [*[int(Segment.PROMPT)] * len(before), *segments_of(tokens, pieces)]
     return Row([*before, *tokens.ids], segments, example.index, notes)

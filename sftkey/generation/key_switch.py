@@ -200,6 +200,10 @@ def write_switching(
 
     The streamer gets a thinking when it has ended: some tokens behind its end are written anew.
     Rows whose thinking doesn't end, or that stop in it, are as the previous adapters wrote them.
+
+    First all rows write with the previous adapters until their thinking ends. Then the caches of
+    those that switch are moved so that all end in one column, before the last token that is kept.
+    That token is read again with the key adapter, too, and the key is written behind it.
     """
     input_ids, attention_mask = _padded(model, prompts, config)
     length, most = input_ids.shape[1], config.max_new_tokens

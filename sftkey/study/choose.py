@@ -42,7 +42,7 @@ class StudyChoices:
         folder: Keeps the choices.
         arms: In the order in which they are chosen for.
         rows: Gives a recipe's rows.
-        matched: Gives an arm's settings that hang on the number of rows.
+        matched: Gives an arm's settings that depend on the number of rows.
         note: Says a line to the person.
     """
 

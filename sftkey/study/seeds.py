@@ -204,6 +204,7 @@ def _drawn(
     num_draws: int = 20_000,
 ) -> tuple[Floats, _Parts]:
     """Draw differences of studies without a true one, and the parts of their intervals."""
+    # Variances that a single flag has from its question, from chance, and (times Q) from its seed.
     question = supposed.differing * supposed.by_question if same_questions else 0.0
     rest = supposed.differing - question
     seed = num_questions * supposed.between_seeds**2
@@ -214,6 +215,7 @@ def _drawn(
         degrees = max(degrees, 1)  # of one question alone
         return expected / num_flags * dice.chisquare(degrees, num_draws) / degrees
 
+    # Each part is drawn as the mean square that estimates it would be.
     by_seed = mean_square(rest + seed, num_seeds - 1)
     if not same_questions:
         by_question = noise = mean_square(rest + question, num_seeds * (num_questions - 1))
@@ -257,6 +259,7 @@ class _Parts:
 
 def _parts(values: Any, same_questions: bool) -> _Parts:
     """Return the parts of flags `(…, S, Q)`, from the mean squares of a table seeds x questions."""
+    # The sum of squares about the centre, taken apart: between seeds, and what is left in them.
     num_seeds, num_questions = values.shape[-2:]
     num_flags = num_seeds * num_questions
     means = values.mean(-1)
@@ -268,6 +271,7 @@ def _parts(values: Any, same_questions: bool) -> _Parts:
     if num_seeds == 1 or not same_questions:  # a question's flag is one of its own
         noise = left / (num_seeds * (num_questions - 1)) / num_flags
         return _Parts(by_seed, noise, noise, num_seeds)
+    # On the same questions what is left is taken apart once more: between questions, and noise.
     shared = num_seeds * (values.mean(-2) ** 2).sum(-1) - num_flags * centre**2
     noise = np.maximum(left - shared, 0.0) / ((num_seeds - 1) * (num_questions - 1)) / num_flags
     return _Parts(by_seed, shared / (num_questions - 1) / num_flags, noise, num_seeds)

@@ -114,8 +114,10 @@ def align(
     if starts is None:
         labelled = labels != IGNORED
         starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths - 1)
+    # C columns of context and as many of key as the longest one has; a row's key begins at C.
     num_context = max(int(starts.max()), least_context)
     num_key = int((lengths - starts).max())
+    # Where each column's token stands in its row; negative or behind its end: nothing stands there.
     places = starts[:, None] + torch.arange(-num_context, num_key, device=starts.device)
     outside = (places < 0) | (places >= lengths[:, None])
     source = places.clamp(0, input_ids.shape[1] - 1)

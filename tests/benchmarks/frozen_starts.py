@@ -1,6 +1,6 @@
 """Healthy frozen stages of the demo's model in bfloat16 start; with a fault in them they don't.
 
-    PYTHONPATH=. python tests/benchmarks/frozen_starts.py [--seeds 10] [--steps 20]
+    PYTHONPATH=. python tests/benchmarks/frozen_starts.py [--seeds 10] [--steps 20] [KEY=VALUE ...]
 
 Each seed trains a first stage and measures the start of a frozen one, then tries the same start
 with the first stage's adapter half as strong again, with the adapter of the seed before, and with a
@@ -64,12 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="of the first stage")
+    parser.add_argument("overrides", nargs="*", help="laid over the recipe")
     given = parser.parse_args()
     before = None
     with tempfile.TemporaryDirectory() as folder:
+        overrides = (f"trainer.max_steps={given.steps}", *given.overrides)
         for seed in range(given.seeds):
             since = time.monotonic()
-            run = up_to_the_key(Path(folder), seed, f"trainer.max_steps={given.steps}")
+            run = up_to_the_key(Path(folder), seed, *overrides)
             line = {**figures(run, before), "seconds": round(time.monotonic() - since, 1)}
             print(json.dumps(line), flush=True)
             before = run
