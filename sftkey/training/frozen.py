@@ -29,7 +29,6 @@ from sftkey.training.trainer import GroupedByLength, KeyTrainer
 from sftkey.training.validating import key_starts, row_sums, segment_means
 
 LOGGER = logging.getLogger("sftkey")
-SURELY_READ = 1e-3  # nats: no rounding makes that 0
 CONTEXTS_FOLDER = "contexts"  # beside the stage's checkpoints
 FREE_SHARE = 0.2  # of the disk's free space, for `context_cache: auto`
 WEIGHTS_FILE = "key_adapters.safetensors"  # of a checkpoint; the context's weights don't change
@@ -89,7 +88,8 @@ class FrozenStart:
             stage before was measured by.
         squares: The same of the squared losses.
         distances: The same of the squared distances to the losses behind the cache.
-        unread: The same of 1 for each token that has a loss in the full pass alone.
+        misplaced: The same of 1 for each token on whose wrong side the key begins: one of the key
+            that isn't read behind the cache, or another one that is.
         behind: The same of the losses behind the cache, with a key adapter that changes nothing
             yet; None where it does change something.
     """
@@ -97,7 +97,7 @@ class FrozenStart:
     full: torch.Tensor
     squares: torch.Tensor
     distances: torch.Tensor
-    unread: torch.Tensor
+    misplaced: torch.Tensor
     behind: torch.Tensor | None
 
     def losses(self) -> dict[str, float]:
@@ -113,9 +113,8 @@ class FrozenStart:
         at another place has other losses, and noise as large as their spread.
 
         Returns:
-            `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and `tokens` and
-            `unread`;
-            nothing where there is nothing to compare.
+            `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and the counts
+            `tokens` and `misplaced`; nothing where there is nothing to compare.
         """
         if self.behind is None:
             return {}
@@ -131,7 +130,7 @@ class FrozenStart:
             "noise": noise,
             "spread": spread,
             "tokens": tokens,
-            "unread": self.unread[0, key].sum(),
+            "misplaced": self.misplaced[0].sum(),
         }
         return {name: float(value) for name, value in found.items()}
 
@@ -274,30 +273,33 @@ class FrozenTrainer(KeyTrainer):
 
         The context's losses are the same for all adapters. The last four: of a full pass without
         the key adapters; of the squares of its losses; of their squared distance from those of
-        the first adapter, which are read behind a cache; of tokens that are not read there.
+        the first adapter, which are read behind a cache; of tokens on the wrong side of it.
         """
         targets = segment_ids[:, 1:]
         of_key = targets >= Segment.ANSWER_TAG
         context = token_losses(self.model_wrapped, inputs)
         labels = inputs["labels"].masked_fill(~pad(of_key, (1, 0)), IGNORED)
         model, of_keys = self.model_wrapped, inputs | {"labels": labels}
-        keys = token_losses(model, self._model_inputs(model, of_keys, segment_ids), "frozen")
+        passed = self._model_inputs(model, of_keys, segment_ids)
+        keys = token_losses(model, passed, "frozen")
         read = [
             torch.where(of_key, losses, context)
             for losses in keys.view(len(self.members), *context.shape)
         ]
-        unread = ((read[0] == 0) & (context > SURELY_READ)).to(context.dtype)
-        beside = [context, context.square(), (read[0] - context).square(), unread]
+        columns = torch.arange(targets.shape[1], device=targets.device)
+        behind = (columns >= passed["key_starts"][:, None]) & (targets >= 0)
+        misplaced = (behind != of_key).to(context.dtype)
+        beside = [context, context.square(), (read[0] - context).square(), misplaced]
         return torch.stack([row_sums(losses, targets) for losses in (*read, *beside)])
 
     def _reported(self, sums: torch.Tensor) -> torch.Tensor:
         """Report the best adapter's sums; compare the two ways of reading before the first step."""
-        members, (full, squares, distances, unread) = sums[:-4], sums[-4:]
+        members, (full, squares, distances, misplaced) = sums[:-4], sums[-4:]
         self.member_losses = self._weighted(members).tolist()
         if self.state.global_step == 0:
             inert = self.members[0].lora.get("init_lora_weights") is not False
             behind = members[0] if inert else None  # None: it changes the key from the start
-            self.start = FrozenStart(full, squares, distances, unread, behind)
+            self.start = FrozenStart(full, squares, distances, misplaced, behind)
         return members[self.best]
 
     def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:

@@ -233,13 +233,13 @@ def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -
     """
     allowed = max(MOST_NOISE * behind["spread"], ALWAYS_ALLOWED * tolerance)
     gap = abs(behind["loss"] - behind["full_pass"])
-    if gap <= behind["bound"] and behind["noise"] <= allowed and not behind["unread"]:
+    if gap <= behind["bound"] and behind["noise"] <= allowed and not behind["misplaced"]:
         return
     raise RunError(
         where,
         f"expected the key's loss behind the cache to be that of a full pass, up to rounding; got "
         f"{behind['loss']:.6f} and {behind['full_pass']:.6f} nats a token (each token moves by "
-        f"{behind['noise']:.4f}, and {behind['unread']:.0f} of them are not read)",
+        f"{behind['noise']:.4f}, and {behind['misplaced']:.0f} lie on the wrong side of it)",
         "this model can't be trained with context: frozen; write context: exact",
     )
 

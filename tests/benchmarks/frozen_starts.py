@@ -4,8 +4,8 @@
 
 Each seed trains a first stage and measures the start of a frozen one, then tries the same start
 with the first stage's adapter half as strong again, with the adapter of the seed before, and with a
-key that is read one token too late. A line of JSON a seed says how far the key's loss behind the
-cache lay from the full pass, how far it might, and which faults were told.
+key that is read one token too late or too early. A line of JSON a seed says how far the key's loss
+behind the cache lay from the full pass, how far it might, and which faults were told.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def figures(run: Run, before: Run | None) -> dict[str, Any]:
         faults["swapped"] = told(
             run, stage_model, "load_adapter", loading(before.ledger.adapter(0))
         )
-    faults["shifted"] = told(run, frozen, "key_starts", lambda ids: starts(ids) + 1)
+    faults["late"] = told(run, frozen, "key_starts", lambda ids: starts(ids) + 1)
+    faults["early"] = told(run, frozen, "key_starts", lambda ids: starts(ids) - 1)
     apart = abs(behind["loss"] - behind["full_pass"])
     return {"seed": run.recipe.seed, "apart": apart, "bound": behind["bound"], "told": faults}
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from sftkey.errors import RunError
-from sftkey.training import frozen, stage_model
+from sftkey.training import frozen, stage_model, validating
 from sftkey.training.log import check_behind_cache
+from sftkey.training.losses import token_losses
 from tests.support.tiny import made_model, write_recipe
 from tests.training.test_run import Killed, done, kill_at_step
 
@@ -59,6 +60,18 @@ def test_a_healthy_stage_starts_and_says_how_the_two_ways_compare(before_key: Pa
     assert second["validation"]["start"]["thinking"] == first["validation"]["end"]["thinking"]
 
 
+def noisy(where: str) -> Callable[..., torch.Tensor]:
+    """Return a `token_losses` that rounds as a large model does in 16 bits, in contexts `where`."""
+    dice = torch.Generator().manual_seed(5)
+
+    def read(model: Any, inputs: Any, context: Any = "exact") -> torch.Tensor:
+        losses = token_losses(model, inputs, context)
+        noise = torch.randn(losses.shape, generator=dice).abs() * 0.06 - 0.04
+        return losses + noise * (losses != 0) if context == where else losses
+
+    return read
+
+
 def test_noise_behind_the_cache_stops_no_healthy_stage(
     again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,14 +79,7 @@ def test_noise_behind_the_cache_stops_no_healthy_stage(
 
     The noise's mean over the key's tokens is more than the tolerance of the hand-off.
     """
-    read, dice = frozen.token_losses, torch.Generator().manual_seed(5)
-
-    def noisy(model: Any, inputs: Any, context: Any = "exact") -> torch.Tensor:
-        losses = read(model, inputs, context)
-        noise = torch.randn(losses.shape, generator=dice).abs() * 0.06 - 0.04
-        return losses + noise * (losses != 0) if context == "frozen" else losses
-
-    monkeypatch.setattr(frozen, "token_losses", noisy)
+    monkeypatch.setattr(frozen, "token_losses", noisy("frozen"))
     behind = again().ledger.stages[1].behind_cache
     assert abs(behind["loss"] - behind["full_pass"]) > 1e-3
 
@@ -119,8 +125,10 @@ def test_other_batches_stop_no_healthy_stage(
 ) -> None:
     """Rows that are validated one at a time are rounded otherwise than several at once.
 
-    An adapter half as strong again falls all the same.
+    How much so depends on the processor; here it is more than the same batches may differ by. An
+    adapter half as strong again falls all the same.
     """
+    monkeypatch.setattr(validating, "token_losses", noisy("exact"))
     key = "{name: key, loss_on: key, trainer: {per_device_eval_batch_size: 1}}"
     one = f"stages=[{{name: completion, loss_on: completion}}, {key}]"
     runs = shutil.copytree(before_key / "runs", tmp_path / "healthy")
@@ -133,23 +141,24 @@ def test_other_batches_stop_no_healthy_stage(
         done(before_key / "tiny.yaml", shutil.copytree(before_key / "runs", tmp_path / "bad"), one)
 
 
+@pytest.mark.parametrize("places", [1, -1])
 def test_a_key_shifted_by_one_token_falls(
-    again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    places: int, again: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read behind the cache is then another key."""
+    """What is read behind the cache is then another key, whatever its losses are."""
     starts = frozen.key_starts
-    monkeypatch.setattr(frozen, "key_starts", lambda ids: starts(ids) + 1)
-    with pytest.raises(RunError, match="expected the key's loss behind the cache to be that of"):
+    monkeypatch.setattr(frozen, "key_starts", lambda ids: starts(ids) + places)
+    with pytest.raises(RunError, match=r"and [1-9]\d* lie on the wrong side of it"):
         again()
 
 
 def test_a_small_bias_falls_with_many_tokens_and_noise_passes_with_few() -> None:
     """The bound is six standard errors; noise as large as the losses' spread is no rounding."""
-    told = {"loss": 1.02, "full_pass": 1.0, "spread": 1.5, "tokens": 100.0, "unread": 0.0}
+    told = {"loss": 1.02, "full_pass": 1.0, "spread": 1.5, "tokens": 100.0, "misplaced": 0.0}
     check_behind_cache({**told, "noise": 0.06, "bound": 0.036}, 1e-3, "stage")
     with pytest.raises(RunError):
         check_behind_cache({**told, "noise": 0.06, "bound": 0.0114}, 1e-3, "stage")
     with pytest.raises(RunError):
         check_behind_cache({**told, "noise": 0.6, "bound": 0.36}, 1e-3, "stage")
-    with pytest.raises(RunError, match="and 8 of them are not read"):
-        check_behind_cache({**told, "noise": 0.06, "bound": 0.036, "unread": 8.0}, 1e-3, "stage")
+    with pytest.raises(RunError, match="and 8 lie on the wrong side"):
+        check_behind_cache({**told, "noise": 0.06, "bound": 0.036, "misplaced": 8.0}, 1e-3, "stage")
