@@ -95,21 +95,26 @@ def write_figures(checked: Study, folder: Path) -> StudyResults:
 
 
 def write_report(checked: Study, recipes: Path, folder: Path) -> None:
-    """Write the pictures and `report.md`, and print the report.
+    """Write the pictures, `report.md` and `report.html`, and print the report.
 
     Args:
         checked: The study.
         recipes: The folder of its file, from which its recipes are named.
         folder: Where its cells are.
     """
+    from sftkey.study.page import write_page
     from sftkey.study.pictures import draw_pictures, stage_weights
     from sftkey.study.report import report
+    from sftkey.study.results import read_cells
 
     results = write_figures(checked, folder)
     weights = {(arm.task, arm.name): stage_weights(checked, recipes, arm) for arm in results.arms}
-    text = report(results, draw_pictures(folder, results, weights), title=checked.name)
+    pictures = draw_pictures(folder, results, weights)
+    text = report(results, pictures, title=checked.name)
     write_text(folder / "report.md", text)
+    page = write_page(folder, results, read_cells(folder), pictures, title=checked.name)
     print(text, end="")
+    print(f"report: {page}", file=sys.stderr)
 
 
 def study_run(checked: Study, file: Path) -> StudyRun:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sftkey import __version__
 from sftkey.data.prepare import Prepared
@@ -59,12 +59,11 @@ def render_page(
     counts = folder / "data.json"
     rows = [] if isinstance(prepared, str) else preview_rows(recipe, prepared, NUM_ROWS)
     questions = list(_questions(folder, comparison))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = files("sftkey.evaluation").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render(
+        "evaluation/page.html.jinja",
+        title=recipe.name,
         recipe=recipe,
         recipe_text=recipe.to_yaml(),
-        version=__version__,
         counts=read_json(counts) if counts.exists() else None,
         rows=rows,
         unread=prepared if isinstance(prepared, str) else None,
@@ -80,6 +79,17 @@ def render_page(
     )
 
 
+def render(template: str, **values: Any) -> str:
+    """Return a page of a template that extends `base.html.jinja`, which needs its `title`."""
+    environment = Environment(
+        loader=PackageLoader("sftkey", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(version=__version__, **values)
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question and what each stage answered, by stage."""
@@ -90,9 +100,11 @@ class Asked:
     answers: Mapping[str, GradedAnswer]
 
     @property
-    def differs(self) -> bool:
-        """Whether one stage is right and another isn't."""
-        return len({answer.right for answer in self.answers.values()}) > 1
+    def traits(self) -> list[str]:
+        """By what the page finds it: `differs`, where stages do; `wrong`, where the last is."""
+        right = [answer.right for answer in self.answers.values()]
+        found = {"differs": len(set(right)) > 1, "wrong": not right[-1]}
+        return [name for name, is_so in found.items() if is_so]
 
 
 def _questions(folder: Path, comparison: Comparison | None) -> Iterator[Asked]:

@@ -40,14 +40,18 @@ def report(
             "",
         ]
         lines += equals(results, task)
-        lines += _list("Warnings", warnings(results, task))
-        lines += _list("Chosen on the validation rows", chosen(results, task))
-        lines += _list("The thinking", thinking(results, task))
+        for head, found in LISTS.items():
+            lines += _list(head, found(results, task))
     lines += [] if pictures is None else _pictures(pictures)
+    lines += ["## Where it was measured", "", f"`{results.command}`, {where(results)}"]
+    return "\n".join([*lines, "", NOTES, ""])
+
+
+def where(results: StudyResults) -> str:
+    """Say of which commit, hardware and versions the cells are."""
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    lines += ["## Where it was measured", "", f"`{results.command}`, commit {results.commit}, "]
-    lines[-1] += f"{results.hardware}; {versions}." if versions else f"{results.hardware}."
-    return "\n".join([*lines, "", *NOTES, ""])
+    measured = f"commit {results.commit}, {results.hardware}"
+    return f"{measured}; {versions}." if versions else f"{measured}."
 
 
 NOTES = (
@@ -56,7 +60,7 @@ NOTES = (
     "first, and alone. A difference counts as shown if p is below 0.05 and there are two seeds or "
     "more. Tokens are the trained "
     "ones and time that of training, of all stages, the mean over seeds; the time of those on the "
-    "first one's hardware.",
+    "first one's hardware."
 )
 
 
@@ -72,7 +76,19 @@ def _pictures(files: Sequence[str]) -> list[str]:
 
 
 def equals(results: StudyResults, task: str) -> list[str]:
-    """Return what the control's cost bought: a table of its steps' number, one of its time.
+    """Return in Markdown what `equal_arms` finds."""
+    lines = []
+    for head, found in equal_arms(results, task).items():
+        what = table(results, task, arms=found) if len(found) > 1 else ALONE
+        lines += [f"### {head}", "", what, ""]
+    return lines
+
+
+ALONE = "No other arm."
+
+
+def equal_arms(results: StudyResults, task: str) -> dict[str, list[ArmFigures]]:
+    """Return what the control's cost bought: the arms with as many steps, and those of its time.
 
     An arm may stand in both, in one or in none. The time is that of the steps on one kind of
     hardware, and equal within a tenth.
@@ -80,7 +96,7 @@ def equals(results: StudyResults, task: str) -> list[str]:
     arms = [arm for arm in results.arms if arm.task == task and arm.stages]
     control = next((arm for arm in arms if arm.name == results.control), None)
     if control is None:
-        return []
+        return {}
     steps, seconds = control.steps, control.seconds
     at = {}
     if steps:
@@ -90,11 +106,7 @@ def equals(results: StudyResults, task: str) -> list[str]:
     if seconds:
         head = f"In the time of {control.name}: {seconds / 60:.1f} min, give or take a tenth"
         at[head] = [arm for arm in arms if arm.seconds and _alike(arm.seconds, seconds)]
-    lines = []
-    for head, found in at.items():
-        what = table(results, task, arms=found) if len(found) > 1 else "No other arm."
-        lines += [f"### {head}", "", what, ""]
-    return lines
+    return at
 
 
 PAPERS_ARM, NUM_BEST = "sftkey", 3
@@ -126,26 +138,37 @@ def table(
     arms: Sequence[ArmFigures] | None = None,
 ) -> str:
     """Return a task's table in Markdown; `alpha` adds Score; `arms`: those alone."""
+    head, *found = rows(results, task, alpha, arms)
+    rules = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rules, *found))
+
+
+def rows(
+    results: StudyResults,
+    task: str,
+    alpha: float | None = None,
+    arms: Sequence[ArmFigures] | None = None,
+) -> list[list[str]]:
+    """Return the rows of a task's table, its head first; the arguments are those of `table`."""
     if arms is None:
         arms = [arm for arm in results.arms if arm.task == task]
-    rows = [[cell.format(control=results.control) for cell in HEAD], *map(_row, arms)]
+    found = [[cell.format(control=results.control) for cell in HEAD], *map(_row, arms)]
     if alpha is not None:
-        rows[0].append(f"Score, alpha {alpha:g}")
-        for row, arm in zip(rows[1:], arms, strict=True):
+        found[0].append(f"Score, alpha {alpha:g}")
+        for row, arm in zip(found[1:], arms, strict=True):
             row.append(f"{score_of(arm.acc, arm.fmt, alpha):.3f}")
     if any(arm.rates for arm in arms):
-        rows[0] += ["valid thinkings [95%]", "Rpass@1 [95%]"]
-        for row, arm in zip(rows[1:], arms, strict=True):
+        found[0] += ["valid thinkings [95%]", "Rpass@1 [95%]"]
+        for row, arm in zip(found[1:], arms, strict=True):
             row += [arm.rates[name].text() if arm.rates else "" for name in ("valid", PASSED)]
     judged = [arm.judge for arm in arms]
     if any(judged):
-        rows[0].append("judge: Acc, agreement, kappa")
-        for row, judge in zip(rows[1:], judged, strict=True):
+        found[0].append("judge: Acc, agreement, kappa")
+        for row, judge in zip(found[1:], judged, strict=True):
             kappa = "" if judge is None or judge.kappa is None else f", {judge.kappa:.2f}"
             agreed = f"{judge.acc:.3f}, {judge.num_agreeing}/{judge.num_judged}" if judge else ""
             row.append(agreed + kappa)
-    rules = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rules, *rows[1:]))
+    return found
 
 
 def _row(arm: ArmFigures) -> list[str]:
@@ -290,6 +313,13 @@ def _thinking(arm: ArmFigures) -> Iterable[str]:
         yield "validation loss {:.4f} -> {:.4f} nats a token".format(*told.loss)
     if told.num_judged_following:
         yield f"the answer follows from it {told.num_following} of {told.num_judged_following}"
+
+
+LISTS = {
+    "Warnings": warnings,
+    "Chosen on the validation rows": chosen,
+    "The thinking": thinking,
+}
 
 
 def _points(share: float) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run import read_rows
+from tests.support.pages import Page
 
 SCRIPT = "<script>alert('no')</script>"
-VOID = {"meta", "input", "br", "line", "polyline", "circle"}
 RESPONSE_TAGS = {"response": {"thinking": ["<t>", "</t>"], "answer": ["<a>", "</a>"]}}
 LOSSES = [
     StageLosses(
@@ -31,43 +29,6 @@ LOSSES = [
         {"thinking": [(0, 2.0), (4, 0.1)]},
     )
 ]
-
-
-class Page(HTMLParser):
-    """Reads a page; an element that isn't closed, or closed twice, is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in VOID
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        """Return the attributes of the elements of a name; `class_` must be one of its classes."""
-        wanted = attributes.pop("class_", None)
-        return [
-            found
-            for name, found in self.elements
-            if name == tag and (wanted is None or wanted in (found.get("class") or "").split())
-        ]
 
 
 @pytest.fixture
@@ -102,21 +63,13 @@ def test_a_page_holds_tokens_losses_results_and_answers(recipe: Recipe, tmp_path
     grade(tmp_path, recipe, 2, ["<t>so</t><a>7</a>", "<t>so</t><a>7</a>", "<t>no"])
     text = render_page(tmp_path, recipe, read_rows(recipe), LOSSES)
     page = Page(text)
-    assert len(page.all("script")) == 1
+    page.check_whole()
     assert SCRIPT + " 8" in {data for tag, data in page.texts if tag == "div"}
-    assert not re.search(r"https?://|@import|url\(", text)
-    links = [found for _, found in page.elements if {"src", "href"} & set(found)]
-    assert links == [{"class": "skip", "href": "#answers"}]
     assert "0.333 [0.061, 0.792]" in [data for tag, data in page.texts if tag == "td"]
     marked = [found["title"] or "" for found in page.all("span", class_="on")]
     assert any(title.startswith("thinking, id ") for title in marked)
     assert all(title.endswith("weight 1.0") for title in marked)
-    asked = page.all("article")
-    assert [(each["data-differs"], each["data-wrong"]) for each in asked] == [
-        ("1", "0"),
-        ("0", "0"),
-        ("0", "1"),
-    ]
+    assert [each["data-is"] for each in page.all("article")] == ["differs", "", "wrong"]
     assert len(page.all("polyline")) == 3
     assert [each["aria-labelledby"] for each in page.all("section")] == [
         *("results", "map", "losses", "answers", "recipe")

@@ -1,0 +1,195 @@
+"""`report.html` of a study: its tables, pictures and the verdict of every answer in one file."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sftkey.errors import RunError
+from sftkey.evaluation.answers import read_answers
+from sftkey.evaluation.page import render
+from sftkey.files import write_text
+from sftkey.study import report
+from sftkey.study.cells import StudyFolder
+from sftkey.study.results import CellQuestion, FinishedCell, StudyResults
+from sftkey.study.summary import BASE
+
+MOST_QUESTIONS = 6000  # on a page, which then has some megabytes
+
+Asking = dict[str, list[CellQuestion]]  # by arm a question's flags, one a seed
+
+
+def write_page(
+    folder: Path,
+    results: StudyResults,
+    cells: Sequence[FinishedCell],
+    pictures: Sequence[str],
+    title: str,
+) -> Path:
+    """Write `report.html` beside `report.md`, and return it.
+
+    Args:
+        folder: The study's; where its runs still lie there, too, the questions have their texts.
+        results: Of these cells.
+        cells: As `read_cells` gives them.
+        pictures: Names of files in the folder.
+        title: The page's head.
+    """
+    most = MOST_QUESTIONS // len(results.tasks)
+    tasks = [_task(folder, results, cells, name, most) for name in results.tasks]
+    page = folder / "report.html"
+    text = render(
+        "study/page.html.jinja",
+        title=title,
+        results=results,
+        tasks=tasks,
+        num_shown=sum(len(task["questions"]) for task in tasks),
+        texts=any(asked.text for task in tasks for asked in task["questions"]),
+        others=list(
+            dict.fromkeys(
+                arm.name for arm in results.arms if arm.name not in (BASE, results.control)
+            )
+        ),
+        pictures={
+            Path(name).stem: b64encode((folder / name).read_bytes()).decode() for name in pictures
+        },
+        alone=report.ALONE,
+        where=report.where(results),
+        notes=report.NOTES,
+    )
+    write_text(page, text)
+    return page
+
+
+def _task(
+    folder: Path, results: StudyResults, cells: Sequence[FinishedCell], task: str, most: int
+) -> dict[str, Any]:
+    """Gather what the page shows of a task; of more than `most` questions the first ones."""
+    here = [cell for cell in cells if cell.task == task]
+    arms = [arm.name for arm in results.arms if arm.task == task]
+    questions = list(_questions(folder, here, arms, results.control))
+    questions.sort(key=lambda asked: "differs" not in asked.traits)
+    equal = report.equal_arms(results, task)
+    return {
+        "name": task,
+        "arms": arms,
+        "rows": report.rows(results, task),
+        "said": report.said(results, task),
+        "equals": {head: report.rows(results, task, arms=arms) for head, arms in equal.items()},
+        "lists": {head: found(results, task) for head, found in report.LISTS.items()},
+        "questions": questions[:most],
+        "num_questions": len(questions),
+    }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an arm's seeds answered to a question."""
+
+    num_right: int
+    num_asked: int
+    num_unparsed: int
+
+    @property
+    def word(self) -> str:
+        """`right`, `wrong` or `unparsed` where all seeds agree, else nothing."""
+        counts = {
+            "right": self.num_right,
+            "unparsed": self.num_unparsed,
+            "wrong": self.num_asked - self.num_right - self.num_unparsed,
+        }
+        agreed = (word for word, count in counts.items() if count == self.num_asked)
+        return next(agreed, "") if self.num_asked else ""
+
+    @property
+    def text(self) -> str:
+        """The word of one seed, or how many of several were right."""
+        if self.num_asked > 1:
+            return f"{self.num_right} of {self.num_asked}"
+        return self.word
+
+    @property
+    def share(self) -> float:
+        """The share of the seeds that were right."""
+        return self.num_right / self.num_asked
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, and by arm what was answered."""
+
+    name: str
+    text: str
+    verdicts: Mapping[str, Verdict]
+    control: str
+
+    @property
+    def traits(self) -> list[str]:
+        """By what the page finds it: `differs`, and the arms that are better or worse."""
+        shares = {
+            arm: verdict.share
+            for arm, verdict in self.verdicts.items()
+            if verdict.num_asked and arm != BASE
+        }
+        found = ["differs"] if len(set(shares.values())) > 1 else []
+        at = shares.pop(self.control, None)
+        if at is None:
+            return found
+        return found + [
+            f"{'better' if share > at else 'worse'}-{arm}"
+            for arm, share in shares.items()
+            if share != at
+        ]
+
+
+def _questions(
+    folder: Path, cells: Sequence[FinishedCell], arms: Sequence[str], control: str
+) -> Iterator[Asked]:
+    """Yield a task's questions; seeds that answered the same ones stand in one row."""
+    sets: dict[str | None, list[FinishedCell]] = defaultdict(list)
+    for cell in cells:
+        sets[cell.questions_sha256].append(cell)
+    for group in sets.values():
+        seeds = sorted({cell.seed for cell in group})
+        of_seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
+        texts = _texts(folder, group)
+        for (index, turn), asking in _asked(group).items():
+            name = f"row {index}" + (f", turn {turn}" if turn else "")
+            yield Asked(
+                (of_seeds if len(sets) > 1 else "") + name,
+                texts.get((index, turn), ""),
+                {arm: _verdict(asking.get(arm, [])) for arm in arms},
+                control,
+            )
+
+
+def _asked(cells: Sequence[FinishedCell]) -> dict[tuple[int, int], Asking]:
+    """Return the flags by row and turn; the base model answers once, whatever the seed."""
+    found: dict[tuple[int, int], Asking] = defaultdict(lambda: defaultdict(list))
+    based = next((cell.base for cell in cells if cell.base), None)
+    answered = [(cell.arm, cell.questions) for cell in cells]
+    for arm, questions in [*answered, (BASE, based.questions if based else ())]:
+        for question in questions:
+            found[question.index, question.turn][arm].append(question)
+    return found
+
+
+def _verdict(asked: Sequence[CellQuestion]) -> Verdict:
+    unparsed = sum(not (question.parsed or question.correct) for question in asked)
+    return Verdict(sum(question.correct for question in asked), len(asked), unparsed)
+
+
+def _texts(folder: Path, cells: Sequence[FinishedCell]) -> dict[tuple[int, int], str]:
+    """Return the questions by row and turn, from the first of the cells' runs that has them."""
+    for cell in cells:
+        run = StudyFolder(folder).runs(cell.task) / f"{cell.arm}-seed{cell.seed}"
+        try:
+            answers = read_answers(run, cell.stages[-1])
+        except RunError:  # a copied folder has cells alone
+            continue
+        return {(each.index, each.turn): each.question for each in answers}
+    return {}
