@@ -69,7 +69,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "sftkey check my.yaml",
         "sftkey check qwen3-8b/gsm8k --gpu 24GB --plan-only",
     ),
-    ls: ("sftkey ls", "sftkey ls --json"),
+    ls: ("sftkey ls", "sftkey ls --plan", "sftkey ls --json"),
     cp: ("sftkey cp qwen3-8b/gsm8k my.yaml",),
     show: (
         "sftkey show my.yaml --rows 5",

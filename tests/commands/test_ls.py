@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sftkey.commands.recipes import ls, print_table
+from sftkey.commands.recipes import ls, planned_gib, print_table
 from sftkey.errors import RecipeError
 from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_names
+from tests.support.model_folders import SMALL
 
 QLORA = """# A recipe.
 # Fits: H100, 7.4 GiB, 2413 tokens/s, 0123abc
@@ -84,6 +85,52 @@ def test_the_table_is_whole_in_a_pipe(folder: Path, capsys: pytest.CaptureFixtur
     assert one == "a/one some/model some/data main QLoRA completion, key 7.4 GiB"
     assert two == "b/two other/model reasoning_gym leg_counting full key"
     assert "--plan-only" in captured.err
+
+
+def test_planned_memory_is_shown_of_models_that_are_here(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A folder, the hub's cache, a converted package; one that would be fetched has none."""
+
+    def fetch(*arguments: object, **more: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr("sftkey.models.source.hf_hub_download", fetch)
+    monkeypatch.setattr("sftkey.models.packaged._make", fetch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path / "own"))
+    hub = tmp_path / "hub" / "models--some--model"
+    snapshot = hub / "snapshots" / "0123abc"
+    packaged = tmp_path / "own" / "models" / f"llm-one-1.0-{'a' * 12}"
+    for place in (tmp_path / "local", snapshot, packaged):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(SMALL))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0123abc")
+    package = f"pypi:llm-one==1.0, file: one.gguf, sha256: {'a' * 64}"
+    for name, model in {"local": tmp_path / "local", "package": package, "away": "a/b"}.items():
+        text = FULL.replace("other/model", str(model))
+        (folder / "b" / f"{name}.yaml").write_text(text)
+    ls(as_json=True, plan=True)
+    captured = capsys.readouterr()
+    planned = {row["recipe"]: row["planned_gib"] for row in json.loads(captured.out)}
+    assert {name for name, gib in planned.items() if gib is None} == {"b/away", "b/two"}
+    assert planned["b/local"] == planned["b/package"] > 0
+    assert 0 < planned["a/one"] < 1
+    assert captured.err.splitlines() == [f"{n}: planned" for n in ("a/one", "b/local", "b/package")]
+    ls(plan=True)
+    head, _, one, away, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[-3:] == ["GPU", "memory", "planned"]
+    assert one.endswith(f"{planned['a/one']:g} GiB")
+    assert away.split()[-1] == "key"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    file = folder / "b" / "two.yaml"
+    file.write_text(FULL.replace("other/model", str(tmp_path / "broken")))
+    assert planned_gib(file) is None
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
