@@ -41,7 +41,7 @@ WORDS = {
     "ContextCache": "`auto`, `off` or a size",
     **dict.fromkeys(["ModelSection", "DataSection", "ResponseSection", "EvalSection"], "a section"),
     **dict.fromkeys(["StageSection", "OwnThinking", "EarlyStop", "JudgeSection"], "a section"),
-    **dict.fromkeys(["OwnStrategy", "Choice"], "a section"),
+    **dict.fromkeys(["OwnStrategy", "StudyRecipe", "Choice"], "a section"),
 }
 
 

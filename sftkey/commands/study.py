@@ -30,7 +30,8 @@ NEXT = (
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")],
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Print cells, steps, tokens and time; train nothing.")
+        bool,
+        typer.Option("--plan", help="Print cells, steps, tokens, time and memory; train nothing."),
     ] = False,
     report_folder: Annotated[
         Path | None,
@@ -52,11 +53,12 @@ def study(
     set_up()
     runs = phases(checked, file)
     if plan_only:
-        from sftkey.study.plan import plan, promised, rendered, to_choose
+        from sftkey.study.plan import memory, plan, promised, rendered, to_choose
 
         for run in runs:
             planned = plan(run)
-            notes = [SCREENING] if run.test_seeds else promised(run, planned)
+            notes = memory(planned)
+            notes += [SCREENING] if run.test_seeds else promised(run, planned)
             choosing = to_choose(run) if run is runs[0] else []  # phases share their choices
             stdout_console().print(rendered(planned, choosing + notes))
         return
@@ -123,10 +125,11 @@ def study_run(checked: Study, file: Path) -> StudyRun:
     from sftkey.evaluation.stage import grade_stage
     from sftkey.study.cells import StudyFolder
     from sftkey.study.run import StudyRun
+    from sftkey.study.tasks import tasks_of
 
     return StudyRun(
         checked,
-        tuple(file.parent / recipe for recipe in checked.recipes),
+        tasks_of(checked, file.parent),
         StudyFolder(Path("runs") / checked.name),
         read=require_trainable,
         grade=grade_stage,

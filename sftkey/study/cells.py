@@ -41,7 +41,7 @@ class Cell:
     """One arm on one task with one seed.
 
     Args:
-        task: The stem of the recipe's file.
+        task: The task's name.
         arm: The strategy's name.
         seed: The run's.
         recipe: What the cell trains.

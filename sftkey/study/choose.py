@@ -21,7 +21,8 @@ from sftkey.evaluation.results import score_stage
 from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
-from sftkey.study.schema import Choice, Study, arm_recipe, has_weight
+from sftkey.study.schema import Choice, Study, has_weight
+from sftkey.study.tasks import Task, arm_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.run_folder import Ledger, open_run
 
@@ -38,7 +39,7 @@ class StudyChoices:
 
     Args:
         study: With or without something to choose.
-        file: The task's recipe.
+        task: Its recipe.
         folder: Keeps the choices.
         arms: In the order in which they are chosen for.
         rows: Gives a recipe's rows.
@@ -47,11 +48,11 @@ class StudyChoices:
     """
 
     study: Study
-    file: Path
+    task: Task
     folder: StudyFolder
     arms: Sequence[str]
     rows: Callable[[Recipe], Prepared]
-    matched: Callable[[Path, str, int, int | None], Picked]
+    matched: Callable[[Task, str, int, int | None], Picked]
     note: Callable[[str], None]
 
     def of(self, arm: str, choose: bool = True) -> Picked:
@@ -72,7 +73,7 @@ class StudyChoices:
                 if not choose:
                     return picked + [{} for _ in range(number, num_stages)]
                 record["stages"][key] = self._choose(self.study.choose, arm, number, picked)
-                path = self.folder.choices(self.file.stem)
+                path = self.folder.choices(self.task.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, record)
                 if all(key in record["stages"] for key in self._keys()):
@@ -96,7 +97,7 @@ class StudyChoices:
 
     @property
     def _runs(self) -> Path:
-        return self.folder.choices(self.file.stem).with_suffix("")
+        return self.folder.choices(self.task.name).with_suffix("")
 
     def _keys(self) -> list[str]:
         strategies = {arm: self.study.strategy(arm) for arm in self.arms}
@@ -124,7 +125,7 @@ class StudyChoices:
 
     def _record(self, choice: Choice) -> dict[str, Any]:
         asked = choice.model_dump(mode="json", exclude={"max_rounds"})
-        path = self.folder.choices(self.file.stem)
+        path = self.folder.choices(self.task.name)
         if not path.exists():
             return {"choose": asked, "stages": {}}
         record = read_json(path)
@@ -142,7 +143,7 @@ class StudyChoices:
         tried: list[ChoiceFigures] = []
         values: dict[str, list[float]] = {name: [] for name in grid}
         names = [str(stage["name"]) for stage in self.study.strategy(arm).stages[: number + 1]]
-        where = f"{self.file.stem}, {arm}, {' > '.join(names)}"
+        where = f"{self.task.name}, {arm}, {' > '.join(names)}"
         points = [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
         for rounds_left in range(choice.max_rounds, -1, -1):
             for point in points:
@@ -166,16 +167,16 @@ class StudyChoices:
         """Return the values that did best, of those whose loss is a number."""
         finite = [each for each in tried if each["loss"] is not None]
         if not finite and names:
-            raise RunError(f"{self.file}, {what}", "the loss diverged with every value")
+            raise RunError(f"{self.task}, {what}", "the loss diverged with every value")
         best = min(finite, key=_rank) if finite else tried[0]
         return {name: value for name in names if (value := best[name]) is not None}
 
     def _try(self, choice: Choice, arm: str, picked: Picked) -> ChoiceFigures:
         """Train up to the stage that is chosen for; its loss is None where it diverges."""
         num_stages, by_answers = len(picked), choice.by == "accuracy"
-        matched = self.matched(self.file, arm, choice.seed, choice.num_rows)
+        matched = self.matched(self.task, arm, choice.seed, choice.num_rows)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=False)]
-        recipe = arm_recipe(self.study, self.file, arm, choice.seed, laid, num_stages)
+        recipe = arm_recipe(self.study, self.task, arm, choice.seed, laid, num_stages)
         folder = self._runs / hashed([self._key(arm, num_stages - 1), picked])[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
         open_run(recipe, folder)
@@ -199,7 +200,7 @@ class StudyChoices:
         prepared = self.rows(recipe)
         if prepared.validation is None:
             what = "choose: expected validation rows to choose on; got none"
-            raise DataError(str(self.file), what, "write data.validation into the recipe")
+            raise DataError(str(self.task), what, "write data.validation into the recipe")
         few = range(min(choice.num_rows, len(prepared.train)))
         train, examples = prepared.train.select(few), prepared.train_examples[: len(few)]
         return replace(

@@ -10,7 +10,8 @@ from typing import Any
 from sftkey.evaluation.losses import SEGMENT_COLOURS
 from sftkey.recipe.loss_on import loss_weights
 from sftkey.study.results import ArmFigures, StudyResults
-from sftkey.study.schema import Study, arm_recipe
+from sftkey.study.schema import Study
+from sftkey.study.tasks import arm_recipe, tasks_of
 
 BLACK = "#000000"
 COLOURS = (*SEGMENT_COLOURS.values(), "#CC79A7", "#56B4E9", "#F0E442")
@@ -244,12 +245,11 @@ def stage_weights(study: Study, folder: Path, arm: ArmFigures) -> StageWeights:
     Raises:
         RecipeError: A recipe of the study can't be read.
     """
-    files = [folder / recipe for recipe in study.recipes]
-    file = next((file for file in files if file.stem == arm.task), None)
-    if file is None or arm.name not in study.arms:
+    task = next((task for task in tasks_of(study, folder) if task.name == arm.task), None)
+    if task is None or arm.name not in study.arms:
         return {}
     picked = [arm.chosen.get(stage, {}) for stage in arm.stages]
-    recipe = arm_recipe(study, file, arm.name, study.seeds[0], picked)
+    recipe = arm_recipe(study, task, arm.name, study.seeds[0], picked)
     return {stage.name: loss_weights(stage.loss_on) for stage in recipe.stages}
 
 

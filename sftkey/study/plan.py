@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sftkey.files import read_json
+from sftkey.memory_plan.peak import peak_bytes
+from sftkey.memory_plan.plan import RESERVED_BYTES, gib
 from sftkey.recipe.schema import StageSection
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 from sftkey.study.cells import Cell, hashed
@@ -146,7 +148,7 @@ def to_choose(run: StudyRun) -> list[str]:
         if choice and choice.max_rounds
         else ""
     )
-    left = {file.stem: run.choices(file).num_left() for file in run.files}
+    left = {task.name: run.choices(task).num_left() for task in run.tasks}
     return [
         f"{task}: {count} more runs, on up to {num_rows} rows each, choose on the validation rows "
         f"first{more}"
@@ -177,6 +179,22 @@ def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> Renderabl
         f"{sum(each.num_tokens for each in left)} tokens to train; time: {_time(known)}"
     )
     return Group(table, *map(Text, (sentence, *notes)))
+
+
+def memory(planned: list[PlannedCell]) -> list[str]:
+    """Say how much memory the largest stage of the unfinished cells needs, where that is planned.
+
+    What isn't known of a model, because its config would have to be fetched, is left out.
+    """
+    arms = {(each.cell.task, each.cell.arm): each.cell for each in planned if not each.finished}
+    peaks = {key: peak for key, cell in arms.items() if (peak := peak_bytes(cell.recipe))}
+    if not peaks:
+        return []
+    task, arm = max(peaks, key=lambda key: peaks[key])
+    return [
+        f"memory on a GPU: {gib(peaks[task, arm])} GiB at the peak of {task} {arm}, the largest of "
+        f"those planned ({len(peaks)} of {len(arms)} arms), and {gib(RESERVED_BYTES)} GiB set aside"
+    ]
 
 
 def promised(run: StudyRun, planned: list[PlannedCell]) -> list[str]:

@@ -28,7 +28,8 @@ from sftkey.study.cells import (
     take_over,
 )
 from sftkey.study.choose import Picked, StudyChoices
-from sftkey.study.schema import Study, arm_recipe
+from sftkey.study.schema import Study
+from sftkey.study.tasks import Task, arm_recipe
 from sftkey.training.run import BASE, Run, start
 from sftkey.training.run_folder import Ledger, open_run, refuse_changed
 
@@ -48,7 +49,7 @@ class StudyRun:
 
     Args:
         study: What is asked.
-        files: The recipes of its tasks.
+        tasks: What the arms are trained on.
         folder: Where all of it lies.
         read: The gate: gives a recipe's rows, or refuses the recipe.
         grade: Grades a stage's answers in its run folder.
@@ -59,7 +60,7 @@ class StudyRun:
     """
 
     study: Study
-    files: tuple[Path, ...]
+    tasks: tuple[Task, ...]
     folder: StudyFolder
     read: ReadRows
     grade: GradeStage
@@ -75,34 +76,34 @@ class StudyRun:
         Args:
             choose: Choose what is still to be chosen; otherwise it is as in the recipes.
         """
-        choices = {file: self.choices(file) for file in self.files}
+        choices = {task: self.choices(task) for task in self.tasks}
         for seed in self.study.seeds:
-            for file in self.files:
+            for task in self.tasks:
                 for arm in self.arms:
-                    picked = choices[file].of(arm, choose)
-                    yield self.cell(file, arm, seed, picked)
+                    picked = choices[task].of(arm, choose)
+                    yield self.cell(task, arm, seed, picked)
 
     @property
     def arms(self) -> list[str]:
         """Return the arms with few stages first, since later ones take these over."""
         return sorted(self.study.arms, key=lambda arm: len(self.study.strategy(arm).stages))
 
-    def choices(self, file: Path) -> StudyChoices:
+    def choices(self, task: Task) -> StudyChoices:
         """Return what was chosen for a task, and what chooses."""
         return StudyChoices(
-            self.study, file, self.folder, self.arms, self.rows, self.matched, self.note
+            self.study, task, self.folder, self.arms, self.rows, self.matched, self.note
         )
 
-    def cell(self, file: Path, arm: str, seed: int, picked: Picked) -> Cell:
+    def cell(self, task: Task, arm: str, seed: int, picked: Picked) -> Cell:
         """Make one cell, with what a stage takes from the rows: steps, or a weight."""
-        matched = self.matched(file, arm, seed)
+        matched = self.matched(task, arm, seed)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=True)]
-        recipe = arm_recipe(self.study, file, arm, seed, laid)
+        recipe = arm_recipe(self.study, task, arm, seed, laid)
         names = [stage.name for stage in recipe.stages]
         chosen = {name: values for name, values in zip(names, picked, strict=True) if values}
-        return Cell(file.stem, arm, seed, recipe, chosen)
+        return Cell(task.name, arm, seed, recipe, chosen)
 
-    def matched(self, file: Path, arm: str, seed: int, num_rows: int | None = None) -> Picked:
+    def matched(self, task: Task, arm: str, seed: int, num_rows: int | None = None) -> Picked:
         """Return by stage what the rows decide.
 
         That is the `max_steps` that train as many tokens as a key stage, or the `weight` of the
@@ -113,7 +114,7 @@ class StudyRun:
         balanced = [bool(stage.get("balanced")) for stage in strategy.stages]
         if not strategy.matched and not any(balanced):
             return laid
-        recipe = arm_recipe(self.study, file, arm, seed)
+        recipe = arm_recipe(self.study, task, arm, seed)
         prepared = self.rows(recipe)
         for values, wanted in zip(laid, balanced, strict=True):
             if wanted:
@@ -179,16 +180,16 @@ class StudyRun:
 
     def refuse_early(self) -> None:
         """Let the gate see every arm before anything is trained."""
-        for file in self.files:
+        for task in self.tasks:
             for arm in self.arms:
-                recipe = arm_recipe(self.study, file, arm, self.study.seeds[0])
-                cell = Cell(file.stem, arm, self.study.seeds[0], recipe, {})
+                recipe = arm_recipe(self.study, task, arm, self.study.seeds[0])
+                cell = Cell(task.name, arm, self.study.seeds[0], recipe, {})
                 if self.folder.record(cell).exists():
                     continue
                 prepared = self._rows.setdefault(rows_key(recipe), self._read(recipe))
                 if not prepared.questions(recipe):
                     what = "a study asks test questions; expected test rows, got none"
-                    raise DataError(str(file), what, "write data.test into the recipe")
+                    raise DataError(str(task), what, "write data.test into the recipe")
 
     def keep_confirmed(self) -> None:
         """Write down which arms the screening let through, before any test question is read.

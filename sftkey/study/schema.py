@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -224,6 +224,17 @@ class OwnStrategy(StudySection):
     """Changes to the recipe in this arm, as on the command line."""
 
 
+class StudyRecipe(StudySection):
+    """A task: a recipe, with changes where several tasks share its file."""
+
+    recipe: Text
+    """The recipe's file, relative to the study's."""
+    name: RunName | None = None
+    """The task's name, where it isn't that of the file."""
+    overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Changes to the recipe in this task, as on the command line; they go above the study's."""
+
+
 class Choice(StudySection):
     """What is chosen on the validation rows, for every stage of every arm from the same values.
 
@@ -257,8 +268,8 @@ class Study(StudySection):
 
     name: RunName
     """The study's name: it is kept in `runs/NAME`."""
-    recipes: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-    """The recipes' files, relative to the study's; each is a task."""
+    recipes: Annotated[tuple[StudyRecipe, ...], Field(strict=False, min_length=1)]
+    """The tasks: each is a recipe's file, such as `gsm8k.yaml`, or a section."""
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
     """The seeds that every arm is trained with."""
     control: Text
@@ -302,7 +313,11 @@ class Study(StudySection):
         return Strategy(own.stages, overrides=own.overrides) if own else STRATEGIES[arm]
 
 
-_SECTIONS: dict[str | int, type[StudySection]] = {"strategies": OwnStrategy, "choose": Choice}
+_SECTIONS: dict[str | int, type[StudySection]] = {
+    "recipes": StudyRecipe,
+    "strategies": OwnStrategy,
+    "choose": Choice,
+}
 
 
 def load_study(path: Path) -> Study:
@@ -313,6 +328,8 @@ def load_study(path: Path) -> Study:
     """
     source = yaml_source.read(path)
     _name_arms(source)
+    for number, recipe in enumerate(recipes := _listed(source.data, "recipes")):
+        recipes[number] = {"recipe": recipe} if isinstance(recipe, str) else recipe
     study, findings = None, list(_check(source.data))
     try:
         study = Study.model_validate(source.data)
@@ -354,7 +371,7 @@ def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
             yield ("arms", number), f"no strategy has the name `{arm}`{near}"
     yield from _twice("arms", arms)
     yield from _twice("seeds", seeds)
-    yield from _twice("recipes", [Path(each).stem for each in recipes if isinstance(each, str)])
+    yield from _same_tasks(recipes)
     control = data.get("control")
     if isinstance(control, str) and arms and control not in arms:
         yield ("control",), f"expected one of the arms; got '{control}'"
@@ -407,6 +424,20 @@ def _check_choice(
         yield ("choose", "kl"), "no stage of the arms has a `kl`, as the arm `sftkey_kl` does"
 
 
+def _same_tasks(recipes: Sequence[Any]) -> Iterator[tuple[Keys, str]]:
+    """Check that each task has a name of its own: its folders and records have it."""
+    names: list[str] = []
+    for number, recipe in enumerate(recipes):
+        file = recipe.get("recipe") if isinstance(recipe, dict) else None
+        if not isinstance(file, str):
+            continue
+        name = recipe.get("name") or Path(file).stem
+        if name in names:
+            what = f"another task has the name `{name}`; write {{recipe: {file}, name: OTHER}}"
+            yield ("recipes", number), what
+        names.append(name)
+
+
 def _listed(data: dict[str, Any], key: str) -> list[Any]:
     value = data.get(key)
     return value if isinstance(value, list) else []
@@ -416,34 +447,3 @@ def _twice(key: str, values: Sequence[Any]) -> Iterator[tuple[Keys, str]]:
     for number, value in enumerate(values):
         if value in values[:number]:
             yield (key, number), f"`{value}` stands twice"
-
-
-def arm_recipe(
-    study: Study,
-    file: Path,
-    arm: str,
-    seed: int,
-    chosen: Sequence[Mapping[str, float]] = (),
-    num_stages: int | None = None,
-) -> Recipe:
-    """Return the recipe of an arm's cell.
-
-    Args:
-        study: The study.
-        file: The recipe of the task.
-        arm: One of the study's.
-        seed: One of the study's.
-        chosen: What was chosen for the arm's stages, in their order.
-        num_stages: Take the first ones alone.
-
-    Raises:
-        RecipeError: The recipe is wrong, or can't do what the arm wants.
-    """
-    strategy = study.strategy(arm)
-    strategy = replace(strategy, stages=strategy.stages[:num_stages])
-    name = f"{study.name}-{file.stem}-{arm}-seed{seed}"
-    overrides = [*study.overrides, f"name={name}", f"seed={seed}"]
-    try:
-        return strategy_recipe(file, strategy, overrides, chosen)
-    except RecipeError as error:
-        raise RecipeError(f"{file}, arm {arm}", error.problems, error.hint) from None

@@ -294,7 +294,7 @@ def test_a_base_that_is_far_away_takes_no_width(figures: dict[str, Any], tmp_pat
 def test_the_weights_are_those_of_the_arms_recipe(tmp_path: Path) -> None:
     """Of each stage of an arm; of the base and of another task's arms nothing is known."""
     study = load_study(ROOT / "recipes" / "smollm2-135m" / "study-orders.yaml")
-    (task,) = [Path(recipe).stem for recipe in study.recipes]
+    (task,) = [Path(each.recipe).stem for each in study.recipes]
     arms = {arm.name: arm for arm in two_tasks().arms if arm.task == "orders"}
     found = {
         name: stage_weights(

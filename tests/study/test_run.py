@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from sftkey.study.cells import StudyFolder, take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.run import matched_steps
-from sftkey.study.schema import STRATEGIES, arm_recipe, load_study, strategy_recipe
+from sftkey.study.schema import STRATEGIES, load_study, strategy_recipe
+from sftkey.study.tasks import arm_recipe, tasks_of
 from sftkey.training.rows import fingerprints, made_from
 from sftkey.training.run import read_rows
 from sftkey.training.run_folder import open_run, prefix_key
@@ -285,13 +287,18 @@ def test_the_plan_counts_what_is_left(
     study(finished.file, plan_only=True)
     cell.write_text(kept)
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines[2:-2]]
+    rows = [line.split() for line in lines[2:-3]]
     assert [row[:3] for row in rows] == [
         ["task", arm, seed] for seed in "12" for arm in ("sft_twice", "sftkey")
     ]
     assert [row[-1] for row in rows[:3]] == ["finished"] * 3
     assert rows[3][3:7] == ["completion", "shared,", "key", str(STEPS)]
-    assert lines[-2].startswith(
+    assert re.fullmatch(
+        r"memory on a GPU: 0\.\d\d GiB at the peak of task sftkey, the largest of those planned "
+        r"\(1 of 1 arms\), and 1\.00 GiB set aside",
+        lines[-2],
+    )
+    assert lines[-3].startswith(
         f"4 cells, 3 of them finished; {STEPS} steps and {rows[3][-2]} tokens to train; time: 0:0"
     )
 
@@ -305,7 +312,7 @@ def test_without_a_finished_cell_the_time_is_unknown(
     """No time is made up."""
     monkeypatch.chdir(tmp_path)
     study(write_study(tmp_path, tiny_folder, seeds=[1]), plan_only=True)
-    *_, last, promise = capsys.readouterr().out.splitlines()
+    *_, last, _memory, promise = capsys.readouterr().out.splitlines()
     assert promise.startswith(
         "task: 3 questions, seeds: 1, comparisons: 1; one seed shows nothing of the ways of "
         "training; for a difference of 5 points it takes more than 50 seeds (supposing that the "
@@ -329,7 +336,7 @@ def test_choices_are_made_on_validation_rows_alone(
     file = write_study(tmp_path, tiny_folder, choose=choose, seeds=[1], arms=arms)
     run = study_run(load_study(file), file)
     monkeypatch.setattr("sftkey.training.answers.generate_to_file", None)
-    choices = run.choices(run.files[0])
+    choices = run.choices(run.tasks[0])
     assert choices.of("sft_tag", choose=False) == [{}]
     assert to_choose(run) == [
         "task: 6 more runs, on up to 6 rows each, choose on the validation rows first"
@@ -346,13 +353,13 @@ def test_choices_are_made_on_validation_rows_alone(
     assert stage["at_edge"] == ["learning_rate"]
     kept = list((tmp_path / "runs/small/choices/task").iterdir())
     assert len(kept) == 2  # later stages start from the chosen one
-    cell = run.cell(run.files[0], "sftkey", 1, [*picked, {}])
+    cell = run.cell(run.tasks[0], "sftkey", 1, [*picked, {}])
     assert cell.recipe.stages[0].trainer["learning_rate"] == picked[0]["learning_rate"]
     assert cell.chosen == {"completion": picked[0]}
     other = write_study(tmp_path, tiny_folder, choose={**choose, "num_rows": 7}, arms=arms)
     changed = study_run(load_study(other), other)
     with pytest.raises(RunError) as caught:
-        changed.choices(changed.files[0]).of("sft_tag")
+        changed.choices(changed.tasks[0]).of("sft_tag")
     asked: dict[str, Any] = {
         "learning_rate": [1e-9, 1e-1],
         "weight": [],
@@ -386,7 +393,7 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
     arms = ["sft_tag", "sft_twice", "sftkey"]
     file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
     run = study_run(load_study(file), file)
-    recipe = arm_recipe(run.study, run.files[0], arm, 1)
+    recipe = arm_recipe(run.study, run.tasks[0], arm, 1)
     prepared = run.rows(recipe)
     examples = {each.index: each for each in prepared.validation_examples}
     asked: list[tuple[str, float, list[Any]]] = []
@@ -406,7 +413,7 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
         return f"<Thinking>\n1\n</Thinking>\n<Answer>\n{answer}\n</Answer>"
 
     monkeypatch.setattr("sftkey.training.answers.generate_to_file", answer)
-    picked = run.choices(run.files[0]).of(arm)
+    picked = run.choices(run.tasks[0]).of(arm)
     stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
     for values, stage in zip(picked, stages, strict=True):
         losses = {each["learning_rate"]: each["loss"] for each in stage["tried"]}
@@ -440,7 +447,7 @@ def test_a_choice_at_either_edge_of_the_grid_is_told(
     choose = {"learning_rate": [1e-4, 1e-5, 1e-3], "num_rows": 6, "max_rounds": 0}
     file = write_study(tmp_path, tiny_folder, choose=choose)
     run = study_run(load_study(file), file)
-    assert run.choices(run.files[0]).of("sftkey") == [{"learning_rate": best}] * 2
+    assert run.choices(run.tasks[0]).of("sftkey") == [{"learning_rate": best}] * 2
     stages = json.loads((tmp_path / "runs/small/choices/task.json").read_text())["stages"].values()
     assert [each["at_edge"] for each in stages] == [["learning_rate"] if edge else []] * 2
 
@@ -476,7 +483,7 @@ def test_a_grid_widens_until_its_best_lies_inside(
     choose = {"learning_rate": [1e-5, 1e-4, 1e-3], "max_rounds": rounds}
     file = write_study(tmp_path, tiny_folder, choose=choose, arms=["sft_tag", "sft_twice"])
     run = study_run(load_study(file), file)
-    (picked,) = run.choices(run.files[0]).of("sft_tag")
+    (picked,) = run.choices(run.tasks[0]).of("sft_tag")
     assert rates == pytest.approx([1e-5, 1e-4, 1e-3, *tried_too])
     assert picked["learning_rate"] == min(rates, key=lambda rate: abs(math.log(rate / best)))
     (stage,) = json.loads((tmp_path / "runs/small/choices/task.json").read_text())[
@@ -502,7 +509,7 @@ def test_a_weight_is_chosen_where_a_stage_has_one(
     arms = ["sft_twice", "weighted", "weighted_then_sft"]
     file = write_study(tmp_path, tiny_folder, choose=choose, arms=arms)
     run = study_run(load_study(file), file)
-    choices = run.choices(run.files[0])
+    choices = run.choices(run.tasks[0])
     first = {"learning_rate": 1e-4, "weight": 5.0}
     assert choices.of("weighted") == [first]
     assert choices.of("weighted_then_sft") == [first, {"learning_rate": 1e-4}]
@@ -522,9 +529,9 @@ def test_a_kl_is_chosen_where_a_stage_has_one(
     arms = ["sft_twice", "sftkey_kl"]
     file = write_study(tmp_path, tiny_folder, choose={"kl": [0.5, 2.0]}, arms=arms)
     run = study_run(load_study(file), file)
-    picked = run.choices(run.files[0]).of("sftkey_kl")
+    picked = run.choices(run.tasks[0]).of("sftkey_kl")
     assert picked == [{}, {"kl": 8.0}]
-    recipe = run.cell(run.files[0], "sftkey_kl", 1, picked).recipe
+    recipe = run.cell(run.tasks[0], "sftkey_kl", 1, picked).recipe
     assert [stage.kl for stage in recipe.stages] == [0.0, 8.0]
 
 
@@ -554,8 +561,8 @@ def test_a_choice_over_own_thinking_reads_no_more_rows_than_it_may(
 
     monkeypatch.setattr("sftkey.training.run.make_own_rows", own_rows)
     run = study_run(load_study(file), file)
-    run.choices(run.files[0]).of("sftkey_own")
-    recipe = arm_recipe(run.study, run.files[0], "sftkey_own", 1)
+    run.choices(run.tasks[0]).of("sftkey_own")
+    recipe = arm_recipe(run.study, run.tasks[0], "sftkey_own", 1)
     first = [each.index for each in run.rows(recipe).train_examples]
     assert (asked, len(first)) == ([first[:6]], 16)
 
@@ -780,7 +787,7 @@ def test_a_balanced_stage_weighs_thinking_and_key_alike(
     monkeypatch.chdir(task.parent)
     file = write_study(task.parent, tiny_folder, arms=["sft_twice", "balanced"])
     run = study_run(load_study(file), file)
-    cell = run.cell(run.files[0], "balanced", 1, [{}])
+    cell = run.cell(run.tasks[0], "balanced", 1, [{}])
     tokens = run.rows(cell.recipe).counts["tokens"]["train"]
     weights = cell.recipe.stages[0].loss_on
     assert isinstance(weights, dict)
@@ -825,7 +832,7 @@ def test_an_arm_that_a_recipe_cannot_do_is_named(task: Path, tiny_folder: Path) 
     file = write_study(task.parent, tiny_folder, arms=["sft_twice", "mine"], strategies=strategies)
     run = study_run(load_study(file), file)
     with pytest.raises(RecipeError) as caught:
-        run.cell(run.files[0], "mine", 1, [{}, {}])
+        run.cell(run.tasks[0], "mine", 1, [{}, {}])
     assert str(caught.value) == (
         f"{task}, arm mine: 1 problem\n  stages[1].loss_on: expected completion, key, answer or "
         "weights; got 'anwser'; did you mean `answer`?"
@@ -865,9 +872,61 @@ def test_a_launcher_is_refused(
 def test_a_study_that_ships_is_right(file: Path) -> None:
     """Its form, its recipes, and each arm on each of them."""
     checked = load_study(file)
-    for recipe in checked.recipes:
+    for task in tasks_of(checked, file.parent):
         for arm in checked.arms:
-            arm_recipe(checked, file.parent / recipe, arm, checked.seeds[0])
+            arm_recipe(checked, task, arm, checked.seeds[0])
+
+
+def test_the_papers_study_is_all_of_its_models_data_and_strategies() -> None:
+    """80 cells, each with its own model, data, run and the paper's way to train."""
+    file = RECIPES / "paper" / "study-paper.yaml"
+    checked = load_study(file)
+    names: dict[str, tuple[str, str]] = {}
+    for task in tasks_of(checked, file.parent):
+        for arm in checked.arms:
+            recipe = arm_recipe(checked, task, arm, 42)
+            names[recipe.name] = (recipe.model.name_or_path, recipe.data.source)
+            assert (recipe.model.quantization, recipe.lora) == ("none", None)
+            for stage in recipe.stages:
+                trainer = recipe.stage_trainer(stage)
+                assert (trainer["learning_rate"], trainer["num_train_epochs"]) == (5e-6, 3)
+                sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+                assert math.prod(trainer[name] for name in sizes) == 256
+            smol = "SmolLM3" in recipe.model.name_or_path
+            assert recipe.response.end == ("<|end_of_text|>" if smol else "<|endoftext|>")
+    assert len(names) == 80
+    assert len(set(names.values())) == 20
+    assert {model for model, _ in names.values()} == {
+        *(f"Qwen/{name}" for name in ("Qwen3-8B-Base", "Qwen2.5-7B", "Qwen2.5-3B", "Qwen2.5-1.5B")),
+        "HuggingFaceTB/SmolLM3-3B-Base",
+    }
+    for name, (model, _) in names.items():
+        assert name.startswith(f"paper-{model.partition('/')[2].lower()}-")
+
+
+def test_one_recipe_makes_several_tasks(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a name and changes of its own, which go above the study's; and runs of its own."""
+    monkeypatch.chdir(tmp_path)
+    short = {"recipe": "task.yaml", "name": "short", "overrides": ["trainer.max_steps=1"]}
+    own = {"overrides": ["trainer.max_steps=9", "data.max_length=500"]}
+    file = write_study(tmp_path, tiny_folder, recipes=["task.yaml", short], seeds=[1], **own)
+    run = study_run(load_study(file), file)
+    cells = list(run.cells())
+    assert [(each.task, each.arm) for each in cells] == [
+        (task, arm) for task in ("task", "short") for arm in ("sft_twice", "sftkey")
+    ]
+    assert [each.recipe.trainer["max_steps"] for each in cells] == [9, 9, 1, 1]
+    assert {each.recipe.data.max_length for each in cells} == {500}
+    assert cells[2].recipe.name == "small-short-sft_twice-seed1"
+    assert str(run.folder.record(cells[2])) == "runs/small/cells/short/sft_twice/seed-1.json"
+    run.run_cell(cells[2])
+    assert json.loads(run.folder.record(cells[2]).read_text())["task"] == "short"
+    wrong = {**short, "overrides": ["trainer.max_step=1"]}
+    file = write_study(tmp_path, tiny_folder, recipes=[wrong])
+    with pytest.raises(RecipeError, match=re.escape(f"{tmp_path}/task.yaml, task short, arm ")):
+        list(study_run(load_study(file), file).cells())
 
 
 NAMES = ", ".join(STRATEGIES)
@@ -884,7 +943,14 @@ Sections = dict[str, Any]
         ({"arms": ["sft_twice", "sft_twice"]}, "arms[1]: `sft_twice` stands twice"),
         ({"seeds": [1, 2, 1]}, "seeds[2]: `1` stands twice"),
         ({"seeds": [-1]}, "seeds[0]: expected 0 or more; got -1"),
-        ({"recipes": ["a/x.yaml", "b/x.yaml"]}, "recipes[1]: `x` stands twice"),
+        ({"recipes": ["a/x.yaml", "b/x.yaml"]}, "recipes[1]: another task has the name `x`; write "
+         "{recipe: b/x.yaml, name: OTHER}"),
+        ({"recipes": ["x.yaml", {"recipe": "y.yaml", "name": "x"}]}, "recipes[1]: another task has "
+         "the name `x`; write {recipe: y.yaml, name: OTHER}"),
+        ({"recipes": [{"recipe": "x.yaml", "naem": "y"}]}, "recipes[0].naem: unknown key; did you "
+         "mean `name`?"),
+        ({"recipes": [{"name": "y"}]}, "recipes[0].recipe: missing"),
+        ({"recipes": [7]}, "recipes[0]: expected a mapping; got 7"),
         ({"control": "dft"}, "control: expected one of the arms; got 'dft'"),
         ({"overides": []}, "overides: unknown key; did you mean `overrides`?"),
         ({"choose": {"seed": 1}}, "choose: expected values of learning_rate, weight or kl to "

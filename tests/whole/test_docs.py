@@ -290,13 +290,15 @@ def test_the_examples_have_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS))
     import hooks
 
-    from sftkey.study.schema import Study, arm_recipe, load_study
+    from sftkey.study.schema import Study, load_study
+    from sftkey.study.tasks import arm_recipe, tasks_of
 
     for file in sorted((DOCS / "examples").glob("[0-9]*.yaml")):
         load_recipe(file)
     study = load_study(DOCS / "examples" / "study.yaml")
-    for arm in study.arms:
-        arm_recipe(study, DOCS / "examples" / study.recipes[0], arm, seed=1)
+    for task in tasks_of(study, DOCS / "examples"):
+        for arm in study.arms:
+            arm_recipe(study, task, arm, seed=1)
     keys = [
         (place + name, *hooks.described(section)[name])
         for model in (Recipe, Study)
