@@ -114,7 +114,7 @@ def test_a_wheel_carries_modules_recipes_and_configs(tmp_path: Path, checkout: P
     (wheel,) = tmp_path.glob("*.whl")
     target = tmp_path / "target"
     pip("install", "--no-deps", "--target", str(target), str(wheel))
-    for file in (ROOT / "sftkey").rglob("*.py"):
+    for file in (*(ROOT / "sftkey").rglob("*.py"), *(ROOT / "sftkey").rglob("*.jinja")):
         assert (target / file.relative_to(ROOT)).is_file()
     for file in (file for pattern in SHIPPED for file in ROOT.glob(pattern)):
         assert (target / "sftkey" / file.relative_to(ROOT)).is_file()
