@@ -193,7 +193,8 @@ class Run:
             self.answers.write(BASE, model)
         yield BASE
         for number, record in enumerate(self.ledger.stages):
-            if record.status == "open":
+            trained = record.status == "trained"
+            if not trained:
                 if not train:
                     return
                 self._train(number, model if model is not None else self._load(number), request)
@@ -205,6 +206,8 @@ class Run:
                 model = self._load(number + 1)
                 for report in missing:
                     report.write(record.name, model)
+            elif trained:  # by an earlier command; loading its adapter would have looked at it
+                self.ledger.require(self.ledger.adapter(number))
             yield record.name
 
     def _load(self, number: int) -> PreTrainedModel | PeftModel:

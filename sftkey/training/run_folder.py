@@ -262,7 +262,7 @@ REMADE = ("evaluation", "diagnosis")  # their files are written anew from the ad
 def set_aside_broken(ledger: Ledger) -> None:
     """Move answers, grades and diagnoses that are no longer as they were written out of the way.
 
-    Adapters are looked at when they are loaded.
+    Adapters are looked at when they are loaded, or passed by as finished.
 
     Raises:
         RunError: Another finished file is broken.

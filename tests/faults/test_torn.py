@@ -1,0 +1,101 @@
+"""Any file of a run, broken in any way, is named in one error, or the run ends as it would."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftkey.errors import SFTKeyError
+from tests.support.tiny import write_recipe
+from tests.training.test_run import Killed, kill_at_step
+from tests.training.test_run_folder import data, finish, go_on
+
+pytestmark = pytest.mark.slow
+TRAINER = {"per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1, "logging_steps": 1}
+
+
+def garble(file: Path) -> None:
+    """Put bytes by chance in the place of the file's own."""
+    size = max(file.stat().st_size, 1)
+    file.write_bytes(random.Random(size).randbytes(size))
+
+
+BREAK: dict[str, Callable[[Path], Any]] = {
+    "emptied": lambda file: file.write_bytes(b""),
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "garbled": garble,
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Kill a run in its last stage, behind a checkpoint."""
+    folder = tmp_path_factory.mktemp("cut")
+    write_recipe(folder, tiny_folder, data=data(folder), trainer=TRAINER)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at_step(patch, "key", 2)
+        with pytest.raises(Killed):
+            finish(go_on(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, cut: Path) -> Path:
+    """Go on with the cut run to its end."""
+    folder = shutil.copytree(cut, tmp_path_factory.mktemp("ended") / "run")
+    finish(go_on(folder))
+    return folder
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Return all that a person takes out of a run: adapters, answers and grades."""
+    run = folder / "runs" / "tiny"
+    found = [*run.glob("stages/*/adapter/*"), *run.glob("evaluation/*.json*")]
+    return {str(file.relative_to(run)): file.read_bytes() for file in found}
+
+
+def files_of(folder: Path) -> list[str]:
+    """List the files of a folder's run, but for its lock."""
+    run = folder / "runs" / "tiny"
+    found = [str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()]
+    return sorted(name for name in found if not name.startswith((".lock", ".running")))
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
+@pytest.mark.parametrize("how", BREAK)
+@pytest.mark.parametrize("moment", ["cut", "ended"])
+def test_a_run_with_a_broken_file_says_so_or_ends_as_it_would(
+    moment: str,
+    how: str,
+    cut: Path,
+    ended: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Every file, one after another; no other error comes, and nothing else is changed."""
+    wanted, source = results(ended), cut if moment == "cut" else ended
+    names, wrong = files_of(source), list[str]()
+    record_property("tries", len(names))
+    for name in names:
+        folder = shutil.copytree(source, tmp_path / "tried")
+        BREAK[how](folder / "runs" / "tiny" / name)
+        try:
+            finish(go_on(folder))
+        except SFTKeyError as error:
+            if Path(name).name not in str(error) and str(Path(name).parent) not in str(error):
+                wrong.append(f"{name}: not named by {error}")
+        except Exception as error:
+            wrong.append(f"{name}: {type(error).__name__}: {error}")
+        else:
+            found = results(folder)
+            changed = [each for each in wanted if found.get(each) != wanted[each]]
+            if changed:
+                wrong.append(f"{name}: others came, without a word: {', '.join(changed)}")
+        shutil.rmtree(folder)
+    assert not wrong, "\n".join(wrong)
