@@ -22,7 +22,6 @@ ANSWER = (
     *("ground_truth", "gold", "correct_answer"),
 )
 RESPONSE = ("response", "completion", "output", "solution", "answer", "text", "generation")
-SYSTEM = ("system", "system_prompt", "system_message")
 CONTEXT = (
     *("context", "passage", "article", "document", "paragraph", "background", "story", "hint"),
     *("contexts", "passages", "articles", "documents", "paragraphs", "premise", "table", "history"),

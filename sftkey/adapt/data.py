@@ -16,7 +16,6 @@ from sftkey.adapt.columns import (
     NOTHING,
     OPTIONS,
     RESPONSE,
-    SYSTEM,
     THINKING,
     Table,
     find_rule,
@@ -40,6 +39,7 @@ from sftkey.adapt.readings import (
 )
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import Loaded, columns_of, think_tags
+from sftkey.data.messages import SYSTEM
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Response, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults

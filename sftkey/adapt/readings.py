@@ -15,7 +15,6 @@ from sftkey.adapt.columns import (
     OPENING,
     PROMPT,
     RESPONSE,
-    SYSTEM,
     THINKING,
     Fit,
     Row,
@@ -25,6 +24,7 @@ from sftkey.adapt.columns import (
 from sftkey.adapt.prompt import options_of, prompt_of
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import PLACES, Loaded, columns_of, make_examples, make_rule
+from sftkey.data.messages import SYSTEM
 from sftkey.data.response import Example
 from sftkey.data.sources import with_defaults
 from sftkey.recipe.schema import DataSection

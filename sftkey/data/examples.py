@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sftkey.data.messages import check_trained, read_messages, read_tools, unmarked
+from sftkey.data.messages import (
+    check_beside,
+    check_trained,
+    columns_beside,
+    read_messages,
+    read_tools,
+    system_of,
+    unmarked,
+)
 from sftkey.data.response import TOOLS, Example
 from sftkey.data.values import RowError, letter, lettered, parsed_json, trimmed
 from sftkey.errors import DataError, Problem, shown
@@ -220,17 +228,20 @@ def make_examples(
     Raises:
         DataError: The section names columns that don't exist, or doesn't say what the answer is.
     """
-    read = _reader(data, columns_of(rows), rows, turns, reasoning)
+    columns = columns_of(rows)
+    read, beside = _reader(data, columns, rows, turns, reasoning), columns_beside(columns, data)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):
         outcomes: list[Parts | RowError]
         try:
             outcomes = list(read(row))
+            prompts = [each[0] for each in outcomes if not isinstance(each, RowError)]
+            check_beside(row, beside, prompts)
         except RowError as error:
             outcomes = [error]
         for turn, outcome in enumerate(outcomes):
             try:
-                system = _system(row, data)
+                system = system_of(row, data)
                 prompt, thinking, answer = _usable(outcome, data, system)
                 tools = read_tools(row.get("tools"))
             except RowError as error:
@@ -407,16 +418,6 @@ def _earlier(message: dict[str, Any], rule: Rule | None) -> dict[str, Any]:
 
 def _as_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-
-
-def _system(row: RawRow, data: DataSection) -> str | None:
-    """Return the system message that is put before the row's prompt."""
-    if data.system_column is None:
-        return data.system
-    text = row.get(data.system_column)
-    if text is not None and not isinstance(text, str):
-        raise RowError(f"`{data.system_column}` holds a {type(text).__name__}, not text")
-    return text if text and text.strip() else data.system
 
 
 def _usable(outcome: Parts | RowError, data: DataSection, system: str | None) -> Parts:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sftkey.data.values import RowError, parsed_json
+from sftkey.recipe.schema import DataSection
 
 # What data sets and APIs call the roles.
 ROLES = {
@@ -15,6 +17,21 @@ ROLES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Whether a message is trained, in the words of several trainers.
 FLAGS = ("train", "trainable", "weight", "loss_mask")
+SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a row's system message
+# What other trainers and APIs take from beside the messages, and what is done about it here.
+NOT_READ = {
+    "functions": "is the old form of `tools`: write each there, as {type: function, function: …}",
+    "documents": "aren't handed to the template: write them into the messages",
+    "chat_template": "is one for all rows: write model.chat_template",
+    "chat_template_kwargs": "are the same for all rows: write model.chat_template_kwargs",
+    "enable_thinking": "is one for all rows: write model.chat_template_kwargs",
+    "tool_choice": "belongs to a request: no template writes it",
+    "function_call": "belongs to a request: no template writes it",
+    "parallel_tool_calls": "belongs to a request: no template writes it",
+}
+SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
+DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
+OF_CALLS = ("function_call", "tool_call")  # roles of what `tool_calls` of an assistant's turn holds
 READ_HERE = ("role", "from", "content", "value", "tool_calls", *REASONING, *FLAGS)
 
 
@@ -38,6 +55,12 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     message = message if isinstance(message, dict) else {}
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
+    if message.get("function_call") or role in OF_CALLS:
+        what = "`function_call`" if message.get("function_call") else f"the role {role!r}"
+        raise RowError(
+            f"message {place}: {what} is an old form; write an assistant's message with "
+            '`tool_calls`: [{"type": "function", "function": {"name": …, "arguments": {…}}}]'
+        )
     calls = _calls(message.get("tool_calls"), place)
     if content is None and calls:
         content = ""
@@ -55,13 +78,13 @@ def _message(message: Any, place: int) -> dict[str, Any]:
         read["reasoning_content"] = thinking
     if calls:
         read["tool_calls"] = calls
-    if not _is_trained(message, read["role"], place):
+    if not _is_trained(message, read["role"], f"message {place}"):
         read["train"] = False
     return read | dict(_further(message))
 
 
-def _is_trained(message: Mapping[str, Any], role: str, place: int) -> bool:
-    """Tell whether a message may have a loss, as far as it says so itself."""
+def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:
+    """Tell whether a message, or a row, may have a loss, as far as it says so itself."""
     trained = True
     for key in FLAGS:
         value = message.get(key)
@@ -69,11 +92,11 @@ def _is_trained(message: Mapping[str, Any], role: str, place: int) -> bool:
             continue
         if value not in (0, 1):
             raise RowError(
-                f"message {place}: `{key}` is {value!r}, expected true or false; weights are "
+                f"{where}: `{key}` is {value!r}, expected true or false; weights are "
                 "`loss_on` of a stage"
             )
         if value and role != "assistant":
-            raise RowError(f"message {place}: `{key}` asks for a loss on a message of the {role}")
+            raise RowError(f"{where}: `{key}` asks for a loss on a message of the {role}")
         trained = trained and bool(value)
     return trained
 
@@ -84,7 +107,7 @@ def _further(message: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     False does: it may be somebody's word for a turn that isn't to be trained.
     """
     for key, value in message.items():
-        if key not in READ_HERE and value is not None and value not in ("", [], {}):
+        if key not in READ_HERE and value not in SAYS_NOTHING:
             yield key, value
 
 
@@ -116,6 +139,85 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     if not all("name" in (each.get("function") or each) for each in tools):
         raise RowError("`tools` holds the description of a tool without a `name`")
     return tools
+
+
+def columns_beside(columns: Sequence[str], data: DataSection) -> list[str]:
+    """List the columns that other trainers read beside the messages, and that no line names."""
+    texts = " ".join(text for text in (data.prompt, data.thinking, data.answer) if text)
+    named = (data.response, data.system_column)
+    settled = {"system", "system_column"} & data.model_fields_set
+    known = (*NOT_READ, *FLAGS, *(() if settled else SYSTEM))
+    return [
+        column
+        for column in columns
+        if column in known and column not in named and not re.search(rf"{{{column}\b", texts)
+    ]
+
+
+def check_beside(row: Mapping[str, Any], columns: Sequence[str], prompts: Sequence[Any]) -> None:
+    """See that what a row says beside its messages is used, or said already.
+
+    Args:
+        row: The row as it was read.
+        columns: Those of `columns_beside`.
+        prompts: Messages, or a text, of each of the row's turns; beside a text there may be all
+            kinds of columns, and functions alone are no question of taste.
+
+    Raises:
+        RowError: It isn't; or the row isn't to be trained.
+    """
+    chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    for column in columns:
+        value = _said(parsed_json(row.get(column)))
+        if value is None or value == DEFAULTS.get(column, ...):
+            continue
+        if column == "functions" and not _has_names(value):
+            continue
+        if not chats and column != "functions":
+            continue
+        if column in FLAGS:
+            if not _is_trained({column: value}, "assistant", "the row"):
+                raise RowError("a row that isn't to be trained", "not-trained")
+        elif column not in SYSTEM:
+            raise RowError(f"`{column}` {NOT_READ[column]}; leave the column out")
+        elif isinstance(value, str) and value.strip() != _own_system(chats[0]):
+            raise RowError(
+                f"`{column}` isn't read: write data.system_column: {column}, or data.system: null "
+                "to leave it out"
+            )
+
+
+def system_of(row: Mapping[str, Any], data: DataSection) -> str | None:
+    """Return the system message that is put before the row's prompt.
+
+    Raises:
+        RowError: The column holds something else.
+    """
+    if data.system_column is None:
+        return data.system
+    text = row.get(data.system_column)
+    if text is not None and not isinstance(text, str):
+        raise RowError(f"`{data.system_column}` holds a {type(text).__name__}, not text")
+    return text if text and text.strip() else data.system
+
+
+def _has_names(functions: Any) -> bool:
+    """Tell whether these are descriptions of functions, and not words."""
+    return isinstance(functions, list) and all(
+        isinstance(each, Mapping) and "name" in each for each in functions
+    )
+
+
+def _own_system(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    first = messages[0] if messages else {}
+    return str(first["content"]).strip() if first.get("role") == "system" else None
+
+
+def _said(value: Any) -> Any:
+    """Return a value without what says nothing: tables fill absent keys with nulls."""
+    if isinstance(value, Mapping):
+        value = {key: each for key, each in value.items() if each not in SAYS_NOTHING}
+    return None if value in SAYS_NOTHING else value
 
 
 def _from_parts(parts: Sequence[Any], place: int) -> tuple[str | None, str]:

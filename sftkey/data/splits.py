@@ -10,7 +10,7 @@ from typing import Any
 
 from sftkey.activity import activity
 from sftkey.data.examples import Loaded, Turns, Unsplit
-from sftkey.data.refused import NUM_SHOWN, OTHERS, numbered
+from sftkey.data.refused import NUM_SHOWN, OTHERS, UNSPLIT, numbered
 from sftkey.data.response import Example
 from sftkey.data.sources import MADE, has_splits, load_examples, with_defaults
 from sftkey.errors import DataError, Problem
@@ -134,12 +134,13 @@ def _amounts(data: DataSection) -> dict[str, Amount]:
 
 def _check_unsplit(loaded: Loaded, data: DataSection, split: str) -> list[dict[str, Any]]:
     """Refuse what can't be split, or count it by reason."""
-    if not loaded.unsplit:
-        return []
-    if data.unsplit_rows == "error" or not loaded.examples:
+    refused = loaded.unsplit
+    if loaded.examples:  # a turn that isn't to be trained is only counted
+        refused = [row for row in refused if OTHERS.get(row.code, UNSPLIT).hint]
+    if refused and (data.unsplit_rows == "error" or not loaded.examples):
         raise DataError(
             data.source,
-            f"{_rows(len(loaded.unsplit))} of {split} can't be used:{_listed(loaded.unsplit)}",
+            f"{_rows(len(refused))} of {split} can't be used:{_listed(refused)}",
             hint="rows count from 0; `data.unsplit_rows: drop` leaves these out"
             if loaded.examples
             else "no row can be used; rows count from 0",

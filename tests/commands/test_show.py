@@ -124,3 +124,21 @@ def test_rows_that_may_drop_are_the_same_everywhere(
     assert gated is not None
     assert gated.train.to_dict() == read_rows(recipe).train.to_dict()
     assert gated.train["index"] == [0, 2, 3]
+
+
+def test_a_turn_that_is_not_to_be_trained_is_only_counted(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command refuses it, as check doesn't; a row of nothing else is a row without examples."""
+    asked = {"role": "user", "content": "1 + 1?"}
+    turn = {"role": "assistant", "reasoning_content": "Two ones.", "content": "2"}
+    rows = [
+        {"messages": [asked, turn | {"train": False}, asked, turn]},
+        {"messages": [asked, turn]},
+    ]
+    file = tmp_path / "these.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(data={"source": str(file)}, response={"turns": "all"})
+    show(recipe, num_rows=9, as_json=True)
+    assert "1 row dropped (0): a turn that isn't to be trained" in capsys.readouterr().err
+    assert read_rows(load_recipe(recipe)).train["index"] == [0, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ from tests.support.tiny import CHATML
 
 PLAIN = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "7"})
 THOUGHT = (PLAIN[0], {**PLAIN[1], "reasoning_content": "c"})
+
+
+WRITE_CALLS = (
+    "write an assistant's message with `tool_calls`: "
+    '[{"type": "function", "function": {"name": …, "arguments": {…}}}]'
+)
 
 
 def parts(*items: Any) -> list[dict[str, Any]]:
@@ -65,6 +72,14 @@ def test_forms_of_messages(value: Any, expected: tuple[dict[str, str], ...]) -> 
             "message 1 holds a part of the type 'image_url', which is no text",
         ),
         (parts(7), "message 1 holds a part of the type 'unknown', which is no text"),
+        (
+            [{"role": "assistant", "content": None, "function_call": {"name": "add"}}],
+            f"message 0: `function_call` is an old form; {WRITE_CALLS}",
+        ),
+        (
+            [{"from": "function_call", "value": '{"name": "add"}'}],
+            f"message 0: the role 'function_call' is an old form; {WRITE_CALLS}",
+        ),
     ],
 )
 def test_what_is_no_message(value: Any, message: str) -> None:
@@ -143,6 +158,64 @@ def test_a_row_s_tools_stand_first(tools: Any) -> None:
     assert refused.reason == "`tools` holds the description of a tool without a `name`"
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("functions", [TOOL["function"]], "the old form of `tools`: write .* leave the column out"),
+        ("functions", json.dumps([TOOL["function"]]), "the old form of `tools`"),
+        ("documents", [{"text": "T"}], "aren't handed to the template"),
+        ("chat_template", "T", "write model.chat_template;"),
+        ("chat_template_kwargs", {"a": None, "b": False}, "write model.chat_template_kwargs;"),
+        ("enable_thinking", False, "write model.chat_template_kwargs;"),
+        ("tool_choice", "none", "no template writes it"),
+        ("function_call", {"name": "add"}, "no template writes it"),
+        ("parallel_tool_calls", False, "no template writes it"),
+        ("system_prompt", "S", "write data.system_column: system_prompt, or data.system: null"),
+        ("weight", 0.5, "the row: `weight` is 0.5, expected true or false"),
+        ("loss_mask", [0, 1], "the row: `loss_mask` is .* expected true or false"),
+        ("train", False, "a row that isn't to be trained"),
+    ],
+)
+def test_what_stands_beside_messages_is_used_or_refused(
+    column: str, value: Any, reason: str
+) -> None:
+    """Every other trainer's column that changes what is seen or trained; what says nothing is."""
+    (refused,) = loaded(*PLAIN, **{column: value}).unsplit
+    assert re.search(reason, refused.reason)
+    assert (refused.code == "not-trained") == (value is False and column == "train")
+    for nothing in (None, "", [], {"a": None}):
+        assert loaded(*PLAIN, **{column: nothing}).examples
+    text = {"prompt": "Q", "thinking": "c", "answer": "7", column: value}
+    beside_text = make_examples([text], DataSection(source="x.jsonl"), "last")
+    assert len(beside_text.unsplit) == (column == "functions")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 3, "source": "x", "url": "u", "model": "m", "score": 0.5},
+        {"weight": 1.0, "train": True, "parallel_tool_calls": True, "tool_choice": "auto"},
+        {"functions": ["hammer"]},
+    ],
+)
+def test_what_only_describes_a_row_is_silent(row: dict[str, Any]) -> None:
+    """Columns about a row, and values that say what is so anyway."""
+    assert loaded(*PLAIN, **row).examples
+
+
+def test_a_column_of_system_messages_is_said_already_or_settled() -> None:
+    """Where the conversation or the recipe says it, the column says nothing more."""
+    system = {"role": "system", "content": "S"}
+    assert loaded(system, *PLAIN, system="S").examples
+    assert loaded(system, *PLAIN, system="Another").unsplit
+    row = {"messages": list(PLAIN), "system": "S"}
+    for settled, prompt in (({"system": None}, PLAIN[:1]), (BY_COLUMN, (system, PLAIN[0]))):
+        data = DataSection(source="x.jsonl", **settled)
+        (example,) = make_examples([row], data, "last", reasoning=False).examples
+        assert example.prompt == prompt
+
+
+BY_COLUMN = {"system_column": "system"}
 WITH_TOOLS = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
