@@ -20,7 +20,7 @@ from sftkey.data.messages import (
     unmarked,
 )
 from sftkey.data.response import TOOLS, Example
-from sftkey.data.values import RowError, letter, lettered, parsed_json, trimmed
+from sftkey.data.values import RowError, letter, lettered, parsed_json, read_json, trimmed
 from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection
 
@@ -46,7 +46,7 @@ class Field:
         """
         value, name = row.get(self.column), self.column
         for key in self.keys:
-            value = parsed_json(value)
+            value = read_json(value)
             name = f"{name}[{key}]"
             try:
                 value = value[int(key) if isinstance(value, list) else key]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from sftkey.data.values import RepeatedKeyError, each_once
 from sftkey.errors import DataError, first_line
 from sftkey.files import irregular
 
@@ -27,6 +28,7 @@ ENDINGS = (".json", *LINES, ".csv", ".tsv", *TABLES)
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # lists that are a row's own
 MOST_LINE_BYTES = 2**26  # 64 MiB; a training row is far shorter
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+EACH_ONCE = json.JSONDecoder(object_pairs_hook=each_once)
 
 
 def _zstd(stream: IO[bytes]) -> IO[bytes]:
@@ -218,14 +220,25 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
+def _decoded(text: str) -> Any:
+    try:
+        return EACH_ONCE.decode(text)
+    except (json.JSONDecodeError, RepeatedKeyError):
+        raise
+    except ValueError:  # a number of thousands of digits: read so it changes no row's text
+        return json.loads(text, parse_int=str, object_pairs_hook=each_once)
+
+
 def _parse(text: str, file: Path, line: int | None) -> Any:
     try:
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:  # a number of thousands of digits: read so it changes no row's text
-            return json.loads(text, parse_int=str)
+            return _decoded(text)
+        except RepeatedKeyError as error:
+            place = f"line {line}" if line else "the file"
+            place += _repeating(json.loads(text, parse_int=str, object_pairs_hook=_Pairs)) or ""
+            what = f"{place}: expected each key once; got {error} several times"
+            hint = "of keys of one name only the last would be read"
+            raise DataError(str(file), what, hint=hint) from error
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
         what = f"{place}: expected JSON; got {error.msg!r}"
@@ -236,6 +249,22 @@ def _parse(text: str, file: Path, line: int | None) -> Any:
         what = f"{place}expected a row; got too many brackets"
         hint = "values inside one another so deep are no text of a row: remove them, or write "
         raise DataError(str(file), what, hint=f"{hint}them as one text") from error
+
+
+class _Pairs(list[Any]):
+    """An object of JSON as the pairs of its keys and values."""
+
+
+def _repeating(value: Any) -> str | None:
+    """Return the way to the first object that has a key several times: `[3].messages[0]`."""
+    if not isinstance(value, list):
+        return None
+    inner = [(f".{name}", v) for name, v in value] if isinstance(value, _Pairs) else None
+    if inner and len(dict(inner)) < len(inner):
+        return ""
+    items = inner or [(f"[{place}]", item) for place, item in enumerate(value)]
+    ways = ((name, _repeating(item)) for name, item in items)
+    return next((name + way for name, way in ways if way is not None), None)
 
 
 def _object(item: Any, file: Path, place: str) -> dict[str, Any]:

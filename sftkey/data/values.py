@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import string
+from collections.abc import Callable
 from typing import Any
 
 LABELS = ("label", "key", "id", "letter")
@@ -27,7 +28,36 @@ class RowError(ValueError):
         super().__init__(reason)
 
 
-def parsed_json(value: Any) -> Any:
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key several times, of which only the last would be read."""
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, as its `object_pairs_hook`.
+
+    Raises:
+        RepeatedKeyError: Names the first key that it has several times.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def read_json(value: Any) -> Any:
+    """Return the same as `parsed_json`, of a row that is read.
+
+    Raises:
+        RowError: An object has a key several times.
+    """
+    try:
+        return parsed_json(value, each_once)
+    except RepeatedKeyError as error:
+        raise RowError(f"JSON with the key {str(error)!r} several times in one object") from error
+
+
+def parsed_json(value: Any, objects: Callable[[Any], Any] | None = None) -> Any:
     """Return what a text of JSON or a printed Python list holds; anything else as it is.
 
     >>> parsed_json('["a pen"]'), parsed_json("['a pen', None]"), parsed_json("[see below]")
@@ -36,7 +66,9 @@ def parsed_json(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=objects)
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError):
         pass
     if value.rstrip()[-1:] not in ("]", "}") or WITHOUT_COMMA.search(value):
@@ -59,7 +91,7 @@ def lettered(options: Any, name: str) -> str:
     >>> lettered(["a pen", "a bird"], "choices")
     'A) a pen\nB) a bird'
     """
-    pairs = _pairs(parsed_json(options), name)
+    pairs = _pairs(read_json(options), name)
     if not pairs or any(isinstance(text, list | dict) or text is None for _, text in pairs):
         raise RowError(f"`{name}` holds no options")
     if all(re.match(rf"\(?{re.escape(label)}\s*[).:]", str(text)) for label, text in pairs):

@@ -136,6 +136,27 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("r.jsonl", LINES + '{"q": "Q", "a": "1", "a": "2"}', "line 4"),
+        ("r.json", LINES + '{"q": "Q", "a": "1", "a": "2"}', "line 4"),
+        ("r.jsonl", '{"m": [{"role": "user"}, {"a": "1", "a": "2"}]}', "line 1.m[1]"),
+        ("r.json", '[{"a": "1"}, {"q": {"a": "1", "a": "2"}}]', "the file[1].q"),
+        ("r.json", '{"data": [{"a": ' + "9" * 5000 + ', "a": "2"}]}', "the file.data[0]"),
+        ("r.json", '{"a": [1], "a": [2]}', "the file"),
+        ("r.json", '{"a": "1", "a": "2"}\n' + LINES, "line 1"),
+    ],
+)
+def test_keys_of_one_name_are_refused(tmp_path: Path, name: str, text: str, where: str) -> None:
+    """Only the last of them would be read; the row is named, and the place in it."""
+    (tmp_path / name).write_text(text)
+    assert message_of(tmp_path / name) == (
+        f"FILE: {where}: expected each key once; got a several times\n"
+        "hint: of keys of one name only the last would be read"
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
         ("r.tsv", "q\ta\n1,5?\t007\n"),

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from sftkey.data.values import RowError, letter, lettered, options_in, parsed_json, trimmed
+from sftkey.data.examples import make_examples
+from sftkey.data.values import (
+    RowError,
+    letter,
+    lettered,
+    options_in,
+    parsed_json,
+    read_json,
+    trimmed,
+)
+from sftkey.recipe.schema import DataSection
 
 
 @pytest.mark.parametrize(
@@ -101,3 +111,19 @@ def test_json_in_a_text(text: Any, value: Any) -> None:
 def test_white_space_around_a_text(text: str, expected: str) -> None:
     """The indentation of the first of several lines stays."""
     assert trimmed(text) == expected
+
+
+def test_a_key_that_an_object_has_twice_refuses_its_row() -> None:
+    """Only the last of them would be read, be it in a column, a message or an argument."""
+    twice = '{"answer": "1", "answer": "2"}'
+    for text in (twice, f"[{twice}]"):
+        with pytest.raises(RowError, match="the key 'answer' several times in one object"):
+            read_json(text)
+    rows = [{"prompt": "Q", "thinking": "c", "record": text} for text in (twice, '{"answer": "1"}')]
+    loaded = make_examples(rows, DataSection(source="x", answer="{record[answer]}"), "last")
+    assert [each.answer for each in loaded.examples] == ["1"]
+    (refused,) = loaded.unsplit
+    assert refused.reason == "JSON with the key 'answer' several times in one object"
+    chats = [{"messages": f'[{{"role": "user", "content": "Q"}}, {twice}]'}]
+    (refused,) = make_examples(chats, DataSection(source="x"), "last").unsplit
+    assert refused.reason == "JSON with the key 'answer' several times in one object"
