@@ -14,6 +14,8 @@ from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Response, Segment
 from sftkey.data.sources import load_examples
 from sftkey.data.template import (
+    QUESTION,
+    SENTINEL,
     TEMPLATE_ERRORS,
     probe_template,
     render,
@@ -72,10 +74,10 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
     """
     if not tokenizer.chat_template:
         return _plain(tokenizer, stops, "the tokenizer has no chat template")
-    template = str(tokenizer.chat_template)
+    template = tokenizer.get_chat_template()  # of several named ones, the one in use
     date, reason = _date(tokenizer, template)
     failed: FrameError | None = None
-    for section, thinks, why in _candidates(template):
+    for section, thinks, why in _candidates(tokenizer, template):
         kwargs = thinks | date
         try:
             renderer = probe_renderer(tokenizer, section, kwargs)
@@ -100,7 +102,9 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
     return FrameChoice(TAGS, date, None, {"chat_template_kwargs": reason}, undecided)
 
 
-def _candidates(template: str) -> Iterator[tuple[ResponseSection, dict[str, Any], str]]:
+def _candidates(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> Iterator[tuple[ResponseSection, dict[str, Any], str]]:
     """Return tags with what the template is told, the best first, and why."""
     switch = "enable_thinking" in template
     if "<|channel|>" in template:
@@ -109,8 +113,27 @@ def _candidates(template: str) -> Iterator[tuple[ResponseSection, dict[str, Any]
         for kwargs in ({}, {"enable_thinking": True})[: 1 + switch]:
             yield THINK, kwargs, "the model's own thinking tags"
             yield OPENED, kwargs, "the model's own; its prompt has opened the thinking already"
+    elif written := _written_tags(tokenizer):
+        yield written, {}, "the model's own thinking tags"
     for kwargs in ({"enable_thinking": False}, {})[1 - switch :]:
         yield TAGS, kwargs, "the model has no thinking tags of its own"
+
+
+def _written_tags(tokenizer: PreTrainedTokenizerBase) -> ResponseSection | None:
+    """Return the tags that the template itself writes around a turn's reasoning, if it does."""
+    question = [{"role": "user", "content": "Q"}]
+    turn = {"role": "assistant", "content": SENTINEL, "reasoning_content": QUESTION}
+    try:
+        prompt = render(tokenizer, question, {})
+        text = render(tokenizer, [*question, turn], {}, add_generation_prompt=False)
+    except TEMPLATE_ERRORS:
+        return None
+    opening, found, rest = text.removeprefix(prompt).partition(QUESTION)
+    between, answer, _ = rest.partition(SENTINEL)
+    closing = between.rstrip()
+    if not (text.startswith(prompt) and found and answer and opening.strip() and closing.strip()):
+        return None
+    return ResponseSection(thinking=(opening, closing), answer=(between[len(closing) :], ""))
 
 
 def _thinks(kwargs: Mapping[str, Any]) -> str:

@@ -262,8 +262,14 @@ class Oracle:
         return self._completion_fault(example, completion, self._blank(fed))
 
     def can_be_built(self, example: Example) -> bool:
-        """Try to build a row with the tokenizer's own call, whole and apart."""
+        """Try to build a row with the tokenizer's own call, whole and apart.
+
+        None is to be built of a chat that holds control text, wherever in it.
+        """
         renderer = self.renderer
+        said = json.dumps(example.prompt, ensure_ascii=False)
+        if renderer.kind == "chat" and any(token in said for token in renderer.special_ids):
+            return False
         try:
             fed, prompt = self.fed(example), renderer.prompt_text(example.prompt)
         except TEMPLATE_ERRORS:

@@ -17,6 +17,7 @@ ROLES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Whether a message is trained, in the words of several trainers.
 FLAGS = ("train", "trainable", "weight", "loss_mask")
+PARTS = {"reasoning": "thinking", "input_text": "text", "output_text": "text"}
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a row's system message
 # What other trainers and APIs take from beside the messages, and what is done about it here.
 NOT_READ = {
@@ -226,7 +227,7 @@ def _from_parts(parts: Sequence[Any], place: int) -> tuple[str | None, str]:
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "unknown"
-        kind = "thinking" if kind == "reasoning" else kind
+        kind = PARTS.get(kind, kind)
         text = part.get(kind, part.get("text")) if kind in found else None
         if not isinstance(text, str):
             raise RowError(f"message {place} holds a part of the type {kind!r}, which is no text")

@@ -322,7 +322,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str,
             "else give a model.chat_template whose turns end with a special token",
         )
     while found[0] != tokenizer.eos_token:
-        another = pattern.match(after, found.end())
+        behind = after[found.end() :]
+        another = pattern.match(after, len(after) - len(behind.lstrip()))
         if another is None or not probe.before_next.startswith(after[: another.end()]):
             break
         if after[another.end() :][:1].isalpha():  # a role's name: the next turn begins
@@ -341,7 +342,22 @@ def _checked(renderer: Renderer) -> Renderer:
                 "where generation would stop",
                 hint="choose response.thinking and response.answer without it",
             )
+    _check_returns(renderer)
     return renderer
+
+
+def _check_returns(renderer: Renderer) -> None:
+    """Refuse a tokenizer that no answer comes back from: it sets blanks, or rewrites the tags."""
+    answer = "a1b"
+    written = renderer.response.render(answer, answer)
+    read = renderer.decode_behind(renderer.encode([written])[0].ids).lstrip(" ")
+    if renderer.response.parse(read).answer != answer:
+        raise FrameError(
+            name_of(renderer.tokenizer),
+            f"the tokenizer rewrites every response: {written!r} is read as {read!r}",
+            hint="choose response.thinking and response.answer as they are read, or take the "
+            "tokenizer.json that belongs to the model",
+        )
 
 
 def _plain_end(tokenizer: PreTrainedTokenizerBase, end: str) -> int:

@@ -28,7 +28,7 @@ TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
     *(AttributeError, TypeError, ValueError),
 )
 THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
-TAG = re.compile(r"(<[^<>\s]+>)")
+TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])")
 # Read by every template, or said with a count where it isn't.
 ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
@@ -273,7 +273,11 @@ def probe_template(
         )
     question = [{"role": "user", "content": QUESTION}]
     try:
-        _check_kwargs(tokenizer, kwargs, reads_of(tokenizer, kwargs.get("tools")))
+        reads = reads_of(tokenizer, kwargs.get("tools"))
+    except TEMPLATE_ERRORS as error:
+        raise FrameError(name, f"the chat template is no Jinja: {error}") from error
+    _check_kwargs(tokenizer, kwargs, reads)
+    try:
         closed = render(tokenizer, question, kwargs, add_generation_prompt=False)
         prompt = render(tokenizer, question, kwargs)
         turn = [*question, {"role": "assistant", "content": SENTINEL}]
@@ -370,7 +374,7 @@ def _assistant_prefix(name: str, before: str, prompt: str, header: str, response
 
 
 def _common(one: str, other: str) -> str:
-    """Return how two texts begin alike; `<think>` and `</think>` share nothing."""
+    """Return how two texts begin alike; `<think>` and `</think>` share nothing, as `[THINK]`s."""
     common = ""
     for part, another in zip(TAG.split(one), TAG.split(other), strict=False):
         if part != another:
@@ -382,7 +386,8 @@ def _common(one: str, other: str) -> str:
 
 def _hint_for(header: str) -> str:
     own = "give a model.chat_template of your own"
-    tag = re.search(r"<(\w+)>\s*$", header)
+    tag = re.search(r"([<\[])(\w+[>\]])\s*$", header)
     if tag is None:
         return own
-    return f'the prompt opens the thinking: response.thinking: ["", "\\n</{tag[1]}>"]; or {own}'
+    closing = f"\\n{tag[1]}/{tag[2]}"
+    return f'the prompt opens the thinking: response.thinking: ["", "{closing}"]; or {own}'

@@ -41,6 +41,8 @@ from sftkey.recipe.schema import ModelSection, Recipe
 
 LOGGER = logging.getLogger("sftkey")
 GIB = 2**30
+# What transformers makes a tokenizer of where there is no tokenizer.json.
+VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 UNPACKED_SHARE = 0.5  # of the free memory; the other half is for the steps
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
@@ -88,6 +90,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             f"{type(tokenizer).__name__} gives no character offsets, which the masks are made from",
             "take a model that has a tokenizer.json",
         )
+    _refuse_empty(section, tokenizer)
     if section.chat_template:
         tokenizer.chat_template = read_template(Path(section.chat_template))
     check_template(tokenizer, section.chat_template or section.name_or_path)
@@ -107,13 +110,32 @@ def _refuse_code(section: ModelSection, source: Source) -> None:
     name = section.name_or_path
     if "auto_map" in (read_json(source, "tokenizer_config.json") or {}):
         raise needs_code(name, "tokenizer_config.json")
-    alone = source.commit is None and not (source.folder / "tokenizer.json").is_file()
-    if alone and (source.folder / "tokenizer.model").is_file() and not find_spec("sentencepiece"):
+    if source.commit is not None or (source.folder / "tokenizer.json").is_file():
+        return
+    for file in (source.folder / each for each in VOCABULARIES):
+        if not file.is_file():
+            continue
+        # SentencePiece's first field is the list of its pieces; tiktoken's are lines of base64.
+        package = "sentencepiece" if file.read_bytes()[:1] == b"\n" else "tiktoken"
+        if not find_spec(package):
+            install = "sentencepiece protobuf" if package == "sentencepiece" else package
+            raise ModelError(
+                name,
+                f"{file.name} without tokenizer.json is read with the package {package}, which "
+                "isn't installed",
+                f"pip install {install}, or put a tokenizer.json beside it",
+            )
+
+
+def _refuse_empty(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without letters, as transformers makes it where it finds no vocabulary."""
+    ids = tokenizer("Answer: 4", add_special_tokens=False)["input_ids"]
+    if not tokenizer.decode(ids, skip_special_tokens=True).strip():
         raise ModelError(
-            name,
-            "tokenizer.model without tokenizer.json is read with the package sentencepiece, which "
-            "isn't installed",
-            "pip install sentencepiece protobuf, or put a tokenizer.json beside it",
+            section.name_or_path,
+            f"{type(tokenizer).__name__} knows no letters and digits: it found no vocabulary of "
+            "its own there, and took an empty one",
+            "put the model's tokenizer.json there",
         )
 
 

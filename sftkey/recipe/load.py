@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from sftkey.errors import RecipeError, did_you_mean, shown
 from sftkey.recipe import yaml_io
-from sftkey.recipe.rules import check_together, check_upstream
+from sftkey.recipe.rules import REFUSED_TRAINER_KEYS, check_together, check_upstream
 from sftkey.recipe.schema import (
     DataSection,
     EvalSection,
@@ -161,6 +161,8 @@ def _finding(
     kind, keys, got = details["type"], details["loc"], details["input"]
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
+        if keys[-1] == "trust_remote_code":
+            return keys, f"refused: {REFUSED_TRAINER_KEYS['trust_remote_code']}"
         known = known_keys(keys)
         near = did_you_mean(keys[-1], known) or f"; the keys here are {', '.join(known)}"
         return keys, f"unknown key{near}"

@@ -44,6 +44,7 @@ def parts(*items: Any) -> list[dict[str, Any]]:
         (parts("7"), PLAIN),
         (parts({"type": "thinking", "thinking": "c"}, {"type": "text", "text": "7"}), THOUGHT),
         (parts({"type": "reasoning", "text": "c"}, {"type": "text", "text": "7"}), THOUGHT),
+        (parts({"type": "output_text", "text": "7"}), PLAIN),
         ([PLAIN[0], {**PLAIN[1], "thinking": "c"}], THOUGHT),
         ([PLAIN[0], {**PLAIN[1], "reasoning": "c", "reasoning_content": None}], THOUGHT),
         (

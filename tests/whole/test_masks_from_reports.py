@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -11,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from sftkey.adapt.frame import choose_frame
 from sftkey.checks.mask_proof import Oracle
+from sftkey.cli import main
 from sftkey.data.renderer import Renderer, probe_renderer, render, stop_ids
-from sftkey.data.response import Example, Segment
+from sftkey.data.response import TOOLS, Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
-from sftkey.errors import FrameError, ModelError
+from sftkey.errors import FrameError, ModelError, RecipeError
+from sftkey.models import loading
 from sftkey.models.loading import load_tokenizer
+from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import ModelSection, ResponseSection
+from tests.support.families import FAMILIES
+from tests.support.model_folders import model_folder, write_rows
 from tests.support.real_tokenizers import real_tokenizer
 from tests.support.tokenizers import CHATML, made
 
@@ -38,15 +46,23 @@ def framed(
     template: str | None = CHATML, section: ResponseSection | None = None, **change: Any
 ) -> Renderer:
     """Probe a byte-level tokenizer of its own, with a template and other changes."""
+    tokenizer = changed(template, **change)
+    return probe_renderer(tokenizer, section or ResponseSection(), change.get("kwargs", {}))
+
+
+def changed(template: str | None = CHATML, **change: Any) -> Any:
+    """Return a copy of the byte-level tokenizer with a template and other changes."""
     tokenizer = copy.deepcopy(made("byte_level"))
     tokenizer.chat_template = template
     if "normalizer" in change:
         tokenizer.backend_tokenizer.normalizer = change["normalizer"]
+    if "pre_tokenizer" in change:
+        tokenizer.backend_tokenizer.pre_tokenizer = change["pre_tokenizer"]
     if "processor" in change:
         tokenizer.backend_tokenizer.post_processor = change["processor"]
     for token in change.get("tokens", ()):
         tokenizer.add_tokens([token], special_tokens=token.special)
-    return probe_renderer(tokenizer, section or ResponseSection(), change.get("kwargs", {}))
+    return tokenizer
 
 
 def outcome(renderer: Renderer, example: Example) -> Row | Refusal:
@@ -95,10 +111,12 @@ def test_kwargs() -> None:
     """One that the template never reads is refused with the nearest that it does."""
     template = CHATML + "{% if enable_thinking %}{% endif %}"
     framed(template, kwargs={"enable_thinking": True})
-    with pytest.raises(
-        FrameError, match="the chat template never reads it; did you mean `enable_thinking`"
-    ):
+    with pytest.raises(FrameError) as refused:
         framed(template, kwargs={"enable_thinkng": True})
+    assert str(refused.value) == (
+        "tokenizer: 1 problem\n  model.chat_template_kwargs.enable_thinkng: the chat template "
+        "never reads it; did you mean `enable_thinking`?\nhint: its variables are enable_thinking"
+    )
 
 
 @pytest.mark.parametrize("key", ["name", "weather"])
@@ -256,11 +274,167 @@ def test_code_in_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         load_tokenizer(ModelSection(name_or_path=str(folder), quantization="none"))
 
 
+@pytest.mark.parametrize(
+    ("file", "start", "package"),
+    [
+        ("tokenizer.model", b"\n\x0e", "sentencepiece"),
+        ("spiece.model", b"\n\x0e", "sentencepiece"),
+        ("tokenizer.model", b"IQ== 0", "tiktoken"),
+        (None, b"", "found no vocabulary of its own there"),
+    ],
+)
+def test_a_vocabulary_without_tokenizer_json(
+    folder: Path, file: str | None, start: bytes, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package that reads it is named; nothing is made of no vocabulary at all."""
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    (folder / "tokenizer.json").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "LlamaTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if file:
+        (folder / file).write_bytes(start)
+    with pytest.raises(ModelError, match=package):
+        load_tokenizer(ModelSection(name_or_path=str(folder), quantization="none"))
+
+
+def test_a_recipe_that_trusts_code_is_refused_with_the_reason(folder: Path) -> None:
+    """It is no key that is merely unknown."""
+    model = {"name_or_path": str(folder), "trust_remote_code": True}
+    recipe = {"name": "x", "model": model, "data": {"source": "x"}, "stages": [{"loss_on": "key"}]}
+    (folder / "x.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError, match="trust_remote_code: refused: sftkey loads"):
+        load_recipe(folder / "x.yaml")
+
+
 def test_a_tokenizer_of_mistral_common_beside_it(folder: Path) -> None:
     """The same one is loaded, whatever other files of tokenizers lie there."""
     (folder / "tekken.json").write_text("{}")
     section = ModelSection(name_or_path=str(folder), quantization="none")
     assert load_tokenizer(section)("2 + 2")["input_ids"]
+
+
+CHAT = (HI, {"role": "assistant", "reasoning_content": "2 and 2.", "content": "4"})
+NATIVE_TAGS = {"response": {"thinking": NATIVE.thinking, "answer": NATIVE.answer}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = {"name": "add", "arguments": {"a": 2}}
+CALLED: dict[str, Any] = {"role": "assistant", "content": ""}
+INSIDE = CALLED | {"tool_calls": [{"name": "add", "arguments": {"a": "<|im_end|>"}}]}
+WRITES_CALLS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | string }}")
+TWO_ENDS = CHATML.replace("<|im_end|>", "<|response|>\n<|turn|>")
+BRACKETS = CHATML.replace("assistant\n{% endif %}", "assistant\n[THINK]{% endif %}").replace(
+    "{{ m['content'] }}", "{{ '[/THINK]' if m.role == 'assistant' }}{{ m['content'] }}"
+)
+PREFIXED = pre_tokenizers.ByteLevel(add_prefix_space=True)
+BY_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(), PREFIXED])
+END_SPECIAL = [AddedToken(text, special=True) for text in ("<|response|>", "<|turn|>")]
+# By kind: what is changed of the tokenizer, the row that stands second of four, sections of the
+# recipe, and what a command says; None where it says nothing.
+SAID: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str | None]] = {
+    "header": (
+        {"template": BY_ROW},
+        {"messages": [*asked("/no_think"), CHAT[1]]},
+        NATIVE_TAGS,
+        "the generation prompt isn't .* as for a question alone: 1 row, 1",
+    ),
+    "rewritten system": (
+        {"template": BY_ROW},
+        {"messages": [*asked("Be brief. /think"), CHAT[1]]},
+        NATIVE_TAGS,
+        None,
+    ),
+    "tools": ({}, {"messages": CHAT, "tools": [ADD]}, {}, "never reads `tools`: 1 row, 1"),
+    "functions": (
+        {},
+        {"messages": CHAT, "functions": [ADD["function"]]},
+        {},
+        "row 1: `functions` is the old form|`functions` is the old form .*: 1 row, 1",
+    ),
+    "flags": (
+        {},
+        {"messages": [HI, CHAT[1] | {"weight": 0}, *CHAT]},
+        {"response": {"turns": "all"}},
+        "isn't to be trained: 1 row, 1|1 row dropped .1.: a turn that isn't to be trained",
+    ),
+    "kwargs": (
+        {"template": CHATML + "{% if enable_thinking %}{% endif %}"},
+        {"messages": CHAT},
+        {"model": {"chat_template_kwargs": {"enable_thinkng": True}}},
+        "enable_thinkng: the chat template never reads it; did you mean `enable_thinking`",
+    ),
+    "normalizer": (
+        {"normalizer": normalizers.NFKC()},
+        {"messages": [HI, CHAT[1] | {"content": "2²"}]},
+        {},
+        "the tokenizer changes the answer: 1 row, 1",
+    ),
+    "tags rewritten": (
+        {"normalizer": normalizers.Lowercase()},
+        {"messages": CHAT},
+        {},
+        "the tokenizer rewrites every response",
+    ),
+    "prefix blank": ({"pre_tokenizer": PREFIXED}, {"messages": CHAT}, {}, None),
+    "blanks": ({"pre_tokenizer": BY_DIGITS}, {"messages": CHAT}, {}, "rewrites every response"),
+    "eats white space": (
+        {"tokens": [AddedToken("legs", rstrip=True, special=False)]},
+        {"messages": [HI, CHAT[1] | {"content": "12 legs   long"}]},
+        {},
+        "the token 'legs' swallows white space beside it: 1 row, 1",
+    ),
+    "tags inside": (
+        {},
+        {"messages": [HI, CHAT[1] | {"content": "4</Answer>5"}]},
+        {},
+        "own tags stand inside the answer: 1 row, 1",
+    ),
+    "control text": (
+        {"template": WRITES_CALLS},
+        {"messages": [HI, INSIDE, {"role": "tool", "content": "4"}, CHAT[1]]},
+        {},
+        "the prompt holds the text of the special token '<.im_end.>': 1 row, 1",
+    ),
+    "layouts": (
+        {},
+        {"messages": [HI, CHAT[1] | {"content": [{"type": "output_text", "text": "4"}]}]},
+        {},
+        None,
+    ),
+    "two ends": ({"template": TWO_ENDS, "tokens": END_SPECIAL}, {"messages": CHAT}, {}, None),
+    "tags alike": (
+        {"template": BRACKETS},
+        {"messages": CHAT},
+        {"response": {"thinking": ("", "[/THINK]"), "answer": ("", "")}},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_the_commands_say_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` and `show` refuse, note or take a row in the same words, and blame nothing else."""
+    change, row, sections, said = SAID[kind]
+    tokenizer = changed(**change)
+    model = model_folder(tmp_path / "model", tokenizer, vocab_size=len(tokenizer))
+    rows = [{"messages": [{"role": "user", "content": f"{n} + 1?"}, CHAT[1]]} for n in range(3)]
+    recipe: dict[str, Any] = {
+        "name": "x",
+        "model": {"name_or_path": model, "quantization": "none"} | sections.get("model", {}),
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "data": {"source": write_rows(tmp_path / "rows.jsonl", [rows[0], row, *rows[1:]])},
+        "trainer": {"per_device_train_batch_size": 2, "max_steps": 2},
+        "stages": [{"name": "key", "loss_on": "key"}],
+        "response": sections.get("response", {}),
+    }
+    (tmp_path / "x.yaml").write_text(json.dumps(recipe))
+    for command in ("check", "show"):
+        with contextlib.suppress(SystemExit):
+            main([command, str(tmp_path / "x.yaml")])
+        heard = "".join(capsys.readouterr())
+        assert "bug of sftkey" not in heard
+        if kind != "flags":  # such a turn is counted
+            assert ("refused" in heard or "error:" in heard) == (said is not None)
+        assert said is None or re.search(said, heard), heard
 
 
 @cache
@@ -292,3 +466,38 @@ def test_on_real_tokenizers(
     """What holds of a tokenizer that the tests train holds of published ones."""
     monkeypatch.setitem(globals(), "made", lambda _: real(name))
     case()
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("kind", ["header", "tools", "normalizer", "control text", "two ends"])
+def test_the_commands_say_it_of_a_real_tokenizer(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same words."""
+    monkeypatch.setitem(globals(), "made", lambda _: real("qwen3"))
+    test_the_commands_say_it(kind, tmp_path, capsys)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("family", "written"),
+    [
+        ("qwen3-8b", True),
+        ("llama-3.2-1b-instruct", True),
+        ("gpt-oss-20b", True),
+        ("gemma-3-1b-it", False),
+    ],
+)
+def test_tools_of_published_templates(family: str, written: bool) -> None:
+    """The template writes the tools, the call and what it gave, or the row is refused."""
+    tokenizer = FAMILIES[family].real_one()
+    section = choose_frame(tokenizer, ()).section
+    called = CALLED | {"tool_calls": [{"type": "function", "function": CALL}]}
+    tools = {"role": TOOLS, "content": json.dumps([ADD])}
+    prompt = (tools, HI, called, {"role": "tool", "name": "add", "content": "four"})
+    row = outcome(probe_renderer(tokenizer, section), Example(prompt, "2 and 2.", "4", 0))
+    assert isinstance(row, Row) == written
+    if isinstance(row, Row):
+        text = tokenizer.decode(row.input_ids)
+        assert text.count("add") > 1
+        assert "four" in text
