@@ -316,7 +316,11 @@ def test_a_tokenizer_of_mistral_common_beside_it(folder: Path) -> None:
 
 CHAT = (HI, {"role": "assistant", "reasoning_content": "2 and 2.", "content": "4"})
 NATIVE_TAGS = {"response": {"thinking": NATIVE.thinking, "answer": NATIVE.answer}}
-ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+ADD = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": PARAMETERS},
+}
 CALL = {"name": "add", "arguments": {"a": 2}}
 CALLED: dict[str, Any] = {"role": "assistant", "content": ""}
 INSIDE = CALLED | {"tool_calls": [{"name": "add", "arguments": {"a": "<|im_end|>"}}]}
