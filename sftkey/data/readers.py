@@ -237,16 +237,16 @@ def _parse(text: str, file: Path, line: int | None) -> Any:
             place = f"line {line}" if line else "the file"
             place += _repeating(json.loads(text, parse_int=str, object_pairs_hook=_Pairs)) or ""
             what = f"{place}: expected each key once; got {error} several times"
-            hint = "of keys of one name only the last would be read"
-            raise DataError(str(file), what, hint=hint) from error
+            why = "of keys of one name only the last would be read"
+            raise DataError(str(file), what, hint=why) from error
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
         what = f"{place}: expected JSON; got {error.msg!r}"
         hint = "one object a line, without commas between the lines" if line else None
         raise DataError(str(file), what, hint=hint) from error
     except RecursionError as error:
-        place = f"line {line}: " if line else ""
-        what = f"{place}expected a row; got too many brackets"
+        at = f"line {line}: " if line else ""
+        what = f"{at}expected a row; got too many brackets"
         hint = "values inside one another so deep are no text of a row: remove them, or write "
         raise DataError(str(file), what, hint=f"{hint}them as one text") from error
 

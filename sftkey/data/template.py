@@ -272,11 +272,7 @@ def probe_template(
             hint="a base model takes response.frame: plain; else give model.chat_template",
         )
     question = [{"role": "user", "content": QUESTION}]
-    try:
-        reads = reads_of(tokenizer, kwargs.get("tools"))
-    except TEMPLATE_ERRORS as error:
-        raise FrameError(name, f"the chat template is no Jinja: {error}") from error
-    _check_kwargs(tokenizer, kwargs, reads)
+    _check_kwargs(tokenizer, kwargs)
     try:
         closed = render(tokenizer, question, kwargs, add_generation_prompt=False)
         prompt = render(tokenizer, question, kwargs)
@@ -310,10 +306,13 @@ def probe_template(
     return Probe(assistant_prefix, after, header, tail, more.partition(SENTINEL)[2])
 
 
-def _check_kwargs(
-    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], reads: Reads
-) -> None:
+def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:
     """Refuse what a recipe hands to a template that never looks it up, or that is set for it."""
+    name = name_of(tokenizer)
+    try:
+        reads = reads_of(tokenizer, kwargs.get("tools"))
+    except TEMPLATE_ERRORS as error:
+        raise FrameError(name, f"the chat template is no Jinja: {error}") from error
     own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
     own -= {"tools", "documents", "kwargs"}
     known = sorted(reads.variables - own)
@@ -328,7 +327,7 @@ def _check_kwargs(
     ]
     if problems:
         hint = f"its variables are {', '.join(known) or 'none'}"
-        raise FrameError(name_of(tokenizer), problems, hint)
+        raise FrameError(name, problems, hint)
 
 
 def _check_header(name: str, header: str, response: Response) -> None:

@@ -130,7 +130,7 @@ def _refuse_code(section: ModelSection, source: Source) -> None:
 def _refuse_empty(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without letters, as transformers makes it where it finds no vocabulary."""
     ids = tokenizer("Answer: 4", add_special_tokens=False)["input_ids"]
-    if not tokenizer.decode(ids, skip_special_tokens=True).strip():
+    if not str(tokenizer.decode(ids, skip_special_tokens=True)).strip():
         raise ModelError(
             section.name_or_path,
             f"{type(tokenizer).__name__} knows no letters and digits: it found no vocabulary of "
