@@ -11,7 +11,6 @@ from sftkey.checks.gate import _rows_report as check
 from sftkey.checks.mask_proof import judge, prove
 from sftkey.data.examples import make_rule
 from sftkey.data.prepare import Prepared, prepare
-from sftkey.data.splits import load_splits
 from sftkey.data.tokenization import tokenize
 from sftkey.recipe.collection import RECIPES, describe, recipe_files
 from sftkey.recipe.load import load_recipe
@@ -61,7 +60,7 @@ def test_recipe_on_its_real_tokenizer(
     prepared = prepare(recipe, family.real_one())
     assert dropped(prepared) == []
     assert prepared.renderer.end_token == family.end
-    examples = load_splits(recipe.data, recipe.seed).train[:NUM_JUDGED]
+    examples = prepared.train_examples[:NUM_JUDGED]
     proof = judge(prepared.renderer, examples, tokenize(examples, prepared.renderer))
     assert (proof.right, proof.wrong) == (len(examples), [])
     proof = prove(prepared.renderer, NUM_HARD_ROWS, seed=7)
