@@ -44,7 +44,8 @@ def mean_interval(right: Any, same_questions: bool = True) -> tuple[Floats, Floa
     """Return the share of right flags `(…)` and the ends of its 95% interval over both chances."""
     values = np.asarray(right, dtype=np.float64)
     low, high = _ends(_with(values, _ADDED_TO_SHARES), same_questions)
-    return values.mean((-2, -1)), np.maximum(low, 0.0), np.minimum(high, 1.0)
+    share = values.mean((-2, -1))  # where all flags agree, the added ones draw both ends inwards
+    return share, np.maximum(np.minimum(low, share), 0.0), np.minimum(np.maximum(high, share), 1.0)
 
 
 def difference_interval(

@@ -93,6 +93,9 @@ def test_shares_near_one_are_covered(share: float) -> None:
     flags = np.ones((3, 100), dtype=bool)
     low, high = mean_estimate(flags).interval
     assert (round(low, 3), high) == (0.954, 1.0)
+    many = np.ones((6, 500), dtype=bool)
+    assert mean_estimate(many, same_questions=False).interval[1] == 1.0
+    assert mean_estimate(~many, same_questions=False).interval[0] == 0.0
     low, high = difference_estimate(flags, flags).interval
     assert (round(low, 4), round(high, 4)) == (-0.0193, 0.0193)
 
