@@ -20,7 +20,7 @@ from sftkey.data.messages import (
     unmarked,
 )
 from sftkey.data.response import TOOLS, Example
-from sftkey.data.values import RowError, letter, lettered, parsed_json, read_json, trimmed
+from sftkey.data.values import RowError, letter, lettered, parsed_json, row_json, trimmed
 from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection
 
@@ -46,7 +46,7 @@ class Field:
         """
         value, name = row.get(self.column), self.column
         for key in self.keys:
-            value = read_json(value)
+            value = row_json(value)
             name = f"{name}[{key}]"
             try:
                 value = value[int(key) if isinstance(value, list) else key]
@@ -235,8 +235,9 @@ def make_examples(
         outcomes: list[Parts | RowError]
         try:
             outcomes = list(read(row))
-            prompts = [each[0] for each in outcomes if not isinstance(each, RowError)]
-            check_beside(row, beside, prompts)
+            if beside:
+                prompts = [each[0] for each in outcomes if not isinstance(each, RowError)]
+                check_beside(row, beside, prompts)
         except RowError as error:
             outcomes = [error]
         for turn, outcome in enumerate(outcomes):

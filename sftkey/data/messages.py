@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sftkey.data.values import RowError, read_json
+from sftkey.data.values import RowError, row_json
 from sftkey.recipe.schema import DataSection
 
 # What data sets and APIs call the roles.
@@ -46,7 +46,7 @@ def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
     Raises:
         RowError: A message can't be read, or asks for a loss that it can't have.
     """
-    value = read_json(value)
+    value = row_json(value)
     if not isinstance(value, list):
         raise RowError("no list of messages")
     return tuple(_message(message, place) for place, message in enumerate(value))
@@ -123,7 +123,7 @@ def _calls(value: Any, place: int) -> list[dict[str, Any]]:
         call = dict(each.get("function") or each)
         if not isinstance(call.get("name"), str):
             raise RowError(f"message {place}: a tool call has no `name`")
-        call["arguments"] = read_json(call.get("arguments") or {})
+        call["arguments"] = row_json(call.get("arguments") or {})
         calls.append({**each, "function": call} if "function" in each else call)
     return calls
 
@@ -134,7 +134,7 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     Raises:
         RowError: A description has no name.
     """
-    tools = read_json(value)
+    tools = row_json(value)
     if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
         return []
     if not all("name" in (each.get("function") or each) for each in tools):
@@ -169,7 +169,7 @@ def check_beside(row: Mapping[str, Any], columns: Sequence[str], prompts: Sequen
     """
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     for column in columns:
-        value = _said(read_json(row.get(column)))
+        value = _said(row_json(row.get(column)))
         if value is None or value == DEFAULTS.get(column, ...):
             continue
         if column == "functions" and not _has_names(value):

@@ -45,7 +45,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(value: Any) -> Any:
+def row_json(value: Any) -> Any:
     """Return the same as `parsed_json`, of a row that is read.
 
     Raises:
@@ -91,7 +91,7 @@ def lettered(options: Any, name: str) -> str:
     >>> lettered(["a pen", "a bird"], "choices")
     'A) a pen\nB) a bird'
     """
-    pairs = _pairs(read_json(options), name)
+    pairs = _pairs(row_json(options), name)
     if not pairs or any(isinstance(text, list | dict) or text is None for _, text in pairs):
         raise RowError(f"`{name}` holds no options")
     if all(re.match(rf"\(?{re.escape(label)}\s*[).:]", str(text)) for label, text in pairs):

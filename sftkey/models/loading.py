@@ -116,7 +116,8 @@ def _refuse_code(section: ModelSection, source: Source) -> None:
         if not file.is_file():
             continue
         # SentencePiece's first field is the list of its pieces; tiktoken's are lines of base64.
-        package = "sentencepiece" if file.read_bytes()[:1] == b"\n" else "tiktoken"
+        with file.open("rb") as stream:
+            package = "sentencepiece" if stream.read(1) == b"\n" else "tiktoken"
         if not find_spec(package):
             install = "sentencepiece protobuf" if package == "sentencepiece" else package
             raise ModelError(

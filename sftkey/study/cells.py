@@ -28,6 +28,7 @@ from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
+from sftkey.study.tasks import run_name
 from sftkey.training.log import read_log
 from sftkey.training.rows import TRAINS, fingerprints, made_from
 from sftkey.training.run import BASE, Run
@@ -57,7 +58,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name the run's folder."""
-        return f"{self.arm}-seed{self.seed}"
+        return run_name(self.arm, self.seed)
 
     @property
     def last(self) -> str:

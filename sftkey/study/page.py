@@ -17,6 +17,7 @@ from sftkey.study import report
 from sftkey.study.cells import StudyFolder
 from sftkey.study.results import CellQuestion, FinishedCell, StudyResults
 from sftkey.study.summary import BASE
+from sftkey.study.tasks import run_name
 
 MOST_QUESTIONS = 6000  # on a page, which then has some megabytes
 
@@ -186,7 +187,7 @@ def _verdict(asked: Sequence[CellQuestion]) -> Verdict:
 def _texts(folder: Path, cells: Sequence[FinishedCell]) -> dict[tuple[int, int], str]:
     """Return the questions by row and turn, from the first of the cells' runs that has them."""
     for cell in cells:
-        run = StudyFolder(folder).runs(cell.task) / f"{cell.arm}-seed{cell.seed}"
+        run = StudyFolder(folder).runs(cell.task) / run_name(cell.arm, cell.seed)
         try:
             answers = read_answers(run, cell.stages[-1])
         except RunError:  # a copied folder has cells alone

@@ -37,6 +37,11 @@ def tasks_of(study: Study, folder: Path) -> tuple[Task, ...]:
     )
 
 
+def run_name(arm: str, seed: int) -> str:
+    """Name the folder of a cell's run."""
+    return f"{arm}-seed{seed}"
+
+
 def arm_recipe(
     study: Study,
     task: Task,
@@ -60,7 +65,7 @@ def arm_recipe(
     """
     strategy = study.strategy(arm)
     strategy = replace(strategy, stages=strategy.stages[:num_stages])
-    name = f"{study.name}-{task.name}-{arm}-seed{seed}"
+    name = f"{study.name}-{task.name}-{run_name(arm, seed)}"
     overrides = [*study.overrides, *task.overrides, f"name={name}", f"seed={seed}"]
     try:
         return strategy_recipe(task.file, strategy, overrides, chosen)

@@ -13,7 +13,7 @@ from sftkey.data.values import (
     lettered,
     options_in,
     parsed_json,
-    read_json,
+    row_json,
     trimmed,
 )
 from sftkey.recipe.schema import DataSection
@@ -118,7 +118,7 @@ def test_a_key_that_an_object_has_twice_refuses_its_row() -> None:
     twice = '{"answer": "1", "answer": "2"}'
     for text in (twice, f"[{twice}]"):
         with pytest.raises(RowError, match="the key 'answer' several times in one object"):
-            read_json(text)
+            row_json(text)
     rows = [{"prompt": "Q", "thinking": "c", "record": text} for text in (twice, '{"answer": "1"}')]
     loaded = make_examples(rows, DataSection(source="x", answer="{record[answer]}"), "last")
     assert [each.answer for each in loaded.examples] == ["1"]

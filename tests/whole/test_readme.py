@@ -14,6 +14,7 @@ from sftkey.errors import ModelError
 from sftkey.study.report import table
 from sftkey.study.results import read_cells, read_results_file
 from sftkey.study.schema import load_study
+from sftkey.study.seeds import difference_estimate
 from sftkey.study.summary import summarize
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,35 @@ def test_the_docs_results_are_those_of_the_files(folder: Path) -> None:
     again = summarize(read_cells(folder), study.control, study.arms)
     assert list(_leaves(again.model_dump())) == list(map(_about, _leaves(results.model_dump())))
     assert table(results, folder.name) in (ANSWERS if folder.name == "answers-only" else HELP)
+
+
+@pytest.mark.parametrize(
+    ("arm", "other"),
+    [
+        ("masked", "base"),
+        ("own_exact", "base"),
+        ("own_frozen", "base"),
+        ("own_exact", "masked"),
+        ("own_frozen", "masked"),
+        ("own_exact", "own_frozen"),
+    ],
+)
+def test_the_differences_of_the_answers_only_page(arm: str, other: str) -> None:
+    """Those beside its table are the paired ones of the committed cells, with their intervals."""
+    cells = read_cells(ROOT / "recipes" / "smollm2-135m" / "results" / "answers-only")
+
+    def right(name: str) -> list[list[bool]]:
+        asked = [
+            each.base.questions if name == "base" and each.base else each.questions
+            for each in sorted(cells, key=lambda each: each.seed)
+            if each.arm == ("empty" if name == "base" else name)
+        ]
+        return [[question.correct for question in questions] for questions in asked]
+
+    found = difference_estimate(right(arm), right(other), same_questions=False)
+    low, high = (f"{100 * end:+.1f}" for end in found.interval)
+    said = f"{abs(100 * found.value):.1f} [{low}, {high}]"
+    assert said in ANSWERS.replace(" points [", " [")
 
 
 def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
