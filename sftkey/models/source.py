@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
-from sftkey.models.packaged import converted_folder, is_packaged, packaged_folder
+from sftkey.models.packaged import converted_folder, gguf_folder
 from sftkey.recipe.schema import ModelSection
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,6 +57,11 @@ def find_source(
         if not (folder / config_file).is_file():
             raise _without_config(name_or_path, config_file, (folder / ADAPTER_CONFIG).is_file())
         return Source(str(folder), None, folder)
+    if folder.suffix == ".gguf":
+        what = "a GGUF file; expected the folder that it lies in"
+        raise ModelError(
+            name_or_path, what, f"model={{name_or_path: {folder.parent}, file: {folder.name}}}"
+        )
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise ModelError(name_or_path, "no such folder")
     snapshot = _snapshot(name_or_path, revision, config_file)
@@ -117,9 +122,9 @@ def hub_error(repo_id: str, revision: str | None, error: BaseException) -> Model
 
 
 def model_source(section: ModelSection) -> Source:
-    """Find the recipe's model; a packaged one is fetched and converted the first time."""
-    if is_packaged(section.name_or_path):
-        folder = packaged_folder(section)
+    """Find the recipe's model; a GGUF file is converted the first time."""
+    if section.file is not None:
+        folder = gguf_folder(section)
         return Source(str(folder), None, folder)
     return find_source(section.name_or_path, section.revision)
 
@@ -130,7 +135,10 @@ def at_hand(section: ModelSection) -> Path | None:
     Nothing is asked of the network: of a hub id the cached commit counts.
     """
     name = section.name_or_path
-    folder = converted_folder(section) if is_packaged(name) else Path(name).expanduser()
+    try:
+        folder = converted_folder(section) if section.file else Path(name).expanduser()
+    except ModelError:
+        return None
     if not folder.is_dir():
         try:
             cached = try_to_load_from_cache(name, "config.json", revision=section.revision)

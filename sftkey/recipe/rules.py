@@ -250,10 +250,12 @@ def _check_model(model: dict[str, Any], full: bool) -> Iterator[Finding]:
     for key in ("file", "sha256"):
         if packaged and model[key] is None:
             yield ("model", key), "missing; a model inside a package needs `file` and `sha256`"
-        elif isinstance(name, str) and not packaged and model[key] is not None:
-            yield ("model", key), f"only for a model inside a package, pypi:…; got {shown(name)}"
+    if model["sha256"] is not None and model["file"] is None and not packaged:
+        yield ("model", "sha256"), "is that of `file`, a GGUF file; got no `file`"
     if packaged and model["revision"] is not None:
         yield ("model", "revision"), "a model inside a package has its version in `name_or_path`"
+    elif model["file"] is not None and model["revision"] is not None:
+        yield ("model", "revision"), "a GGUF file of a folder has none"
     if full and model["quantization"] == "nf4":
         what = "expected none, since full fine-tuning (`lora: null`) can't train nf4; got nf4"
         yield ("model", "quantization"), what

