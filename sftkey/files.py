@@ -195,13 +195,16 @@ def explained_full_disk(
 
 
 def irregular(path: Path) -> str | None:
-    """Say what stands under a file's name if reading it may never end; None of a file, or none."""
+    """Say what stands under a file's name and is none: a folder, or what may never end.
+
+    None of a file, and where nothing is.
+    """
     try:
         mode = path.stat().st_mode
     except OSError:
         return None
-    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
-    kinds[stat.S_ISSOCK] = "a socket"
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device"}
+    kinds |= {stat.S_ISBLK: "a device", stat.S_ISSOCK: "a socket"}
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), None)
 
 
@@ -212,7 +215,7 @@ def refuse_irregular(folder: Path) -> None:
         RunError: Names it.
     """
     for path in folder.rglob("*"):
-        if kind := irregular(path):
+        if not path.is_dir() and (kind := irregular(path)):
             raise RunError(str(path), f"expected a file; got {kind}", "move it out of the folder")
 
 

@@ -87,7 +87,7 @@ def read_file(file: Path) -> Rows:
     """
     kind = ending(file.name)
     # A fifo or a device would be read without end.
-    if what := "a folder" if file.is_dir() else irregular(file):
+    if what := irregular(file):
         raise DataError(str(file), f"expected a file of rows; got {what}")
     try:
         with file.open("rb") as raw, io.BufferedReader(_unpacked(raw, file)) as stream:

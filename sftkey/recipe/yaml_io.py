@@ -77,14 +77,12 @@ def read(path: Path) -> RecipeSource:
     if kind := irregular(path):
         raise RecipeError(str(path), f"expected a recipe file; got {kind}")
     try:
-        if path.is_file() and path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MOST_BYTES:
             raise RecipeError(str(path), f"expected a recipe of at most {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         hint = "`sftkey ls` shows the recipes that there are"
         raise RecipeError(str(path), "expected a recipe file; there is none", hint) from None
-    except IsADirectoryError:
-        raise RecipeError(str(path), "expected a recipe file; got a folder") from None
     except UnicodeDecodeError:
         raise RecipeError(str(path), "expected text in UTF-8; got other bytes") from None
     except OSError as error:

@@ -167,9 +167,10 @@ def test_json_of_a_run_that_is_something_else_is_one_error(
 
 @pytest.mark.fault("recipes, templates, rows and weights of strangers")
 def test_what_may_never_end_is_no_file(tmp_path: Path) -> None:
-    """A pipe and a device are named; a file and an absent one are not."""
+    """A pipe, a device and a folder are named; a file and an absent one are not."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
     kinds = [irregular(path) for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "file")]
     assert kinds == ["a pipe", "a device", None]
     assert irregular(tmp_path / "absent") is None
+    assert irregular(tmp_path) == "a folder"
