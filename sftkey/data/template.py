@@ -99,8 +99,11 @@ def render_prompt(
             what = f"the chat template raises on the system message: {error}"
             raise FrameError(name, what, _hint("system")) from error
         roles = ", ".join(message["role"] for message in messages)
-        what = f"the chat template raises on a prompt of {roles}: {error}"
-        raise FrameError(name, what) from error
+        what = f"raises on a prompt of {roles}: {error}"
+        if _takes_no_tools(tokenizer, messages):
+            what = f"the chat template takes no tools, and {what}"
+            raise FrameError(name, what, _hint(TOOLS)) from error
+        raise FrameError(name, f"the chat template {what}") from error
     for message in messages:
         lost = _lost(tokenizer, message, text)
         if lost:
@@ -148,7 +151,7 @@ def _hint(role: str) -> str:
     if role == "system":
         return "write it into data.prompt, or choose another model.chat_template"
     if role == TOOLS:
-        return "leave the column `tools` out, or choose another model.chat_template"
+        return "leave tools and their calls out, or choose another model.chat_template"
     return "give a model.chat_template that keeps it, or leave these messages out"
 
 
@@ -164,6 +167,14 @@ def _raises_on_system(
     except TEMPLATE_ERRORS:
         return False
     return True
+
+
+def _takes_no_tools(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
+    """Tell whether messages hold tools, of which the template in use never speaks, as Gemma's."""
+    if not any(each["role"] in (TOOLS, "tool") or "tool_calls" in each for each in messages):
+        return False
+    reads = reads_of(tokenizer, messages[0]["role"] == TOOLS or None)
+    return {"tools", "tool_calls", "tool"}.isdisjoint(reads.variables | reads.names)
 
 
 def _lost(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], text: str) -> str | None:

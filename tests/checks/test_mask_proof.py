@@ -246,9 +246,9 @@ def test_refusals_for_each_reason_are_confirmed() -> None:
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, lstrip=True)], special_tokens=True)
     section = ResponseSection(frame="plain", end="<|end|>", answer=("", ""))
     renderer = probe_renderer(tokenizer, section)
-    odd: Any = ({"role": "tool", "content": "x"}, {"role": "user", "content": "Q"})
+    odd: Any = ({"role": "critic", "content": "x"}, {"role": "user", "content": "Q"})
     swallowed = "the end of turn '<|end|>' swallows white space before it"
-    raised = "the chat template raises on a prompt of tool, user: only user and assistant"
+    raised = "the chat template raises on a prompt of critic, user: only user and assistant"
     for probed, example, reason in [
         (renderer, Example("Q", "x", "7 ", 0), swallowed),
         (framed(name="llama2"), Example(odd, "x", "7", 0), raised),

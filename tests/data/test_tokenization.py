@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -293,15 +294,28 @@ def test_row_that_cannot_be_built_is_refused() -> None:
     ]
 
 
-def test_roles_that_the_template_raises_on_refuse_the_row() -> None:
-    """One odd conversation doesn't stop the others."""
-    odd = ({"role": "tool", "content": "x"}, {"role": "user", "content": "Q"})
+TOOL_TURNS = (
+    {"role": "tools", "content": '[{"name": "add"}]'},
+    {"role": "user", "content": "Q"},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]},
+    {"role": "tool", "content": "4"},
+)
+
+
+@pytest.mark.parametrize(
+    ("odd", "what"),
+    [
+        (({"role": "critic", "content": "x"},), "raises on a prompt of critic"),
+        (TOOL_TURNS[3:], "takes no tools, and raises on a prompt of tool"),
+        (TOOL_TURNS, "takes no tools, and raises on a prompt of tools, user, assistant, tool"),
+    ],
+)
+def test_roles_that_the_template_raises_on_refuse_the_row(odd: Any, what: str) -> None:
+    """One odd conversation doesn't stop the others; a template without tools is named as such."""
     rows = tokenize(
         [Example(odd, "", "7", 0), Example("Q", "", "7", 1)], framed("unigram", "llama2")
     )
-    assert rows[0] == Refusal(
-        0, "the chat template raises on a prompt of tool, user: only user and assistant", "template"
-    )
+    assert rows[0] == Refusal(0, f"the chat template {what}: only user and assistant", "template")
     assert isinstance(rows[1], Row)
 
 
