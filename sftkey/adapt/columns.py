@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftkey.data.examples import columns_of, make_rule
-from sftkey.data.messages import read_messages
+from sftkey.data.messages import ROLE_KEYS, read_messages
 from sftkey.data.values import RowError, parsed_json
 
 PROMPT = ("prompt", "question", "problem", "instruction", "query", "input")
@@ -75,7 +75,7 @@ class Table:
         return bool(values) and all(
             isinstance(value, list)
             and bool(value)
-            and all(isinstance(each, dict) and each.keys() & {"role", "from"} for each in value)
+            and all(isinstance(each, dict) and each.keys() & {*ROLE_KEYS} for each in value)
             for value in values[:20]
         )
 

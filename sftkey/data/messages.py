@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sftkey.data.values import RowError, row_json
@@ -11,9 +11,12 @@ from sftkey.recipe.schema import DataSection
 
 # What data sets and APIs call the roles.
 ROLES = {
-    **{"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"},
-    **{"observation": "tool", "function": "tool"},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function"), "tool"),
 }
+# Whose message it is and what it says, in the words of several data sets.
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Whether a message is trained, in the words of several trainers.
 FLAGS = ("train", "trainable", "weight", "loss_mask")
@@ -33,15 +36,15 @@ NOT_READ = {
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
 OF_CALLS = ("function_call", "tool_call")  # roles of what `tool_calls` of an assistant's turn holds
-READ_HERE = ("role", "from", "content", "value", "tool_calls", *REASONING, *FLAGS)
+READ_HERE = (*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", *REASONING, *FLAGS)
 
 
 def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
     """Read a list of messages: of each the role, the content and the reasoning beside it.
 
-    ShareGPT writes `from` and `value` for `role` and `content`; content may be a list of parts; and
-    the list may be JSON text. A message that isn't to be trained has `train: False`. What else it
-    says is handed to the chat template as it is.
+    Others write `from` and `value`, or `speaker` and `text`, for `role` and `content`; content may
+    be a list of parts; and the list may be JSON text. A message that isn't to be trained has
+    `train: False`. What else it says is handed to the chat template as it is.
 
     Raises:
         RowError: A message can't be read, or asks for a loss that it can't have.
@@ -54,8 +57,7 @@ def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
 
 def _message(message: Any, place: int) -> dict[str, Any]:
     message = message if isinstance(message, dict) else {}
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    role, content = _one_of(message, ROLE_KEYS, place, _role), _one_of(message, CONTENT_KEYS, place)
     if message.get("function_call") or role in OF_CALLS:
         what = "`function_call`" if message.get("function_call") else f"the role {role!r}"
         raise RowError(
@@ -71,8 +73,10 @@ def _message(message: Any, place: int) -> dict[str, Any]:
         inside, content = _from_parts(content, place)
         thinking = thinking or inside
     if not isinstance(role, str) or not isinstance(content, str):
-        raise RowError(f"message {place} has no text as `role` and `content`")
-    read: dict[str, Any] = {"role": ROLES.get(role.lower(), role.lower()), "content": content}
+        others = ", ".join(f"`{key}`" for key in message if key not in READ_HERE)
+        rename = f"; rename {others}, where they are meant" if others else ""
+        raise RowError(f"message {place} has no text as `role` and `content`{rename}")
+    read: dict[str, Any] = {"role": role, "content": content}
     if thinking is None and texts:
         thinking = next(iter(texts.values()))
     if thinking is not None:
@@ -82,6 +86,30 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     if not _is_trained(message, read["role"], f"message {place}"):
         read["train"] = False
     return read | dict(_further(message))
+
+
+def _role(value: Any) -> Any:
+    return ROLES.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
+def _one_of(
+    message: Mapping[str, Any],
+    keys: Sequence[str],
+    place: int,
+    read: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """Return what a message says under one of several keys; None where it says nothing.
+
+    Raises:
+        RowError: It says different things under two of them.
+    """
+    found = {key: read(message[key]) for key in keys if message.get(key) is not None}
+    said = {key: value for key, value in found.items() if value not in SAYS_NOTHING} or found
+    first = next(iter(said.values()), None)
+    if any(value != first for value in said.values()):
+        names = " and ".join(f"`{key}`" for key in said)
+        raise RowError(f"message {place} says different things as {names}; leave one out")
+    return first
 
 
 def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:

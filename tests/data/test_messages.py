@@ -39,6 +39,9 @@ def parts(*items: Any) -> list[dict[str, Any]]:
         (json.dumps(PLAIN), PLAIN),
         (str(list(PLAIN)), PLAIN),
         ([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "7"}], PLAIN),
+        ([{"speaker": "Human", "text": "Q"}, {"speaker": "bot", "text": "7"}], PLAIN),
+        ([{"role": "prompter", "text": "Q"}, {"role": "assistant", "text": "7"}], PLAIN),
+        ([{**PLAIN[0], "from": "human", "text": None}, {**PLAIN[1], "value": ""}], PLAIN),
         ([{"role": "User", "content": "Q"}, {"role": "model", "content": "7"}], PLAIN),
         (parts({"type": "text", "text": "7"}), PLAIN),
         (parts("7"), PLAIN),
@@ -64,6 +67,19 @@ def test_forms_of_messages(value: Any, expected: tuple[dict[str, str], ...]) -> 
         ("Q", "no list of messages"),
         (["Q"], "message 0 has no text as `role` and `content`"),
         ([{"role": "user", "content": None}], "message 0 has no text as `role` and `content`"),
+        (
+            [{"author": "user", "utterance": "Q"}],
+            "message 0 has no text as `role` and `content`; rename `author`, `utterance`, where "
+            "they are meant",
+        ),
+        (
+            [{**PLAIN[0], "speaker": "Ann"}],
+            "message 0 says different things as `role` and `speaker`; leave one out",
+        ),
+        (
+            [{**PLAIN[0], "text": "Q?"}],
+            "message 0 says different things as `content` and `text`; leave one out",
+        ),
         (
             [{"role": "assistant", "content": None, "tool_calls": [{}]}],
             "message 0: a tool call has no `name`",
