@@ -23,10 +23,11 @@ from sftkey.adapt.columns import (
 )
 from sftkey.adapt.prompt import options_of, prompt_of
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import PLACES, Loaded, columns_of, make_examples, make_rule
+from sftkey.data.examples import Loaded, RowOptions, columns_of, make_examples, make_rule
 from sftkey.data.messages import SYSTEM
 from sftkey.data.response import Example
 from sftkey.data.sources import with_defaults
+from sftkey.data.values import PLACES
 from sftkey.recipe.schema import DataSection
 
 NUM_SEEN = 1000
@@ -119,7 +120,7 @@ def read(
 ) -> Loaded:
     """Make the examples that a reading gives; without reasoning theirs may be empty."""
     data = with_defaults(DataSection(**{"source": source, **fields}))
-    return make_examples(rows, data, "last", reasoning)
+    return make_examples(rows, data, RowOptions(reasoning=reasoning))
 
 
 def prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:

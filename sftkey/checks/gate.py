@@ -24,6 +24,7 @@ from sftkey.checks.rows import (
 )
 from sftkey.checks.stop import generation_findings, stop_findings
 from sftkey.data.collator import packed_rows, stage_rows
+from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
 from sftkey.data.preview import statistics
@@ -103,8 +104,7 @@ def _read_frame(recipe: Recipe) -> Renderer:
 
 def _read_splits(recipe: Recipe) -> Splits:
     need_test = recipe.data.test is not None
-    turns, reasoning = recipe.response.turns, recipe.needs_reasoning
-    return load_splits(lenient(recipe.data), recipe.seed, need_test, turns, reasoning)
+    return load_splits(lenient(recipe.data), recipe.seed, need_test, RowOptions.of(recipe))
 
 
 def _read_rows(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sftkey.data.messages import (
@@ -20,94 +18,9 @@ from sftkey.data.messages import (
     unmarked,
 )
 from sftkey.data.response import TOOLS, Example
-from sftkey.data.values import RowError, letter, lettered, parsed_json, row_json, trimmed
+from sftkey.data.values import RawRow, RowError, Template, parse_field, parsed_json, trimmed
 from sftkey.errors import DataError, Problem, shown
-from sftkey.recipe.schema import DataSection
-
-RawRow = Mapping[str, Any]
-PLACES = {"letter": 0, "letter_from_1": 1}  # formats, and where they begin to count
-FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
-
-
-@dataclass(frozen=True)
-class Field:
-    """A part of a template, `{metadata[answer_cot]}`: column, keys into it, format."""
-
-    column: str
-    keys: tuple[str, ...]
-    conversion: str | None
-    spec: str
-
-    def text(self, row: RawRow) -> str:
-        """Return the value as text; null, NaN, lists and mappings are no text.
-
-        Three formats are our own: `letters` writes options a line each; `letter` turns the place of
-        one, counted from 0, into its letter, and `letter_from_1` one that is counted from 1.
-        """
-        value, name = row.get(self.column), self.column
-        for key in self.keys:
-            value = row_json(value)
-            name = f"{name}[{key}]"
-            try:
-                value = value[int(key) if isinstance(value, list) else key]
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise RowError(f"`{name}` does not exist") from error
-        if value is None:
-            raise RowError(f"`{name}` is null")
-        if self.spec == "letters":
-            return lettered(value, name)
-        if self.spec in PLACES:
-            return letter(value, name, PLACES[self.spec])
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RowError(f"`{name}` is {value}, which is no number")
-        if isinstance(value, list | tuple | dict | bytes):
-            raise RowError(f"`{name}` holds a {type(value).__name__}, not text")
-        try:
-            return format(string.Formatter().convert_field(value, self.conversion), self.spec)
-        except ValueError as error:
-            raise RowError(f"`{name}`: {error}") from error
-
-
-def parse_field(
-    name: str, columns: Sequence[str], conversion: str | None = None, spec: str = ""
-) -> Field:
-    """Read a column's name, with keys into it: `messages[1][content]`."""
-    match = None if name in columns else FIELD.match(name)
-    column, keys = (match[1], match[2]) if match else (name, "")
-    return Field(column, tuple(re.findall(r"\[(.+?)\]", keys)), conversion, spec)
-
-
-class Template:
-    """Text with columns in braces, in `str.format`'s writing; `{{` and `}}` are braces themselves.
-
-    Names of columns may hold dots, so a dot is no attribute here.
-
-    Raises:
-        ValueError: The braces don't pair.
-    """
-
-    def __init__(self, text: str, columns: Sequence[str]) -> None:
-        self.parts: list[tuple[str, Field | None]] = []
-        for literal, name, spec, conversion in string.Formatter().parse(text):
-            field = None
-            if name is not None:
-                field = parse_field(name, columns, conversion, spec or "")
-            self.parts.append((literal, field))
-        self.columns = [field.column for _, field in self.parts if field]
-        # The column that is the whole template: only there a list of messages is a prompt.
-        whole = len(self.parts) == 1 and not self.parts[0][0] and self.parts[0][1]
-        self.column = whole.column if whole and not whole.keys else None
-
-    def fill(self, row: RawRow) -> str:
-        """Return the text of one row; no white space is left before a column that is empty."""
-        text = ""
-        for literal, field in self.parts:
-            value = field.text(row) if field else None
-            # `{instruction}\n\n{input}` of a row without input ends with the instruction.
-            text += literal.rstrip() if value == "" and text else literal
-            text += value or ""
-        return text
-
+from sftkey.recipe.schema import DataSection, Recipe
 
 Rule = Callable[[str], "tuple[str, str] | str"]
 
@@ -180,9 +93,33 @@ def make_rule(name: str) -> Rule:
     return by_expression
 
 
-Turns = Literal["last", "all"]
 # Text, or the messages of a chat, with the thinking and the answer that follow them.
 Parts = tuple[Any, str, str]
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What a recipe says of its rows outside of the section on data.
+
+    Args:
+        turns: `all`: an example for every assistant turn of a conversation, with the turns before
+            it as prompt.
+        reasoning: Whether rows without a reasoning are refused; else it is empty.
+        template_kwargs: What the chat template is given with every row.
+    """
+
+    turns: Literal["last", "all"] = "last"
+    reasoning: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RowOptions:
+        """Return a recipe's."""
+        kwargs = recipe.model.chat_template_kwargs
+        return cls(recipe.response.turns, recipe.needs_reasoning, kwargs)
+
+
+USUAL = RowOptions()
 
 
 @dataclass(frozen=True)
@@ -210,26 +147,19 @@ def columns_of(rows: Sequence[RawRow]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def make_examples(
-    rows: Sequence[RawRow],
-    data: DataSection,
-    turns: Turns,
-    reasoning: bool = True,
-) -> Loaded:
+def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions = USUAL) -> Loaded:
     """Make the examples of all rows.
 
     Args:
         rows: The rows, in source order.
         data: The recipe's section, with the defaults of its source.
-        turns: `all`: an example for every assistant turn of a conversation, with the turns before
-            it as prompt.
-        reasoning: Whether rows without a reasoning are refused; else it is empty.
+        options: What else the recipe says of them.
 
     Raises:
         DataError: The section names columns that don't exist, or doesn't say what the answer is.
     """
     columns = columns_of(rows)
-    read, beside = _reader(data, columns, rows, turns, reasoning), columns_beside(columns, data)
+    read, beside = _reader(data, columns, rows, options), columns_beside(columns, data)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):
         outcomes: list[Parts | RowError]
@@ -237,7 +167,7 @@ def make_examples(
             outcomes = list(read(row))
             if beside:
                 prompts = [each[0] for each in outcomes if not isinstance(each, RowError)]
-                check_beside(row, beside, prompts)
+                check_beside(row, beside, prompts, options.template_kwargs)
         except RowError as error:
             outcomes = [error]
         for turn, outcome in enumerate(outcomes):
@@ -261,20 +191,17 @@ def _reader(
     data: DataSection,
     columns: Sequence[str],
     rows: Sequence[RawRow],
-    turns: Turns,
-    reasoning: bool,
+    options: RowOptions,
 ) -> Callable[[RawRow], Iterable[Parts | RowError]]:
     """Choose how a row is read: as a conversation, with a rule, or with three templates."""
     rule = make_rule(data.split_rule) if data.split_rule else None
     conversation = _conversation_column(data, columns, rows)
     if conversation is not None:
-        return lambda row: _conversation(
-            read_messages(row.get(conversation)), rule, turns, reasoning
-        )
+        return lambda row: _conversation(read_messages(row.get(conversation)), rule, options)
     wanted = {"prompt": data.prompt}
     messages = data.response is not None and _holds_messages(data.response, rows)
     if data.response is None:
-        absent = data.thinking is None and "thinking" not in columns and not reasoning
+        absent = data.thinking is None and "thinking" not in columns and not options.reasoning
         wanted |= {"thinking": "" if absent else data.thinking, "answer": data.answer}
         if rule:
             what = "data.response: expected the column that `data.split_rule` splits; got none"
@@ -290,8 +217,7 @@ def _reader(
                 *read_messages(row.get(data.response or "")),
             ),
             rule,
-            turns,
-            reasoning,
+            options,
         )
     if data.response is not None:
         field = parse_field(data.response, columns)
@@ -383,20 +309,20 @@ def _by_rule(text: str, rule: Rule | None) -> tuple[str, str]:
 
 
 def _conversation(
-    messages: tuple[dict[str, Any], ...], rule: Rule | None, turns: Turns, reasoning: bool
+    messages: tuple[dict[str, Any], ...], rule: Rule | None, options: RowOptions
 ) -> Iterator[Parts | RowError]:
     """Return a conversation's last assistant turn, or every one, with the messages before it."""
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:
         raise RowError("no assistant turn")
-    for place in places if turns == "all" else places[-1:]:
+    for place in places if options.turns == "all" else places[-1:]:
         turn = messages[place]
         try:
             check_trained(turn)
             # With a rule, an empty `reasoning_content` says nothing: the content may hold the tags.
             if turn.get("reasoning_content") or (rule is None and "reasoning_content" in turn):
                 thinking, answer = turn["reasoning_content"], turn["content"]
-            elif rule is None and not reasoning:
+            elif rule is None and not options.reasoning:
                 thinking, answer = "", turn["content"]
             else:
                 thinking, answer = _by_rule(turn["content"], rule)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sftkey.data.values import RowError, row_json
 from sftkey.recipe.schema import DataSection
+from sftkey.recipe.yaml_io import inline
 
 # What data sets and APIs call the roles.
 ROLES = {
@@ -33,6 +34,7 @@ NOT_READ = {
     "function_call": "belongs to a request: no template writes it",
     "parallel_tool_calls": "belongs to a request: no template writes it",
 }
+OF_TEMPLATE = ("chat_template_kwargs", "enable_thinking")
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
 OF_CALLS = ("function_call", "tool_call")  # roles of what `tool_calls` of an assistant's turn holds
@@ -183,7 +185,12 @@ def columns_beside(columns: Sequence[str], data: DataSection) -> list[str]:
     ]
 
 
-def check_beside(row: Mapping[str, Any], columns: Sequence[str], prompts: Sequence[Any]) -> None:
+def check_beside(
+    row: Mapping[str, Any],
+    columns: Sequence[str],
+    prompts: Sequence[Any],
+    template_kwargs: Mapping[str, Any],
+) -> None:
     """See that what a row says beside its messages is used, or said already.
 
     Args:
@@ -191,6 +198,7 @@ def check_beside(row: Mapping[str, Any], columns: Sequence[str], prompts: Sequen
         columns: Those of `columns_beside`.
         prompts: Messages, or a text, of each of the row's turns; beside a text there may be all
             kinds of columns, and functions alone are no question of taste.
+        template_kwargs: The recipe's: a row may say the same.
 
     Raises:
         RowError: It isn't; or the row isn't to be trained.
@@ -207,8 +215,14 @@ def check_beside(row: Mapping[str, Any], columns: Sequence[str], prompts: Sequen
         if column in FLAGS:
             if not _is_trained({column: value}, "assistant", "the row"):
                 raise RowError("a row that isn't to be trained", "not-trained")
-        elif column not in SYSTEM:
-            raise RowError(f"`{column}` {NOT_READ[column]}; leave the column out")
+        elif column in NOT_READ:
+            now = ""
+            if column in OF_TEMPLATE and template_kwargs:
+                given = value if column == "chat_template_kwargs" else {column: value}
+                if isinstance(given, Mapping) and given.items() <= template_kwargs.items():
+                    continue  # the recipe says the same
+                now = f"; now it is {inline(dict(template_kwargs))}"
+            raise RowError(f"`{column}` {NOT_READ[column]}{now}; leave the column out")
         elif isinstance(value, str) and value.strip() != _own_system(chats[0]):
             raise RowError(
                 f"`{column}` isn't read: write data.system_column: {column}, or data.system: null "

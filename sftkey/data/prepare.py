@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from datasets import Dataset
 
+from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.refused import NUM_SHOWN, refuse_left_out
 from sftkey.data.renderer import Renderer, probe_renderer
@@ -120,9 +121,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
         FrameError: The tokenizer or its template can't carry the response.
     """
     renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
-    splits = load_splits(
-        recipe.data, recipe.seed, need_test, recipe.response.turns, recipe.needs_reasoning
-    )
+    splits = load_splits(recipe.data, recipe.seed, need_test, RowOptions.of(recipe))
     return prepare_splits(recipe, splits, renderer)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sftkey.data import synthetic
-from sftkey.data.examples import Loaded, Template, Turns, make_examples
+from sftkey.data.examples import USUAL, Loaded, RowOptions, make_examples
 from sftkey.data.folders import SLICE, matched, read_files, read_folder, sliced
 from sftkey.data.readers import Rows, is_data_file, read_file, table_rows
 from sftkey.data.synthetic import made_rows
+from sftkey.data.values import Template
 from sftkey.errors import DataError
 from sftkey.recipe.schema import DataSection
 
@@ -122,8 +123,7 @@ def load_examples(
     data: DataSection,
     seed: int,
     split: str = "train",
-    turns: Turns = "last",
-    reasoning: bool = True,
+    options: RowOptions = USUAL,
 ) -> Loaded:
     """Read one split and make its examples.
 
@@ -131,15 +131,14 @@ def load_examples(
         data: The recipe's section on data.
         seed: What made rows depend on.
         split: The name of a split, or a file.
-        turns: Which assistant turns of a conversation become examples.
-        reasoning: Whether rows without a reasoning are refused; else it is empty.
+        options: What else the recipe says of its rows.
 
     Raises:
         DataError: The source can't be read, holds no rows, or lacks columns that the section names.
     """
     data = with_defaults(data)
     rows = load_rows(data, seed, split)
-    return make_examples(rows, data, turns, reasoning)
+    return make_examples(rows, data, options)
 
 
 def load_rows(data: DataSection, seed: int, split: str) -> Rows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftkey.activity import activity
-from sftkey.data.examples import Loaded, Turns, Unsplit
+from sftkey.data.examples import USUAL, Loaded, RowOptions, Unsplit
 from sftkey.data.refused import NUM_SHOWN, OTHERS, UNSPLIT, numbered
 from sftkey.data.response import Example
 from sftkey.data.sources import MADE, has_splits, load_examples, with_defaults
@@ -53,8 +53,7 @@ def load_splits(
     data: DataSection,
     seed: int,
     need_test: bool = True,
-    turns: Turns = "last",
-    reasoning: bool = True,
+    options: RowOptions = USUAL,
 ) -> Splits:
     """Load the splits that the recipe names.
 
@@ -62,8 +61,7 @@ def load_splits(
         data: The recipe's section on data.
         seed: What the choice of rows, and made rows, depend on.
         need_test: Whether a recipe without test rows is refused.
-        turns: Which assistant turns of a conversation become examples.
-        reasoning: Whether a stage reads the rows' reasoning: then it may not be empty.
+        options: What else the recipe says of its rows.
 
     Raises:
         DataError: A split is missing, empty or too large, a row can't be used, or a prompt
@@ -81,9 +79,9 @@ def load_splits(
     empty: dict[str, list[int]] = {}
 
     def load(name: str, split: str) -> list[Example]:
-        loaded = load_examples(data, seed, split, turns, reasoning)
+        loaded = load_examples(data, seed, split, options)
         dropped.extend(_check_unsplit(loaded, data, name))
-        if not reasoning:
+        if not options.reasoning:
             return loaded.examples
         kept, left_out = _without_empty_thinking(loaded.examples, data, name)
         dropped.extend(left_out)

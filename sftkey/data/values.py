@@ -1,12 +1,14 @@
-"""A row's values as texts: JSON inside a column, options with their letters."""
+"""A row's values as texts: column templates, JSON inside a column, options with their letters."""
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 LABELS = ("label", "key", "id", "letter")
@@ -143,3 +145,88 @@ def trimmed(text: str) -> str:
     """Remove the white space around a text; the first line of several keeps its indentation."""
     text = text.rstrip()
     return re.sub(r"\A(?:[^\S\n]*\n)+", "", text) if "\n" in text.lstrip() else text.lstrip()
+
+
+RawRow = Mapping[str, Any]
+PLACES = {"letter": 0, "letter_from_1": 1}  # formats, and where they begin to count
+FIELD = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)\Z")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A part of a template, `{metadata[answer_cot]}`: column, keys into it, format."""
+
+    column: str
+    keys: tuple[str, ...]
+    conversion: str | None
+    spec: str
+
+    def text(self, row: RawRow) -> str:
+        """Return the value as text; null, NaN, lists and mappings are no text.
+
+        Three formats are our own: `letters` writes options a line each; `letter` turns the place of
+        one, counted from 0, into its letter, and `letter_from_1` one that is counted from 1.
+        """
+        value, name = row.get(self.column), self.column
+        for key in self.keys:
+            value = row_json(value)
+            name = f"{name}[{key}]"
+            try:
+                value = value[int(key) if isinstance(value, list) else key]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise RowError(f"`{name}` does not exist") from error
+        if value is None:
+            raise RowError(f"`{name}` is null")
+        if self.spec == "letters":
+            return lettered(value, name)
+        if self.spec in PLACES:
+            return letter(value, name, PLACES[self.spec])
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RowError(f"`{name}` is {value}, which is no number")
+        if isinstance(value, list | tuple | dict | bytes):
+            raise RowError(f"`{name}` holds a {type(value).__name__}, not text")
+        try:
+            return format(string.Formatter().convert_field(value, self.conversion), self.spec)
+        except ValueError as error:
+            raise RowError(f"`{name}`: {error}") from error
+
+
+def parse_field(
+    name: str, columns: Sequence[str], conversion: str | None = None, spec: str = ""
+) -> Field:
+    """Read a column's name, with keys into it: `messages[1][content]`."""
+    match = None if name in columns else FIELD.match(name)
+    column, keys = (match[1], match[2]) if match else (name, "")
+    return Field(column, tuple(re.findall(r"\[(.+?)\]", keys)), conversion, spec)
+
+
+class Template:
+    """Text with columns in braces, in `str.format`'s writing; `{{` and `}}` are braces themselves.
+
+    Names of columns may hold dots, so a dot is no attribute here.
+
+    Raises:
+        ValueError: The braces don't pair.
+    """
+
+    def __init__(self, text: str, columns: Sequence[str]) -> None:
+        self.parts: list[tuple[str, Field | None]] = []
+        for literal, name, spec, conversion in string.Formatter().parse(text):
+            field = None
+            if name is not None:
+                field = parse_field(name, columns, conversion, spec or "")
+            self.parts.append((literal, field))
+        self.columns = [field.column for _, field in self.parts if field]
+        # The column that is the whole template: only there a list of messages is a prompt.
+        whole = len(self.parts) == 1 and not self.parts[0][0] and self.parts[0][1]
+        self.column = whole.column if whole and not whole.keys else None
+
+    def fill(self, row: RawRow) -> str:
+        """Return the text of one row; no white space is left before a column that is empty."""
+        text = ""
+        for literal, field in self.parts:
+            value = field.text(row) if field else None
+            # `{instruction}\n\n{input}` of a row without input ends with the instruction.
+            text += literal.rstrip() if value == "" and text else literal
+            text += value or ""
+        return text

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from sftkey.data.examples import make_examples
+from sftkey.data.examples import RowOptions, make_examples
 from sftkey.data.messages import read_messages
 from sftkey.data.template import render_prompt
 from sftkey.data.values import RowError
@@ -135,10 +136,13 @@ def test_flags_of_training_are_one_flag_or_refused(key: str) -> None:
         read_messages([{**PLAIN[0], key: 1}])
 
 
-def loaded(*messages: dict[str, Any], turns: Any = "all", **row: Any) -> Any:
+def loaded(
+    *messages: dict[str, Any], turns: Any = "all", kwargs: Any = MappingProxyType({}), **row: Any
+) -> Any:
     """Make the examples of one row of messages."""
     data = DataSection(source="x.jsonl")
-    return make_examples([{"messages": list(messages), **row}], data, turns, reasoning=False)
+    options = RowOptions(turns, reasoning=False, template_kwargs=kwargs)
+    return make_examples([{"messages": list(messages), **row}], data, options)
 
 
 def test_turns_that_are_not_to_be_trained_are_left_out() -> None:
@@ -203,7 +207,7 @@ def test_what_stands_beside_messages_is_used_or_refused(
     for nothing in (None, "", [], {"a": None}):
         assert loaded(*PLAIN, **{column: nothing}).examples
     text = {"prompt": "Q", "thinking": "c", "answer": "7", column: value}
-    beside_text = make_examples([text], DataSection(source="x.jsonl"), "last")
+    beside_text = make_examples([text], DataSection(source="x.jsonl"))
     assert len(beside_text.unsplit) == (column == "functions")
 
 
@@ -220,6 +224,26 @@ def test_what_only_describes_a_row_is_silent(row: dict[str, Any]) -> None:
     assert loaded(*PLAIN, **row).examples
 
 
+@pytest.mark.parametrize(
+    ("row", "recipe"),
+    [
+        ({"chat_template_kwargs": {"think": True, "a": None}}, {"think": True, "style": "brief"}),
+        ({"chat_template_kwargs": '{"think": false}'}, {"think": False}),
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+    ],
+)
+def test_what_a_row_tells_the_template_may_be_the_recipe_s(row: Any, recipe: Any) -> None:
+    """What the recipe tells it is said twice; another value can't be honoured and is refused."""
+    assert loaded(*PLAIN, kwargs=recipe, **row).examples
+    other = dict.fromkeys(recipe, "another")
+    (refused,) = loaded(*PLAIN, kwargs=other, **row).unsplit
+    assert re.search(
+        r"for all rows: write model.chat_template_kwargs; now it is {.*: another.*}; leave the "
+        "column out",
+        refused.reason,
+    )
+
+
 def test_a_column_of_system_messages_is_said_already_or_settled() -> None:
     """Where the conversation or the recipe says it, the column says nothing more."""
     system = {"role": "system", "content": "S"}
@@ -228,7 +252,7 @@ def test_a_column_of_system_messages_is_said_already_or_settled() -> None:
     row = {"messages": list(PLAIN), "system": "S"}
     for settled, prompt in (({"system": None}, PLAIN[:1]), (BY_COLUMN, (system, PLAIN[0]))):
         data = DataSection(source="x.jsonl", **settled)
-        (example,) = make_examples([row], data, "last", reasoning=False).examples
+        (example,) = make_examples([row], data, RowOptions(reasoning=False)).examples
         assert example.prompt == prompt
 
 

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftkey.data import examples as rules
-from sftkey.data.examples import Template
+from sftkey.data.examples import RowOptions
 from sftkey.data.response import Example
 from sftkey.data.sources import BUILT_IN, load_examples, with_defaults
+from sftkey.data.values import Template
 from sftkey.errors import DataError
 from sftkey.recipe.schema import SPLIT_RULES, DataSection
 
@@ -217,12 +218,12 @@ def test_all_turns_give_an_example_each(tmp_path: Path) -> None:
     bad = {"role": "assistant", "content": "5"}
     file = jsonl(tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": [*TURNS[:3], bad]})
     data = section(file, split_rule="think_tags")
-    assert load_examples(data, seed=7, turns="all").examples == [
+    assert load_examples(data, seed=7, options=RowOptions("all")).examples == [
         Example(tuple(TURNS[:1]), "Two and two.", "4", 0),
         Example(EARLIER, "4 + 1.", "5", 0, 1),
         Example(tuple(TURNS[:1]), "Two and two.", "4", 1),
     ]
-    assert reasons(data, turns="all") == [(1, "no `</think>`")]
+    assert reasons(data, options=RowOptions("all")) == [(1, "no `</think>`")]
 
 
 def test_reasoning_content_needs_no_rule(tmp_path: Path) -> None:

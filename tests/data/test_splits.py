@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftkey.data.examples import RowOptions
 from sftkey.data.response import Example
 from sftkey.data.splits import Splits, _normalized, _same, _take, load_splits
 from sftkey.errors import DataError
@@ -32,9 +33,9 @@ def jsonl(file: Path, items: list[dict[str, Any]]) -> Path:
 def load(source: object, seed: int = 7, **fields: Any) -> Splits:
     """Load the splits of a source that may be a path."""
     need_test = fields.pop("need_test", True)
-    turns = fields.pop("turns", "last")
+    options = RowOptions(fields.pop("turns", "last"))
     data = DataSection.model_validate({"source": str(source), **fields})
-    return load_splits(data, seed, need_test, turns)
+    return load_splits(data, seed, need_test, options)
 
 
 def message_of(source: object, **fields: Any) -> str:

@@ -120,10 +120,10 @@ def test_a_key_that_an_object_has_twice_refuses_its_row() -> None:
         with pytest.raises(RowError, match="the key 'answer' several times in one object"):
             row_json(text)
     rows = [{"prompt": "Q", "thinking": "c", "record": text} for text in (twice, '{"answer": "1"}')]
-    loaded = make_examples(rows, DataSection(source="x", answer="{record[answer]}"), "last")
+    loaded = make_examples(rows, DataSection(source="x", answer="{record[answer]}"))
     assert [each.answer for each in loaded.examples] == ["1"]
     (refused,) = loaded.unsplit
     assert refused.reason == "JSON with the key 'answer' several times in one object"
     chats = [{"messages": f'[{{"role": "user", "content": "Q"}}, {twice}]'}]
-    (refused,) = make_examples(chats, DataSection(source="x"), "last").unsplit
+    (refused,) = make_examples(chats, DataSection(source="x")).unsplit
     assert refused.reason == "JSON with the key 'answer' several times in one object"

@@ -20,6 +20,7 @@ from typer.main import get_command
 
 from sftkey.adapt.data import choose_data
 from sftkey.cli import app, main
+from sftkey.data.examples import RowOptions
 from sftkey.data.response import Example
 from sftkey.data.sources import with_defaults
 from sftkey.data.splits import Splits, load_splits
@@ -86,8 +87,7 @@ def read(layout: Layout) -> Splits:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(body, encoding="utf-8")
     recipe = recipe_with(layout.recipe)
-    turns, reasoning = recipe.response.turns, recipe.needs_reasoning
-    return load_splits(recipe.data, recipe.seed, False, turns, reasoning)
+    return load_splits(recipe.data, recipe.seed, False, RowOptions.of(recipe))
 
 
 def written(example: Example) -> str:
