@@ -205,11 +205,11 @@ def _reader(
         wanted |= {"thinking": "" if absent else data.thinking, "answer": data.answer}
         if rule:
             what = "data.response: expected the column that `data.split_rule` splits; got none"
-            raise DataError(data.source, what)
+            raise DataError(data.source, what, _lines_of_messages(data, columns, rows))
     elif rule is None and not messages:
         what = f"data.split_rule: expected a rule that splits `{data.response}`; got none"
         raise DataError(data.source, what)
-    templates = _templates(data, wanted, columns)
+    templates = _templates(data, wanted, columns, rows)
     if messages:
         return lambda row: _conversation(
             (
@@ -233,9 +233,36 @@ def _reader(
 
 def _holds_messages(column: str, rows: Sequence[RawRow]) -> bool:
     """Tell whether a column holds lists of messages, or JSON of such, by its first value."""
-    values = (row.get(column) for row in rows)
-    first = parsed_json(next((value for value in values if value is not None), None))
+    first = _first_value(column, rows)
     return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
+
+
+def _first_value(column: str, rows: Sequence[RawRow]) -> Any:
+    values = (row.get(column) for row in rows)
+    return parsed_json(next((value for value in values if value is not None), None))
+
+
+def _lines_of_messages(
+    data: DataSection, columns: Sequence[str], rows: Sequence[RawRow]
+) -> str | None:
+    """Write a recipe's lines for messages that end in an answer, which no line names."""
+    if data.response is not None or data.thinking is not None or data.answer is not None:
+        return None
+    for column in columns:
+        if column == "prompt" or not _holds_messages(column, rows):
+            continue
+        try:
+            turn = read_messages(_first_value(column, rows))[-1]
+        except RowError:
+            continue
+        if turn["role"] == "assistant":
+            lines = ['data.prompt: "{prompt}"'] * ("prompt" in columns)
+            lines.append(f"data.response: {column}")
+            if data.split_rule is None and "reasoning_content" not in turn:
+                fits = (name for name in RULES if not isinstance(RULES[name](turn["content"]), str))
+                lines += [f"data.split_rule: {name}" for name in fits][:1]
+            return f"these messages are read with {', '.join(lines)}"
+    return None
 
 
 def _conversation_column(
@@ -251,7 +278,10 @@ def _conversation_column(
 
 
 def _templates(
-    data: DataSection, wanted: Mapping[str, str | None], columns: Sequence[str]
+    data: DataSection,
+    wanted: Mapping[str, str | None],
+    columns: Sequence[str],
+    rows: Sequence[RawRow],
 ) -> dict[str, Template]:
     """Read the templates, and refuse all unknown columns at once."""
     templates = {
@@ -281,7 +311,7 @@ def _templates(
         hint += ", or `data.response` is the one to split by `data.split_rule`"
         if data.thinking is None and "thinking" not in columns and data.response is None:
             hint += "; rows without a reasoning need `thinking: own` in every stage"
-        raise DataError(data.source, problems, hint)
+        raise DataError(data.source, problems, _lines_of_messages(data, columns, rows) or hint)
     return templates
 
 

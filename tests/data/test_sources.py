@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -204,6 +205,44 @@ def test_unknown_columns_are_named_at_once_with_those_that_exist(tmp_path: Path)
     assert message_of(section(file, prompt="{question}", response="answer")) == (
         f"{file}: data.split_rule: expected a rule that splits `answer`; got none"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "lines"),
+    [
+        (
+            {"prompt": TURNS[:1], "completion": [{**TURNS[1], "content": "4", "thinking": "c"}]},
+            'data.prompt: "{prompt}", data.response: completion',
+        ),
+        (
+            {"prompt": "2 + 2?", "completion": json.dumps(TURNS[1:2])},
+            'data.prompt: "{prompt}", data.response: completion, data.split_rule: think_tags',
+        ),
+        (
+            {"id": 1, "conversations": TURNS},
+            "data.response: conversations, data.split_rule: think_tags",
+        ),
+        (
+            {"id": 1, "chat": [TURNS[0], {"role": "assistant", "content": "4"}]},
+            "data.response: chat",
+        ),
+    ],
+)
+def test_messages_that_no_line_names_have_their_lines(
+    tmp_path: Path, row: dict[str, Any], lines: str
+) -> None:
+    """The very lines are written, and with them the row is read."""
+    file = jsonl(tmp_path / "rows.jsonl", row)
+    *_, hint = message_of(section(file)).splitlines()
+    assert hint == f"hint: these messages are read with {lines}"
+    fields = dict(line.removeprefix("data.").split(": ") for line in lines.split(", "))
+    fields = {name: yaml.safe_load(text) for name, text in fields.items()}
+    data = section(file, **fields)
+    (example,) = load_examples(data, 0, options=RowOptions(reasoning=False)).examples
+    assert example.answer in ("4", "5")
+    if "split_rule" in fields:
+        data = section(file, split_rule="think_tags")
+        assert message_of(data).endswith(lines.removesuffix(", data.split_rule: think_tags"))
 
 
 def test_the_last_assistant_turn_is_the_response(tmp_path: Path) -> None:
