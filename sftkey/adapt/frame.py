@@ -272,7 +272,7 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     if data.fields.get("validation") == "validation":
         examples = load_examples(DataSection(**data.fields), seed, "validation").examples
     lengths = measure(examples, renderer, facts.most_tokens)
-    fitted = fit(tokenize(examples, renderer), examples, renderer, lengths.max_length, "drop")
+    fitted = fit(tokenize(examples, renderer), examples, renderer, lengths.max_length, False)
     pairs = [(e, row) for e, row in zip(examples, fitted, strict=True) if isinstance(row, Row)]
     grader, why = choose_grader(examples)
     columns = {

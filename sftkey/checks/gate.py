@@ -70,9 +70,9 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
     if renderer is not None and splits is not None:
         prepared = _read_rows(findings, recipe, renderer, splits)
     if splits is not None:
-        dropped = splits.dropped() if prepared is None else prepared.counts["dropped"]
+        dropped = splits.dropped if prepared is None else prepared.counts["dropped"]
         findings += dropped_findings(recipe.data, dropped)
-        findings += empty_findings(splits.counts.get("empty_thinking", {}))
+        findings += empty_findings(splits.empty_thinking)
     if prepared is None:
         return Report(tuple(findings))
     _attempt(findings, refuse_evaluation_without_rows, recipe, prepared)

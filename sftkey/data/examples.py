@@ -18,7 +18,15 @@ from sftkey.data.messages import (
     unmarked,
 )
 from sftkey.data.response import TOOLS, Example
-from sftkey.data.values import RawRow, RowError, Template, parse_field, parsed_json, trimmed
+from sftkey.data.values import (
+    RawRow,
+    Refusal,
+    RowError,
+    Template,
+    parse_field,
+    parsed_json,
+    trimmed,
+)
 from sftkey.errors import DataError, Problem, shown
 from sftkey.recipe.schema import DataSection, Recipe
 
@@ -123,23 +131,11 @@ USUAL = RowOptions()
 
 
 @dataclass(frozen=True)
-class Unsplit:
-    """A row that gives no example, with the reason; `index` is its place in the source, from 0.
-
-    `code` names the kind of reason, for programs.
-    """
-
-    index: int
-    reason: str
-    code: str
-
-
-@dataclass(frozen=True)
 class Loaded:
     """The examples of one split, in source order, and the rows that gave none."""
 
     examples: list[Example]
-    unsplit: list[Unsplit]
+    unsplit: list[Refusal]
 
 
 def columns_of(rows: Sequence[RawRow]) -> list[str]:
@@ -176,7 +172,7 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
                 prompt, thinking, answer = _usable(outcome, data, system)
                 tools = read_tools(row.get("tools"))
             except RowError as error:
-                loaded.unsplit.append(Unsplit(index, str(error), error.code))
+                loaded.unsplit.append(Refusal(index, str(error), error.code))
                 continue
             if system is not None:
                 prompt = ({"role": "system", "content": system}, *_as_messages(prompt))

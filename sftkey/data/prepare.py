@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,12 @@ from datasets import Dataset
 
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
-from sftkey.data.refused import NUM_SHOWN, refuse_left_out
+from sftkey.data.refused import count_row, numbered, refuse_left_out, refuse_none_left
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.row_cache import SCHEMA, CachedRows, tokenized_rows
 from sftkey.data.splits import Splits, load_splits
-from sftkey.data.tokenization import Refusal, refuse_long, tokenize
+from sftkey.data.tokenization import Refusal, tokenize
 from sftkey.errors import DataError, Problem, RecipeError
 from sftkey.recipe.schema import DataSection, Recipe
 
@@ -133,7 +133,8 @@ def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepar
             left, or a stage finds nothing to train in them.
         FrameError: A plain frame got chat messages.
     """
-    counts: dict[str, Any] = {"dropped": splits.dropped(), "trimmed": {}, "noted": {}, "tokens": {}}
+    counts: dict[str, Any] = {"dropped": deepcopy(splits.dropped)}
+    counts |= {name: {} for name in ("trimmed", "noted", "tokens")}
     datasets: dict[str, Dataset | None] = {}
     refusals: list[Refusal] = []
     kept: dict[str, list[Example]] = {}
@@ -172,8 +173,15 @@ def _fitted_rows(
     rows, outcome = tokenized_rows(
         examples, renderer, data.max_length, trim=data.too_long == "trim_thinking"
     )
-    if data.too_long == "error":
-        refuse_long([(examples[place].index, n) for place, n in outcome.long], data.max_length)
+    if data.too_long == "error" and outcome.long:
+        most, longest = data.max_length, max(length for _, length in outcome.long)
+        what = numbered([examples[place].index for place, _ in outcome.long])
+        raise DataError(
+            "data.max_length",
+            f"expected rows of at most {most} tokens; got some of up to {longest}: {what}",
+            "rows count from 0; raise data.max_length, or choose data.too_long: drop or "
+            "trim_thinking",
+        )
     return rows, outcome
 
 
@@ -191,21 +199,16 @@ def _count_outcome(
     ]
     for refusal in refusals:
         where = f"{split}: {refusal.reason}"
-        _count(counts["dropped"], where, refusal.index)
-        counts["dropped"][where]["code"] = refusal.code
+        count_row(counts["dropped"], where, refusal.index, refusal.code)
     for place in outcome.trimmed:
         reason = f"{split}: longer than {data.max_length} tokens"
-        _count(counts["trimmed"], reason, examples[place].index)
+        count_row(counts["trimmed"], reason, examples[place].index)
     for place, what, shown in outcome.noted:
-        entry = _count(counts["noted"], f"{split}: {what}", examples[place].index)
+        entry = count_row(counts["noted"], f"{split}: {what}", examples[place].index)
         if shown and len(entry.setdefault("examples", [])) < 2:
             entry["examples"].append(f"row {examples[place].index}: {shown}")
     if len(refusals) == len(examples):
-        reasons = Counter(refusal.reason for refusal in refusals).most_common()
-        listed = "; ".join(f"{reason} ({count} of {len(examples)})" for reason, count in reasons)
-        too_long = any(refusal.code == "too-long" for refusal in refusals)
-        hint = "raise data.max_length" if too_long else None
-        raise DataError(data.source, f"no rows are left in {split}: {listed}", hint)
+        refuse_none_left(data, split, counts["dropped"])
     return refusals
 
 
@@ -237,11 +240,3 @@ def refuse_evaluation_without_rows(recipe: Recipe, prepared: Prepared) -> None:
     ]
     if problems and prepared.validation is None:
         raise RecipeError(recipe.name, problems, "write data.validation: a number of rows of train")
-
-
-def _count(counted: dict[str, Any], reason: str, index: int) -> dict[str, Any]:
-    entry = counted.setdefault(reason, {"count": 0, "rows": []})
-    entry["count"] += 1
-    if len(entry["rows"]) < NUM_SHOWN:
-        entry["rows"].append(index)
-    return entry

@@ -85,6 +85,37 @@ def left_out(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[LeftOut]
         yield LeftOut(counted["code"], tuple(counted["rows"]), split, what, hint)
 
 
+def count_row(
+    counted: dict[str, Any], where: str, index: int, code: str | None = None
+) -> dict[str, Any]:
+    """Count a row under "split: reason", with the first row numbers, and return the entry."""
+    entry: dict[str, Any] = counted.setdefault(where, {"count": 0, "rows": []})
+    entry["count"] += 1
+    if len(entry["rows"]) < NUM_SHOWN:
+        entry["rows"].append(index)
+    if code is not None:
+        entry["code"] = code
+    return entry
+
+
+def refuse_none_left(data: DataSection, split: str, dropped: Mapping[str, Any]) -> None:
+    """Refuse a split of which all rows are left out, with all reasons, the most frequent first.
+
+    Raises:
+        DataError: Always.
+    """
+    found = {where: each for where, each in dropped.items() if where.startswith(f"{split}: ")}
+    total = sum(each["count"] for each in found.values())
+    listed = "; ".join(
+        f"{where.partition(': ')[2]} ({each['count']} of {total})"
+        for where, each in sorted(found.items(), key=lambda item: -item[1]["count"])
+    )
+    too_long = any(each["code"] == "too-long" for each in found.values())
+    hint = "raise data.max_length" if too_long else None
+    what = f"no rows are left in {split}: {listed}"
+    raise DataError(data.source, what.removesuffix(": "), hint)
+
+
 def refuse_left_out(data: DataSection, dropped: Mapping[str, Any]) -> None:
     """Refuse rows that the recipe doesn't allow to be left out, if there are any.
 
@@ -95,7 +126,7 @@ def refuse_left_out(data: DataSection, dropped: Mapping[str, Any]) -> None:
     if refused:
         problems = [Problem(each.split, each.what) for each in refused]
         hints = dict.fromkeys(each.hint for each in refused if each.hint)
-        raise DataError(data.source, problems, "; ".join(hints))
+        raise DataError(data.source, problems, "; ".join(["rows count from 0", *hints]))
 
 
 def numbered(rows: Sequence[int], count: int | None = None) -> str:

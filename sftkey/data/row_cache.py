@@ -128,14 +128,13 @@ def tokenized_rows(
         DataError: The cache can't be written.
         FrameError: A plain frame got chat messages.
     """
-    too_long = "trim_thinking" if trim else "drop"
-    key = content_key(examples, renderer, {"max_length": max_length, "too_long": too_long})
+    key = content_key(examples, renderer, {"max_length": max_length, "trim": trim})
     folder = cache_folder() / "rows" / key
     found = _read(folder)
     for _ in range(2):  # another process may be at mending the same entry
         if found is None:
             try:
-                _make(folder, examples, renderer, max_length, too_long)
+                _make(folder, examples, renderer, max_length, trim)
             except OSError as error:
                 where, hint = str(cache_folder()), "set SFTKEY_CACHE to a folder of yours"
                 what = f"the cache can't be written: {error.strerror or error}"
@@ -161,18 +160,18 @@ def _read(folder: Path) -> tuple[Dataset, CachedRows] | None:
 
 
 def _make(
-    folder: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, too_long: str
+    folder: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
 ) -> None:
     """Tokenize, and write the entry."""
     with appearing(folder) as made:
         made.mkdir()
-        outcome = _write_rows(made / ROWS, examples, renderer, max_length, too_long)
+        outcome = _write_rows(made / ROWS, examples, renderer, max_length, trim)
         write_json(made / ABOUT, {**asdict(outcome), "sha256": file_hash(made / ROWS)})
     _tidy(folder)
 
 
 def _write_rows(
-    path: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, too_long: str
+    path: Path, examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
 ) -> CachedRows:
     """Write the rows batch by batch: never more than a few batches of them are in memory."""
     outcome = CachedRows([], [], [], {})
@@ -181,7 +180,7 @@ def _write_rows(
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for whole in tokenize_batches(examples, renderer):
             batch = examples[start : start + len(whole)]
-            fitted = fit(whole, batch, renderer, max_length, too_long)
+            fitted = fit(whole, batch, renderer, max_length, trim)
             _note(outcome, whole, fitted, start, max_length)
             start += len(batch)
             tell(f"{start} of {len(examples)} rows")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.returned import change_of
 from sftkey.data.template import num_dropped_thinkings
-from sftkey.errors import DataError, FrameError
+from sftkey.data.values import Refusal, RowError
+from sftkey.errors import FrameError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -107,6 +108,7 @@ def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[i
 if TYPE_CHECKING:
     _Encoded = tuple[list[int], list[int], Encoding]  # see `Renderer.encode_rows`
 
+T = TypeVar("T")
 DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
 
@@ -126,31 +128,6 @@ class Row:
     segment_ids: list[int]
     index: int
     notes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
-
-
-@dataclass
-class Refusal:
-    """A row that can't be used.
-
-    Args:
-        index: Its place in source order.
-        reason: Why, for people.
-        code: The kind of reason, for programs.
-        split: The split that it was meant for.
-    """
-
-    index: int
-    reason: str
-    code: str = "unusable"
-    split: str = ""
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """Why a row can't be used: see `Refusal`."""
-
-    reason: str
-    code: str = "unusable"
 
 
 @dataclass(frozen=True)
@@ -188,10 +165,12 @@ def tokenize_batches(
     """
     num_threads = _num_cores()
     batches = (examples[n : n + BATCH_SIZE] for n in range(0, len(examples), BATCH_SIZE))
-    waiting: deque[tuple[Sequence[Example], list[_Text | _Fault], Future[list[_Encoded]]]] = deque()
+    waiting: deque[tuple[Sequence[Example], list[_Text | Refusal], Future[list[_Encoded]]]] = (
+        deque()
+    )
     with ThreadPoolExecutor(num_threads) as pool:
         for batch in batches:
-            written = [_write(example, renderer) for example in batch]
+            written = [_or_refusal(_write, example, renderer) for example in batch]
             texts = [text for text in written if isinstance(text, _Text)]
             prompts = [text.prompt for text in texts]
             wholes = [text.prompt + text.rest for text in texts]
@@ -212,7 +191,7 @@ def _num_cores() -> int:
 
 def _rows(
     examples: Sequence[Example],
-    written: Sequence[_Text | _Fault],
+    written: Sequence[_Text | Refusal],
     encoded: Future[list[_Encoded]],
     renderer: Renderer,
 ) -> list[Row | Refusal]:
@@ -220,25 +199,34 @@ def _rows(
     made = iter(encoded.result())
     rows: list[Row | Refusal] = []
     for example, text in zip(examples, written, strict=True):
-        outcome = text if isinstance(text, _Fault) else _row(example, text, next(made), renderer)
-        if isinstance(outcome, _Fault):
-            rows.append(Refusal(example.index, outcome.reason, outcome.code))
-        else:
-            rows.append(outcome)
+        refused = isinstance(text, Refusal)
+        rows.append(text if refused else _or_refusal(_row, example, text, next(made), renderer))
     return rows
 
 
-def _write(example: Example, renderer: Renderer) -> _Text | _Fault:
-    """Return the texts of a row, or why there are none."""
+def _or_refusal(make: Callable[..., T], example: Example, *args: Any) -> T | Refusal:
+    """Make something of an example, or say why it can't be."""
+    try:
+        return make(example, *args)
+    except RowError as error:
+        return Refusal(example.index, str(error), error.code)
+
+
+def _write(example: Example, renderer: Renderer) -> _Text:
+    """Return the texts of a row.
+
+    Raises:
+        RowError: There are none.
+    """
     for name, text in _texts(example, renderer):
         token = renderer.special_pattern.search(text)
         if token:
             what = f"the {name} holds the text of the special token {token[0]!r}"
-            return _Fault(what, "special-token-text")
+            raise RowError(what, "special-token-text")
     try:
         prompt = renderer.prompt_text(example.prompt)
     except FrameError as error:
-        return _Fault(error.problems[0].what, "template")
+        raise RowError(error.problems[0].what, "template") from error
     pieces = renderer.response.pieces(example.thinking, example.answer)
     dropped = 0
     if not isinstance(example.prompt, str):
@@ -269,11 +257,15 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -> Row | _Fault:
-    """Return a row, or why there is none."""
+def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -> Row:
+    """Return the row of an example.
+
+    Raises:
+        RowError: There is none.
+    """
     lost = renderer.lost_character(text.rest)
     if lost:
-        return _Fault(f"the completion holds {lost!r}, which the tokenizer would lose")
+        raise RowError(f"the completion holds {lost!r}, which the tokenizer would lose")
     # 1. Prompt and completion are tokenized as one text, as the model will read them.
     prompt_ids, ids, whole = encoded
     start = len(prompt_ids)
@@ -287,19 +279,18 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
     if changed or swallowed or renderer.lost_character(text.prompt):
         apart = _apart(text, prompt_ids, None if swallowed else ids, renderer)
         if apart is None:
-            return _swallowing(ids, whole, renderer) or _Fault(
+            _check_swallowing(ids, whole, renderer)
+            raise RowError(
                 "the ids do not begin with the prompt's, "
                 "and the rest tokenized apart decodes to another text",
                 "prefix",
             )
         tokens, pieces = apart, text.pieces
     # 3. What can't be told apart, or doesn't come back as it was written, makes no row.
-    fault = _fault(tokens, pieces, renderer)
-    if fault:
-        return fault
+    _check_special(tokens, pieces, renderer)
     change = change_of(example, tokens.ids, renderer)
     if change and change.in_answer:
-        return _Fault(change.what, "not-returned")
+        raise RowError(change.what, "not-returned")
     notes = text.notes + (((change.what, change.shown),) if change else ())
     # 4. Each token gets the segment that its characters lie in.
     before = [*renderer.bos_before(text.prompt), *prompt_ids]
@@ -324,37 +315,35 @@ def _apart(
     return None
 
 
-def _fault(
+def _check_special(
     tokens: Tokens, pieces: Sequence[tuple[Segment, str]], renderer: Renderer
-) -> _Fault | None:
-    """Tell what is wrong with the special tokens behind the prompt, if anything is."""
+) -> None:
+    """See that the special tokens behind the prompt are those that were written."""
     length = sum(len(text) for _, text in pieces)
     ids, token = tokens.ids, renderer.end_token
     if not ids or ids[-1] != renderer.end_id:
-        return _Fault(f"the end of turn {token!r} is not the last token", "end-of-turn")
+        raise RowError(f"the end of turn {token!r} is not the last token", "end-of-turn")
     if tokens.span(len(ids) - 1) != (length - len(token), length):
-        what = f"the end of turn {token!r} swallows white space before it"
-        return _Fault(what, "end-of-turn")
+        raise RowError(f"the end of turn {token!r} swallows white space before it", "end-of-turn")
     special = list(filter(renderer.special_lengths.__contains__, ids))
     if special != renderer.written_special_ids:
         what = "a special token arises that nobody wrote: a character is unknown to the tokenizer"
-        return _Fault(what, "unknown-character")
-    return _swallowing(ids, tokens.encoding, renderer, tokens.first)
+        raise RowError(what, "unknown-character")
+    _check_swallowing(ids, tokens.encoding, renderer, tokens.first)
 
 
-def _swallowing(
+def _check_swallowing(
     ids: Sequence[int], encoding: Encoding, renderer: Renderer, first: int = 0
-) -> _Fault | None:
-    """Name a token that takes the white space beside it away, if there is one."""
+) -> None:
+    """See that no token takes the white space beside it away."""
     lengths = renderer.swallowing_lengths
     if not lengths or lengths.keys().isdisjoint(ids):
-        return None
+        return
     for place in (n for n, number in enumerate(ids) if number in lengths):
         span: Any = encoding.token_to_chars(first + place)
         if span[1] - span[0] != lengths[ids[place]]:
             token = renderer.tokenizer.convert_ids_to_tokens(ids[place])
-            return _Fault(f"the token {token!r} swallows white space beside it", "end-of-turn")
-    return None
+            raise RowError(f"the token {token!r} swallows white space beside it", "end-of-turn")
 
 
 def _decode(ids: Sequence[int], renderer: Renderer) -> str:
@@ -362,15 +351,12 @@ def _decode(ids: Sequence[int], renderer: Renderer) -> str:
     return str(renderer.tokenizer.decode(list(ids), **options))
 
 
-NUM_LISTED = 20  # row numbers in a message
-
-
 def fit(
     rows: Sequence[Row | Refusal],
     examples: Sequence[Example],
     renderer: Renderer,
     max_length: int,
-    too_long: str,
+    trim: bool,
 ) -> list[Row | Refusal]:
     """Deal with the rows that are longer than `max_length` tokens; the key is never cut.
 
@@ -379,40 +365,17 @@ def fit(
         examples: The rows' examples, in the same order.
         renderer: The run's renderer.
         max_length: Tokens that a row may have, prompt and end of turn included.
-        too_long: `drop` refuses such a row; `trim_thinking` takes text off the end of its thinking,
-            before the closing tag, and tokenizes it anew; `error` raises.
-
-    Raises:
-        DataError: A row is too long, and `too_long` is `error`.
+        trim: Whether text is taken off the end of a longer row's thinking, before the closing tag,
+            and the row tokenized anew; else it is refused.
     """
-    if too_long == "error":
-        lengths = [(row.index, len(row.input_ids)) for row in rows if isinstance(row, Row)]
-        refuse_long([each for each in lengths if each[1] > max_length], max_length)
     fitted = list(rows)
     for place, row in enumerate(rows):
         if isinstance(row, Row) and len(row.input_ids) > max_length:
-            if too_long == "drop":
-                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens", "too-long")
-            else:
+            if trim:
                 fitted[place] = _trim(row, examples[place], renderer, max_length)
+            else:
+                fitted[place] = Refusal(row.index, f"longer than {max_length} tokens", "too-long")
     return fitted
-
-
-def refuse_long(long: Sequence[tuple[int, int]], max_length: int) -> None:
-    """Refuse rows that are too long, given their numbers and lengths, if there are any.
-
-    Raises:
-        DataError: Names the first of them.
-    """
-    if long:
-        numbers = [str(index) for index, _ in long[:NUM_LISTED]] + ["…"] * (len(long) > NUM_LISTED)
-        raise DataError(
-            "data.max_length",
-            f"expected rows of at most {max_length} tokens; got {len(long)} "
-            f"of up to {max(length for _, length in long)}: {', '.join(numbers)}",
-            hint="rows count from 0; raise data.max_length, "
-            "or choose data.too_long: drop or trim_thinking",
-        )
 
 
 def _trim(row: Row, example: Example, renderer: Renderer, max_length: int) -> Row | Refusal:

@@ -30,6 +30,23 @@ class RowError(ValueError):
         super().__init__(reason)
 
 
+@dataclass
+class Refusal:
+    """A row that can't be used.
+
+    Args:
+        index: Its place in source order, from 0.
+        reason: Why, for people.
+        code: The kind of reason, for programs.
+        split: The split that it was meant for.
+    """
+
+    index: int
+    reason: str
+    code: str = "unusable"
+    split: str = ""
+
+
 class RepeatedKeyError(ValueError):
     """An object of JSON has a key several times, of which only the last would be read."""
 

@@ -109,9 +109,9 @@ def test_rows_without_a_key_are_refused(prepared: Write) -> None:
     with pytest.raises(DataError) as raised:
         prepared([*ROWS, empty])
     assert str(raised.value).partition("these.jsonl: ")[2] == (
-        "1 row of train can't be used:\n"
-        "  row 9: the answer is empty\n"
-        "hint: rows count from 0; `data.unsplit_rows: drop` leaves these out"
+        "1 problem\n"
+        "  train: the answer is empty: 1 row, 9\n"
+        "hint: rows count from 0; mend these rows; data.unsplit_rows: drop leaves them out"
     )
 
 
@@ -131,6 +131,20 @@ def test_long_rows_are_dropped_or_trimmed(prepared: Write) -> None:
     key = ("ANSWER_TAG", "ANSWER", "END")
     for name in key:
         assert trimmed.counts["tokens"]["train"][name] == whole.counts["tokens"]["train"][name]
+
+
+def test_long_rows_may_be_an_error(prepared: Write) -> None:
+    """Every long row is named at once, the first 20 of them by number."""
+    rows = [{**ROWS[8], "prompt": f"Q{number}"} for number in range(25)]
+    longest = max(len(ids) for ids in prepared(rows).train["input_ids"])
+    with pytest.raises(DataError) as raised:
+        prepared(rows, "data.max_length=20", "data.too_long=error")
+    assert str(raised.value) == (
+        f"data.max_length: expected rows of at most 20 tokens; got some of up to {longest}: "
+        f"25 rows, {', '.join(map(str, range(20)))}, …\n"
+        "hint: rows count from 0; raise data.max_length, "
+        "or choose data.too_long: drop or trim_thinking"
+    )
 
 
 def test_all_rows_too_long_is_an_error(prepared: Write) -> None:

@@ -27,7 +27,7 @@ from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
 from tests.support.tokenizers import CHATML, KINDS, SPECIAL, TEXT, made
 
-SETTINGS = {"max_length": 60, "too_long": "drop"}
+SETTINGS = {"max_length": 60, "trim": False}
 EXAMPLES = [
     Example("Q", "3 cats: 12\n2 birds: 4\n", "16", 4),
     Example("Q", "a </s>", "7", 5),
@@ -70,7 +70,7 @@ def contents(found: tuple[Dataset, CachedRows]) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("too_long", ["drop", "trim_thinking"])
+@pytest.mark.parametrize("trim", [False, True])
 @settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -80,7 +80,7 @@ def contents(found: tuple[Dataset, CachedRows]) -> tuple[list[Any], list[Any]]:
 )
 def test_rows_are_those_of_tokenizing_all_at_once(
     kind: str,
-    too_long: str,
+    trim: bool,
     texts: list[tuple[str, str, str]],
     max_length: int,
     folder: Path,
@@ -90,9 +90,8 @@ def test_rows_are_those_of_tokenizing_all_at_once(
     monkeypatch.setattr("sftkey.data.tokenization.BATCH_SIZE", 2)
     probed = probe_renderer(made(kind, CHATML), ResponseSection())
     examples = [Example(f"Q{p}", 2 * t, a, 2 * n) for n, (p, t, a) in enumerate(texts)]
-    trim = too_long == "trim_thinking"
     whole = tokenize(examples, probed)
-    fitted = fit(whole, examples, probed, max_length, too_long)
+    fitted = fit(whole, examples, probed, max_length, trim)
     first = tokenized_rows(examples, probed, max_length, trim)
     assert contents(first) == contents(tokenized_rows(examples, probed, max_length, trim))
     rows, outcome = first
@@ -150,7 +149,7 @@ def test_other_content_is_another_entry(renderer: Renderer) -> None:
         content_key([*others, first], renderer, SETTINGS),
         content_key(others, renderer, SETTINGS),
         content_key(EXAMPLES, renderer, SETTINGS | {"max_length": 61}),
-        content_key(EXAMPLES, renderer, SETTINGS | {"too_long": "trim_thinking"}),
+        content_key(EXAMPLES, renderer, SETTINGS | {"trim": True}),
         content_key(EXAMPLES, with_template(CHATML.replace("<|im_s", "<s><|im_s")), SETTINGS),
         content_key(EXAMPLES, with_template("{# a remark #}" + CHATML), SETTINGS),
         content_key(EXAMPLES, replace(renderer, chat_template_kwargs={"a": 1}), SETTINGS),

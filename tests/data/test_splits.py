@@ -51,6 +51,11 @@ def indices(splits: Splits) -> dict[str, list[int]]:
     return {name: [example.index for example in getattr(splits, name)] for name in names}
 
 
+def sizes(splits: Splits) -> dict[str, int]:
+    """Count the examples of each split."""
+    return {name: len(rows) for name, rows in indices(splits).items()}
+
+
 @given(
     count=st.integers(3, 60),
     test=st.one_of(st.none(), st.integers(1, 20), st.floats(0.01, 0.4)),
@@ -113,21 +118,17 @@ def test_splits_may_be_names_or_files(tmp_path: Path) -> None:
     assert indices(splits) == {"train": [0, 1, 2, 3], "validation": [0, 1], "test": [0, 1, 2]}
     assert splits.test[0].prompt == "other 0"
     swapped = load(tmp_path, train=str(other), validation=1, test="dev")
-    assert swapped.counts == {"rows": {"train": 2, "validation": 1, "test": 2}, "dropped": []}
+    assert swapped.dropped == {}
+    assert sizes(swapped) == {"train": 2, "validation": 1, "test": 2}
 
 
 def test_a_source_with_splits_has_defaults(tmp_path: Path) -> None:
     """A folder's `test` is the test, 200 rows of train the validation; a file has neither."""
     jsonl(tmp_path / "train.jsonl", rows(201))
     jsonl(tmp_path / "test.jsonl", rows(2, "test"))
-    counts = load(tmp_path).counts
-    assert counts["rows"] == {"train": 1, "validation": 200, "test": 2}
+    assert sizes(load(tmp_path)) == {"train": 1, "validation": 200, "test": 2}
     file = tmp_path / "train.jsonl"
-    assert load(file, need_test=False).counts["rows"] == {
-        "train": 201,
-        "validation": 0,
-        "test": 0,
-    }
+    assert sizes(load(file, need_test=False)) == {"train": 201, "validation": 0, "test": 0}
     assert message_of(file, validation=2) == (
         f"{file}: data.test: expected a count, a share, a split or a file; got none\n"
         "hint: `data.test: 200` keeps 200 rows of train for the test"
@@ -169,40 +170,30 @@ def test_turns_of_one_conversation_stay_in_one_split(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_split_are_refused_or_counted(tmp_path: Path) -> None:
-    """The error lists the first rows with their reasons; `drop` counts them by reason."""
+    """The error has all reasons with the first rows of each; `drop` counts them likewise."""
     items: list[dict[str, Any]] = rows(40)
     for number in range(0, 25):
         items[number]["answer"] = None if number % 2 else ""
     file = jsonl(tmp_path / "rows.jsonl", items)
     assert message_of(file, test=2) == (
-        f"{file}: 25 rows of train can't be used:\n"
-        "  row 0: the answer is empty\n"
-        "  row 1: `answer` is null\n"
-        "  row 2: the answer is empty\n"
-        "  row 3: `answer` is null\n"
-        "  row 4: the answer is empty\n"
-        "  and 20 more\n"
-        "hint: rows count from 0; `data.unsplit_rows: drop` leaves these out"
+        f"{file}: 2 problems\n"
+        "  train: the answer is empty: 13 rows, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24\n"
+        "  train: `answer` is null: 12 rows, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23\n"
+        "hint: rows count from 0; mend these rows; data.unsplit_rows: drop leaves them out"
     )
-    counts = load(file, test=2, unsplit_rows="drop").counts
-    assert json.loads(json.dumps(counts)) == {
-        "rows": {"train": 13, "validation": 0, "test": 2},
-        "dropped": [
-            {
-                "split": "train",
-                "reason": "the answer is empty",
-                "code": "no-key",
-                "num_rows": 13,
-                "rows": list(range(0, 25, 2)),
-            },
-            {
-                "split": "train",
-                "reason": "`answer` is null",
-                "code": "unusable",
-                "num_rows": 12,
-                "rows": list(range(1, 25, 2)),
-            },
-        ],
+    splits = load(file, test=2, unsplit_rows="drop")
+    assert len(splits.train) == 13
+    assert json.loads(json.dumps(splits.dropped)) == {
+        "train: the answer is empty": {
+            "count": 13,
+            "rows": list(range(0, 25, 2)),
+            "code": "no-key",
+        },
+        "train: `answer` is null": {
+            "count": 12,
+            "rows": list(range(1, 25, 2)),
+            "code": "unusable",
+        },
     }
 
 
@@ -210,8 +201,7 @@ def test_a_set_without_one_usable_row_is_an_error(tmp_path: Path) -> None:
     """Dropping may not leave nothing."""
     file = jsonl(tmp_path / "rows.jsonl", [{**rows(1)[0], "answer": ""}])
     assert message_of(file, test=1, unsplit_rows="drop") == (
-        f"{file}: 1 row of train can't be used:\n  row 0: the answer is empty\n"
-        "hint: no row can be used; rows count from 0"
+        f"{file}: no rows are left in train: the answer is empty (1 of 1)"
     )
 
 
@@ -226,33 +216,16 @@ def test_prompts_in_two_splits_are_refused_or_dropped(tmp_path: Path) -> None:
         "  validation: prompt also in test: 1 row, 0\n"
         "  train: prompt also in validation: 1 row, 0\n"
         "  train: prompt also in test: 2 rows, 1, 4\n"
-        "hint: rows count from 0; `data.overlap: drop` drops these rows"
+        "hint: rows count from 0; data.overlap: drop leaves these rows out"
     )
     splits = load(train, overlap="drop", **named)
     assert indices(splits) == {"train": [2, 3], "validation": [1, 2], "test": [0, 1]}
-    assert splits.counts["dropped"] == [
-        {
-            "split": "validation",
-            "reason": "prompt also in test",
-            "code": "overlap",
-            "num_rows": 1,
-            "rows": [0],
-        },
-        {
-            "split": "train",
-            "reason": "prompt also in validation",
-            "code": "overlap",
-            "num_rows": 1,
-            "rows": [0],
-        },
-        {
-            "split": "train",
-            "reason": "prompt also in test",
-            "code": "overlap",
-            "num_rows": 2,
-            "rows": [1, 4],
-        },
-    ]
+    overlap = {"code": "overlap"}
+    assert splits.dropped == {
+        "validation: prompt also in test": {"count": 1, "rows": [0]} | overlap,
+        "train: prompt also in validation": {"count": 1, "rows": [0]} | overlap,
+        "train: prompt also in test": {"count": 2, "rows": [1, 4]} | overlap,
+    }
 
 
 def test_a_split_that_overlap_empties_is_an_error(tmp_path: Path) -> None:
@@ -260,7 +233,7 @@ def test_a_split_that_overlap_empties_is_an_error(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "train.jsonl", rows(3))
     test = jsonl(tmp_path / "test.jsonl", rows(3))
     assert message_of(file, test=str(test), overlap="drop") == (
-        f"{file}: no rows are left in train\nhint: 3 rows of train: prompt also in test"
+        f"{file}: no rows are left in train: prompt also in test (3 of 3)"
     )
 
 
@@ -271,7 +244,7 @@ def test_long_lists_of_rows_are_cut(tmp_path: Path) -> None:
     numbers = ", ".join(str(number) for number in range(20))
     assert message_of(file, test=str(test)) == (
         f"{file}: 1 problem\n  train: prompt also in test: 25 rows, {numbers}, …\n"
-        "hint: rows count from 0; `data.overlap: drop` drops these rows"
+        "hint: rows count from 0; data.overlap: drop leaves these rows out"
     )
 
 

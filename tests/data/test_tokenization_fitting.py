@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
-from sftkey.errors import DataError
 from sftkey.recipe.schema import ResponseSection
 from tests.support.tokenizers import CHATML, KINDS, SPECIAL, TEXT, made
 
@@ -42,8 +41,8 @@ def test_rows_that_fit_stay(renderer: Renderer) -> None:
     """A row of just the length is left alone, whatever happens to longer ones."""
     rows = tokenize([LONG, SHORT], renderer)
     length = max(len(row.input_ids) for row in rows if isinstance(row, Row))
-    for too_long in ("drop", "trim_thinking", "error"):
-        assert fit(rows, [LONG, SHORT], renderer, length, too_long) == rows
+    for trim in (False, True):
+        assert fit(rows, [LONG, SHORT], renderer, length, trim) == rows
 
 
 def test_drop_refuses_long_rows(renderer: Renderer) -> None:
@@ -51,31 +50,15 @@ def test_drop_refuses_long_rows(renderer: Renderer) -> None:
     examples = [LONG, SHORT, Example("Q", "</s>", "7", 6)]
     rows = tokenize(examples, renderer)
     assert isinstance(rows[1], Row)
-    fitted = fit(rows, examples, renderer, len(rows[1].input_ids), "drop")
+    fitted = fit(rows, examples, renderer, len(rows[1].input_ids), False)
     longer = f"longer than {len(rows[1].input_ids)} tokens"
     assert fitted == [Refusal(4, longer, "too-long"), rows[1], rows[2]]
-
-
-def test_error_names_the_rows(renderer: Renderer) -> None:
-    """Every long row is named at once, the first 20 of them by number."""
-    examples = [Example("Q", LONG.thinking, "16", number) for number in range(3, 25)]
-    rows = tokenize(examples, renderer)
-    assert isinstance(rows[0], Row)
-    with pytest.raises(DataError) as raised:
-        fit(rows, examples, renderer, 30, "error")
-    assert str(raised.value) == (
-        "data.max_length: expected rows of at most 30 tokens; "
-        f"got 22 of up to {len(rows[0].input_ids)}: "
-        "3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, …\n"
-        "hint: rows count from 0; raise data.max_length, "
-        "or choose data.too_long: drop or trim_thinking"
-    )
 
 
 def test_trimming_refuses_what_cannot_fit(renderer: Renderer) -> None:
     """Prompt and key alone may be too long: then the row goes, for the key is never cut."""
     rows = tokenize([LONG], renderer)
-    assert fit(rows, [LONG], renderer, 10, "trim_thinking") == [
+    assert fit(rows, [LONG], renderer, 10, True) == [
         Refusal(4, "longer than 10 tokens even without thinking", "too-long")
     ]
 
@@ -96,7 +79,7 @@ def test_trimming_takes_the_thinkings_end_and_never_the_key(
     assert isinstance(smallest, Row)
     least, most = len(smallest.input_ids), len(whole.input_ids)
     length = max(least, round(least + share * (most - least)))
-    (row,) = fit([whole], [example], renderer, length, "trim_thinking")
+    (row,) = fit([whole], [example], renderer, length, True)
     assert isinstance(row, Row)
     assert len(row.input_ids) <= length
     assert key_of(row)[-1] == renderer.end_id
