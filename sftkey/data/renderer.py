@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from sftkey.data.response import TOOLS, Response
-from sftkey.data.spelling import Spelling, lost_bytes
 from sftkey.data.template import (
     TEMPLATE_ERRORS,
     Probe,
@@ -29,6 +29,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANCHOR = "x"  # decoded before a completion
+# In a byte-level vocabulary what can be shown stands for itself, the other bytes stand behind.
+SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(0x100) if byte not in SHOWN]
+SIGNS = {byte: chr(byte) for byte in SHOWN}
+SIGNS |= {byte: chr(0x100 + place) for place, byte in enumerate(OTHERS)}
+BYTES = {sign: byte for byte, sign in SIGNS.items()}
+
+
+class Spelling(dict[int, bytes]):
+    """The bytes of each token by its id, as the byte-level decoder reads them.
+
+    Args:
+        token_of: Returns a token by its id.
+    """
+
+    def __init__(self, token_of: Callable[[int], str | None]) -> None:
+        super().__init__()
+        self.token_of = token_of
+
+    def __missing__(self, number: int) -> bytes:
+        token = self.token_of(number) or ""
+        known = all(sign in BYTES for sign in token)  # an added token is mostly text as it is
+        self[number] = bytes(BYTES[sign] for sign in token) if known else token.encode()
+        return self[number]
+
+    def of(self, ids: Sequence[int]) -> bytes:
+        """Return what ids stand for."""
+        # The fastest way; a getter of one key would return no tuple.
+        return b"".join(itemgetter(*ids, ids[0])(self)[:-1]) if ids else b""
 
 
 @dataclass(frozen=True)
@@ -258,7 +287,8 @@ class Renderer:
         """
         if "ByteLevel" not in str(self._backend.pre_tokenizer):
             return None
-        lost = lost_bytes(self._backend.token_to_id)
+        id_of = self._backend.token_to_id
+        lost = bytes(byte for byte, sign in SIGNS.items() if id_of(sign) is None)
         return re.compile(b"[" + re.escape(lost) + b"]") if lost else None
 
     @cached_property

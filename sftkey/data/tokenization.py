@@ -199,8 +199,10 @@ def _rows(
     made = iter(encoded.result())
     rows: list[Row | Refusal] = []
     for example, text in zip(examples, written, strict=True):
-        refused = isinstance(text, Refusal)
-        rows.append(text if refused else _or_refusal(_row, example, text, next(made), renderer))
+        if isinstance(text, Refusal):
+            rows.append(text)
+        else:
+            rows.append(_or_refusal(_row, example, text, next(made), renderer))
     return rows
 
 
