@@ -135,44 +135,31 @@ def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepar
     """
     counts: dict[str, Any] = {"dropped": deepcopy(splits.dropped)}
     counts |= {name: {} for name in ("trimmed", "noted", "tokens")}
-    datasets: dict[str, Dataset | None] = {}
+    rows: dict[str, Dataset | None] = {"train": None, "validation": None}
+    kept: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     refusals: list[Refusal] = []
-    kept: dict[str, list[Example]] = {}
     for name, examples in (("train", splits.train), ("validation", splits.validation)):
         counts[name], counts["tokens"][name] = 0, {segment.name: 0 for segment in Segment}
-        datasets[name], kept[name] = None, []
         if examples:
-            rows, outcome = _fitted_rows(examples, renderer, recipe.data)
-            refusals += _count_outcome(outcome, examples, recipe.data, name, counts)
-            datasets[name], counts[name] = rows, len(rows)
+            trim = recipe.data.too_long == "trim_thinking"
+            made, outcome = tokenized_rows(examples, renderer, recipe.data.max_length, trim)
+            _check_lengths(outcome, examples, recipe.data)
+            kept[name] = _count_outcome(outcome, examples, recipe.data, name, counts, refusals)
+            rows[name], counts[name] = made, len(made)
             counts["tokens"][name] = outcome.tokens
-            kept[name] = _kept(examples, outcome)
-    test = splits.test
-    if test:  # no row of test is too long: its answer is only compared
-        _, outcome = tokenized_rows(test, renderer, 2**31, trim=False)
-        refusals += _count_outcome(outcome, test, recipe.data, "test", counts)
-        test = _kept(test, outcome)
+    if splits.test:  # no row of test is too long: its answer is only compared
+        _, outcome = tokenized_rows(splits.test, renderer, 2**31, trim=False)
+        kept["test"] = _count_outcome(outcome, splits.test, recipe.data, "test", counts, refusals)
     refuse_left_out(recipe.data, counts["dropped"])
-    counts["test"] = len(test)
+    counts["test"] = len(kept["test"])
     _check_stages(recipe, counts["tokens"]["train"])
-    train, validation = datasets["train"], datasets["validation"]
-    assert train is not None  # else _fitted_rows has raised
-    both = (kept["validation"], kept["train"])
-    return Prepared(train, validation, test, renderer, counts, refusals, *both)
+    assert rows["train"] is not None  # else load_splits has raised
+    prepared = (rows["train"], rows["validation"], kept["test"], renderer, counts, refusals)
+    return Prepared(*prepared, kept["validation"], kept["train"])
 
 
-def _kept(examples: Sequence[Example], outcome: CachedRows) -> list[Example]:
-    gone = {each[0] for each in outcome.refused}
-    return [each for place, each in enumerate(examples) if place not in gone]
-
-
-def _fitted_rows(
-    examples: Sequence[Example], renderer: Renderer, data: DataSection
-) -> tuple[Dataset, CachedRows]:
-    """Tokenize a split, and deal with rows that are too long."""
-    rows, outcome = tokenized_rows(
-        examples, renderer, data.max_length, trim=data.too_long == "trim_thinking"
-    )
+def _check_lengths(outcome: CachedRows, examples: Sequence[Example], data: DataSection) -> None:
+    """Refuse rows that are too long, where the recipe says so."""
     if data.too_long == "error" and outcome.long:
         most, longest = data.max_length, max(length for _, length in outcome.long)
         what = numbered([examples[place].index for place, _ in outcome.long])
@@ -182,7 +169,6 @@ def _fitted_rows(
             "rows count from 0; raise data.max_length, or choose data.too_long: drop or "
             "trim_thinking",
         )
-    return rows, outcome
 
 
 def _count_outcome(
@@ -191,15 +177,12 @@ def _count_outcome(
     data: DataSection,
     split: str,
     counts: dict[str, Any],
-) -> list[Refusal]:
-    """Count what was dropped or trimmed, and give the refused rows."""
-    refusals = [
-        Refusal(examples[place].index, reason, code, split)
-        for place, reason, code in outcome.refused
-    ]
-    for refusal in refusals:
-        where = f"{split}: {refusal.reason}"
-        count_row(counts["dropped"], where, refusal.index, refusal.code)
+    refusals: list[Refusal],
+) -> list[Example]:
+    """Count what was dropped or trimmed, and return the examples that are kept."""
+    for place, reason, code in outcome.refused:
+        refusals.append(Refusal(examples[place].index, reason, code, split))
+        count_row(counts["dropped"], f"{split}: {reason}", examples[place].index, code)
     for place in outcome.trimmed:
         reason = f"{split}: longer than {data.max_length} tokens"
         count_row(counts["trimmed"], reason, examples[place].index)
@@ -207,9 +190,10 @@ def _count_outcome(
         entry = count_row(counts["noted"], f"{split}: {what}", examples[place].index)
         if shown and len(entry.setdefault("examples", [])) < 2:
             entry["examples"].append(f"row {examples[place].index}: {shown}")
-    if len(refusals) == len(examples):
+    if len(outcome.refused) == len(examples):
         refuse_none_left(data, split, counts["dropped"])
-    return refusals
+    gone = {place for place, *_ in outcome.refused}
+    return [each for place, each in enumerate(examples) if place not in gone]
 
 
 def _check_stages(recipe: Recipe, tokens: dict[str, int]) -> None:

@@ -41,19 +41,16 @@ def preview_rows(recipe: Recipe, prepared: Prepared, num_rows: int) -> list[dict
         `trained` (the weight in each stage, 0 where untrained); the texts joined are the row's
         text. A refused row has `refused`, the reason, instead of tokens.
     """
-    tokenizer = prepared.renderer.tokenizer
-    shown = []
+    entries, rows = [], []
     for index, split, row in _first_rows(recipe, prepared, num_rows):
         entry: dict[str, Any] = {"index": index, "split": split}
         if isinstance(row, Refusal):
             entry["refused"] = row.reason
-        shown.append((entry, row))
-    kept = [(entry, row) for entry, row in shown if isinstance(row, Row)]
-    for (entry, _), tokens in zip(
-        kept, row_tokens([row for _, row in kept], recipe, tokenizer), strict=True
-    ):
-        entry["tokens"] = tokens
-    return [entry for entry, _ in shown]
+        else:
+            rows.append(row)
+        entries.append(entry)
+    tokens = iter(row_tokens(rows, recipe, prepared.renderer.tokenizer))
+    return [each if "refused" in each else each | {"tokens": next(tokens)} for each in entries]
 
 
 def _first_rows(

@@ -231,13 +231,13 @@ class Renderer:
         return special_ids(self.tokenizer)
 
     @cached_property
-    def special_lengths(self) -> dict[int, int]:
-        """The numbers of characters of the special tokens by their ids."""
-        return {number: len(token) for token, number in self.special_ids.items()}
+    def special_numbers(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.special_ids.values())
 
     @cached_property
     def swallowing_lengths(self) -> dict[int, int]:
-        """The same of all tokens that may swallow the white space beside them."""
+        """The lengths in characters, by their ids, of tokens that may swallow white space."""
         added = self.tokenizer.added_tokens_decoder.items()
         return {n: len(token.content) for n, token in added if token.lstrip or token.rstrip}
 

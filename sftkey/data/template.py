@@ -80,6 +80,16 @@ def render(
     return text
 
 
+def _tried(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
+) -> str | None:
+    """Render messages; None where the template raises on them."""
+    try:
+        return render(tokenizer, messages, kwargs)
+    except TEMPLATE_ERRORS:
+        return None
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
 ) -> str:
@@ -95,7 +105,8 @@ def render_prompt(
     try:
         text = render(tokenizer, messages, kwargs)
     except TEMPLATE_ERRORS as error:
-        if _raises_on_system(tokenizer, messages, kwargs):
+        others = [message for message in messages if message["role"] != "system"]
+        if len(others) < len(messages) and _tried(tokenizer, others, kwargs) is not None:
             what = f"the chat template raises on the system message: {error}"
             raise FrameError(name, what, _hint("system")) from error
         roles = ", ".join(message["role"] for message in messages)
@@ -111,8 +122,10 @@ def render_prompt(
     if len(messages) > 1 and not _stand_in_order(messages, text):
         _check_each_is_read(tokenizer, messages, kwargs, text)
     for key in _further_keys(messages):
-        if not _is_read(tokenizer, messages, kwargs, key, text):
-            near = did_you_mean(key, _message_names(tokenizer))
+        names = reads_of(tokenizer).names
+        without = [{k: v for k, v in message.items() if k != key} for message in messages]
+        if key not in names or _tried(tokenizer, without, kwargs) == text:
+            near = did_you_mean(key, [name for name in names if name.isidentifier()])
             what = f"the chat template never reads `{key}` of a message{near}"
             raise FrameError(
                 name, what, "leave it out, or give a model.chat_template that reads it"
@@ -138,11 +151,7 @@ def _check_each_is_read(
     """Refuse a message whose text stands in the prompt only since another one holds it."""
     for place, message in enumerate(messages):
         others = [*messages[:place], *messages[place + 1 :]]
-        try:
-            same = bool(others) and render(tokenizer, others, kwargs) == text
-        except TEMPLATE_ERRORS:
-            continue
-        if same:
+        if others and _tried(tokenizer, others, kwargs) == text:
             what = f"the chat template drops the {message['role']} message {place}"
             raise FrameError(name_of(tokenizer), what, _hint(message["role"]))
 
@@ -153,20 +162,6 @@ def _hint(role: str) -> str:
     if role == TOOLS:
         return "leave tools and their calls out, or choose another model.chat_template"
     return "give a model.chat_template that keeps it, or leave these messages out"
-
-
-def _raises_on_system(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
-) -> bool:
-    """Tell whether messages that can't be rendered can be without their system message."""
-    others = [message for message in messages if message["role"] != "system"]
-    if len(others) == len(messages):
-        return False
-    try:
-        render(tokenizer, others, kwargs)
-    except TEMPLATE_ERRORS:
-        return False
-    return True
 
 
 def _takes_no_tools(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
@@ -215,27 +210,6 @@ def _further_keys(messages: Messages) -> list[str]:
             known = ALWAYS_READ + (OF_TOOL_ANSWERS if message["role"] == "tool" else ())
             found |= dict.fromkeys(key for key in message if key not in known)
     return list(found)
-
-
-def _is_read(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    kwargs: Mapping[str, Any],
-    key: str,
-    text: str,
-) -> bool:
-    """Tell whether the prompt would be another one without a key of its messages."""
-    if key not in reads_of(tokenizer).names:
-        return False
-    without = [{k: v for k, v in message.items() if k != key} for message in messages]
-    try:
-        return render(tokenizer, without, kwargs) != text
-    except TEMPLATE_ERRORS:
-        return True
-
-
-def _message_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [name for name in reads_of(tokenizer).names if name.isidentifier()]
 
 
 def num_dropped_thinkings(messages: Messages, text: str) -> int:

@@ -327,7 +327,7 @@ def _check_special(
         raise RowError(f"the end of turn {token!r} is not the last token", "end-of-turn")
     if tokens.span(len(ids) - 1) != (length - len(token), length):
         raise RowError(f"the end of turn {token!r} swallows white space before it", "end-of-turn")
-    special = list(filter(renderer.special_lengths.__contains__, ids))
+    special = list(filter(renderer.special_numbers.__contains__, ids))
     if special != renderer.written_special_ids:
         what = "a special token arises that nobody wrote: a character is unknown to the tokenizer"
         raise RowError(what, "unknown-character")

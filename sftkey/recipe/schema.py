@@ -63,11 +63,15 @@ def _context_cache(value: Any) -> Any:
     raise ValueError(f"expected auto, off or a size, 20GB say; got {shown(value)}")
 
 
-def _run_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
-        expected = "letters, digits, `.`, `-` and `_`, since a folder gets this name"
-        raise ValueError(f"expected {expected}; got {shown(value)}")
-    return value
+def _form(pattern: str, expected: str) -> AfterValidator:
+    """Return what takes a text of this form alone."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {expected}; got {shown(value)}")
+        return value
+
+    return AfterValidator(check)
 
 
 def _stage_name(value: str) -> str:
@@ -75,9 +79,6 @@ def _stage_name(value: str) -> str:
         raise ValueError("`base` is the model before all stages; write another name")
     if value.isdigit():
         raise ValueError(f"expected a name that isn't a number; got {shown(value)}")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value):
-        expected = "letters, digits, `-` and `_`, since files get this name"
-        raise ValueError(f"expected {expected}; got {shown(value)}")
     return value
 
 
@@ -106,18 +107,6 @@ def _split_rule(value: str) -> str:
     return value
 
 
-def _sha256(value: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError(f"expected 64 hexadecimal digits; got {shown(value)}")
-    return value
-
-
-def _model_name(value: str) -> str:
-    if value.startswith("pypi:") and not re.fullmatch(r"pypi:[A-Za-z0-9._-]+==[^\s=]+", value):
-        raise ValueError(f"expected pypi:PACKAGE==VERSION; got {shown(value)}")
-    return value
-
-
 def _base_url(value: str) -> str:
     """Take an address; one with a user, a password or a query isn't written into an error."""
     if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value):
@@ -140,10 +129,22 @@ Number = Annotated[float, BeforeValidator(as_number)]
 Count = Annotated[int, Field(ge=1)]
 # YAML has lists where we have pairs, which types that guess at nothing would refuse.
 Tags = Annotated[tuple[str, str], Field(strict=False)]
-RunName = Annotated[str, AfterValidator(_run_name)]
-StageName = Annotated[str, AfterValidator(_stage_name)]
-ModelName = Annotated[Text, AfterValidator(_model_name)]
-Sha256 = Annotated[str, AfterValidator(_sha256)]
+RunName = Annotated[
+    str,
+    _form(
+        "[A-Za-z0-9_][A-Za-z0-9_.-]*",
+        "letters, digits, `.`, `-` and `_`, since a folder gets this name",
+    ),
+]
+StageName = Annotated[
+    str,
+    AfterValidator(_stage_name),
+    _form("[A-Za-z0-9_][A-Za-z0-9_-]*", "letters, digits, `-` and `_`, since files get this name"),
+]
+ModelName = Annotated[
+    Text, _form(r"(?!pypi:)(?s:.*)|pypi:[A-Za-z0-9._-]+==[^\s=]+", "pypi:PACKAGE==VERSION")
+]
+Sha256 = Annotated[str, _form("[0-9a-f]{64}", "64 hexadecimal digits")]
 Template = Annotated[str, AfterValidator(_template)]
 SplitRule = Annotated[Text, AfterValidator(_split_rule)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
