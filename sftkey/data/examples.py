@@ -144,12 +144,7 @@ def columns_of(rows: Sequence[RawRow]) -> list[str]:
 
 
 def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions = USUAL) -> Loaded:
-    """Make the examples of all rows.
-
-    Args:
-        rows: The rows, in source order.
-        data: The recipe's section, with the defaults of its source.
-        options: What else the recipe says of them.
+    """Make the examples of all rows; `data` has the defaults of its source.
 
     Raises:
         DataError: The section names columns that don't exist, or doesn't say what the answer is.

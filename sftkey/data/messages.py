@@ -191,14 +191,10 @@ def check_beside(
     prompts: Sequence[Any],
     template_kwargs: Mapping[str, Any],
 ) -> None:
-    """See that what a row says beside its messages is used, or said already.
+    """See that what a row says in the `columns_beside` is used, or said already.
 
-    Args:
-        row: The row as it was read.
-        columns: Those of `columns_beside`.
-        prompts: Messages, or a text, of each of the row's turns; beside a text there may be all
-            kinds of columns, and functions alone are no question of taste.
-        template_kwargs: The recipe's: a row may say the same.
+    The prompts of its turns are messages, or a text: beside a text there may be all kinds of
+    columns, and functions alone are no question of taste.
 
     Raises:
         RowError: It isn't; or the row isn't to be trained.
@@ -208,9 +204,11 @@ def check_beside(
         value = _said(row_json(row.get(column)))
         if value is None or value == DEFAULTS.get(column, ...):
             continue
-        if column == "functions" and not _has_names(value):
-            continue
-        if not chats and column != "functions":
+        if column == "functions":
+            named = (isinstance(each, Mapping) and "name" in each for each in value)
+            if not isinstance(value, list) or not all(named):
+                continue  # words, and no descriptions
+        elif not chats:
             continue
         if column in FLAGS:
             if not _is_trained({column: value}, "assistant", "the row"):
@@ -223,11 +221,11 @@ def check_beside(
                     continue  # the recipe says the same
                 now = f"; now it is {inline(dict(template_kwargs))}"
             raise RowError(f"`{column}` {NOT_READ[column]}{now}; leave the column out")
-        elif isinstance(value, str) and value.strip() != _own_system(chats[0]):
-            raise RowError(
-                f"`{column}` isn't read: write data.system_column: {column}, or data.system: null "
-                "to leave it out"
-            )
+        elif isinstance(value, str):
+            own = [each["content"].strip() for each in chats[0][:1] if each["role"] == "system"]
+            if value.strip() not in own:
+                what = f"`{column}` isn't read: write data.system_column: {column}, or data.system:"
+                raise RowError(f"{what} null to leave it out")
 
 
 def system_of(row: Mapping[str, Any], data: DataSection) -> str | None:
@@ -242,18 +240,6 @@ def system_of(row: Mapping[str, Any], data: DataSection) -> str | None:
     if text is not None and not isinstance(text, str):
         raise RowError(f"`{data.system_column}` holds a {type(text).__name__}, not text")
     return text if text and text.strip() else data.system
-
-
-def _has_names(functions: Any) -> bool:
-    """Tell whether these are descriptions of functions, and not words."""
-    return isinstance(functions, list) and all(
-        isinstance(each, Mapping) and "name" in each for each in functions
-    )
-
-
-def _own_system(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    first = messages[0] if messages else {}
-    return str(first["content"]).strip() if first.get("role") == "system" else None
 
 
 def _said(value: Any) -> Any:

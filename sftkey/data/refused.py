@@ -14,15 +14,10 @@ NUM_SHOWN = 20  # row numbers in counts and messages
 
 @dataclass(frozen=True)
 class Allowed:
-    """What allows rows to be left out.
+    """What allows rows to be left out."""
 
-    Args:
-        key: Of the `data` section; with the value `error` such rows refuse the recipe.
-        hint: What to do about them then; None where they are only counted.
-    """
-
-    key: str
-    hint: str | None
+    key: str  # of the `data` section; with the value `error` such rows refuse the recipe
+    hint: str | None  # what to do about them then; None where they are only counted
 
 
 # By the code of the rows' refusal; `unsplit_rows` decides on all others.
@@ -71,12 +66,7 @@ class LeftOut:
 
 
 def left_out(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[LeftOut]:
-    """Tell for each reason which rows are left out, and whether the recipe allows it.
-
-    Args:
-        data: The recipe's section.
-        dropped: By "split: reason", as `Prepared.counts` has them.
-    """
+    """Tell for each reason which rows are left out, and whether the recipe allows it."""
     for where, counted in dropped.items():
         split, _, reason = where.partition(": ")
         allowed = OTHERS.get(counted["code"], UNSPLIT)

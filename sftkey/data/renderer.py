@@ -414,11 +414,8 @@ def ids_set_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def stop_ids(renderer: Renderer, published: int | Iterable[int] | None = None) -> list[int]:
     """Return the ids that must stop generation: the trained end of turn, then the published ones.
 
-    Where several tokens end a turn, the text is over at the first.
-
-    Args:
-        renderer: The run's renderer.
-        published: `eos_token_id` of the model's generation config.
+    Where several tokens end a turn, the text is over at the first. What is published is the
+    `eos_token_id` of the model's generation config.
     """
     others = [published] if isinstance(published, int) else list(published or ())
     return list(dict.fromkeys([renderer.end_id, *others, *renderer.end_ids]))

@@ -14,28 +14,18 @@ NUM_SHOWN = 60  # characters of a text in a message
 
 @dataclass(frozen=True)
 class Change:
-    """What of a row doesn't come back.
+    """What of a row doesn't come back."""
 
-    Args:
-        what: The kind of change, for people.
-        shown: One example of it.
-        in_answer: Whether the answer is another one, and not the thinking alone.
-    """
-
-    what: str
-    shown: str
-    in_answer: bool
+    what: str  # the kind of change, for people
+    shown: str  # one example of it
+    in_answer: bool  # whether the answer is another one, and not the thinking alone
 
 
 def change_of(example: Example, ids: list[int], renderer: Renderer) -> Change | None:
     """Read a completion as grading does, and say what differs from the example, if anything does.
 
-    Texts are the same where Unicode calls them so (NFC), but for white space around them.
-
-    Args:
-        example: What was put in.
-        ids: (T,) its completion, from behind the prompt to the end of turn.
-        renderer: The run's renderer.
+    Texts are the same where Unicode calls them so (NFC), but for white space around them. The ids
+    (T,) reach from behind the prompt to the end of turn.
     """
     written = renderer.response.render(example.thinking, example.answer)
     whole = renderer.assistant_prefix + written + renderer.end

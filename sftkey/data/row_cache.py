@@ -113,13 +113,9 @@ class CachedRows:
 def tokenized_rows(
     examples: Sequence[Example], renderer: Renderer, max_length: int, trim: bool
 ) -> tuple[Dataset, CachedRows]:
-    """Return the rows of examples, from the cache if they lie there.
+    """Return the rows of a split's examples, from the cache if they lie there.
 
-    Args:
-        examples: All of one split.
-        renderer: The run's renderer.
-        max_length: Tokens that a row may have.
-        trim: Whether longer rows are shortened, and not refused.
+    Rows of more than `max_length` tokens are refused, or shortened where `trim` is true.
 
     Returns:
         Rows with `input_ids`, `segment_ids` (lists of one length a row) and `index`; and the rest.

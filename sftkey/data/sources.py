@@ -125,20 +125,12 @@ def load_examples(
     split: str = "train",
     options: RowOptions = USUAL,
 ) -> Loaded:
-    """Read one split and make its examples.
-
-    Args:
-        data: The recipe's section on data.
-        seed: What made rows depend on.
-        split: The name of a split, or a file.
-        options: What else the recipe says of its rows.
+    """Read one split, given by its name or as a file, and make its examples.
 
     Raises:
         DataError: The source can't be read, holds no rows, or lacks columns that the section names.
     """
-    data = with_defaults(data)
-    rows = load_rows(data, seed, split)
-    return make_examples(rows, data, options)
+    return make_examples(load_rows(data, seed, split), with_defaults(data), options)
 
 
 def load_rows(data: DataSection, seed: int, split: str) -> Rows:
@@ -223,10 +215,7 @@ def chat_prompt(
 ) -> tuple[dict[str, Any], ...] | str:
     """Return the prompt of a question behind earlier ones, as a conversation's row would have it.
 
-    Args:
-        data: The recipe's.
-        turns: The earlier questions with their answers, which stand there without thinking or tags.
-        question: The last one.
+    The answers in `turns`, pairs of an earlier question and its answer, have no thinking or tags.
 
     >>> chat_prompt(DataSection(source="my.jsonl"), [("1 + 1?", "2")], "And 1 more?")[1:]
     ({'role': 'assistant', 'content': '2'}, {'role': 'user', 'content': 'And 1 more?'})

@@ -46,13 +46,7 @@ def load_splits(
     need_test: bool = True,
     options: RowOptions = USUAL,
 ) -> Splits:
-    """Load the splits that the recipe names.
-
-    Args:
-        data: The recipe's section on data.
-        seed: What the choice of rows, and made rows, depend on.
-        need_test: Whether a recipe without test rows is refused.
-        options: What else the recipe says of its rows.
+    """Load the splits that the recipe names; the choice of rows, and made rows, depend on the seed.
 
     Raises:
         DataError: A split is missing, empty or too large, a row can't be used, or a prompt

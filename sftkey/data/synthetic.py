@@ -30,15 +30,10 @@ Row = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Makes the rows of one task.
+    """Makes the rows of one task."""
 
-    Args:
-        make: Makes one row from dice and options; None where its question has no one answer.
-        options: Each option's default, and what it may be.
-    """
-
-    make: Callable[..., Row | None]
-    options: dict[str, tuple[Any, tuple[Any, ...]]]
+    make: Callable[..., Row | None]  # from dice and options; None where there is no one answer
+    options: dict[str, tuple[Any, tuple[Any, ...]]]  # each one's default, and what it may be
 
 
 def task_rows(data: DataSection, seed: int) -> list[Row]:
@@ -49,9 +44,7 @@ def task_rows(data: DataSection, seed: int) -> list[Row]:
     apart are the highest and the lowest balance?` it is `40 + 12 = 52` and `52 - 7 = 45`, and the
     answer 12.
 
-    Args:
-        data: `task_options` are `num_lines`, `most` (the largest number) and `ask` (what is asked).
-        seed: Of the numbers.
+    The options are `num_lines`, `most` (the largest number) and `ask` (what is asked).
 
     Raises:
         DataError: There is no such task or option, or there are fewer such rows than are wanted.

@@ -60,8 +60,7 @@ class Tokens:
     def cut(self, character: int) -> tuple[int, int]:
         """Return the first token that reaches behind a place, and the first that begins behind it.
 
-        Args:
-            character: The place, before a character.
+        The place is before a character, given by its number.
         """
         if character == 0:
             return 0, 0
@@ -86,11 +85,8 @@ def segments_of(tokens: Tokens, pieces: Sequence[tuple[Segment, str]]) -> list[i
     """Return each token's segment from the characters it stands for.
 
     Tokens that are bytes of one character all stand for it; a token of no character (the blank that
-    SentencePiece sets before a text) goes with the character it stands before.
-
-    Args:
-        tokens: What the pieces became.
-        pieces: The texts that follow one another, each with its segment.
+    SentencePiece sets before a text) goes with the character it stands before. The pieces are the
+    texts that follow one another, each with its segment.
     """
     cuts = map(tokens.cut, accumulate(len(text) for _, text in pieces[:-1]))
     bounds = pairwise([(0, 0), *cuts, (len(tokens.ids), len(tokens.ids))])
@@ -360,15 +356,10 @@ def fit(
     max_length: int,
     trim: bool,
 ) -> list[Row | Refusal]:
-    """Deal with the rows that are longer than `max_length` tokens; the key is never cut.
+    """Refuse the rows of examples that are longer than `max_length` tokens, or shorten them.
 
-    Args:
-        rows: What `tokenize` gave for the examples.
-        examples: The rows' examples, in the same order.
-        renderer: The run's renderer.
-        max_length: Tokens that a row may have, prompt and end of turn included.
-        trim: Whether text is taken off the end of a longer row's thinking, before the closing tag,
-            and the row tokenized anew; else it is refused.
+    To `trim` a row, text is taken off the end of its thinking, before the closing tag, and it is
+    tokenized anew; the key is never cut.
     """
     fitted = list(rows)
     for place, row in enumerate(rows):

@@ -43,10 +43,6 @@ def short_name(file: Path, folder: Path = RECIPES) -> str:
 def find_recipe(target: Path, folder: Path = RECIPES) -> Path:
     """Return the file that a command's RECIPE means: a path that exists, else a short name's.
 
-    Args:
-        target: As the user wrote it.
-        folder: Of the recipes that have short names.
-
     Raises:
         RecipeError: It is neither. A missing YAML file that resembles no short name is returned:
             whoever reads it says that there is none.

@@ -144,12 +144,7 @@ _EXPECTED = {
 def found_by_models(
     error: ValidationError, known_keys: Callable[[Keys], Iterable[str]]
 ) -> list[tuple[Keys, str]]:
-    """Turn pydantic's errors into our words.
-
-    Args:
-        error: Of a recipe or a study.
-        known_keys: Gives the keys that there are where one is unknown.
-    """
+    """Turn pydantic's errors into our words; `known_keys` gives those beside an unknown one."""
     # Of a list whose only item is wrong pydantic says, besides, that it is too short.
     wrong = [each for each in error.errors() if not (each["type"] == "too_short" and each["input"])]
     return [_finding(details, known_keys) for details in wrong]

@@ -187,11 +187,7 @@ def _check_settings(
 
 
 def check_together(data: dict[str, Any]) -> Iterator[Finding]:
-    """Check what no field can tell alone.
-
-    Args:
-        data: A recipe with the defaults of its sections; only what has none may be missing.
-    """
+    """Check what no field can tell alone, of a recipe with the defaults of its sections."""
     full = data.get("lora", {}) is None
     yield from _check_model(data["model"], full)
     yield from _check_data(data["data"])

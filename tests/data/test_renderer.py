@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from sftkey.data.renderer import Renderer, probe_renderer, stop_ids
 from sftkey.data.response import Example, Segment
-from sftkey.data.template_reads import read_template
+from sftkey.data.template import read_template
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
