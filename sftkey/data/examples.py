@@ -109,15 +109,12 @@ Parts = tuple[Any, str, str]
 class RowOptions:
     """What a recipe says of its rows outside of the section on data.
 
-    Args:
-        turns: `all`: an example for every assistant turn of a conversation, with the turns before
-            it as prompt.
-        reasoning: Whether rows without a reasoning are refused; else it is empty.
-        template_kwargs: What the chat template is given with every row.
+    With the turns `all` every assistant turn of a conversation is an example, with the turns before
+    it as prompt.
     """
 
     turns: Literal["last", "all"] = "last"
-    reasoning: bool = True
+    reasoning: bool = True  # whether rows without one are refused; else it is empty
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sftkey.data.readers import Rows, is_data_file, read_file, table_rows
-from sftkey.errors import DataError
+from sftkey.errors import DataError, first_line
 
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?\Z")
 SLICE = re.compile(r"(?P<split>.+?)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z")
@@ -39,19 +39,25 @@ def sliced(rows: Rows, start: str | None, stop: str | None) -> Rows:
     return rows[place(start) : place(stop)]
 
 
-def matched(pattern: str) -> list[Path] | None:
-    """Find the files of a glob, sorted; None where the text is none.
+def is_glob(text: str) -> bool:
+    """Tell whether a text is a pattern for files: `train[:9]` is a part of a split."""
+    return glob.has_magic(text) and not SLICE.match(text)
+
+
+def read_matching(text: str) -> Rows:
+    """Read a file, or the files of a glob in the order of their names.
 
     Raises:
-        DataError: No file matches.
+        DataError: No file matches, or one can't be read.
     """
-    if not glob.has_magic(pattern) or SLICE.match(pattern) or Path(pattern).exists():
-        return None
-    files = sorted(map(Path, glob.glob(str(Path(pattern).expanduser()), recursive=True)))
+    path = Path(text).expanduser()
+    if path.exists() or not is_glob(text):
+        return read_file(path)
+    files = sorted(map(Path, glob.glob(str(path), recursive=True)))
     files = [file for file in files if not file.is_dir()]
     if not files:
-        raise DataError(pattern, "expected files; none matches the pattern")
-    return files
+        raise DataError(text, "expected files; none matches the pattern")
+    return read_files(files)
 
 
 def read_files(files: Sequence[Path]) -> Rows:
@@ -105,10 +111,8 @@ def _saved(folder: Path, split: str) -> Rows | None:
     try:
         return table_rows(datasets.load_from_disk(str(folder)).with_format("arrow")[:], folder)
     except (OSError, ValueError, KeyError) as error:
-        text = str(error).partition("\n")[0]
-        raise DataError(
-            str(folder), f"can't be read as `save_to_disk` writes it: {text}"
-        ) from error
+        what = f"can't be read as `save_to_disk` writes it: {first_line(error)}"
+        raise DataError(str(folder), what) from error
 
 
 def _no_split(folder: Path, split: str, found: Any) -> DataError:

@@ -67,25 +67,18 @@ NO_VALIDATION = (
 class Prepared:
     """The rows of a run.
 
-    Args:
-        train: Columns `input_ids`, `segment_ids` (lists of one length a row) and `index`.
-        validation: The same columns; None where the recipe names no validation rows.
-        test: Examples to answer; their prompts become ids with `Renderer.prompt_ids`.
-        renderer: What stands around each completion.
-        counts: JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count`, the
-            first 20 `rows` and, of what was dropped, `code`; `noted` likewise, what rows lose that
-            are trained all the same, with the first two `examples`; `tokens` by split and segment.
-        refusals: The rows that were dropped here.
-        validation_examples: Those that the rows of `validation` were made from, in their order.
-        train_examples: The same of `train`.
+    `counts` is JSON: rows by split; `dropped` and `trimmed` by "split: reason" with `count`, the
+    first 20 `rows` and, of what was dropped, `code`; `noted` likewise, what rows lose that are
+    trained all the same, with the first two `examples`; `tokens` by split and segment.
     """
 
-    train: Dataset
-    validation: Dataset | None
-    test: list[Example]
+    train: Dataset  # columns `input_ids`, `segment_ids` (lists of one length a row) and `index`
+    validation: Dataset | None  # the same columns; None where the recipe names no such rows
+    test: list[Example]  # to answer; their prompts become ids with `Renderer.prompt_ids`
     renderer: Renderer
     counts: dict[str, Any]
-    refusals: list[Refusal]
+    refusals: list[Refusal]  # the rows that were dropped here
+    # What the rows were made from, in their order.
     validation_examples: list[Example] = field(default_factory=list)
     train_examples: list[Example] = field(default_factory=list)
 

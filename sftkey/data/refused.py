@@ -48,21 +48,13 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows of one split that are left out for one reason.
+    """Rows of one split that are left out for one reason."""
 
-    Args:
-        code: Names the reason, for programs.
-        rows: The first row numbers, from 0.
-        split: The split that they were meant for.
-        what: The reason, how many rows there are, and the first numbers.
-        hint: What to do about them; None where the recipe allows them to be left out.
-    """
-
-    code: str
-    rows: tuple[int, ...]
-    split: str
-    what: str
-    hint: str | None
+    code: str  # names the reason, for programs
+    rows: tuple[int, ...]  # the first row numbers, from 0
+    split: str  # the one that they were meant for
+    what: str  # the reason, how many rows there are, and the first numbers
+    hint: str | None  # what to do about them; None where the recipe allows it
 
 
 def left_out(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[LeftOut]:

@@ -92,20 +92,13 @@ SCHEMA = pa.schema(
 
 @dataclass
 class CachedRows:
-    """What became of examples; places count in them from 0.
+    """What became of examples; places count in them from 0."""
 
-    Args:
-        refused: Place, reason and code of each example that gave no row.
-        long: Place and tokens of each row that was longer than the recipe allows.
-        trimmed: The places of those that were shortened.
-        tokens: The number of tokens in the rows by segment.
-        noted: Place, what is worth knowing of that row, and an example of it or nothing.
-    """
-
-    refused: list[tuple[int, str, str]]
-    long: list[tuple[int, int]]
-    trimmed: list[int]
-    tokens: dict[str, int]
+    refused: list[tuple[int, str, str]]  # place, reason and code of each that gave no row
+    long: list[tuple[int, int]]  # place and tokens of each row over the recipe's length
+    trimmed: list[int]  # the places of those that were shortened
+    tokens: dict[str, int]  # in the rows, by segment
+    # Place, what is worth knowing of that row, and an example of it or nothing.
     noted: list[tuple[int, str, str]] = field(default_factory=list)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,11 @@ from typing import Any
 
 from sftkey.data import synthetic
 from sftkey.data.examples import USUAL, Loaded, RowOptions, make_examples
-from sftkey.data.folders import SLICE, matched, read_files, read_folder, sliced
-from sftkey.data.readers import Rows, is_data_file, read_file, table_rows
+from sftkey.data.folders import SLICE, is_glob, read_folder, read_matching, sliced
+from sftkey.data.readers import Rows, is_data_file, table_rows
 from sftkey.data.synthetic import made_rows
 from sftkey.data.values import Template
-from sftkey.errors import DataError
+from sftkey.errors import DataError, first_line
 from sftkey.recipe.schema import DataSection
 
 
@@ -56,7 +55,7 @@ def _explained(data: DataSection, error: Exception) -> DataError:
     from huggingface_hub.constants import ENDPOINT
 
     source = data.source
-    text = str(error).partition("\n")[0]
+    text = first_line(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or "gated dataset" in text:
         return DataError(
@@ -151,13 +150,13 @@ def _rows(data: DataSection, seed: int, split: str) -> Rows:
     if match and (data.source in MADE or _is_file(data.source)):
         return sliced(_rows(data, seed, match["split"]), match["start"], match["stop"])
     if split != "train" and _is_file(split):
-        return _read(split)
+        return read_matching(split)
     if data.source in MADE or _is_file(data.source):
         if split != "train":
             what = f"expected a count, a share or a file as split; got {split!r}"
             raise DataError(data.source, what, hint="this source has no splits of its own")
         make = MADE.get(data.source)
-        return make(data, seed) if make else _read(data.source)
+        return make(data, seed) if make else read_matching(data.source)
     folder = Path(data.source).expanduser()
     if folder.is_dir():
         return read_folder(folder, split, data.config)
@@ -166,20 +165,10 @@ def _rows(data: DataSection, seed: int, split: str) -> Rows:
     return hub_rows(data, split)
 
 
-def _read(text: str) -> Rows:
-    """Read a file, or the files of a glob."""
-    files = matched(text)
-    return read_file(Path(text).expanduser()) if files is None else read_files(files)
-
-
 def _is_file(text: str) -> bool:
     """Tell whether this names files: by its ending, by a glob's signs, or since it is there."""
     path = Path(text).expanduser()
-    if path.is_dir():
-        return False
-    if is_data_file(text) or (glob.has_magic(text) and not SLICE.match(text)):
-        return True
-    return path.exists()
+    return not path.is_dir() and (is_data_file(text) or is_glob(text) or path.exists())
 
 
 Prompt = str | tuple[dict[str, str], ...]

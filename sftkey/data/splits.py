@@ -23,20 +23,15 @@ Amount = int | float | str | None
 class Splits:
     """The examples of each split, in source order, and what was dropped.
 
-    Args:
-        train: Of the training rows.
-        validation: None of them where the recipe names no such rows.
-        test: The same.
-        dropped: By "split: reason": JSON with `count`, the first 20 `rows`, from 0, and `code`,
-            which names the kind of reason.
-        empty_thinking: By split the numbers of the rows that are kept without a thinking.
+    `dropped` is JSON: by "split: reason" the `count`, the first 20 `rows`, from 0, and `code`,
+    which names the kind of reason.
     """
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     dropped: dict[str, Any]
-    empty_thinking: dict[str, list[int]]
+    empty_thinking: dict[str, list[int]]  # by split the rows that are kept without a thinking
 
 
 @activity("reading the rows")

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from sftkey.errors import DataError
+from sftkey.errors import DataError, first_line
 from sftkey.recipe.schema import DataSection
 
 SOURCE = "made"
@@ -192,7 +192,7 @@ def made_rows(data: DataSection, seed: int) -> list[dict[str, Any]]:
         try:
             entry = dict(dataset[number])
         except Exception as error:  # a task's own generator, which may raise anything
-            raise DataError(task, f"row {number} can't be made: {_reason(error)}") from error
+            raise DataError(task, f"row {number} can't be made: {first_line(error)}") from error
         made = {"thinking": worked(entry)} if worked else {}
         rows.append({"prompt": entry["question"], **made, **entry})
     return rows
@@ -234,10 +234,5 @@ def _create(data: DataSection, seed: int) -> Any:
     try:
         return create_dataset(task, seed=seed, size=data.num_rows, **data.task_options)
     except (AssertionError, TypeError, ValueError) as error:
-        what = f"data.task_options: {task} refuses {data.task_options}: {_reason(error)}"
+        what = f"data.task_options: {task} refuses {data.task_options}: {first_line(error)}"
         raise DataError(data.source, what) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's text; upstream's assertions often have none."""
-    return str(error) or type(error).__name__

@@ -62,17 +62,11 @@ def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a chat template reads, by its syntax tree.
+    """What a chat template reads, by its syntax tree."""
 
-    Args:
-        variables: The names that it looks up in what it is given.
-        names: Its constant texts, and the attributes that it asks for.
-        fixed_header: Whether asking for an answer adds the same text to every chat.
-    """
-
-    variables: frozenset[str]
-    names: frozenset[str]
-    fixed_header: bool
+    variables: frozenset[str]  # the names that it looks up in what it is given
+    names: frozenset[str]  # its constant texts, and the attributes that it asks for
+    fixed_header: bool  # whether asking for an answer adds the same text to every chat
 
 
 class _Generation(Extension):
@@ -289,21 +283,13 @@ def num_dropped_thinkings(messages: Messages, text: str) -> int:
 
 
 class Probe(NamedTuple):
-    """What a template writes around a question and its answer.
+    """What a template writes around a question and its answer."""
 
-    Args:
-        assistant_prefix: Between generation prompt and completion.
-        after: Behind the completion, to the end.
-        header: The generation prompt: what asking for it adds.
-        tail: What stands in its place where it isn't asked for, mostly nothing.
-        before_next: Behind the completion where another question follows.
-    """
-
-    assistant_prefix: str
-    after: str
-    header: str
-    tail: str
-    before_next: str
+    assistant_prefix: str  # between generation prompt and completion
+    after: str  # behind the completion, to the end
+    header: str  # the generation prompt: what asking for it adds
+    tail: str  # what stands in its place where it isn't asked for, mostly nothing
+    before_next: str  # behind the completion where another question follows
 
 
 def probe_template(

@@ -39,18 +39,12 @@ class Tokens:
 
     The encoding is asked for the few tokens that count: lists of all offsets cost more than all
     else that Python does for a row.
-
-    Args:
-        ids: (T,) token ids.
-        encoding: Holds these tokens at its end.
-        first: The number of its tokens before them.
-        shift: The number of characters before the text that offsets count in.
     """
 
-    ids: list[int]
-    encoding: Encoding
-    first: int
-    shift: int = 0
+    ids: list[int]  # (T,) token ids
+    encoding: Encoding  # holds these tokens at its end
+    first: int  # the number of its tokens before them
+    shift: int = 0  # the number of characters before the text that offsets count in
 
     def span(self, place: int) -> tuple[int, int]:
         """Return where a token's characters begin and end; -1 is the last token before these."""
@@ -111,18 +105,12 @@ BATCH_SIZE = 250  # rows that a thread tokenizes at a time
 
 @dataclass
 class Row:
-    """One row of tokens.
+    """One row of tokens."""
 
-    Args:
-        input_ids: (T,) token ids; the last one is the end of turn.
-        segment_ids: (T,) values of `Segment`.
-        index: The example's row in source order.
-        notes: What is worth knowing of it, and an example of that, where there is one.
-    """
-
-    input_ids: list[int]
-    segment_ids: list[int]
-    index: int
+    input_ids: list[int]  # (T,) token ids; the last one is the end of turn
+    segment_ids: list[int]  # (T,) values of `Segment`
+    index: int  # the example's row in source order
+    # What is worth knowing of it, and an example of that, where there is one.
     notes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
@@ -241,13 +229,11 @@ def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
     yield "thinking", example.thinking
     yield "answer", example.answer
     if renderer.kind == "chat":
-        prompt = example.prompt
-        for value in [prompt] if isinstance(prompt, str) else prompt:
-            yield from (("prompt", text) for text in _strings(value))
+        yield from (("prompt", text) for text in _strings(example.prompt))
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Return all texts in a message, tool calls and earlier thinking included."""
+    """Return all texts in messages, tool calls and earlier thinking included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):

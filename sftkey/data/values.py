@@ -18,12 +18,7 @@ WITHOUT_COMMA = re.compile(r"""['"]\s+['"]""")
 
 
 class RowError(ValueError):
-    """One row can't be used; `make_examples` counts it.
-
-    Args:
-        reason: Why, for people.
-        code: The kind of reason, for programs.
-    """
+    """One row can't be used; the code names the kind of reason, for programs."""
 
     def __init__(self, reason: str, code: str = "unusable") -> None:
         self.code = code
@@ -32,19 +27,12 @@ class RowError(ValueError):
 
 @dataclass
 class Refusal:
-    """A row that can't be used.
+    """A row that can't be used."""
 
-    Args:
-        index: Its place in source order, from 0.
-        reason: Why, for people.
-        code: The kind of reason, for programs.
-        split: The split that it was meant for.
-    """
-
-    index: int
-    reason: str
-    code: str = "unusable"
-    split: str = ""
+    index: int  # its place in source order, from 0
+    reason: str  # why, for people
+    code: str = "unusable"  # the kind of reason, for programs
+    split: str = ""  # the one that it was meant for
 
 
 class RepeatedKeyError(ValueError):

@@ -77,21 +77,13 @@ ON_ALL_TOKENS = ("trainable_token_indices", "modules_to_save")
 
 @dataclass(frozen=True)
 class KeyAdapterSpec:
-    """One adapter of a frozen stage.
+    """One adapter of a frozen stage."""
 
-    Args:
-        name: peft's name of it.
-        chosen: What the grid says of it: learning_rate, r, seed.
-        lora: `peft.LoraConfig`'s fields.
-        learning_rate: Its own; None: that of the trainer's settings.
-        seed: Of its first weights.
-    """
-
-    name: str
-    chosen: dict[str, Any]
-    lora: dict[str, Any]
-    learning_rate: float | None
-    seed: int
+    name: str  # peft's name of it
+    chosen: dict[str, Any]  # what the grid says of it: learning_rate, r, seed
+    lora: dict[str, Any]  # `peft.LoraConfig`'s fields
+    learning_rate: float | None  # its own; None: that of the trainer's settings
+    seed: int  # of its first weights
 
 
 def key_adapter_specs(recipe: Recipe, stage: StageSection) -> list[KeyAdapterSpec]:

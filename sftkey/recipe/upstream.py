@@ -81,17 +81,11 @@ WORDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Field:
-    """One field of an upstream config.
+    """One field of an upstream config."""
 
-    Args:
-        statement: Its line, `name: type = default`.
-        owner: The class that it stands in.
-        file: The source of the class.
-    """
-
-    statement: ast.AnnAssign
-    owner: ast.ClassDef
-    file: Path
+    statement: ast.AnnAssign  # `name: type = default`
+    owner: ast.ClassDef  # the class that it stands in
+    file: Path  # the source of the class
 
     @property
     def default(self) -> Any:

@@ -44,16 +44,12 @@ class Override:
 
 @dataclass
 class RecipeSource:
-    """What a recipe file and its overrides say, and where each part of it stands.
+    """What a recipe file and its overrides say, and where each part of it stands."""
 
-    Args:
-        data: Plain values, not yet checked.
-        origins: For the keys that lead to a value, its line or the override that set it.
-        problems: What is wrong already in the writing, such as a key that stands twice.
-    """
-
-    data: dict[str, Any]
+    data: dict[str, Any]  # plain values, not yet checked
+    # For the keys that lead to a value, its line or the override that set it.
     origins: dict[Keys, int | Override] = field(default_factory=dict)
+    # What is wrong already in the writing, such as a key that stands twice.
     problems: list[Problem] = field(default_factory=list)
 
     def problem(self, keys: Keys, what: str) -> Problem:
