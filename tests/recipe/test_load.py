@@ -776,6 +776,7 @@ def test_a_file_that_is_not_there_gets_one_error(tmp_path: Path, monkeypatch: An
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
+    path.write_text("")
     monkeypatch.setattr(Path, "read_text", refuse)
     assert refusal(path) == "FILE: can't be read: Permission denied"
 
