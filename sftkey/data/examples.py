@@ -246,10 +246,13 @@ def _lines_of_messages(
         if turn["role"] == "assistant":
             lines = ['data.prompt: "{prompt}"'] * ("prompt" in columns)
             lines.append(f"data.response: {column}")
+            adapt = ""
             if data.split_rule is None and "reasoning_content" not in turn:
-                fits = (name for name in RULES if not isinstance(RULES[name](turn["content"]), str))
-                lines += [f"data.split_rule: {name}" for name in fits][:1]
-            return f"these messages are read with {', '.join(lines)}"
+                if isinstance(think_tags(turn["content"]), str):
+                    adapt = "; `sftkey adapt` finds a data.split_rule, where they need one"
+                else:
+                    lines.append("data.split_rule: think_tags")
+            return f"these messages are read with {', '.join(lines)}{adapt}"
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftkey.data.values import RowError, row_json
@@ -59,7 +59,8 @@ def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
 
 def _message(message: Any, place: int) -> dict[str, Any]:
     message = message if isinstance(message, dict) else {}
-    role, content = _one_of(message, ROLE_KEYS, place, _role), _one_of(message, CONTENT_KEYS, place)
+    role = _one_of({key: _role(message.get(key)) for key in ROLE_KEYS}, place)
+    content = _one_of({key: message.get(key) for key in CONTENT_KEYS}, place)
     if message.get("function_call") or role in OF_CALLS:
         what = "`function_call`" if message.get("function_call") else f"the role {role!r}"
         raise RowError(
@@ -69,8 +70,8 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     calls = _calls(message.get("tool_calls"), place)
     if content is None and calls:
         content = ""
-    texts = {key: message[key] for key in REASONING if isinstance(message.get(key), str)}
-    thinking = next((text for text in texts.values() if text.strip()), None)
+    texts = [message[key] for key in REASONING if isinstance(message.get(key), str)]
+    thinking = next((text for text in texts if text.strip()), None)
     if isinstance(content, list):
         inside, content = _from_parts(content, place)
         thinking = thinking or inside
@@ -80,38 +81,35 @@ def _message(message: Any, place: int) -> dict[str, Any]:
         raise RowError(f"message {place} has no text as `role` and `content`{rename}")
     read: dict[str, Any] = {"role": role, "content": content}
     if thinking is None and texts:
-        thinking = next(iter(texts.values()))
+        thinking = texts[0]
     if thinking is not None:
         read["reasoning_content"] = thinking
     if calls:
         read["tool_calls"] = calls
     if not _is_trained(message, read["role"], f"message {place}"):
         read["train"] = False
-    return read | dict(_further(message))
+    # False says something: it may be somebody's word for a turn that isn't to be trained.
+    further = {k: v for k, v in message.items() if k not in READ_HERE and v not in SAYS_NOTHING}
+    return read | further
 
 
 def _role(value: Any) -> Any:
     return ROLES.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
-def _one_of(
-    message: Mapping[str, Any],
-    keys: Sequence[str],
-    place: int,
-    read: Callable[[Any], Any] = lambda value: value,
-) -> Any:
+def _one_of(found: Mapping[str, Any], place: int) -> Any:
     """Return what a message says under one of several keys; None where it says nothing.
 
     Raises:
         RowError: It says different things under two of them.
     """
-    found = {key: read(message[key]) for key in keys if message.get(key) is not None}
-    said = {key: value for key, value in found.items() if value not in SAYS_NOTHING} or found
-    first = next(iter(said.values()), None)
-    if any(value != first for value in said.values()):
+    given = {key: value for key, value in found.items() if value is not None}
+    said = {key: value for key, value in given.items() if value not in SAYS_NOTHING} or given
+    values = list(said.values())
+    if any(value != values[0] for value in values):
         names = " and ".join(f"`{key}`" for key in said)
         raise RowError(f"message {place} says different things as {names}; leave one out")
-    return first
+    return values[0] if values else None
 
 
 def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:
@@ -130,16 +128,6 @@ def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:
             raise RowError(f"{where}: `{key}` asks for a loss on a message of the {role}")
         trained = trained and bool(value)
     return trained
-
-
-def _further(message: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a message says beside what is read here; null and empty values say nothing.
-
-    False does: it may be somebody's word for a turn that isn't to be trained.
-    """
-    for key, value in message.items():
-        if key not in READ_HERE and value not in SAYS_NOTHING:
-            yield key, value
 
 
 def _calls(value: Any, place: int) -> list[dict[str, Any]]:
