@@ -160,7 +160,12 @@ class KeyCollator:
     one_line: bool = False
 
     def __post_init__(self) -> None:
-        self._fill = _fill_id(self.pad_token_id)
+        given = self.pad_token_id
+        self._fill = given if isinstance(given, int) else given.pad_token_id
+        if not isinstance(self._fill, int):
+            name = getattr(given, "name_or_path", "a tokenizer")
+            what = f"expected a tokenizer with a padding token, got {name} without one"
+            raise ModelError("KeyCollator", what, "set tokenizer.pad_token = tokenizer.eos_token")
         if not self.for_key_trainer and not {0.0, 1.0}.issuperset(weights_by_segment(self.loss_on)):
             raise RecipeError(
                 "KeyCollator",
@@ -194,17 +199,6 @@ class KeyCollator:
         if self.for_key_trainer:
             batch |= {"segment_ids": segment_ids, "loss_weights": weights}
         return batch
-
-
-def _fill_id(given: int | PreTrainedTokenizerBase) -> int:
-    """Return the id that fills up rows."""
-    if isinstance(given, int):
-        return given
-    number = given.pad_token_id
-    if not isinstance(number, int):
-        what = f"expected a tokenizer with a padding token, got {given.name_or_path} without one"
-        raise ModelError("KeyCollator", what, "set tokenizer.pad_token = tokenizer.eos_token")
-    return number
 
 
 def _positions(packs: Sequence[Sequence[int]], length: int) -> torch.Tensor:

@@ -369,11 +369,7 @@ def _as_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _usable(outcome: Parts | RowError, data: DataSection, system: str | None) -> Parts:
-    """Return what can be trained on.
-
-    Raises:
-        RowError: It can't.
-    """
+    """Return what can be trained on, or raise a RowError that says why it can't."""
     if isinstance(outcome, RowError):
         raise outcome
     prompt, thinking, answer = outcome

@@ -38,11 +38,7 @@ BYTES = {sign: byte for byte, sign in SIGNS.items()}
 
 
 class Spelling(dict[int, bytes]):
-    """The bytes of each token by its id, as the byte-level decoder reads them.
-
-    Args:
-        token_of: Returns a token by its id.
-    """
+    """The bytes of each token by its id, as the byte-level decoder reads them."""
 
     def __init__(self, token_of: Callable[[int], str | None]) -> None:
         super().__init__()

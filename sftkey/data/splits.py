@@ -88,11 +88,7 @@ def load_splits(
 def _without_empty_thinking(
     examples: list[Example], data: DataSection, split: str, dropped: dict[str, Any]
 ) -> list[Example]:
-    """Leave out the rows whose thinking is empty, if they are many or the recipe says so.
-
-    Raises:
-        DataError: No row has a thinking.
-    """
+    """Leave out the rows whose thinking is empty, if they are many or the recipe says so."""
     rows = [example.index for example in examples if not example.thinking.strip()]
     few = data.empty_thinking == "error" and len(rows) <= MOST_EMPTY * len(examples)
     if not rows or few or data.empty_thinking == "keep":

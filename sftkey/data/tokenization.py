@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +13,7 @@ from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.data.renderer import Renderer
-from sftkey.data.response import Example, Segment
-from sftkey.data.returned import change_of
+from sftkey.data.response import Example, Parsed, Segment
 from sftkey.data.template import num_dropped_thinkings
 from sftkey.data.values import Refusal, RowError
 from sftkey.errors import FrameError
@@ -100,6 +100,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
+OWN_TAGS = "the response's own tags stand inside"
+NUM_SHOWN = 60  # characters of a text in a message
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
 
 
@@ -199,11 +201,7 @@ def _or_refusal(make: Callable[..., T], example: Example, *args: Any) -> T | Ref
 
 
 def _write(example: Example, renderer: Renderer) -> _Text:
-    """Return the texts of a row.
-
-    Raises:
-        RowError: There are none.
-    """
+    """Return the texts of a row, or raise a RowError where there are none."""
     for name, text in _texts(example, renderer):
         token = renderer.special_pattern.search(text)
         if token:
@@ -242,11 +240,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -> Row:
-    """Return the row of an example.
-
-    Raises:
-        RowError: There is none.
-    """
+    """Return the row of an example, or raise a RowError where there is none."""
     lost = renderer.lost_character(text.rest)
     if lost:
         raise RowError(f"the completion holds {lost!r}, which the tokenizer would lose")
@@ -280,6 +274,56 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
     before = [*renderer.bos_before(text.prompt), *prompt_ids]
     segments = [*[int(Segment.PROMPT)] * len(before), *segments_of(tokens, pieces)]
     return Row([*before, *tokens.ids], segments, example.index, notes)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What of a row doesn't come back."""
+
+    what: str  # the kind of change, for people
+    shown: str  # one example of it
+    in_answer: bool  # whether the answer is another one, and not the thinking alone
+
+
+def change_of(example: Example, ids: list[int], renderer: Renderer) -> Change | None:
+    """Read a completion as grading does, and say what differs from the example, if anything does.
+
+    Texts are the same where Unicode calls them so (NFC), but for white space around them. The ids
+    (T,) reach from behind the prompt to the end of turn.
+    """
+    written = renderer.response.render(example.thinking, example.answer)
+    whole = renderer.assistant_prefix + written + renderer.end
+    decoded = whole if renderer.spells(ids, whole) else renderer.decode_behind(ids)
+    who = OWN_TAGS if _same(decoded, whole) else "the tokenizer changes"
+    if decoded.strip() != whole.strip():  # as the tokenizer writes it, be it NFC alone
+        inner = decoded.strip().removesuffix(renderer.end.strip())
+        written = inner.removeprefix(renderer.assistant_prefix.strip())
+    return _difference(example, renderer.response.parse(written), who)
+
+
+def _difference(example: Example, found: Parsed, who: str) -> Change | None:
+    answer, thinking = found.answer or "", found.thinking or ""
+    if not _same(answer, example.answer):
+        return Change(f"{who} the answer", _arrow(example.answer, answer), True)
+    if not _same(thinking, example.thinking) or not found.strict:
+        return Change(f"{who} the thinking", _arrow(example.thinking, thinking), False)
+    return None
+
+
+def _same(one: str, other: str) -> bool:
+    one, other = one.strip(), other.strip()
+    return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+
+
+def _arrow(before: str, after: str) -> str:
+    """Show two texts from a little before the place where they part; the same text once."""
+    if before == after:
+        return repr(before[:NUM_SHOWN])
+    pairs = enumerate(zip(before, after, strict=False))
+    place = next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
+    start = max(place - NUM_SHOWN // 3, 0)
+    parts = (repr(text[start : start + NUM_SHOWN]) for text in (before, after))
+    return " is read as ".join(parts)
 
 
 def _apart(

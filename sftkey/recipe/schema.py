@@ -99,12 +99,11 @@ def _split_rule(value: str) -> str:
     expected = f"{', '.join(SPLIT_RULES)} or a regular expression with groups thinking and answer"
     got = shown(value) + did_you_mean(value, SPLIT_RULES)
     try:
-        groups = re.compile(value).groupindex
+        if {"thinking", "answer"} <= re.compile(value).groupindex.keys():
+            return value
     except re.error as error:
-        raise ValueError(f"expected {expected}; got {got}: {error}") from None
-    if not {"thinking", "answer"} <= groups.keys():
-        raise ValueError(f"expected {expected}; got {got}")
-    return value
+        got += f": {error}"
+    raise ValueError(f"expected {expected}; got {got}")
 
 
 def _base_url(value: str) -> str:

@@ -40,7 +40,7 @@ def num_stage_steps(trainer: Mapping[str, Any], num_rows: int, num_processes: in
     >>> num_stage_steps({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, 10, 1)
     6
     """
-    max_steps, epochs, _, accumulation = _step_settings(trainer)
+    max_steps, epochs, _, accumulation = (trainer_setting(trainer, name) for name in STEP_SETTINGS)
     if max_steps > 0:
         return int(max_steps)
     steps_an_epoch = math.ceil(num_stage_batches(trainer, num_rows, num_processes) / accumulation)
@@ -61,14 +61,11 @@ def num_stage_batches(trainer: Mapping[str, Any], num_rows: int, num_processes: 
 
 def num_stage_epochs(trainer: Mapping[str, Any], num_rows: int, num_processes: int) -> float:
     """Count how often a stage reads the training rows; `max_steps` may end inside an epoch."""
-    max_steps, epochs, batch_size, accumulation = _step_settings(trainer)
+    settings = (trainer_setting(trainer, name) for name in STEP_SETTINGS)
+    max_steps, epochs, batch_size, accumulation = settings
     if max_steps > 0:
         return float(max_steps * accumulation * batch_size * num_processes / num_rows)
     return float(epochs)
-
-
-def _step_settings(trainer: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(trainer_setting(trainer, name) for name in STEP_SETTINGS)
 
 
 # What peft does to rows of the vocabulary or to whole modules acts on all tokens.

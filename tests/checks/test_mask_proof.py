@@ -16,8 +16,7 @@ from sftkey.checks import mask_proof as proof
 from sftkey.checks.mask_proof import Oracle, hard_examples, judge, prove
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
-from sftkey.data.returned import OWN_TAGS
-from sftkey.data.tokenization import Refusal, Row, tokenize
+from sftkey.data.tokenization import OWN_TAGS, Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
 from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, made
 

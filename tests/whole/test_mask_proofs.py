@@ -23,8 +23,7 @@ from tokenizers import AddedToken
 from sftkey.checks.mask_proof import SPECIAL_TEXT, SYSTEM, Proof, judge, prove
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
-from sftkey.data.returned import OWN_TAGS
-from sftkey.data.tokenization import tokenize
+from sftkey.data.tokenization import OWN_TAGS, tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
 from tests.support.mask_table import table
