@@ -12,7 +12,7 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -152,24 +152,17 @@ def _rows_of(stream: io.BufferedReader, file: Path, kind: str) -> Rows:
 
 def _json_lines(stream: IO[bytes], file: Path) -> Rows:
     rows = []
-    for number, line in enumerate(_lines(stream, file), start=1):
+    lines = iter(lambda: stream.readline(MOST_LINE_BYTES + 1), b"")
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MOST_LINE_BYTES:  # it can be no row, and would fill the memory
+            most = f"{MOST_LINE_BYTES >> 20} MiB"
+            raise DataError(str(file), f"line {number}: expected a row; got more than {most}")
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         if text.strip():
             rows.append(_object(_parse(text, file, number), file, f"line {number}"))
     if len(rows) == 1 and len(rows[0]) == 1 and not CONVERSATIONS & rows[0].keys():
         return _wrapped(rows[0]) or rows  # `{"data": [rows]}` in a file that is called lines
     return rows
-
-
-def _lines(stream: IO[bytes], file: Path) -> Iterator[bytes]:
-    """Yield lines; one that can be no row is refused before it fills the memory."""
-    number = 0
-    while line := stream.readline(MOST_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MOST_LINE_BYTES:
-            most = f"{MOST_LINE_BYTES >> 20} MiB"
-            raise DataError(str(file), f"line {number}: expected a row; got more than {most}")
-        yield line
 
 
 def _json(stream: IO[bytes], file: Path) -> Rows:
@@ -188,10 +181,9 @@ def _json(stream: IO[bytes], file: Path) -> Rows:
 
 def _rows_in(value: dict[str, Any], file: Path) -> Rows:
     """Find the rows in an object: `{"data": [rows]}`, columns, or rows by their names."""
-    inner = list(value.values())
-    wrapped = _wrapped(value)
-    if wrapped is not None:
+    if (wrapped := _wrapped(value)) is not None:
         return wrapped
+    inner = list(value.values())
     if all(isinstance(item, list) for item in inner) and len({len(item) for item in inner}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
     if inner and all(isinstance(item, dict) for item in inner):
@@ -211,13 +203,10 @@ def _rows_in(value: dict[str, Any], file: Path) -> Rows:
 
 def _wrapped(value: Mapping[str, Any]) -> Rows | None:
     """Return the one list of objects that stands beside nothing but single values."""
-    lists = [item for item in value.values() if _are_objects(item)]
-    rest = [item for item in value.values() if isinstance(item, list | dict) and item not in lists]
-    return lists[0] if len(lists) == 1 and not rest else None
-
-
-def _are_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+    several = [item for item in value.values() if isinstance(item, list | dict)]
+    if len(several) != 1 or not isinstance(several[0], list) or not several[0]:
+        return None
+    return several[0] if all(isinstance(item, dict) for item in several[0]) else None
 
 
 def _decoded(text: str) -> Any:

@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 # A token that touches several segments belongs to the first of them here, so that nothing of the
 # thinking gets into the key, and everything of the answer into the answer.
-PRECEDENCE = (
-    Segment.THINKING,
-    Segment.ANSWER,
-    Segment.ANSWER_TAG,
-    Segment.END,
-    Segment.PROMPT,
-)
+PRECEDENCE = (Segment.THINKING, Segment.ANSWER, Segment.ANSWER_TAG, Segment.END, Segment.PROMPT)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
+from sftkey.recipe.loss_on import SEGMENTS, annealed, loss_weights, trained_context
 from sftkey.recipe.schema import KEY_BATCH_TOKENS
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.yaml_io import Keys
@@ -67,10 +67,7 @@ REFUSED_TRAINER_KEYS = {
         PUSHES,
     ),
 }
-METRICS = (
-    "loss",
-    *(f"loss_{segment}" for segment in ("prompt", "thinking", "answer_tag", "answer", "end")),
-)
+METRICS = ("loss", *(f"loss_{segment}" for segment in SEGMENTS))
 # What does nothing beside another key that isn't so.
 _EVALUATES = ("eval_strategy", ("steps", "epoch"), "no")
 NEEDED = {
@@ -88,13 +85,8 @@ REFUSED_WHERE_TRUE = {
 }
 REFUSED_LORA_KEYS = dict.fromkeys(
     [
-        "base_model_name_or_path",
-        "revision",
-        "peft_type",
-        "task_type",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
+        *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type"),
+        *("inference_mode", "auto_mapping"),
     ],
     "sftkey sets it itself",
 )

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 
 STEP_SETTINGS = (
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    *("max_steps", "num_train_epochs"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
 
 
