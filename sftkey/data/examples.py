@@ -176,10 +176,7 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
 
 
 def _reader(
-    data: DataSection,
-    columns: Sequence[str],
-    rows: Sequence[RawRow],
-    options: RowOptions,
+    data: DataSection, columns: Sequence[str], rows: Sequence[RawRow], options: RowOptions
 ) -> Callable[[RawRow], Iterable[Parts | RowError]]:
     """Choose how a row is read: as a conversation, with a rule, or with three templates."""
     rule = make_rule(data.split_rule) if data.split_rule else None

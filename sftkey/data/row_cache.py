@@ -82,11 +82,7 @@ ROWS, ABOUT = "rows.arrow", "about.json"
 MOST_ENTRIES, MOST_BYTES = 64, 8 * 2**30
 ABANDONED_SECONDS = 24 * 3600  # a folder in the making that is so old was left by a killed process
 SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "segment_ids": pa.list_(pa.uint8()),
-        "index": pa.int64(),
-    }
+    {"input_ids": pa.list_(pa.int32()), "segment_ids": pa.list_(pa.uint8()), "index": pa.int64()}
 )
 
 

@@ -95,7 +95,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "prompt": "{question}",
         "response": "answer",
         "split_rule": "hash_marks",
-    },
+    }
 }
 MADE: dict[str, Callable[[DataSection, int], Any]] = {
     "reasoning_gym": made_rows,
@@ -119,10 +119,7 @@ def has_splits(data: DataSection) -> bool:
 
 
 def load_examples(
-    data: DataSection,
-    seed: int,
-    split: str = "train",
-    options: RowOptions = USUAL,
+    data: DataSection, seed: int, split: str = "train", options: RowOptions = USUAL
 ) -> Loaded:
     """Read one split, given by its name or as a file, and make its examples.
 

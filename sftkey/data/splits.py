@@ -36,10 +36,7 @@ class Splits:
 
 @activity("reading the rows")
 def load_splits(
-    data: DataSection,
-    seed: int,
-    need_test: bool = True,
-    options: RowOptions = USUAL,
+    data: DataSection, seed: int, need_test: bool = True, options: RowOptions = USUAL
 ) -> Splits:
     """Load the splits that the recipe names; the choice of rows, and made rows, depend on the seed.
 

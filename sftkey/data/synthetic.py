@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sftkey.errors import DataError, first_line
@@ -53,27 +53,34 @@ def task_rows(data: DataSection, seed: int) -> list[Row]:
     if maker is None:
         known = " or ".join(MAKERS)
         raise DataError(data.source, f"data.task: expected {known}; got {data.task!r}")
+    num_rows = _num_rows(data, list(maker.options))
     options = _options(data, maker)
-    if data.num_rows is None:
-        raise DataError(data.source, "data.num_rows: expected how many rows to make; got none")
     dice = random.Random(seed)
     rows: dict[str, Row] = {}
-    for _ in range(20 * data.num_rows):
+    for _ in range(20 * num_rows):
         row = maker.make(dice, **options)
         if row is not None:
             rows.setdefault(row["prompt"], row)
-        if len(rows) == data.num_rows:
+        if len(rows) == num_rows:
             return list(rows.values())
     what = f"data.num_rows: expected fewer rows, there are too few such {data.task}"
     hint = "raise data.task_options.most or num_lines"
-    raise DataError(data.source, f"{what}; got {data.num_rows}", hint)
+    raise DataError(data.source, f"{what}; got {num_rows}", hint)
+
+
+def _num_rows(data: DataSection, known: Sequence[str]) -> int:
+    """Return how many rows to make, with options that the task knows."""
+    for name in data.task_options:
+        if name not in known:
+            what, hint = f"data.task_options.{name}: unknown option", f"{data.task} has "
+            raise DataError(data.source, what, hint=hint + ", ".join(known))
+    if data.num_rows is None:
+        raise DataError(data.source, "data.num_rows: expected how many rows to make; got none")
+    return data.num_rows
 
 
 def _options(data: DataSection, maker: Maker) -> dict[str, Any]:
     for name, value in data.task_options.items():
-        if name not in maker.options:
-            hint = f"{data.task} has {', '.join(maker.options)}"
-            raise DataError(data.source, f"data.task_options.{name}: unknown option", hint=hint)
         allowed = maker.options[name][1]
         if value not in allowed or isinstance(value, bool):
             shown = (
@@ -221,18 +228,10 @@ def _create(data: DataSection, seed: int) -> Any:
             f"data.task: expected a task with worked solutions ({worked}); got {task!r}",
             hint="or write `data.thinking` as a template over question, answer and metadata",
         )
-    if data.num_rows is None:
-        raise DataError(data.source, "data.num_rows: expected how many rows to make; got none")
     options = {field.name for field in dataclasses.fields(DATASETS[task][1])} - {"seed", "size"}
-    for name in data.task_options:
-        if name not in options:
-            raise DataError(
-                data.source,
-                f"data.task_options.{name}: unknown option",
-                hint=f"{task} has {', '.join(sorted(options))}",
-            )
+    num_rows = _num_rows(data, sorted(options))
     try:
-        return create_dataset(task, seed=seed, size=data.num_rows, **data.task_options)
+        return create_dataset(task, seed=seed, size=num_rows, **data.task_options)
     except (AssertionError, TypeError, ValueError) as error:
         what = f"data.task_options: {task} refuses {data.task_options}: {first_line(error)}"
         raise DataError(data.source, what) from error

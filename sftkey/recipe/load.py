@@ -29,9 +29,7 @@ from sftkey.recipe.yaml_io import Keys
 
 
 def load_recipe(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    replaced: Mapping[str, Any] | None = None,
+    path: str | Path, overrides: Sequence[str] = (), replaced: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Read a recipe file, lay the overrides (`stages.key.trainer.max_steps=9`) over it, check it.
 

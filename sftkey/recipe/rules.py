@@ -63,8 +63,7 @@ REFUSED_TRAINER_KEYS = {
         "a run trains, validates and evaluates by itself, and this would do nothing",
     ),
     **dict.fromkeys(
-        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"],
-        PUSHES,
+        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"], PUSHES
     ),
 }
 METRICS = ("loss", *(f"loss_{segment}" for segment in SEGMENTS))
