@@ -170,11 +170,11 @@ def render_prompt(
             what = f"the chat template raises on the system message: {error}"
             raise FrameError(name, what, _hint("system")) from error
         roles = ", ".join(message["role"] for message in messages)
-        what = f"raises on a prompt of {roles}: {error}"
         if _takes_no_tools(tokenizer, messages):
-            what = f"the chat template takes no tools, and {what}"
+            what = f"the chat template takes no tools, and raises on a prompt of {roles}: {error}"
             raise FrameError(name, what, _hint(TOOLS)) from error
-        raise FrameError(name, f"the chat template {what}") from error
+        what = f"the chat template raises on a prompt of {roles}: {error}"
+        raise FrameError(name, what) from error
     for message in messages:
         lost = _lost(tokenizer, message, text)
         if lost:
