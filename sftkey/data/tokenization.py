@@ -95,7 +95,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
 OWN_TAGS = "the response's own tags stand inside"
-NUM_SHOWN = 60  # characters of a text in a message
+NUM_CHARACTERS = 60  # of a text in a message
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
 
 
@@ -312,11 +312,11 @@ def _same(one: str, other: str) -> bool:
 def _arrow(before: str, after: str) -> str:
     """Show two texts from a little before the place where they part; the same text once."""
     if before == after:
-        return repr(before[:NUM_SHOWN])
+        return repr(before[:NUM_CHARACTERS])
     pairs = enumerate(zip(before, after, strict=False))
     place = next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
-    start = max(place - NUM_SHOWN // 3, 0)
-    parts = (repr(text[start : start + NUM_SHOWN]) for text in (before, after))
+    start = max(place - NUM_CHARACTERS // 3, 0)
+    parts = (repr(text[start : start + NUM_CHARACTERS]) for text in (before, after))
     return " is read as ".join(parts)
 
 
