@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sftkey.data.collator import KeyCollator
-from sftkey.data.labels import IGNORED, PADDING, weights_by_segment
+from sftkey.data.labels import IGNORED, weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import with_defaults
@@ -115,20 +115,17 @@ def row_tokens(
     batch = next(iter(batches.values()))
     ids, segments = batch["input_ids"].tolist(), batch["segment_ids"].tolist()
     shown = []
-    for place in range(len(rows)):
-        length = sum(segment != PADDING for segment in segments[place])
-        texts = token_texts(tokenizer, ids[place][:length])
-        shown.append(
-            [
-                {
-                    "id": ids[place][n],
-                    "text": texts[n],
-                    "segment": Segment(segments[place][n]).name,
-                    "trained": {name: round(weights[name][place][n], 6) for name in batches},
-                }
-                for n in range(length)
-            ]
-        )
+    for place, row in enumerate(rows):
+        tokens = [
+            {
+                "id": ids[place][n],
+                "text": text,
+                "segment": Segment(segments[place][n]).name,
+                "trained": {name: round(weights[name][place][n], 6) for name in batches},
+            }
+            for n, text in enumerate(token_texts(tokenizer, row.input_ids))
+        ]
+        shown.append(tokens)
     return shown
 
 
