@@ -41,6 +41,13 @@ OF_CALLS = ("function_call", "tool_call")  # roles of what `tool_calls` of an as
 READ_HERE = (*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", *REASONING, *FLAGS)
 
 
+def is_conversation(value: Any) -> bool:
+    """Tell whether a value is a list that begins with a message of somebody."""
+    first = value[0] if isinstance(value, list) and value else None
+    speakers = ("system", *ROLES.values())
+    return isinstance(first, dict) and any(_role(first.get(key)) in speakers for key in ROLE_KEYS)
+
+
 def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
     """Read a list of messages: of each the role, the content and the reasoning beside it.
 

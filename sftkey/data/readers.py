@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from sftkey.data.messages import is_conversation
 from sftkey.data.values import RepeatedKeyError, each_once
 from sftkey.errors import DataError, first_line
 from sftkey.files import irregular
@@ -184,6 +185,8 @@ def _rows_in(value: dict[str, Any], file: Path) -> Rows:
     if (wrapped := _wrapped(value)) is not None:
         return wrapped
     inner = list(value.values())
+    if any(map(is_conversation, inner)):
+        return [value]
     if all(isinstance(item, list) for item in inner) and len({len(item) for item in inner}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
     if inner and all(isinstance(item, dict) for item in inner):
@@ -202,9 +205,14 @@ def _rows_in(value: dict[str, Any], file: Path) -> Rows:
 
 
 def _wrapped(value: Mapping[str, Any]) -> Rows | None:
-    """Return the one list of objects that stands beside nothing but single values."""
+    """Return the one list of objects that stands beside nothing but single values.
+
+    Messages are no rows: they are one row's own.
+    """
     several = [item for item in value.values() if isinstance(item, list | dict)]
     if len(several) != 1 or not isinstance(several[0], list) or not several[0]:
+        return None
+    if is_conversation(several[0]):
         return None
     return several[0] if all(isinstance(item, dict) for item in several[0]) else None
 

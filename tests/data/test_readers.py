@@ -70,12 +70,16 @@ def test_a_whole_value_in_a_file_of_lines(tmp_path: Path, kind: str) -> None:
     assert read_file(tmp_path / "r.jsonl") == ROWS
 
 
-def test_one_row_of_lines_stays_a_row(tmp_path: Path) -> None:
-    """A conversation isn't taken for a list of rows."""
-    file = tmp_path / "r.jsonl"
-    row = {"messages": [{"role": "user", "content": "Q"}]}
-    file.write_text(json.dumps(row))
-    assert read_file(file) == [row]
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+@pytest.mark.parametrize("column", ["messages", "chat"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("speaker", "text")])
+def test_one_conversation_is_one_row(
+    tmp_path: Path, name: str, column: str, keys: tuple[str, str]
+) -> None:
+    """It isn't taken for a list of rows, whatever its column and the file are called."""
+    row = {column: [dict(zip(keys, ("Human", "Q"), strict=True))]}
+    (tmp_path / name).write_text(json.dumps(row))
+    assert read_file(tmp_path / name) == [row]
 
 
 def zipped(data: bytes, *names: str) -> bytes:
