@@ -235,6 +235,11 @@ class StudyRecipe(StudySection):
     """Changes to the recipe in this task, as on the command line; they go above the study's."""
 
 
+def task_name(file: str, name: str | None) -> str:
+    """Return the name of a task: its own, or its recipe's file's."""
+    return name or Path(file).stem
+
+
 class Choice(StudySection):
     """What is chosen on the validation rows, for every stage of every arm from the same values.
 
@@ -431,7 +436,7 @@ def _same_tasks(recipes: Sequence[Any]) -> Iterator[tuple[Keys, str]]:
         file = recipe.get("recipe") if isinstance(recipe, dict) else None
         if not isinstance(file, str):
             continue
-        name = recipe.get("name") or Path(file).stem
+        name = task_name(file, recipe.get("name"))
         if name in names:
             what = f"another task has the name `{name}`; write {{recipe: {file}, name: OTHER}}"
             yield ("recipes", number), what

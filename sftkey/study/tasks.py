@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sftkey.errors import RecipeError
 from sftkey.recipe.schema import Recipe
-from sftkey.study.schema import Study, strategy_recipe
+from sftkey.study.schema import Study, strategy_recipe, task_name
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Task:
 def tasks_of(study: Study, folder: Path) -> tuple[Task, ...]:
     """Return the tasks of a study whose file lies in the folder."""
     return tuple(
-        Task(each.name or Path(each.recipe).stem, folder / each.recipe, each.overrides)
+        Task(task_name(each.recipe, each.name), folder / each.recipe, each.overrides)
         for each in study.recipes
     )
 

@@ -929,6 +929,20 @@ def test_one_recipe_makes_several_tasks(
         list(study_run(load_study(file), file).cells())
 
 
+def test_a_task_has_one_name_where_it_is_checked_and_where_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two recipes whose tasks would share a folder are refused, however a task gets its name."""
+    monkeypatch.setattr("sftkey.study.schema.task_name", lambda file, name: file[0])
+    monkeypatch.setattr("sftkey.study.tasks.task_name", lambda file, name: file[0])
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, "recipes": ["a.yaml", "b.yaml"]}))
+    assert [task.name for task in tasks_of(load_study(file), tmp_path)] == ["a", "b"]
+    file.write_text(yaml.safe_dump({**STUDY, "recipes": ["a.yaml", "ab.yaml"]}))
+    with pytest.raises(RecipeError, match="another task has the name `a`"):
+        load_study(file)
+
+
 NAMES = ", ".join(STRATEGIES)
 Sections = dict[str, Any]
 
