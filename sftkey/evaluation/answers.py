@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sftkey.data.response import Example, QuestionKey, Response
+from sftkey.data.response import Example, Parsed, QuestionKey
 from sftkey.errors import DataError, Problem, RunError
-from sftkey.evaluation.grading import grade, shortened
-from sftkey.evaluation.results import StageResult
+from sftkey.evaluation.grading import Grade, grade, shortened
 from sftkey.files import write_text
 from sftkey.generation.generate import Generation, by_row, key_of
+
+if TYPE_CHECKING:
+    from sftkey.data.renderer import Renderer
+    from sftkey.recipe.schema import Recipe
 
 
 def read_generations(
@@ -45,29 +49,24 @@ def read_generations(
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = ""
         try:
             index, turn, generation = _row(line)
+            where, keys = f"index {index}", asked.get(index, [])
+            if turn is None and len(keys) > 1:
+                hint = _OF_ONE_TURN
+            key = key_of(keys, turn)
+            where = _named(key or QuestionKey(index, turn or 0), asked)
+            if key is None:
+                raise ValueError(f"expected the index of one of the {len(expected)} questions")
+            if key in first_lines:
+                raise ValueError(f"expected once; it stands in line {first_lines[key]} already")
         except ValueError as error:
-            problems.append(Problem("", str(error), number))
-            continue
-        try:
-            key = key_of(asked.get(index, []), turn)
-        except ValueError as error:
-            problems.append(Problem(f"index {index}", str(error), number))
-            hint = _OF_ONE_TURN
-            continue
-        where = _named(key or QuestionKey(index, turn or 0), asked)
-        if key is None:
-            what = f"expected the index of one of the {len(expected)} questions"
-            problems.append(Problem(where, what, number))
-        elif key in first_lines:
-            what = f"expected once; it stands in line {first_lines[key]} already"
-            problems.append(Problem(where, what, number))
+            problems.append(Problem(where, str(error), number))
         else:
-            generations[key] = generation
-            first_lines[key] = number
-    missing = [key for key in expected if key not in generations]
+            generations[key], first_lines[key] = generation, number
     what = "expected a generation; got none"
+    missing = (key for key in expected if key not in generations)
     problems += [Problem(_named(key, asked), what) for key in missing]
     if problems:
         raise DataError(str(file), shortened(problems), hint)
@@ -109,6 +108,42 @@ def _row(line: bytes) -> tuple[int, int | None, Generation]:
     return row["index"], row.get("turn"), generation
 
 
+@dataclass(frozen=True)
+class GradedText:
+    """What a model wrote to a question, and what the rule says of its answer.
+
+    Args:
+        example: The question with its reference.
+        generation: As the model wrote it.
+        text: The same without what the chat template and an engine put around it.
+        parsed: Thinking and answer of that.
+        grade: The rule's verdict on the answer.
+    """
+
+    example: Example
+    generation: Generation
+    text: str
+    parsed: Parsed
+    grade: Grade
+
+
+def grade_texts(
+    recipe: Recipe,
+    renderer: Renderer,
+    generations: Mapping[QuestionKey, Generation],
+    examples: Iterable[Example],
+) -> list[GradedText]:
+    """Grade what was written to each question, as a run's recipe says, in the order of the rows."""
+    found = []
+    for example in sorted(examples, key=lambda each: each.key):
+        written = generations[example.key]
+        text = written.text.removeprefix(renderer.assistant_prefix).removesuffix(renderer.end)
+        parsed = renderer.response.parse(text)
+        verdict = grade(parsed.answer, example.answer, recipe.eval.grader)
+        found.append(GradedText(example, written, text, parsed, verdict))
+    return found
+
+
 Kind = Literal["wrong", "unparsed", "truncated", "invalid"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -145,43 +180,32 @@ class GradedAnswer(BaseModel):
     kinds: tuple[Kind, ...]
 
 
-def graded_answers(
-    result: StageResult,
-    generations: Mapping[QuestionKey, Generation],
-    examples: Sequence[Example],
-    response: Response,
-    *,
-    assistant_prefix: str = "",
-    end: str = "",
-) -> list[GradedAnswer]:
-    """Put the verdicts of a result beside what they are of; the arguments are those of `score`."""
-    questions = {QuestionKey(each.index, each.turn): each for each in result.questions}
-    rows = []
-    for example in sorted(examples, key=lambda each: each.key):
-        question, written = questions[example.key], generations[example.key]
-        parsed = response.parse(written.text.removeprefix(assistant_prefix).removesuffix(end))
-        kinds: list[Kind] = []
-        if not question.correct:
-            kinds.append("wrong" if question.parsed else "unparsed")
-        if question.stopped is False:
-            kinds.append("truncated")
-        if not question.strict:
-            kinds.append("invalid")
-        rows.append(
-            GradedAnswer(
-                index=example.index,
-                turn=example.turn,
-                question=example.question,
-                expected=example.answer,
-                got=parsed.answer,
-                read=grade(parsed.answer, example.answer, result.settings["grader"]).read,
-                thinking=parsed.thinking,
-                text=None if parsed.strict else written.text,
-                right=question.correct,
-                kinds=tuple(kinds),
-            )
+def graded_answers(texts: Iterable[GradedText]) -> list[GradedAnswer]:
+    """Put what was written, and what was read in it, beside question and reference."""
+    return [
+        GradedAnswer(
+            index=each.example.index,
+            turn=each.example.turn,
+            question=each.example.question,
+            expected=each.example.answer,
+            got=each.parsed.answer,
+            read=each.grade.read,
+            thinking=each.parsed.thinking,
+            text=None if each.parsed.strict else each.generation.text,
+            right=each.grade.right,
+            kinds=tuple(_kinds(each)),
         )
-    return rows
+        for each in texts
+    ]
+
+
+def _kinds(graded: GradedText) -> Iterator[Kind]:
+    if not graded.grade.right:
+        yield "unparsed" if graded.grade.read is None else "wrong"
+    if graded.generation.stopped is False:
+        yield "truncated"
+    if not graded.parsed.strict:
+        yield "invalid"
 
 
 def write_answers(folder: Path, stage: str, answers: Sequence[GradedAnswer]) -> Path:

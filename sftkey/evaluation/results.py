@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from sftkey.data.response import Example, Parsed, QuestionKey, Response
+from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.errors import DataError, Problem, RunError
-from sftkey.evaluation.grading import Untagged, grade, read_untagged, shortened
+from sftkey.evaluation.answers import GradedText
+from sftkey.evaluation.grading import Untagged, read_untagged, shortened
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import num_conversations, score_of, share_interval
 from sftkey.evaluation.thinking import (
@@ -26,7 +27,6 @@ from sftkey.evaluation.thinking import (
     thinking_hash,
 )
 from sftkey.files import refuse_irregular, write_text
-from sftkey.generation.generate import Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,61 +83,6 @@ def each_once(questions: Q) -> Q:
         what = "an older version wrote this, which took the turns of a conversation for one another"
         raise ValueError(what)
     return questions
-
-
-class GradedAnswers(NamedTuple):
-    """What was answered, question by question.
-
-    Args:
-        examples: The questions with their references.
-        generations: What the model wrote.
-        texts: The same without what the chat template and an engine add.
-        parsed: Thinking and answer of these.
-        second: What the second grader says; None where it says nothing.
-    """
-
-    examples: Sequence[Example]
-    generations: Sequence[Generation]
-    texts: Sequence[str]
-    parsed: Sequence[Parsed]
-    second: Sequence[bool | None]
-
-
-def graded(
-    answers: GradedAnswers, response: Response, grader: str, made: bool, untagged: bool = False
-) -> tuple[Question, ...]:
-    """Grade answers; the arguments are those of `score`, but for `untagged`.
-
-    With it an answer that has no tags is read without them, beside its grade.
-    """
-    written = [found.thinking for found in answers.parsed]
-    grades = [
-        grade(found.answer, example.answer, grader)
-        for found, example in zip(answers.parsed, answers.examples, strict=True)
-    ]
-    right = judge_thinkings(written, answers.examples, grader, made)
-    follows = follow_thinkings(answers.parsed, answers.examples, grader)
-    return tuple(
-        Question(
-            index=example.index,
-            turn=example.turn,
-            correct=grades[place].right,
-            strict=found.strict,
-            parsed=grades[place].read is not None,
-            stopped=generation.stopped,
-            thinking_right=right[place],
-            thinking_hash=thinking_hash(text, response),
-            follows=follows[place],
-            judged=second,
-            form=thinking_form(text, found, response),
-            untagged=read_untagged(text, example.answer, response, grader)
-            if untagged and found.answer is None
-            else None,
-        )
-        for place, (example, generation, text, found, second) in enumerate(
-            zip(*answers, strict=True)
-        )
-    )
 
 
 # Gives flags by key, of questions and their answers; None stands for an answer that wasn't found.
@@ -203,38 +148,26 @@ class StageResult(BaseModel):
 
 
 def score(
-    generations: Mapping[QuestionKey, Generation],
-    examples: Sequence[Example],
-    response: Response,
-    *,
+    recipe: Recipe,
+    renderer: Renderer,
     stage: str,
-    position: int,
-    grader: str,
-    alpha: float,
-    assistant_prefix: str = "",
-    end: str = "",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Sequence[GradedText],
+    *,
     settings: Mapping[str, Any] | None = None,
-    made: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     thinking_loss: tuple[float, float] | None = None,
     loss_name: str = VALIDATION_LOSS,
     judge: Flags | None = None,
 ) -> StageResult:
-    """Grade the generations of one stage.
+    """Return the figures of one stage of a run.
 
     Args:
-        generations: By the key of their example; every example has one.
-        examples: The questions with their reference answers.
-        response: The tags by which answers are found.
-        stage: The stage's name.
-        position: Its place in the run, 0 for the base model.
-        grader: As in `grade`.
-        alpha: Weight of Acc in Score.
-        assistant_prefix: What the chat template has before the tags, and so the model writes.
-        end: The end of turn, which some engines leave in the text.
+        recipe: The run's.
+        renderer: The run's.
+        stage: The stage's name, or `base`.
+        texts: What it wrote, as `grade_texts` gives it.
+        settings: Kept with the result beside the recipe's, so that a comparison can tell.
         tokenizer: Counts the thinking's tokens; without it its characters are counted.
-        settings: Of the generation; kept with the result, so that a comparison can tell.
-        made: Whether the questions come from a generator of tasks.
         thinking_loss: The thinking's loss before and after the stage.
         loss_name: What that loss is called: not every run has validation rows.
         judge: The second grader, if there is one.
@@ -242,22 +175,21 @@ def score(
     Raises:
         DataError: There is no question.
     """
-    if not examples:
+    if not texts:
         raise DataError("test rows", "expected at least one question; got none")
-    in_order = sorted(examples, key=lambda example: example.key)
-    answered = [generations[example.key] for example in in_order]
-    texts = [each.text.removeprefix(assistant_prefix).removesuffix(end) for each in answered]
-    parsed = [response.parse(text) for text in texts]
-    flags = judge(in_order, [found.answer for found in parsed]) if judge else None
-    second = [(flags or {}).get(example.key) for example in in_order]
-    rows = GradedAnswers(in_order, answered, texts, parsed, second)
-    questions = graded(rows, response, grader, made, untagged=position == 0)
+    section, examples = recipe.eval, [each.example for each in texts]
+    position = ["base", *(each.name for each in recipe.stages)].index(stage)
+    flags = judge(examples, [each.parsed.answer for each in texts]) if judge else None
+    questions = _questions(recipe, renderer.response, texts, flags or {}, untagged=position == 0)
+    figures = answer_figures(questions)
     return StageResult(
         stage=stage,
         position=position,
-        num_questions=len(questions),
-        **_shares(questions, alpha),
-        mean_thinking_length=_mean_length([found.thinking for found in parsed], tokenizer),
+        num_conversations=num_conversations([question.index for question in questions]),
+        **figures,
+        alpha=section.alpha,
+        score=score_of(figures["acc"], figures["fmt"], section.alpha),
+        mean_thinking_length=_mean_length([each.parsed.thinking for each in texts], tokenizer),
         thinking_unit="characters" if tokenizer is None else "tokens",
         **_of_thinkings(questions),
         thinking_loss=thinking_loss,
@@ -265,59 +197,76 @@ def score(
         judge=judge_figures(questions),
         num_unclear=None if flags is None else list(flags.values()).count(None),
         rates=form_rates(questions),
-        settings={"grader": grader, "response": asdict(response), **(settings or {})},
+        settings={
+            "grader": section.grader,
+            "response": asdict(renderer.response),
+            "max_new_tokens": section.max_new_tokens,
+            "temperature": section.temperature,
+            **(settings or {}),
+        },
         questions_sha256=_fingerprint(examples),
         questions=questions,
     )
 
 
-def score_stage(
+def _questions(
     recipe: Recipe,
-    renderer: Renderer,
-    stage: str,
-    generations: Mapping[QuestionKey, Generation],
-    questions: Sequence[Example],
-    settings: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> StageResult:
-    """Grade a stage of a run as its recipe says; the other arguments are those of `score`."""
+    response: Response,
+    texts: Sequence[GradedText],
+    second: Mapping[QuestionKey, bool | None],
+    untagged: bool,
+) -> tuple[Question, ...]:
+    """Return the flags of all questions.
+
+    Args:
+        recipe: The run's.
+        response: The tags.
+        texts: What was written.
+        second: What the second grader says.
+        untagged: Whether an answer that has no tags is read without them, beside its grade.
+    """
     from sftkey.data.sources import MADE
 
-    section = recipe.eval
-    about = {"max_new_tokens": section.max_new_tokens, "temperature": section.temperature}
-    return score(
-        generations,
-        questions,
-        renderer.response,
-        stage=stage,
-        position=["base", *(each.name for each in recipe.stages)].index(stage),
-        grader=section.grader,
-        alpha=section.alpha,
-        assistant_prefix=renderer.assistant_prefix,
-        end=renderer.end,
-        settings={**about, **(settings or {})},
-        made=recipe.data.source in MADE,
-        **more,
+    grader, made = recipe.eval.grader, recipe.data.source in MADE
+    examples, parsed = [each.example for each in texts], [each.parsed for each in texts]
+    right = judge_thinkings([found.thinking for found in parsed], examples, grader, made)
+    follows = follow_thinkings(parsed, examples, grader)
+    return tuple(
+        Question(
+            index=each.example.index,
+            turn=each.example.turn,
+            correct=each.grade.right,
+            strict=each.parsed.strict,
+            parsed=each.grade.read is not None,
+            stopped=each.generation.stopped,
+            thinking_right=right[place],
+            thinking_hash=thinking_hash(each.text, response),
+            follows=follows[place],
+            judged=second.get(each.example.key),
+            form=thinking_form(each.text, each.parsed, response),
+            untagged=read_untagged(each.text, each.example.answer, response, grader)
+            if untagged and each.parsed.answer is None
+            else None,
+        )
+        for place, each in enumerate(texts)
     )
 
 
-def _shares(questions: Sequence[Question], alpha: float) -> dict[str, Any]:
-    """Return what the questions' flags add up to."""
-    num_right = sum(question.correct for question in questions)
-    num_strict = sum(question.strict for question in questions)
-    rows = [question.index for question in questions]
-    acc, fmt = num_right / len(questions), num_strict / len(questions)
-    unstopped = [not question.stopped for question in questions if question.stopped is not None]
+def answer_figures(questions: Sequence[Question]) -> dict[str, Any]:
+    """Return what the flags of a stage's answers add up to, or of one seed's in a study."""
+    rows, num = [question.index for question in questions], len(questions)
+    correct, strict = (
+        [getattr(each, name) for each in questions] for name in ("correct", "strict")
+    )
+    unstopped = [not each.stopped for each in questions if each.stopped is not None]
     return {
-        "num_conversations": num_conversations(rows),
-        "acc": acc,
-        "acc_interval": share_interval([question.correct for question in questions], rows),
-        "fmt": fmt,
-        "fmt_interval": share_interval([question.strict for question in questions], rows),
-        "alpha": alpha,
-        "score": score_of(acc, fmt, alpha),
-        "num_unparsed": sum(not question.parsed for question in questions),
-        "num_never_stopped": sum(unstopped) if len(unstopped) == len(questions) else None,
+        "num_questions": num,
+        "acc": sum(correct) / num,
+        "acc_interval": share_interval(correct, rows),
+        "fmt": sum(strict) / num,
+        "fmt_interval": share_interval(strict, rows),
+        "num_unparsed": sum(not each.parsed for each in questions),
+        "num_never_stopped": sum(unstopped) if len(unstopped) == num else None,
     }
 
 
@@ -397,6 +346,5 @@ def read_graded(run_folder: Path) -> list[StageResult]:
 
 def _fingerprint(examples: Sequence[Example]) -> str:
     """Hash what makes questions the same: their rows, prompts and reference answers."""
-    in_order = sorted(examples, key=lambda example: example.key)
-    rows = [(example.index, example.prompt, example.answer) for example in in_order]
+    rows = [(example.index, example.prompt, example.answer) for example in examples]
     return sha256(json.dumps(rows).encode()).hexdigest()

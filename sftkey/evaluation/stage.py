@@ -1,14 +1,22 @@
-"""Grade what a stage of a run answered."""
+"""Grade what a stage of a run answered, and say what it did to the thinking."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sftkey.evaluation.answers import (
+    grade_texts,
+    graded_answers,
+    read_generations,
+    write_answers,
+)
+from sftkey.evaluation.judge import Judge, open_client
+from sftkey.evaluation.results import StageResult, read_result, score, write_result
+from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 from sftkey.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from sftkey.evaluation.judge import Judge
     from sftkey.training.run import Run
 
 
@@ -26,43 +34,47 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         JudgeError: The judge can't be asked. The file lies there nevertheless, with the rule's
             grades and what was judged; graded again, only what is left is asked.
     """
-    from sftkey.evaluation.answers import graded_answers, read_generations, write_answers
-    from sftkey.evaluation.results import score_stage, write_result
-
     file = generations or run.ledger.generations(stage)
     if not run.ledger.main or not file.exists() or not run.answers.questions:
         return
     questions, renderer = run.answers.questions, run.prepared.renderer
-    judge = stage_judge(run, stage)
+    section = run.recipe.eval.judge
+    judge = Judge(section, lambda text: run.progress.note(f"{stage}: {text}")) if section else None
     written = read_generations(file, [example.key for example in questions])
-    ends = {"assistant_prefix": renderer.assistant_prefix, "end": renderer.end}
-    result = score_stage(
+    texts = grade_texts(run.recipe, renderer, written, questions)
+    result = score(
         run.recipe,
         renderer,
         stage,
-        written,
-        questions,
+        texts,
         settings={"judge": judge.section.model} if judge else None,
         tokenizer=run.tokenizer,
         thinking_loss=thinking_losses(run, stage),
         loss_name=run.prepared.loss_name,
         judge=judge.flags if judge else None,
     )
-    answers = graded_answers(result, written, questions, renderer.response, **ends)
-    folder = run.ledger.folder / "evaluation"
+    folder = _result_file(run, stage).parent
+    answers = graded_answers(texts)
     run.ledger.finish(write_result(folder, result), write_answers(folder, stage, answers))
     if judge and judge.failure:
         raise judge.failure
 
 
+def _result_file(run: Run, stage: str) -> Path:
+    return run.ledger.folder / "evaluation" / f"{stage}.json"
+
+
+def _result(run: Run, stage: str) -> StageResult | None:
+    """Return the figures of a stage; None where it isn't graded."""
+    file = _result_file(run, stage)
+    return read_result(file) if file.exists() else None
+
+
 def track_grades(run: Run, stage: str) -> None:
     """Log Acc and Fmt with their intervals to the run's trackers, where the stage ends."""
-    from sftkey.evaluation.results import read_result
-
-    file = run.ledger.folder / "evaluation" / f"{stage}.json"
-    if not run.ledger.main or not file.exists():
+    result = _result(run, stage) if run.ledger.main else None
+    if result is None:
         return
-    result = read_result(file)
     values: dict[str, float] = {}
     for name in ("acc", "fmt"):
         low, high = getattr(result, f"{name}_interval")
@@ -73,16 +85,6 @@ def track_grades(run: Run, stage: str) -> None:
     run.trackers.log(values, number, num_steps)
 
 
-def stage_judge(run: Run, stage: str) -> Judge | None:
-    """Return what asks the recipe's judge about a stage; without one nothing is imported."""
-    section = run.recipe.eval.judge
-    if section is None:
-        return None
-    from sftkey.evaluation.judge import Judge
-
-    return Judge(section, lambda text: run.progress.note(f"{stage}: {text}"))
-
-
 def refuse_unready_judge(recipe: Recipe) -> None:
     """Refuse a judge whose package or key is missing, before anything else is done.
 
@@ -90,33 +92,25 @@ def refuse_unready_judge(recipe: Recipe) -> None:
         RecipeError: Says what to install or to set.
     """
     if recipe.eval.judge is not None:
-        from sftkey.evaluation.judge import open_client
-
         open_client(recipe.eval.judge).close()
 
 
 def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
     """Return the thinking's loss before and after a stage; None of the base model."""
     for record in run.ledger.stages:
-        losses = [record.validation.get(at, {}).get("thinking") for at in ("start", "end")]
-        if record.name == stage and losses[0] is not None and losses[1] is not None:
-            return losses[0], losses[1]
+        start, end = (record.validation.get(at, {}).get("thinking") for at in ("start", "end"))
+        if record.name == stage and start is not None and end is not None:
+            return start, end
     return None
 
 
 def note_thinking(run: Run, stage: str) -> None:
     """Say in the log what a stage did to the thinking, and how to mend what it harmed."""
-    from sftkey.evaluation.results import read_result
-    from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
-
-    names = ["base", *(each.name for each in run.recipe.stages)]
     if stage == "base" or not run.ledger.main:
         return
-    folder = run.ledger.folder / "evaluation"
-    files = [folder / f"{name}.json" for name in (names[names.index(stage) - 1], stage)]
-    before, after = (read_result(file) if file.exists() else None for file in files)
-    if after:
-        change = thinking_change(before, after)
+    names = ["base", *(each.name for each in run.recipe.stages)]
+    if after := _result(run, stage):
+        change = thinking_change(_result(run, names[names.index(stage) - 1]), after)
     else:  # nothing was asked, or will be later
         change = ThinkingChange(stage, thinking_losses(run, stage), run.prepared.loss_name)
     for line in (change.line(), *change.warnings()):

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sftkey.data.response import Example
 from sftkey.errors import RunError
-from sftkey.evaluation.answers import read_generations
+from sftkey.evaluation.answers import grade_texts, read_generations
 from sftkey.evaluation.comparison import Comparison, compare
-from sftkey.evaluation.results import StageResult, read_result, score_stage, write_result
+from sftkey.evaluation.results import StageResult, read_result, score, write_result
 from sftkey.generation.generate import generate_to_file
 from sftkey.models.device import choose_device
 from sftkey.models.loading import load_model, load_tokenizer
@@ -80,12 +80,11 @@ def grade_folder(
         read_generations(ledger.generations(stage), keys),
     )
     renderer = prepared.renderer
-    result = score_stage(
+    result = score(
         recipe,
         renderer,
         stage,
-        written,
-        questions,
+        grade_texts(recipe, renderer, written, questions),
         settings={"model": str(folder)},
         tokenizer=renderer.tokenizer,
     )

@@ -15,9 +15,8 @@ from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
 from sftkey.errors import DataError, DivergedError, RunError
-from sftkey.evaluation.answers import read_generations
+from sftkey.evaluation.answers import grade_texts, read_generations
 from sftkey.evaluation.grading import grade
-from sftkey.evaluation.results import score_stage
 from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
@@ -246,7 +245,8 @@ def accuracy(run: Run) -> float:
     questions, stage = run.answers.questions, run.recipe.stages[-1].name
     keys = [example.key for example in questions]
     written = read_generations(run.ledger.generations(stage), keys)
-    return score_stage(run.recipe, run.prepared.renderer, stage, written, questions).acc
+    texts = grade_texts(run.recipe, run.prepared.renderer, written, questions)
+    return sum(each.grade.right for each in texts) / len(texts)
 
 
 def validation_loss(losses: dict[str, float], prepared: Prepared, by: str) -> float:

@@ -14,6 +14,7 @@ from sftkey.errors import RunError
 from sftkey.evaluation.answers import (
     GradedAnswer,
     chosen,
+    grade_texts,
     graded_answers,
     read_answers,
     write_answers,
@@ -21,6 +22,8 @@ from sftkey.evaluation.answers import (
 from sftkey.evaluation.results import score
 from sftkey.generation.generate import Generation
 from sftkey.training.answers import with_questions
+from tests.support.scoring import graded as graded_texts
+from tests.support.scoring import run_of
 
 RESPONSE = Response("<think>", "</think>", "<answer>", "</answer>")
 CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"})
@@ -44,17 +47,7 @@ def graded() -> list[GradedAnswer]:
     generations: Any = {
         each.key: Generation(TEXTS[each.key], 9, STOPPED.get(each.key, True)) for each in EXAMPLES
     }
-    result = score(
-        generations,
-        EXAMPLES,
-        RESPONSE,
-        stage="key",
-        position=1,
-        grader="number",
-        alpha=0.7,
-        end="<|end|>",
-    )
-    return graded_answers(result, generations, EXAMPLES, RESPONSE, end="<|end|>")
+    return graded_answers(graded_texts(generations, EXAMPLES, RESPONSE, end="<|end|>"))
 
 
 def test_an_answer_stands_beside_what_was_expected(tmp_path: Path) -> None:
@@ -74,6 +67,24 @@ def test_an_answer_stands_beside_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "evaluation").mkdir()
     write_answers(tmp_path / "evaluation", "key", answers)
     assert read_answers(tmp_path, "key") == answers
+
+
+def test_an_answer_is_graded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures and graded answers stand on one verdict: a formula may take seconds."""
+    answers = []
+
+    def counted(answer: str, reference: str) -> tuple[bool, str]:
+        answers.append(answer)
+        return answer == reference, answer
+
+    monkeypatch.setattr("sftkey.evaluation.grading._same_number", counted)
+    recipe, renderer = run_of(RESPONSE, "number", end="<|end|>", stages=["key"])
+    generations: Any = {each.key: Generation(TEXTS[each.key]) for each in EXAMPLES}
+    texts = grade_texts(recipe, renderer, generations, EXAMPLES)
+    result = score(recipe, renderer, "key", texts)
+    graded = graded_answers(texts)
+    assert answers == ["2", "It is 5.", "10"]
+    assert [each.right for each in graded] == [each.correct for each in result.questions]
 
 
 @pytest.mark.parametrize(

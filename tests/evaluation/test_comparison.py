@@ -14,10 +14,11 @@ from scipy.stats import norm
 
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.comparison import as_json, compare, compare_runs, render, sentences
-from sftkey.evaluation.results import StageResult, score, write_result
+from sftkey.evaluation.results import StageResult, write_result
 from sftkey.evaluation.statistics import paired_difference, paired_p, wilson
 from sftkey.evaluation.thinking import PassedChange
 from sftkey.generation.generate import Generation
+from tests.support.scoring import scored
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
 SEED = (
@@ -37,14 +38,12 @@ def result(
         )
         for n in range(num_questions)
     }
-    return score(
+    return scored(
         generations,
         examples,
         RESPONSE,
         stage=stage,
         position=position,
-        grader="number",
-        alpha=0.7,
         settings=settings,
     )
 
@@ -131,14 +130,12 @@ def thinking(stage: str, position: int, right: range, loss: tuple[float, float] 
         )
         for n in range(100)
     }
-    return score(
+    return scored(
         generations,
         examples,
         RESPONSE,
         stage=stage,
         position=position,
-        grader="number",
-        alpha=0.7,
         thinking_loss=loss,
     )
 
@@ -226,14 +223,13 @@ def test_results_without_thinkings_have_one_table() -> None:
 def test_what_is_not_known_is_shown_so() -> None:
     """Another engine's generations may not say what stopped, and may hold no thinking."""
     examples = [Example("2?", "", "2", 0)]
-    other = score(
+    other = scored(
         {QuestionKey(0): Generation("2")},
         examples,
         RESPONSE,
         stage="key",
         position=1,
-        grader="number",
-        alpha=1,
+        changes={"alpha": 1},
     )
     line = printed(compare({"demo": [other]}))[3]
     assert line.split() == ["key", "1", "0.000", "0.000", "0.000", "1", "?", "-"]
@@ -349,14 +345,12 @@ def formed(stage: str, position: int, broken: dict[int, str]) -> StageResult:
     """Make a stage that has all 40 questions right, some behind no valid thinking."""
     examples = [Example(f"{n}?", "", "2", n) for n in range(40)]
     texts = [broken.get(n, "<T>so</T><A>2</A>") for n in range(40)]
-    return score(
+    return scored(
         {QuestionKey(n): Generation(text) for n, text in enumerate(texts)},
         examples,
         RESPONSE,
         stage=stage,
         position=position,
-        grader="number",
-        alpha=0.7,
     )
 
 
@@ -420,14 +414,13 @@ def untrained(right: range, unread: range, grader: str = "number") -> StageResul
         "I cannot tell." if n in unread else f"The answer is {n if n in right else -1}."
         for n in range(100)
     ]
-    return score(
+    return scored(
         {QuestionKey(n): Generation(text) for n, text in enumerate(texts)},
         examples,
         RESPONSE,
         stage="base",
         position=0,
         grader=grader,
-        alpha=0.7,
     )
 
 
@@ -463,14 +456,12 @@ def test_a_base_that_cant_be_read_gets_no_p(grader: str) -> None:
 def test_a_trained_stage_is_read_in_its_tags_alone() -> None:
     """It has learned them: an answer without is wrong, and nothing else is written down."""
     stage = untrained(range(40), range(0))
-    again = score(
+    again = scored(
         {QuestionKey(n): Generation(f"The answer is {n}.") for n in range(100)},
         [Example(f"question {n}", "", str(n), n) for n in range(100)],
         RESPONSE,
         stage="key",
         position=1,
-        grader="number",
-        alpha=0.7,
     )
     assert all(question.untagged is None for question in again.questions)
     assert "untagged" not in again.model_dump_json()

@@ -13,12 +13,13 @@ from sftkey.data.response import Example, Response
 from sftkey.evaluation.answers import graded_answers, write_answers
 from sftkey.evaluation.losses import StageLosses
 from sftkey.evaluation.page import charts, render_page, write_page
-from sftkey.evaluation.results import score, write_result
+from sftkey.evaluation.results import write_result
 from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run import read_rows
 from tests.support.pages import Page
+from tests.support.scoring import graded, scored
 
 SCRIPT = "<script>alert('no')</script>"
 RESPONSE_TAGS = {"response": {"thinking": ["<t>", "</t>"], "answer": ["<a>", "</a>"]}}
@@ -48,12 +49,10 @@ def grade(folder: Path, recipe: Recipe, position: int, texts: list[str]) -> None
         for example, text in zip(examples, texts, strict=True)
     }
     response = Response.from_section(recipe.response)
-    result = score(
-        written, examples, response, stage=name, position=position, grader="number", alpha=0.7
-    )
+    result = scored(written, examples, response, name, position)
     (folder / "evaluation").mkdir(exist_ok=True)
     write_result(folder / "evaluation", result)
-    answers = graded_answers(result, written, examples, response)
+    answers = graded_answers(graded(written, examples, response))
     write_answers(folder / "evaluation", name, answers)
 
 

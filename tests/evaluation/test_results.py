@@ -12,9 +12,10 @@ import pytest
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.errors import DataError, RunError
 from sftkey.evaluation.answers import read_generations
-from sftkey.evaluation.results import StageResult, read_result, read_results, score, write_result
+from sftkey.evaluation.results import StageResult, read_result, read_results, write_result
 from sftkey.evaluation.statistics import wilson
 from sftkey.generation.generate import Generation
+from tests.support import scoring
 
 RESPONSE = Response("<Thinking>\n", "\n</Thinking>", "\n<Answer>\n", "\n</Answer>")
 EXAMPLES = [Example(f"How much is {n} and {n}?", "", str(2 * n), n) for n in (4, 2, 3, 1)]
@@ -39,13 +40,12 @@ def asked(*rows: int) -> list[QuestionKey]:
 
 def scored(generations: dict[int, Generation] = GENERATIONS, **changes: Any) -> StageResult:
     """Score the four generations above."""
-    settings: dict[str, Any] = {"stage": "key", "position": 2, "grader": "number", "alpha": 0.7}
-    return score(keyed(generations), EXAMPLES, RESPONSE, **{**settings, **changes})
+    return scoring.scored(keyed(generations), EXAMPLES, RESPONSE, **{"position": 2, **changes})
 
 
 def test_score_counts() -> None:
     """Every figure of four questions, counted by hand; unparsed is wrong."""
-    result = scored(settings={"max_new_tokens": 12})
+    result = scored(settings={"judge": "m"})
     assert result.num_questions == 4
     assert (result.acc, result.fmt) == (0.5, 0.5)
     assert result.acc_interval == result.fmt_interval == wilson(2, 4)
@@ -66,7 +66,8 @@ def test_score_counts() -> None:
         "answer_open": "\n<Answer>\n",
         "answer_close": "\n</Answer>",
     }
-    assert result.settings == {"grader": "number", "response": response, "max_new_tokens": 12}
+    about = {"max_new_tokens": 512, "temperature": 0.0}
+    assert result.settings == {"grader": "number", "response": response, **about, "judge": "m"}
 
 
 def test_score_weighs_acc_by_alpha() -> None:
@@ -101,47 +102,32 @@ def test_what_the_template_puts_around_a_completion_is_no_fault_of_its_format() 
         for index in GENERATIONS
     }
     assert scored(whole).fmt == 0
-    assert scored(whole, assistant_prefix="<think></think>", end="<|im_end|>").fmt == 1
+    around = {"assistant_prefix": "<think></think>", "end": "<|im_end|>"}
+    assert scored(whole, changes=around).fmt == 1
 
 
 def test_the_same_questions_have_the_same_fingerprint() -> None:
     """It depends on rows, prompts and references, and on nothing that a model did."""
-    same = score(
-        keyed({index: Generation("") for index in GENERATIONS}),
-        EXAMPLES[::-1],
-        RESPONSE,
-        stage="base",
-        position=0,
-        grader="exact",
-        alpha=1.0,
-    )
+    written = keyed({index: Generation("") for index in GENERATIONS})
+    same = scoring.scored(written, EXAMPLES[::-1], RESPONSE, "base", 0, "exact")
     assert same.questions_sha256 == scored().questions_sha256
     changed = [Example("Another prompt", "", EXAMPLES[0].answer, 4), *EXAMPLES[1:]]
-    other = score(
-        keyed(GENERATIONS), changed, RESPONSE, stage="key", position=2, grader="number", alpha=0.7
-    )
+    other = scoring.scored(keyed(GENERATIONS), changed, RESPONSE)
     assert other.questions_sha256 != same.questions_sha256
 
 
 def test_chat_prompts_have_a_fingerprint() -> None:
     """Prompts may be messages."""
     messages = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "2?"})
-    result = score(
-        {QuestionKey(0): Generation("")},
-        [Example(messages, "", "2", 0)],
-        RESPONSE,
-        stage="base",
-        position=0,
-        grader="number",
-        alpha=0.7,
-    )
+    written = {QuestionKey(0): Generation("")}
+    result = scoring.scored(written, [Example(messages, "", "2", 0)], RESPONSE)
     assert len(result.questions_sha256) == 64
 
 
 def test_no_question_is_an_error() -> None:
     """A share of nothing is no figure."""
     with pytest.raises(DataError) as caught:
-        score({}, [], RESPONSE, stage="base", position=0, grader="number", alpha=0.7)
+        scoring.scored({}, [], RESPONSE)
     assert str(caught.value) == "test rows: expected at least one question; got none"
 
 
@@ -172,11 +158,10 @@ def test_a_result_from_before_thinkings_were_judged_is_read(tmp_path: Path) -> N
 def test_thinkings_are_judged_and_hashed(tmp_path: Path) -> None:
     """Each question says whether its thinking is right; no text of it stands in the file."""
     examples = [Example(f"{n}?", f"{n} + {n} = {2 * n}", str(2 * n), n) for n in (1, 2, 3, 4)]
-    changes = {"stage": "key", "position": 2, "grader": "number", "alpha": 0.7}
-    result = score(keyed(GENERATIONS), examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
+    result = scoring.scored(keyed(GENERATIONS), examples, RESPONSE)
     assert [q.thinking_right for q in result.questions] == [False, False, False, False]
     right = {**GENERATIONS, 1: Generation(RESPONSE.render("That makes 1 + 1 = 2", "3"))}
-    result = score(keyed(right), examples, RESPONSE, **changes, thinking_loss=(0.5, 0.25))  # type: ignore[arg-type]
+    result = scoring.scored(keyed(right), examples, RESPONSE, thinking_loss=(0.5, 0.25))
     assert [q.thinking_right for q in result.questions] == [True, False, False, False]
     assert (result.num_thinking_judged, result.num_thinking_right) == (4, 1)
     assert [q.follows for q in result.questions] == [False, None, True, None]

@@ -9,10 +9,11 @@ import pytest
 
 import sftkey.evaluation.thinking as module
 from sftkey.data.response import Example, QuestionKey, Response
-from sftkey.evaluation.results import StageResult, score
+from sftkey.evaluation.results import StageResult
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
 from sftkey.evaluation.thinking_change import ThinkingChange, Turned, thinking_change
 from sftkey.generation.generate import Generation
+from tests.support.scoring import scored
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
 CHAIN = Example("4 + 3 - 2 =", "4 + 3 = 7\n7 - 2", "5", 0)
@@ -156,14 +157,12 @@ def result(
         ("So " if n in changed else "") + (f"{n} + 1 = {n + 1}\n{n + 1} + 2" if n in right else "?")
         for n in range(40)
     ]
-    return score(
+    return scored(
         {QuestionKey(n): Generation(RESPONSE.render(text, "0")) for n, text in enumerate(texts)},
         examples,
         RESPONSE,
         stage=stage,
         position=1,
-        grader="number",
-        alpha=0.7,
         **more,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -16,11 +15,12 @@ from sftkey.cli import main
 from sftkey.commands.sharing import card, push
 from sftkey.data.response import Example, Response
 from sftkey.errors import RunError
-from sftkey.evaluation.results import score, write_result
+from sftkey.evaluation.results import write_result
 from sftkey.generation.generate import Generation
 from sftkey.sharing.card import public_recipe
 from tests.support.hub_server import FakeHub, fake_hub
 from tests.support.runs import STAGES, made_run
+from tests.support.scoring import scored
 
 
 @pytest.fixture
@@ -34,8 +34,7 @@ def run(tmp_path: Path, tiny_folder: Path) -> Path:
             each.key: Generation(response.render("so", text), 9, True)
             for each, text in zip(examples, texts, strict=True)
         }
-        settings: dict[str, Any] = {"grader": "number", "alpha": 0.7}
-        result = score(written, examples, response, stage=name, position=position, **settings)
+        result = scored(written, examples, response, name, position)
         write_result(folder / "evaluation", result)
     dropped = {"train: too long": {"count": 2, "rows": [1, 2], "code": "too-long"}}
     counts = {"train": 30, "validation": 4, "test": 4, "dropped": dropped}

@@ -1,0 +1,58 @@
+"""Results of stages of runs that nobody ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from sftkey.data.response import Example, QuestionKey, Response
+from sftkey.evaluation.answers import GradedText, grade_texts
+from sftkey.evaluation.results import StageResult, score
+from sftkey.generation.generate import Generation
+from sftkey.recipe.schema import EvalSection
+
+
+def run_of(
+    response: Response,
+    grader: str,
+    alpha: float = 0.7,
+    assistant_prefix: str = "",
+    end: str = "",
+    stages: Sequence[str] = (),
+    source: str = "rows.jsonl",
+) -> tuple[Any, Any]:
+    """Make what grading reads of a run's recipe and renderer."""
+    section = EvalSection(grader=grader, alpha=alpha)  # type: ignore[arg-type]
+    named = [SimpleNamespace(name=name) for name in stages]
+    recipe = SimpleNamespace(eval=section, stages=named, data=SimpleNamespace(source=source))
+    return recipe, SimpleNamespace(response=response, assistant_prefix=assistant_prefix, end=end)
+
+
+def graded(
+    generations: Mapping[QuestionKey, Generation],
+    examples: Sequence[Example],
+    response: Response,
+    grader: str = "number",
+    **changes: Any,
+) -> list[GradedText]:
+    """Grade what was written to some questions."""
+    return grade_texts(*run_of(response, grader, **changes), generations, examples)
+
+
+def scored(
+    generations: Mapping[QuestionKey, Generation],
+    examples: Sequence[Example],
+    response: Response,
+    stage: str = "key",
+    position: int = 1,
+    grader: str = "number",
+    changes: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> StageResult:
+    """Score what a stage wrote; `changes` are of `run_of`, the rest of `score`."""
+    before = [f"before-{number}" for number in range(1, position)]
+    stages = [*before, stage] if position else []
+    recipe, renderer = run_of(response, grader, stages=stages, **(changes or {}))
+    texts = grade_texts(recipe, renderer, generations, examples)
+    return score(recipe, renderer, stage, texts, **more)
