@@ -123,14 +123,13 @@ def study_run(checked: Study, file: Path) -> StudyRun:
     """Put a study together: its recipes, the gate, and what grades."""
     from sftkey.checks.gate import require_trainable
     from sftkey.evaluation.stage import grade_stage
-    from sftkey.study.cells import StudyFolder
     from sftkey.study.run import StudyRun
-    from sftkey.study.tasks import tasks_of
+    from sftkey.study.tasks import StudyFolder, tasks_of
 
     return StudyRun(
-        checked,
-        tasks_of(checked, file.parent),
-        StudyFolder(Path("runs") / checked.name),
+        study=checked,
+        tasks=tasks_of(checked, file.parent),
+        folder=StudyFolder(Path("runs") / checked.name),
         read=require_trainable,
         grade=grade_stage,
         note=lambda text: print(text, file=sys.stderr, flush=True),

@@ -1,8 +1,7 @@
-"""A study's folder: its cells, what each trained, and the stages that cells share."""
+"""What a study's cell has found, as its file holds it, and the stages that cells share."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -28,84 +27,13 @@ from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.study.tasks import run_name
+from sftkey.study.tasks import Cell
 from sftkey.training.log import read_log
 from sftkey.training.rows import TRAINS, fingerprints, made_from
 from sftkey.training.run import BASE, Run
 from sftkey.training.run_folder import Ledger, prefix_key
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm on one task with one seed.
-
-    Args:
-        task: The task's name.
-        arm: The strategy's name.
-        seed: The run's.
-        recipe: What the cell trains.
-        chosen: By stage what was chosen on validation rows; empty where nothing was.
-    """
-
-    task: str
-    arm: str
-    seed: int
-    recipe: Recipe
-    chosen: dict[str, dict[str, float]]
-
-    @property
-    def name(self) -> str:
-        """Name the run's folder."""
-        return run_name(self.arm, self.seed)
-
-    @property
-    def last(self) -> str:
-        """Name the stage that is judged."""
-        return self.recipe.stages[-1].name
-
-
-@dataclass(frozen=True)
-class StudyFolder:
-    """Where a study's runs, choices and finished cells lie: below `runs/<study>`.
-
-    A screening has a folder of its own in it, and the study's choices.
-    """
-
-    root: Path
-    chosen: Path | None = None
-
-    def screening(self) -> StudyFolder:
-        """Return the folder of the study's screening."""
-        return StudyFolder(self.root / "screen", self.root)
-
-    def runs(self, task: str) -> Path:
-        """Return the folder of a task's runs."""
-        return self.root / task
-
-    def run(self, cell: Cell) -> Path:
-        """Return a cell's run folder."""
-        return self.runs(cell.task) / cell.name
-
-    def record(self, cell: Cell) -> Path:
-        """Return the file that is there when a cell is finished."""
-        return self.root / "cells" / cell.task / cell.arm / f"seed-{cell.seed}.json"
-
-    def choices(self, task: str) -> Path:
-        """Return the file of what was chosen on a task's validation rows."""
-        return (self.chosen or self.root) / "choices" / f"{task}.json"
-
-
-def hashed(value: Any) -> str:
-    """Hash plain data."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def rows_key(recipe: Recipe) -> str:
-    """Return what two recipes share that make the same rows."""
-    sections = recipe.model_dump(mode="json", include={"seed", "model", "data", "response"})
-    return hashed(sections)
 
 
 def take_over(ledger: Ledger, prepared: Prepared) -> None:
@@ -154,8 +82,8 @@ def _giver(ledger: Ledger, number: int, rows: Mapping[str, str]) -> Ledger | Non
         and prefix_key(other.recipe, number + 1) == wanted
         and _same(other, rows, TRAINS)
     ]
-    found.sort(key=lambda other: not other.generations(other.stages[number].name).exists())
-    return found[0] if found else None
+    answered = [other for other in found if other.generations(other.stages[number].name).exists()]
+    return next(iter(answered or found), None)
 
 
 def _others(folder: Path) -> Iterator[Ledger]:
@@ -208,9 +136,12 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
     """
     folder = run.ledger.folder / "evaluation"
     last, base = (read_result(folder / f"{name}.json") for name in (cell.last, BASE))
-    lengths = reference_lengths(run)
     records = run.ledger.stages
     logs = {record.name: read_log(run.ledger.log(number)) for number, record in enumerate(records)}
+
+    def logged(count: str) -> dict[str, int]:
+        return {name: sum(line[count] for line in log) for name, log in logs.items()}
+
     return {
         "task": cell.task,
         "arm": cell.arm,
@@ -218,17 +149,15 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
         "stages": [record.name for record in records],
         **_figures(last),
         "base": _figures(base),
-        "reference_tokens": lengths,
+        "reference_tokens": reference_lengths(run),
         "segment_tokens": segment_tokens(run),
         "validation": {record.name: record.validation for record in records},
         "gradient_norm": {
             record.name: record.gradient_norm for record in records if record.gradient_norm
         },
         "steps": {record.name: record.num_steps for record in records},
-        "trained_tokens": {
-            name: sum(line["trained_tokens"] for line in log) for name, log in logs.items()
-        },
-        "tokens": {name: sum(line["tokens"] for line in log) for name, log in logs.items()},
+        "trained_tokens": logged("trained_tokens"),
+        "tokens": logged("tokens"),
         "seconds": {record.name: record.seconds for record in records},
         "wall_seconds": round(wall_seconds, 3),
         "shared_from": {record.name: record.shared_from for record in records},

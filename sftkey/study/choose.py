@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -14,45 +16,38 @@ from typing import Any
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Segment
-from sftkey.errors import DataError, DivergedError, RunError
+from sftkey.errors import DataError, DivergedError, RunError, RunLocked
 from sftkey.evaluation.answers import grade_texts, read_generations
 from sftkey.evaluation.grading import grade
 from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
-from sftkey.study.cells import StudyFolder, hashed, remove_checkpoints, take_over
-from sftkey.study.schema import Choice, Study, has_weight
-from sftkey.study.tasks import Task, arm_recipe
-from sftkey.training.run import Run, start
-from sftkey.training.run_folder import Ledger, open_run
+from sftkey.study.cells import remove_checkpoints, take_over
+from sftkey.study.schema import Choice, has_weight
+from sftkey.study.tasks import Picked, StudyRows, Task, arm_recipe, hashed
+from sftkey.training.lock import lock_run
+from sftkey.training.run import Run, release_memory, start
+from sftkey.training.run_folder import open_run
 
-Picked = list[dict[str, float]]  # by stage
 ChoiceFigures = dict[str, float | None]  # of a value that was tried
+Grid = dict[str, tuple[float, ...]]
+WAIT_SECONDS = 10  # before a run that another process has is tried again
 
 
-@dataclass
+@dataclass(frozen=True)
 class StudyChoices:
     """What is chosen for one task.
 
     A stage is chosen once for all arms that come to it in the same way, given what was chosen for
-    the stages before it; so arms that share a first stage go on sharing it.
+    the stages before it; so arms that share a first stage go on sharing it. So do processes that
+    share the study's folder: what one of them has written down counts for all.
 
     Args:
-        study: With or without something to choose.
+        run: The study, with or without something to choose.
         task: Its recipe.
-        folder: Keeps the choices.
-        arms: In the order in which they are chosen for.
-        rows: Gives a recipe's rows.
-        matched: Gives an arm's settings that depend on the number of rows.
-        note: Says a line to the person.
     """
 
-    study: Study
+    run: StudyRows
     task: Task
-    folder: StudyFolder
-    arms: Sequence[str]
-    rows: Callable[[Recipe], Prepared]
-    matched: Callable[[Task, str, int, int | None], Picked]
-    note: Callable[[str], None]
 
     def of(self, arm: str, choose: bool = True) -> Picked:
         """Return what is chosen for an arm's stages.
@@ -61,50 +56,53 @@ class StudyChoices:
             arm: One of the study's.
             choose: Train what this takes; otherwise what isn't chosen yet is left open.
         """
-        num_stages = len(self.study.strategy(arm).stages)
-        if self.study.choose is None:
-            return [{} for _ in range(num_stages)]
-        record = self._record(self.study.choose)
+        choice, num_stages = self.run.study.choose, len(self.run.study.strategy(arm).stages)
         picked: Picked = []
-        for number in range(num_stages):
+        for number in range(num_stages) if choice else ():
+            assert choice is not None
             key = self._key(arm, number)
-            if key not in record["stages"]:
+            stages = self._record(choice)["stages"]
+            if key not in stages:
                 if not choose:
-                    return picked + [{} for _ in range(number, num_stages)]
-                record["stages"][key] = self._choose(self.study.choose, arm, number, picked)
-                path = self.folder.choices(self.task.name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, record)
-                if all(key in record["stages"] for key in self._keys()):
-                    shutil.rmtree(self._runs, ignore_errors=True)
-            picked.append(record["stages"][key]["chosen"])
-        return picked
+                    break
+                found = self._choose(choice, arm, number, picked)
+                stages = self._keep(choice, key, found)
+            picked.append(stages[key]["chosen"])
+        return picked + [{} for _ in range(len(picked), num_stages)]
 
     def num_left(self) -> int:
         """Count the runs that are still to be trained, where no grid is widened."""
-        choice = self.study.choose
+        choice = self.run.study.choose
         if choice is None:
             return 0
-        stages = self._record(choice)["stages"]
-        sizes = {
-            self._key(arm, number): math.prod(map(len, grid.values()))
-            for arm in self.arms
-            for number in range(len(self.study.strategy(arm).stages))
-            if (grid := self._grid(choice, arm, number))
-        }
-        return sum(size for key, size in sizes.items() if key not in stages)
+        stages, grids = self._record(choice)["stages"], self._grids(choice)
+        left = [grid for key, grid in grids.items() if grid and key not in stages]
+        return sum(math.prod(map(len, grid.values())) for grid in left)
+
+    @property
+    def _file(self) -> Path:
+        return self.run.folder.choices(self.task.name)
 
     @property
     def _runs(self) -> Path:
-        return self.folder.choices(self.task.name).with_suffix("")
+        return self._file.with_suffix("")
 
-    def _keys(self) -> list[str]:
-        strategies = {arm: self.study.strategy(arm) for arm in self.arms}
-        return [self._key(arm, n) for arm in self.arms for n in range(len(strategies[arm].stages))]
+    def _keep(self, choice: Choice, key: str, found: dict[str, Any]) -> dict[str, Any]:
+        """Write down what was found, and return all choices; one that is there already counts."""
+        record = self._record(choice)  # of now: others have written into it in the meantime
+        if key not in record["stages"]:
+            record["stages"][key] = found
+            write_json(self._file, record)
+        stages: dict[str, Any] = record["stages"]
+        if self._grids(choice).keys() <= stages.keys():
+            for folder in self._runs.glob("*"):
+                with suppress(RunLocked), lock_run(folder):  # others choose for other arms
+                    shutil.rmtree(folder, ignore_errors=True)
+        return stages
 
     def _key(self, arm: str, number: int) -> str:
         """Return what two arms share that come to a stage in the same way."""
-        strategy = self.study.strategy(arm)
+        strategy = self.run.study.strategy(arm)
         last = number == len(strategy.stages) - 1
         way = [list(map(dict, strategy.stages[: number + 1])), dict(strategy.response or {})]
         rest = [
@@ -114,9 +112,17 @@ class StudyChoices:
         ]
         return hashed([way, rest])[:16]
 
-    def _grid(self, choice: Choice, arm: str, number: int) -> dict[str, tuple[float, ...]]:
+    def _grids(self, choice: Choice) -> dict[str, Grid]:
+        """Return the grid of each stage of all arms, by its key."""
+        return {
+            self._key(arm, number): self._grid(choice, arm, number)
+            for arm in self.run.arms
+            for number in range(len(self.run.study.strategy(arm).stages))
+        }
+
+    def _grid(self, choice: Choice, arm: str, number: int) -> Grid:
         """Return the values of what is chosen for a stage of an arm."""
-        stage = self.study.strategy(arm).stages[number]
+        stage = self.run.study.strategy(arm).stages[number]
         weight = choice.weight if has_weight(stage) else ()
         kl = choice.kl if stage.get("kl") else ()
         grid = {"learning_rate": choice.learning_rate, "weight": weight, "kl": kl}
@@ -124,29 +130,33 @@ class StudyChoices:
 
     def _record(self, choice: Choice) -> dict[str, Any]:
         asked = choice.model_dump(mode="json", exclude={"max_rounds"})
-        path = self.folder.choices(self.task.name)
-        if not path.exists():
+        if not self._file.exists():
             return {"choose": asked, "stages": {}}
-        record = read_json(path)
+        record = read_json(self._file)
         if record["choose"] != asked:
             raise RunError(
-                str(path),
+                str(self._file),
                 f"expected the values that were chosen from, {record['choose']}; got {asked}",
                 "another `name` begins another study; without this file it is chosen again",
             )
         return record
 
     def _choose(self, choice: Choice, arm: str, number: int, before: Picked) -> dict[str, Any]:
-        """Try all values of one stage."""
-        grid = self._grid(choice, arm, number)
+        """Try all values of one stage; where another process has chosen for it, return that."""
+        grid, key = self._grid(choice, arm, number), self._key(arm, number)
         tried: list[ChoiceFigures] = []
         values: dict[str, list[float]] = {name: [] for name in grid}
-        names = [str(stage["name"]) for stage in self.study.strategy(arm).stages[: number + 1]]
+        names = [str(stage["name"]) for stage in self.run.study.strategy(arm).stages[: number + 1]]
         where = f"{self.task.name}, {arm}, {' > '.join(names)}"
         points = [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
         for rounds_left in range(choice.max_rounds, -1, -1):
             for point in points:
-                figures = self._try(choice, arm, [*before, point]) if point else {"loss": None}
+                figures: ChoiceFigures | None = {"loss": None}
+                if point:
+                    figures = self._try_in_turn(choice, arm, [*before, point], where)
+                if figures is None:
+                    found: dict[str, Any] = self._record(choice)["stages"][key]
+                    return found
                 tried.append({**point, **figures})
                 for name, value in point.items():
                     values[name].append(value)
@@ -154,10 +164,10 @@ class StudyChoices:
             points = widened(values, chosen)
             if not points or not rounds_left:
                 break
-            self.note(f"{where}: at an edge; tried too: {'; '.join(map(_shown, points))}")
+            self.run.note(f"{where}: at an edge; tried too: {'; '.join(map(_shown, points))}")
         edge = [name for name in grid if chosen[name] in (min(values[name]), max(values[name]))]
         note = f"{where}: {_shown(chosen) or 'nothing'} chosen"
-        self.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
+        self.run.note(note + (f" (at the grid's edge: {', '.join(edge)})" if edge else ""))
         return {"stages": names, "tried": tried, "chosen": chosen, "at_edge": edge}
 
     def _best(
@@ -170,17 +180,31 @@ class StudyChoices:
         best = min(finite, key=_rank) if finite else tried[0]
         return {name: value for name in names if (value := best[name]) is not None}
 
+    def _try_in_turn(
+        self, choice: Choice, arm: str, picked: Picked, where: str
+    ) -> ChoiceFigures | None:
+        """Try values when no other process does; None where one has chosen for the stage."""
+        key, waiting = self._key(arm, len(picked) - 1), False
+        while key not in self._record(choice)["stages"]:
+            try:
+                return self._try(choice, arm, picked)
+            except RunLocked as error:
+                if not waiting:
+                    self.run.note(f"{where}: waiting for another process: {error.problems[0]}")
+                waiting = True
+            release_memory()  # and the locks of dropped runs, which the other may wait for
+            time.sleep(WAIT_SECONDS)
+        return None
+
     def _try(self, choice: Choice, arm: str, picked: Picked) -> ChoiceFigures:
         """Train up to the stage that is chosen for; its loss is None where it diverges."""
         num_stages, by_answers = len(picked), choice.by == "accuracy"
-        matched = self.matched(self.task, arm, choice.seed, choice.num_rows)
+        matched = self.run.matched(self.task, arm, choice.seed, choice.num_rows)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=False)]
-        recipe = arm_recipe(self.study, self.task, arm, choice.seed, laid, num_stages)
+        recipe = arm_recipe(self.run.study, self.task, arm, choice.seed, laid, num_stages)
         folder = self._runs / hashed([self._key(arm, num_stages - 1), picked])[:16]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        open_run(recipe, folder)
-        rows = partial(self._few_rows, choice)
-        take_over(Ledger(folder, recipe), rows(recipe))
+        ledger, rows = open_run(recipe, folder), partial(self._few_rows, choice)
+        take_over(ledger, rows(recipe))
         run = start(recipe, folder, read=rows, grade=grade)
         run.answers.asked = {recipe.stages[-1].name} if by_answers else ()
         try:
@@ -196,7 +220,7 @@ class StudyChoices:
 
     def _few_rows(self, choice: Choice, recipe: Recipe) -> Prepared:
         """Return the first training rows, and the validation rows where test rows are asked."""
-        prepared = self.rows(recipe)
+        prepared = self.run.rows(recipe)
         if prepared.validation is None:
             what = "choose: expected validation rows to choose on; got none"
             raise DataError(str(self.task), what, "write data.validation into the recipe")

@@ -12,16 +12,14 @@ from typing import Any
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.page import render
+from sftkey.evaluation.results import Question
 from sftkey.files import write_text
 from sftkey.study import report
-from sftkey.study.cells import StudyFolder
-from sftkey.study.results import CellQuestion, FinishedCell, StudyResults
+from sftkey.study.results import FinishedCell, StudyResults
 from sftkey.study.summary import BASE
-from sftkey.study.tasks import run_name
+from sftkey.study.tasks import StudyFolder, run_name
 
 MOST_QUESTIONS = 6000  # on a page, which then has some megabytes
-
-Asking = dict[str, list[CellQuestion]]  # by arm a question's flags, one a seed
 
 
 def write_page(
@@ -42,6 +40,7 @@ def write_page(
     """
     most = MOST_QUESTIONS // len(results.tasks)
     tasks = [_task(folder, results, cells, name, most) for name in results.tasks]
+    names = dict.fromkeys(arm.name for arm in results.arms)
     page = folder / "report.html"
     text = render(
         "study/page.html.jinja",
@@ -50,11 +49,7 @@ def write_page(
         tasks=tasks,
         num_shown=sum(len(task["questions"]) for task in tasks),
         texts=any(asked.text for task in tasks for asked in task["questions"]),
-        others=list(
-            dict.fromkeys(
-                arm.name for arm in results.arms if arm.name not in (BASE, results.control)
-            )
-        ),
+        others=[name for name in names if name not in (BASE, results.control)],
         pictures={
             Path(name).stem: b64encode((folder / name).read_bytes()).decode() for name in pictures
         },
@@ -98,29 +93,19 @@ class Verdict:
     @property
     def word(self) -> str:
         """`right`, `wrong` or `unparsed` where all seeds agree, else nothing."""
-        counts = {
-            "right": self.num_right,
-            "unparsed": self.num_unparsed,
-            "wrong": self.num_asked - self.num_right - self.num_unparsed,
-        }
+        num_wrong = self.num_asked - self.num_right - self.num_unparsed
+        counts = {"right": self.num_right, "unparsed": self.num_unparsed, "wrong": num_wrong}
         agreed = (word for word, count in counts.items() if count == self.num_asked)
         return next(agreed, "") if self.num_asked else ""
 
     @property
     def text(self) -> str:
         """The word of one seed, or how many of several were right."""
-        if self.num_asked > 1:
-            return f"{self.num_right} of {self.num_asked}"
-        return self.word
-
-    @property
-    def share(self) -> float:
-        """The share of the seeds that were right."""
-        return self.num_right / self.num_asked
+        return f"{self.num_right} of {self.num_asked}" if self.num_asked > 1 else self.word
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionVerdicts:
     """A question, and by arm what was answered."""
 
     name: str
@@ -132,24 +117,21 @@ class Asked:
     def traits(self) -> list[str]:
         """By what the page finds it: `differs`, and the arms that are better or worse."""
         shares = {
-            arm: verdict.share
+            arm: verdict.num_right / verdict.num_asked
             for arm, verdict in self.verdicts.items()
             if verdict.num_asked and arm != BASE
         }
         found = ["differs"] if len(set(shares.values())) > 1 else []
-        at = shares.pop(self.control, None)
-        if at is None:
-            return found
-        return found + [
-            f"{'better' if share > at else 'worse'}-{arm}"
-            for arm, share in shares.items()
-            if share != at
-        ]
+        at = shares.get(self.control)
+        for arm, share in shares.items():
+            if at is not None and share != at:
+                found.append(f"{'better' if share > at else 'worse'}-{arm}")
+        return found
 
 
 def _questions(
     folder: Path, cells: Sequence[FinishedCell], arms: Sequence[str], control: str
-) -> Iterator[Asked]:
+) -> Iterator[QuestionVerdicts]:
     """Yield a task's questions; seeds that answered the same ones stand in one row."""
     sets: dict[str | None, list[FinishedCell]] = defaultdict(list)
     for cell in cells:
@@ -157,29 +139,24 @@ def _questions(
     for group in sets.values():
         seeds = sorted({cell.seed for cell in group})
         of_seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
+        asked: dict[tuple[int, int], dict[str, list[Question]]]  # by row and turn, and by arm
+        asked = defaultdict(lambda: defaultdict(list))
+        based = next((cell.base.questions for cell in group if cell.base), ())
+        for arm, questions in [*((cell.arm, cell.questions) for cell in group), (BASE, based)]:
+            for question in questions:
+                asked[question.index, question.turn][arm].append(question)
         texts = _texts(folder, group)
-        for (index, turn), asking in _asked(group).items():
+        for (index, turn), by_arm in asked.items():
             name = f"row {index}" + (f", turn {turn}" if turn else "")
-            yield Asked(
+            yield QuestionVerdicts(
                 (of_seeds if len(sets) > 1 else "") + name,
                 texts.get((index, turn), ""),
-                {arm: _verdict(asking.get(arm, [])) for arm in arms},
+                {arm: _verdict(by_arm[arm]) for arm in arms},
                 control,
             )
 
 
-def _asked(cells: Sequence[FinishedCell]) -> dict[tuple[int, int], Asking]:
-    """Return the flags by row and turn; the base model answers once, whatever the seed."""
-    found: dict[tuple[int, int], Asking] = defaultdict(lambda: defaultdict(list))
-    based = next((cell.base for cell in cells if cell.base), None)
-    answered = [(cell.arm, cell.questions) for cell in cells]
-    for arm, questions in [*answered, (BASE, based.questions if based else ())]:
-        for question in questions:
-            found[question.index, question.turn][arm].append(question)
-    return found
-
-
-def _verdict(asked: Sequence[CellQuestion]) -> Verdict:
+def _verdict(asked: Sequence[Question]) -> Verdict:
     unparsed = sum(not (question.parsed or question.correct) for question in asked)
     return Verdict(sum(question.correct for question in asked), len(asked), unparsed)
 

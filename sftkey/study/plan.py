@@ -14,11 +14,11 @@ from sftkey.memory_plan.peak import peak_bytes
 from sftkey.memory_plan.plan import RESERVED_BYTES, gib
 from sftkey.recipe.schema import StageSection
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
-from sftkey.study.cells import Cell, hashed
 from sftkey.study.results import FinishedCell
 from sftkey.study.run import StudyRun
-from sftkey.study.seeds import MOST_SEEDS, Supposed, seeds_needed
+from sftkey.study.seeds import MOST_SEEDS, seeds_needed
 from sftkey.study.summary import stated, supposed_of
+from sftkey.study.tasks import Cell, hashed
 from sftkey.tables import FittedTable
 from sftkey.training.run_folder import prefix_key
 
@@ -45,15 +45,10 @@ class PlannedCell:
     num_questions: int
     questions_sha256: str
 
-    @property
-    def num_steps(self) -> int:
-        """Count the steps that are still to be trained."""
-        return sum(each.num_steps for each in self.stages if not (each.shared or self.finished))
-
-    @property
-    def num_tokens(self) -> int:
-        """Count the tokens that these steps read."""
-        return sum(each.num_tokens for each in self.stages if not (each.shared or self.finished))
+    def left(self, count: str) -> int:
+        """Count `num_steps` that are still to be trained, or `num_tokens` that they read."""
+        stages = () if self.finished else self.stages
+        return sum(getattr(each, count) for each in stages if not each.shared)
 
 
 def plan(run: StudyRun) -> list[PlannedCell]:
@@ -65,10 +60,9 @@ def plan(run: StudyRun) -> list[PlannedCell]:
     planned = []
     for cell in cells:
         prepared, stages = run.rows(cell.recipe), list[PlannedStage]()
-        tokens = sum(prepared.counts["tokens"]["train"].values())
-        for number, stage in enumerate(cell.recipe.stages):
-            trainer, num_rows = cell.recipe.stage_trainer(stage), len(prepared.train)
-            key = prefix_key(cell.recipe, number + 1)
+        num_rows, tokens = len(prepared.train), sum(prepared.counts["tokens"]["train"].values())
+        for number, stage in enumerate(cell.recipe.stages, start=1):
+            trainer, key = cell.recipe.stage_trainer(stage), prefix_key(cell.recipe, number)
             steps = num_stage_steps(trainer, num_rows, 1)
             read = round(num_stage_epochs(trainer, num_rows, 1) * tokens)
             planned_stage = PlannedStage(stage.name, steps, read, key in seen)
@@ -103,11 +97,12 @@ class Pace:
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
-        own = [_own_seconds(record) for record in records]
-        self.overhead = sum(
-            max(record["wall_seconds"] - seconds, 0.0)
-            for record, seconds in zip(records, own, strict=True)
-        ) / max(len(records), 1)
+        around = 0.0  # what a cell took beside the stages that it trained itself
+        for record in records:
+            shared = record["shared_from"]
+            own = sum(each for name, each in record["seconds"].items() if not shared[name])
+            around += max(record["wall_seconds"] - own, 0.0)
+        self.overhead = around / max(len(records), 1)
 
     def seconds(self, cell: Cell, stages: Iterable[PlannedStage]) -> float | None:
         """Guess the seconds of a cell: its training, and what loading and answers took before."""
@@ -127,31 +122,20 @@ class Pace:
             for name, seconds in record["seconds"].items()
             if seconds
         ]
-        for rows in ([row for row in timed if row[0]], timed):
-            if rows:
-                return float(sum(row[1] for row in rows) / sum(row[2] for row in rows))
-        return None
-
-
-def _own_seconds(record: dict[str, Any]) -> float:
-    """Return the seconds of the stages that this cell trained itself."""
-    shared = record["shared_from"]
-    return float(sum(s for name, s in record["seconds"].items() if not shared[name]))
+        rows = [row for row in timed if row[0]] or timed
+        return float(sum(row[1] for row in rows) / sum(row[2] for row in rows)) if rows else None
 
 
 def to_choose(run: StudyRun) -> list[str]:
     """Say by task how many runs choose before the cells are trained."""
     choice = run.study.choose
-    num_rows = choice.num_rows if choice else 0
-    more = (
-        f"; where a value at the grid's edge is best, up to {choice.max_rounds} more rounds"
-        if choice and choice.max_rounds
-        else ""
-    )
+    if choice is None:
+        return []
+    more = f"; where a value at the grid's edge is best, up to {choice.max_rounds} more rounds"
     left = {task.name: run.choices(task).num_left() for task in run.tasks}
     return [
-        f"{task}: {count} more runs, on up to {num_rows} rows each, choose on the validation rows "
-        f"first{more}"
+        f"{task}: {count} more runs, on up to {choice.num_rows} rows each, choose on the "
+        f"validation rows first{more if choice.max_rounds else ''}"
         for task, count in left.items()
         if count
     ]
@@ -169,14 +153,14 @@ def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> Renderabl
         cell, stages = each.cell, ", ".join(map(_stage, each.stages))
         time = "finished" if each.finished else _time(each.seconds)
         name = f"{cell.task} {cell.arm} {cell.seed}"
-        table.add([name, stages, str(each.num_tokens), time])
-    left = [each for each in planned if not each.finished]
-    times = [each.seconds for each in left]
+        table.add([name, stages, str(each.left("num_tokens")), time])
+    times = [each.seconds for each in planned]  # 0 of a finished one
     known = None if None in times else sum(time for time in times if time is not None)
+    counts = ("num_steps", "num_tokens")
+    steps, tokens = (sum(each.left(count) for each in planned) for count in counts)
     sentence = (
-        f"{len(planned)} cells, {len(planned) - len(left)} of them finished; "
-        f"{sum(each.num_steps for each in left)} steps and "
-        f"{sum(each.num_tokens for each in left)} tokens to train; time: {_time(known)}"
+        f"{len(planned)} cells, {sum(each.finished for each in planned)} of them finished; "
+        f"{steps} steps and {tokens} tokens to train; time: {_time(known)}"
     )
     return Group(table, *map(Text, (sentence, *notes)))
 
@@ -217,22 +201,19 @@ def _promised(run: StudyRun, task: str, planned: list[PlannedCell]) -> str:
     same = len({each.questions_sha256 for each in planned}) == 1
     num_arms = 1 if study.primary else max(len(study.arms) - 1, 1)
     found = stated(task, num_questions, num_seeds, num_arms, supposed, same)
-    line = f"{task}: {num_questions} questions, seeds: {num_seeds}, comparisons: {num_arms}; "
-    if found.difference is None:
-        line += "one seed shows nothing of the ways of training"
-    else:
-        line += f"a difference of {100 * found.difference:.1f} points would be shown by four of "
-        line += "five such studies"
-    used, source = (
-        (supposed, "estimated from finished cells") if supposed else (Supposed(), "a guess")
-    )
+    shown = "one seed shows nothing of the ways of training"
+    if found.difference is not None:
+        points = f"{100 * found.difference:.1f} points"
+        shown = f"a difference of {points} would be shown by four of five such studies"
     needed = seeds_needed(
         study.wish / 100, num_questions, supposed, num_arms=num_arms, same_questions=same
     )
     return (
-        f"{line}; for a difference of {study.wish:g} points it takes "
+        f"{task}: {num_questions} questions, seeds: {num_seeds}, comparisons: {num_arms}; {shown}; "
+        f"for a difference of {study.wish:g} points it takes "
         f"{needed or f'more than {MOST_SEEDS}'} seeds (supposing that the difference varies by "
-        f"{100 * used.between_seeds:.1f} points from seed to seed: {source})"
+        f"{100 * found.between_seeds:.1f} points from seed to seed: "
+        f"{'estimated from finished cells' if supposed else 'a guess'})"
     )
 
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from sftkey.commands.study import study, study_run
 from sftkey.errors import RecipeError, RunError, RunLocked
+from sftkey.files import write_json
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.study.cells import StudyFolder, take_over
+from sftkey.study.cells import take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
-from sftkey.study.run import matched_steps
 from sftkey.study.schema import STRATEGIES, load_study, strategy_recipe
-from sftkey.study.tasks import arm_recipe, tasks_of
+from sftkey.study.tasks import StudyFolder, arm_recipe, matched_steps, tasks_of
 from sftkey.training.rows import fingerprints, made_from
 from sftkey.training.run import read_rows
 from sftkey.training.run_folder import open_run, prefix_key
@@ -491,6 +492,84 @@ def test_a_grid_widens_until_its_best_lies_inside(
     ].values()
     assert stage["at_edge"] == (["learning_rate"] if edge else [])
     assert capsys.readouterr().err.count("at an edge; tried too: ") == len(tried_too)
+
+
+@pytest.mark.fault("a second process")
+def test_processes_that_share_a_study_keep_each_others_choices(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another has written while this one trained stays, and the first choice counts."""
+    monkeypatch.chdir(tmp_path)
+    choose = {"learning_rate": [1e-4, 1e-3], "max_rounds": 0}
+    file = write_study(tmp_path, tiny_folder, choose=choose)
+    run = study_run(load_study(file), file)
+    choices, written = run.choices(run.tasks[0]), tmp_path / "runs/small/choices/task.json"
+    places = [("sftkey", 0), ("sft_twice", 1), ("sftkey", 1)]
+    first, again, key = (choices._key(*place) for place in places)
+    theirs = {"chosen": {"learning_rate": 7.0}}
+
+    def tried(self: StudyChoices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        if len(picked) == 1:  # another process is done with two choices, one of them this one's
+            stages = {first: theirs, again: theirs}
+            write_json(written, {**self._record(choice), "stages": stages})
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(StudyChoices, "_try", tried)
+    assert choices.of("sftkey") == [{"learning_rate": 7.0}, {"learning_rate": 1e-4}]
+    stages = json.loads(written.read_text())["stages"]
+    rates = [stages[name]["chosen"]["learning_rate"] for name in (first, again, key)]
+    assert rates == [7.0, 7.0, 1e-4]
+
+
+@pytest.mark.fault("a second process")
+def test_a_choice_that_another_process_works_on_is_waited_for(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A value is tried when its run is free; what the other chose meanwhile isn't chosen again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sftkey.study.choose.WAIT_SECONDS", 0)
+    file = write_study(tmp_path, tiny_folder, choose={"learning_rate": [1e-4, 1e-3]})
+    run = study_run(load_study(file), file)
+    choices, written = run.choices(run.tasks[0]), tmp_path / "runs/small/choices/task.json"
+    tries: list[list[dict[str, float]]] = []
+
+    def tried(self: StudyChoices, choice: Any, arm: str, picked: list[dict[str, float]]) -> Any:
+        tries.append(picked)
+        if len(tries) == 4:
+            theirs = {choices._key("sft_twice", 0): {"chosen": {"learning_rate": 7.0}}}
+            write_json(written, {**self._record(choice), "stages": theirs})
+        if len(tries) in (1, 2, 4):
+            raise RunLocked("runs/x", "another process works on this run: pid 7 on a")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(StudyChoices, "_try", tried)
+    study = run.study.model_copy(update={"arms": ("sft_tag",)})
+    monkeypatch.setattr(run, "study", study)
+    assert choices.of("sft_tag") == [{"learning_rate": 7.0}]
+    assert [picked[0]["learning_rate"] for picked in tries] == [1e-4] * 3 + [1e-3]
+    said = "task, sft_tag, completion: waiting for another process: another process works on this "
+    assert capsys.readouterr().err.splitlines() == [f"{said}run: pid 7 on a"] * 2
+
+
+@pytest.mark.fault("a second process")
+def test_runs_of_choices_that_another_process_works_on_stay(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are removed as soon as all is chosen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(StudyChoices, "_try", lambda *_: {"loss": 1.0})
+    file = write_study(tmp_path, tiny_folder, choose={"learning_rate": [1e-4]}, arms=["sft_twice"])
+    run = study_run(load_study(file), file)
+    runs = [tmp_path / "runs/small/choices/task" / name for name in "ab"]
+    for folder in runs:
+        folder.mkdir(parents=True)
+    lock = FileLock(runs[1] / ".lock")
+    with lock:
+        run.choices(run.tasks[0]).of("sft_twice")
+    assert [folder.exists() for folder in runs] == [False, True]
 
 
 def test_a_weight_is_chosen_where_a_stage_has_one(
