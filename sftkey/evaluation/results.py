@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.errors import DataError, Problem, RunError
@@ -56,9 +56,12 @@ class Question(BaseModel):
     correct: bool
     strict: bool  # thinking, answer and nothing else
     parsed: bool  # there was an answer, and the grader could read it
-    stopped: bool | None
+    stopped: bool | None = None
     thinking_right: bool | None = None
-    thinking_hash: str | None = None  # equal where two stages wrote the same thinking
+    # Equal where two stages wrote the same thinking; a study's cells have it under the other name.
+    thinking_hash: Annotated[
+        str | None, Field(validation_alias=AliasChoices("thinking_hash", "thinking_sha256"))
+    ] = None
     follows: Judged[bool] = None  # the answer is what the thinking arrives at
     judged: Judged[bool] = None
     form: Judged[Form] = None  # None in results that were written before forms were told

@@ -85,9 +85,9 @@ class ThinkingChange:
         if self.before is not None:
             old, new = ("none" if mean is None else f"{mean:.1f}" for mean in self.mean_lengths)
             figures.append(f"mean length {old} -> {new} {self.unit}")
-        if turned := self.turned:
-            right = f"right {turned.num_right_before} -> {turned.num_right_after}"
-            figures.append(f"{right} of {turned.num_judged} ({_shown(turned)})")
+        if told := self.turned:
+            right = f"right {told.num_right_before} -> {told.num_right_after}"
+            figures.append(f"{right} of {told.num_judged} ({_shown(told)})")
         if self.valid and min(self.valid.num_before, self.valid.num_after) < self.num_questions:
             figures.append(self.valid.text())
         if self.loss:
@@ -125,7 +125,7 @@ def thinking_change(
         num_identical=sum(old == new for old, new in hashes) if known else None,
         mean_lengths=(before.mean_thinking_length, after.mean_thinking_length),
         unit=after.thinking_unit,
-        turned=_turned(pairs),
+        turned=turned(pairs),
         valid=valid_change(pairs),
         passed=passed_change(pairs),
     )
@@ -157,7 +157,8 @@ def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> F
     return grid
 
 
-def _turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
+def turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
+    """Count the thinkings that turned right or wrong; None where no rule could judge any."""
     judged = [
         (old.thinking_right, new.thinking_right, old.index)
         for old, new in pairs
@@ -171,16 +172,16 @@ def _turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
     return Turned(len(judged), sum(before), sum(after), losses, gains, p)
 
 
-def _shown(turned: Turned) -> str:
-    return f"{turned.num_made_wrong} right ones turned wrong, {turned.num_made_right} wrong right"
+def _shown(told: Turned) -> str:
+    return f"{told.num_made_wrong} right ones turned wrong, {told.num_made_right} wrong right"
 
 
 def _change_cells(result: StageResult, change: ThinkingChange) -> list[str]:
-    judged, identical, turned = result.num_thinking_judged, change.num_identical, change.turned
+    judged, identical, told = result.num_thinking_judged, change.num_identical, change.turned
     return [
         "" if identical is None else f"{identical}/{change.num_questions}",
         f"{result.num_thinking_right}/{judged}" if judged else "?",
-        str(turned.num_made_wrong) if turned else "",
-        str(turned.num_made_right) if turned else "",
+        str(told.num_made_wrong) if told else "",
+        str(told.num_made_right) if told else "",
         "{:.4f} -> {:.4f}".format(*change.loss) if change.loss else "",
     ]

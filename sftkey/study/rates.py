@@ -13,23 +13,21 @@ from sftkey.study.results import Answered, Bucket, FinishedCell, paired, same_qu
 from sftkey.study.seeds import Estimate, difference_estimate, mean_estimate
 
 
-def share(flags: Any, rows: Sequence[Sequence[Any]], same: bool) -> Estimate:
+def share(
+    flags: Any, rows: Sequence[Sequence[Any]], same: bool, one_model: bool = False
+) -> Estimate:
     """Return the share of flags `(S, Q)` with its interval.
 
     Args:
         flags: Of S seeds.
         rows: The conversation of each question of each seed.
         same: Whether all seeds answered the same questions.
+        one_model: Whether no seed trained the model: other questions are so many more of it.
     """
-    return mean_estimate(by_conversation(flags, rows, around_mean=True), same)
-
-
-def share_of_one_model(flags: Any, rows: Sequence[Sequence[Any]], same: bool) -> Estimate:
-    """Return the same where no seed trained the model: other questions are so many more of it."""
-    if not same:  # rows of other seeds are other conversations
+    if one_model and not same:  # rows of other seeds are other conversations
         rows = [[(place, row) for place, each in enumerate(rows) for row in each]]
         flags = flags.reshape(1, -1)
-    return share(flags, rows, same)
+    return mean_estimate(by_conversation(flags, rows, around_mean=True), same)
 
 
 def rates(answered: Sequence[Answered], same: bool, one_model: bool = False) -> dict[str, Rate]:
@@ -37,18 +35,16 @@ def rates(answered: Sequence[Answered], same: bool, one_model: bool = False) -> 
 
     Args:
         answered: One for each seed.
-        same: Whether all seeds answered the same questions.
-        one_model: Whether no seed trained the model.
+        same: As in `share`, like the last one.
+        one_model: As above.
     """
     flags = [form_flags(each.questions) for each in answered]
     if not all(flags):
         return {}
-    rows, found = [each.rows for each in answered], {}
-    for name in flags[0]:
-        table = np.array([each[name] for each in flags])
-        estimate = (share_of_one_model if one_model else share)(table, rows, same)
-        found[name] = Rate(rate=estimate.value, interval=estimate.interval)
-    return found
+    rows = [each.rows for each in answered]
+    tables = {name: np.array([each[name] for each in flags]) for name in flags[0]}
+    found = {name: share(table, rows, same, one_model) for name, table in tables.items()}
+    return {name: Rate(rate=each.value, interval=each.interval) for name, each in found.items()}
 
 
 NUM_BUCKETS = 4

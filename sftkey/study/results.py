@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from sftkey.errors import RunError
 from sftkey.evaluation.judge import JudgeFigures
-from sftkey.evaluation.results import each_once, read_model
-from sftkey.evaluation.thinking import Form, Rate, ValidChange
+from sftkey.evaluation.results import Question, each_once, read_model
+from sftkey.evaluation.thinking import Rate, ValidChange
 from sftkey.files import write_text
 
 RESULTS = "results.json"
@@ -190,30 +190,12 @@ def read_results_file(file: Path) -> StudyResults:
     return read_model(StudyResults, file, hint)
 
 
-class CellQuestion(BaseModel):
-    """The flags of one question; None is what no rule could say, or nobody asked."""
-
-    model_config = ConfigDict(frozen=True)
-
-    index: int
-    turn: int = 0
-    correct: bool
-    strict: bool
-    parsed: bool
-    stopped: bool | None = None
-    thinking_right: bool | None = None
-    thinking_sha256: str | None = None
-    follows: bool | None = None
-    judged: bool | None = None
-    form: Form | None = None
-
-
 class Answered(BaseModel):
     """Answers to all questions."""
 
     model_config = ConfigDict(frozen=True)
 
-    questions: Annotated[tuple[CellQuestion, ...], AfterValidator(each_once)]
+    questions: Annotated[tuple[Question, ...], AfterValidator(each_once)]
     mean_thinking_length: float | None = None
 
     @property
@@ -293,14 +275,8 @@ def paired(
     others = {cell.seed: cell for cell in control}
     pairs = [(cell, others[cell.seed]) for cell in arm if cell.seed in others]
     for cell, other in pairs:
-        asked = [
-            (
-                each.questions_sha256,
-                [(question.index, question.turn) for question in each.questions],
-            )
-            for each in (cell, other)
-        ]
-        if asked[0] != asked[1]:
+        asked = [[(each.index, each.turn) for each in side.questions] for side in (cell, other)]
+        if asked[0] != asked[1] or cell.questions_sha256 != other.questions_sha256:
             raise RunError(
                 f"{cell.task}, seed {cell.seed}",
                 f"{cell.arm} answered other questions than {other.arm}, so they can't be paired",

@@ -114,8 +114,11 @@ def strategy_recipe(
     """
     laid = [*overrides, *strategy.overrides]
     recipe = load_recipe(file, laid)
-    needed = [n + 1 for n, stage in enumerate(strategy.stages) if "trainer" not in stage]
-    needed += [n + 1 for n, stage in enumerate(strategy.stages) if stage.get("fill")]
+    needed = [
+        number
+        for number, stage in enumerate(strategy.stages, start=1)
+        if "trainer" not in stage or stage.get("fill")
+    ]
     needed += [2 for stage in strategy.stages if stage.get("long")]
     if len(recipe.stages) < max(needed, default=0):
         raise RecipeError(
@@ -126,29 +129,26 @@ def strategy_recipe(
         )
     stages: list[dict[str, Any]] = []
     for number, stage in enumerate(strategy.stages):
+        laid_out = {key: value for key, value in stage.items() if key not in OWN_KEYS}
         settings = stage["trainer"] if "trainer" in stage else recipe.stages[number].trainer
-        length = _length_of_both(file, recipe) if stage.get("long") else {}
-        filled = _filled(file, recipe, stages) if stage.get("fill") else {}
-        length |= filled.pop("trainer", {})
-        plain = {key: value for key, value in stage.items() if key not in OWN_KEYS}
-        picked = chosen[number] if number < len(chosen) else {}
-        laid_out = {**plain, **filled, "trainer": {**settings, **length}}
-        stages.append(_with_choice(laid_out, picked))
+        laid_out["trainer"] = dict(settings)
+        if stage.get("long"):
+            setting, lengths = _two_lengths(file, recipe)
+            laid_out["trainer"][setting] = sum(lengths)
+        if stage.get("fill"):
+            laid_out["early_stop"], until_then = _filled(file, recipe, stages)
+            laid_out["trainer"] |= until_then
+        stages.append(_with_choice(laid_out, chosen[number] if number < len(chosen) else {}))
     replaced: dict[str, Any] = {"stages": stages}
     if strategy.response is not None:
-        response = {**recipe.response.model_dump(mode="json"), **strategy.response}
-        replaced["response"] = response
+        replaced["response"] = recipe.response.model_dump(mode="json") | dict(strategy.response)
     return load_recipe(file, laid, replaced)
 
 
-def _length_of_both(file: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return the setting that trains as long as the recipe's first two stages together."""
-    name, lengths = _two_lengths(file, recipe)
-    return {name: sum(lengths)}
-
-
-def _filled(file: Path, recipe: Recipe, before: Sequence[Stage]) -> dict[str, Any]:
-    """Return what ends a stage by time and answers; its learning rate stays as it is.
+def _filled(
+    file: Path, recipe: Recipe, before: Sequence[Stage]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what ends a stage by time and answers, and its trainer's settings until then.
 
     A schedule that falls to 0 at the last epoch would leave the ones before it half-trained.
     """
@@ -158,13 +158,9 @@ def _filled(file: Path, recipe: Recipe, before: Sequence[Stage]) -> dict[str, An
     place = len(before)
     _, (one, this) = _two_lengths(file, recipe, place)
     epochs = trainer_setting(recipe.stage_trainer(recipe.stages[place]), "num_train_epochs")
-    trainer = {
-        "num_train_epochs": MOST_EPOCHS * epochs,
-        "max_steps": -1,
-        "lr_scheduler_type": "constant",
-    }
+    most = {"num_train_epochs": MOST_EPOCHS * epochs, "max_steps": -1}
     early_stop = {"as_long_as": before[0]["name"], "times": this / one}
-    return {"early_stop": early_stop, "trainer": trainer}
+    return early_stop, {**most, "lr_scheduler_type": "constant"}
 
 
 def _two_lengths(file: Path, recipe: Recipe, place: int = 1) -> tuple[str, list[Any]]:

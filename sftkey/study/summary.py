@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import PureWindowsPath
@@ -11,15 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from sftkey.evaluation.judge import judge_figures
-from sftkey.evaluation.statistics import (
-    CHANCE,
-    by_conversation,
-    discordant,
-    num_conversations,
-    share_interval,
-)
+from sftkey.evaluation.results import answer_figures
+from sftkey.evaluation.statistics import CHANCE, by_conversation, num_conversations
 from sftkey.evaluation.thinking import valid_change
-from sftkey.study.rates import buckets, rates, share, share_of_one_model
+from sftkey.evaluation.thinking_change import turned
+from sftkey.study.rates import buckets, rates, share
 from sftkey.study.results import (
     Answered,
     ArmFigures,
@@ -34,7 +30,6 @@ from sftkey.study.results import (
     table_of,
 )
 from sftkey.study.seeds import (
-    Estimate,
     Supposed,
     corrected,
     detectable_difference,
@@ -62,14 +57,9 @@ def thinking_figures(cells: Cells, earlier: Cells) -> ThinkingFigures:
         (old, new)
         for cell, other in paired(cells, earlier)
         for old, new in zip(other.questions, cell.questions, strict=True)
-        if old.thinking_sha256 and new.thinking_sha256
+        if old.thinking_hash and new.thinking_hash
     ]
-    flags = [
-        (old.thinking_right, new.thinking_right)
-        for old, new in pairs
-        if old.thinking_right is not None and new.thinking_right is not None
-    ]
-    right, wrong = discordant([old for old, _ in flags], [new for _, new in flags])
+    change = turned(pairs)
     return ThinkingFigures(
         num_questions=len(questions),
         num_judged=len(judged),
@@ -77,9 +67,9 @@ def thinking_figures(cells: Cells, earlier: Cells) -> ThinkingFigures:
         mean_length=fmean(lengths) if lengths else None,
         before=earlier[0].arm if pairs else None,
         num_compared=len(pairs),
-        num_identical=sum(old.thinking_sha256 == new.thinking_sha256 for old, new in pairs),
-        num_made_wrong=wrong,
-        num_made_right=right,
+        num_identical=sum(old.thinking_hash == new.thinking_hash for old, new in pairs),
+        num_made_wrong=change.num_made_wrong if change else 0,
+        num_made_right=change.num_made_right if change else 0,
         loss=_thinking_loss(cells),
         num_judged_following=len(following),
         num_following=sum(following),
@@ -88,14 +78,13 @@ def thinking_figures(cells: Cells, earlier: Cells) -> ThinkingFigures:
 
 
 def _thinking_loss(cells: Cells) -> tuple[float, float] | None:
-    losses = [
-        [cell.validation.get(cell.stages[-1], {}).get(at, {}).get("thinking") for cell in cells]
-        for at in ("start", "end")
-    ]
-    known = [[loss for loss in each if loss is not None] for each in losses]
-    if any(len(each) < len(cells) for each in known):
-        return None
-    return fmean(known[0]), fmean(known[1])
+    means = []
+    for at in ("start", "end"):
+        found = [cell.validation.get(cell.stages[-1], {}).get(at, {}) for cell in cells]
+        if not all("thinking" in losses for losses in found):
+            return None
+        means.append(fmean(losses["thinking"] for losses in found))
+    return means[0], means[1]
 
 
 def shares(cells: Cells) -> tuple[Shares, Shares]:
@@ -135,6 +124,7 @@ def _means(by_stage: dict[str, list[dict[str, float]]]) -> Shares:
 
 
 BASE = "base"
+ANSWER_FLAGS = ("correct", "strict")
 
 
 def summarize(
@@ -296,7 +286,7 @@ def _arm(
         task=cells[0].task,
         stages=cells[0].stages,
         num_seeds=len(cells),
-        **_answered(cells, same, share),
+        **_answered(cells, same),
         steps=round(fmean(sum(cell.steps.values()) for cell in cells)),
         trained_tokens=round(fmean(sum(cell.trained_tokens.values()) for cell in cells)),
         seconds=fmean(sum(cell.seconds.values()) for cell in timed),
@@ -307,17 +297,14 @@ def _arm(
         loss_share=loss_share,
         gradient_share=gradient_share,
         chosen=cells[0].chosen,
-        rates=rates(cells, same),
         seeds=tuple(_seed(cell, cell) for cell in cells),
     )
 
 
-def _answered(
-    answered: Sequence[Answered], same: bool, share_of: Callable[..., Estimate]
-) -> dict[str, Any]:
-    """Return what the answers of all seeds add up to; `same`: they were to the same questions."""
+def _answered(answered: Sequence[Answered], same: bool, one_model: bool = False) -> dict[str, Any]:
+    """Return what the answers of all seeds add up to; the arguments are those of `rates`."""
     rows = [each.rows for each in answered]
-    acc, fmt = (share_of(table_of(answered, name), rows, same) for name in ("correct", "strict"))
+    acc, fmt = (share(table_of(answered, name), rows, same, one_model) for name in ANSWER_FLAGS)
     return {
         "num_questions": len(rows[0]),
         "num_conversations": num_conversations(rows[0]),
@@ -327,6 +314,7 @@ def _answered(
         "fmt": fmt.value,
         "fmt_interval": fmt.interval,
         "judge": judge_figures(question for each in answered for question in each.questions),
+        "rates": rates(answered, same, one_model),
     }
 
 
@@ -368,35 +356,16 @@ def _base(cells: Cells) -> ArmFigures | None:
         task=cells[0].task,
         stages=(),
         num_seeds=len(answered),
-        **_answered(answered, same, share_of_one_model),
-        rates=rates(answered, same, one_model=True),
+        **_answered(answered, same, one_model=True),
         seeds=tuple(_seed(each) for each in answered),
     )
 
 
 def _seed(answered: Answered, cell: FinishedCell | None = None) -> SeedFigures:
-    correct, strict = answered.flags("correct"), answered.flags("strict")
-    num_questions = len(correct)
-    unstopped = [not each.stopped for each in answered.questions if each.stopped is not None]
-    return SeedFigures(
-        seed=cell.seed if cell else None,
-        num_questions=num_questions,
-        acc=sum(correct) / num_questions,
-        acc_interval=share_interval(correct, answered.rows),
-        fmt=sum(strict) / num_questions,
-        fmt_interval=share_interval(strict, answered.rows),
-        num_unparsed=num_questions - sum(answered.flags("parsed")),
-        num_never_stopped=sum(unstopped) if len(unstopped) == num_questions else None,
-        steps=cell.steps if cell else {},
-        trained_tokens=cell.trained_tokens if cell else {},
-        seconds=cell.seconds if cell else {},
-        correct=_digits(correct),
-        strict=_digits(strict),
-    )
-
-
-def _digits(flags: Iterable[bool]) -> str:
-    return "".join(str(int(flag)) for flag in flags)
+    about = cell.model_dump(include={"seed", "steps", "trained_tokens", "seconds"}) if cell else {}
+    for name in ANSWER_FLAGS:
+        about[name] = "".join(f"{flag:d}" for flag in answered.flags(name))
+    return SeedFigures(**about, **answer_figures(answered.questions))
 
 
 def _joined(values: Iterable[str]) -> str:
