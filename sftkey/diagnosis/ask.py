@@ -131,7 +131,7 @@ OnAnswered = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedRow:
     """A question with what may stand before its answer.
 
     Args:
@@ -159,7 +159,7 @@ class Settings:
 
 def asked_rows(
     examples: Sequence[Example], rows: Sequence[Mapping[str, Any]], renderer: Renderer
-) -> list[Asked]:
+) -> list[AskedRow]:
     """Cut rows where their thinking ends; a row that can't be built without thinking is left out.
 
     Args:
@@ -180,7 +180,7 @@ def asked_rows(
         )
     bare = tokenize([replace(example, thinking="") for example in examples], renderer)
     return [
-        Asked(
+        AskedRow(
             example.answer,
             renderer.prompt_ids(example.prompt),
             _cut(row["input_ids"], row["segment_ids"]),
@@ -199,7 +199,7 @@ def _cut(input_ids: Sequence[int], segment_ids: Sequence[int]) -> KeyContext:
 def ask(
     model: PreTrainedModel | PeftModel,
     renderer: Renderer,
-    asked: Sequence[Asked],
+    asked: Sequence[AskedRow],
     settings: Settings,
     report: OnAnswered | None = None,
 ) -> dict[str, list[Outcome]]:
@@ -274,7 +274,7 @@ def _answers(
     return [generations[position] for position in range(len(contexts))]
 
 
-def _own(asked: Asked, generation: Generation, renderer: Renderer) -> KeyContext | None:
+def _own(asked: AskedRow, generation: Generation, renderer: Renderer) -> KeyContext | None:
     """Return the reference's key behind what the model thought; None if that never ended."""
     num_tokens = num_thinking_tokens(generation.ids, renderer)
     if num_tokens is None:
@@ -307,7 +307,7 @@ def num_thinking_tokens(ids: Sequence[int], renderer: Renderer) -> int | None:
 def _outcome(
     renderer: Renderer,
     settings: Settings,
-    asked: Asked,
+    asked: AskedRow,
     before: KeyContext,
     generation: Generation,
     nats: float | None,

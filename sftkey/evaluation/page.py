@@ -91,7 +91,7 @@ def render(template: str, **values: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionAnswers:
     """A question and what each stage answered, by stage."""
 
     question: str
@@ -107,7 +107,7 @@ class Asked:
         return [name for name, is_so in found.items() if is_so]
 
 
-def _questions(folder: Path, comparison: Comparison | None) -> Iterator[Asked]:
+def _questions(folder: Path, comparison: Comparison | None) -> Iterator[QuestionAnswers]:
     """Yield the questions in their order; none of runs whose answers weren't kept with them."""
     by_stage: dict[str, dict[tuple[int, int], GradedAnswer]] = {}
     for row in comparison.rows if comparison else ():
@@ -120,7 +120,7 @@ def _questions(folder: Path, comparison: Comparison | None) -> Iterator[Asked]:
         found = {stage: answers[key] for stage, answers in by_stage.items() if key in answers}
         first = next(iter(found.values()))
         name = f"row {first.index}" + (f", turn {first.turn}" if first.turn else "")
-        yield Asked(first.question, first.expected, name, found)
+        yield QuestionAnswers(first.question, first.expected, name, found)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.ask import (
-    Asked,
+    AskedRow,
     KeyContext,
     Settings,
     ask,
@@ -43,7 +43,7 @@ def renderer(tiny_tokenizer: Any) -> Renderer:
     return probe_renderer(tiny_tokenizer, ResponseSection())
 
 
-def made(renderer: Renderer) -> list[Asked]:
+def made(renderer: Renderer) -> list[AskedRow]:
     """Cut the rows of the examples."""
     rows = [vars(row) for row in tokenize(EXAMPLES, renderer) if isinstance(row, Row)]
     return asked_rows(EXAMPLES, rows, renderer)
