@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from sftkey.activity import activity, tell
 from sftkey.data.labels import IGNORED
-from sftkey.data.renderer import Renderer
+from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.rule import CONDITIONS, Outcome
@@ -25,6 +25,7 @@ from sftkey.generation.generate import Generation, generate, inferring
 from sftkey.generation.key_switch import Switch, find_switch
 from sftkey.models.key_adapter import KEY, acting
 from sftkey.models.key_pass import cache_name
+from sftkey.recipe.schema import EvalSection
 from sftkey.training.detached import Aligned, align
 
 if TYPE_CHECKING:
@@ -48,11 +49,8 @@ def key_losses(
 ) -> list[float]:
     """Return the loss of each key in nats, summed over its tokens; nothing before it counts.
 
-    Args:
-        model: On its device.
-        contexts: None of them empty before its key.
-        switch: From `find_switch`: which adapters read a context; its last token and the key are
-            read with the key adapter, too.
+    No context is empty before its key. With a switch, as `find_switch` gives it, the context is
+    read with its adapters, and its last token and the key with the key adapter, too.
     """
     losses = [0.0] * len(contexts)
     with inferring(model), torch.no_grad():
@@ -132,13 +130,9 @@ OnAnswered = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A question with what may stand before its answer.
+    """A question with its reference answer, and the ids of what may stand before it.
 
-    Args:
-        answer: The reference's.
-        prompt: Its ids, as inference feeds them.
-        reference: Up to the end of the reference's thinking.
-        none: Up to the end of empty tags.
+    `reference` goes up to the end of the reference's thinking, `none` to that of empty tags.
     """
 
     answer: str
@@ -147,25 +141,12 @@ class AskedRow:
     none: KeyContext
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How answers are generated, greedily, and judged."""
-
-    grader: str
-    max_new_tokens: int
-    batch_size: int
-    stop_ids: Sequence[int]
-
-
 def asked_rows(
     examples: Sequence[Example], rows: Sequence[Mapping[str, Any]], renderer: Renderer
 ) -> list[AskedRow]:
     """Cut rows where their thinking ends; a row that can't be built without thinking is left out.
 
-    Args:
-        examples: Of the rows, in their order.
-        rows: With `input_ids` and `segment_ids`.
-        renderer: The run's renderer.
+    The rows have `input_ids` and `segment_ids`.
 
     Raises:
         FrameError: No tag tells thinking from answer.
@@ -200,18 +181,14 @@ def ask(
     model: PreTrainedModel | PeftModel,
     renderer: Renderer,
     asked: Sequence[AskedRow],
-    settings: Settings,
+    settings: EvalSection,
     report: OnAnswered | None = None,
 ) -> dict[str, list[Outcome]]:
     """Let the model answer in the three conditions; what is judged is always the whole response.
 
-    Args:
-        model: On its device; a key adapter, if it has one, acts from the end of a thinking on.
-        renderer: The run's.
-        asked: The questions.
-        settings: As above.
-        report: Called with `own` or `given`, the number of answers after such thinkings, and how
-            many there will be.
+    Answers are greedy, whatever the settings say. A key adapter, if the model has one, acts from
+    the end of a thinking on. `report` is called with `own` or `given`, the number of answers after
+    such thinkings, and how many there will be.
 
     Returns:
         By condition, what came of each question.
@@ -228,22 +205,13 @@ def ask(
     scored["own"] = [_own(*pair, renderer) for pair in zip(asked, own, strict=True)]
     contexts = [each for name in CONDITIONS for each in scored[name] if each is not None]
     losses = iter(key_losses(model, contexts, find_switch(model, renderer)))
-    return {
-        name: [
-            _outcome(
-                renderer,
-                settings,
-                each,
-                before,
-                generation,
-                None if context is None else next(losses),
-            )
-            for each, before, generation, context in zip(
-                asked, read[name], written[name], scored[name], strict=True
-            )
-        ]
-        for name in CONDITIONS
-    }
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in CONDITIONS}
+    for name, found in outcomes.items():
+        rows = zip(asked, read[name], written[name], scored[name], strict=True)
+        for each, before, generation, context in rows:
+            nats = None if context is None else next(losses)
+            found.append(_outcome(renderer, settings.grader, each, before, generation, nats))
+    return outcomes
 
 
 @activity("asking the model")
@@ -252,7 +220,7 @@ def _answers(
     model: PreTrainedModel | PeftModel,
     renderer: Renderer,
     contexts: Sequence[KeyContext],
-    settings: Settings,
+    settings: EvalSection,
     max_new_tokens: int,
     report: OnAnswered | None,
 ) -> list[Generation]:
@@ -262,7 +230,7 @@ def _answers(
         model,
         renderer.tokenizer,
         [context.before for context in contexts],
-        stop_ids=settings.stop_ids,
+        stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
         max_new_tokens=max_new_tokens,
         batch_size=settings.batch_size,
         switch=find_switch(model, renderer, thinking_given=thinking == "given"),
@@ -285,12 +253,7 @@ def _own(asked: AskedRow, generation: Generation, renderer: Renderer) -> KeyCont
 def num_thinking_tokens(ids: Sequence[int], renderer: Renderer) -> int | None:
     """Count the tokens of a response up to the one that completes the thinking's closing tag.
 
-    Args:
-        ids: What a model wrote after a prompt.
-        renderer: The run's.
-
-    Returns:
-        None where the thinking never ended.
+    None where the thinking never ended.
     """
     response = renderer.response
     switch = Switch((), response.thinking_close, response.answer_open, renderer.assistant_prefix)
@@ -306,7 +269,7 @@ def num_thinking_tokens(ids: Sequence[int], renderer: Renderer) -> int | None:
 
 def _outcome(
     renderer: Renderer,
-    settings: Settings,
+    grader: str,
     asked: AskedRow,
     before: KeyContext,
     generation: Generation,
@@ -315,7 +278,7 @@ def _outcome(
     """Judge a whole response: what stood before the generation, and what was generated."""
     ids = [*before.before[len(asked.prompt) :], *generation.ids]
     text = _text(renderer.tokenizer, ids).removeprefix(renderer.assistant_prefix)
-    verdict = grade(renderer.response.parse(text).answer, asked.answer, settings.grader)
+    verdict = grade(renderer.response.parse(text).answer, asked.answer, grader)
     return Outcome(
         right=verdict.right,
         parsed=verdict.read is not None,

@@ -16,19 +16,17 @@ from sftkey.evaluation.statement import normalize
 from sftkey.evaluation.statistics import paired_difference, points_text, wilson
 from sftkey.tables import FittedTable
 
-CONDITIONS = ("own", "reference", "none")  # the thinking that stands before the answer
+# The thinking that stands before the answer, in words.
+CONDITIONS = {"own": "its own", "reference": "the reference's", "none": "none"}
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of one row in one condition.
 
-    Args:
-        right: Whether the answer is.
-        parsed: An answer was found, and the grader could read it.
-        stopped: The model ended the response by itself.
-        nats: Loss of the reference's key after this thinking; None where the thinking never ended.
-        num_tokens: Of that key.
+    `parsed`: an answer was found, and the grader could read it. `stopped`: the model ended the
+    response by itself. `nats` are the loss of the reference's key of `num_tokens` after this
+    thinking, None where the thinking never ended.
     """
 
     right: bool
@@ -72,19 +70,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class ConditionFigures:
-    """What a diagnosis stands on.
+    """What a diagnosis stands on: three conditions, and the differences between them.
 
-    Args:
-        num_rows: Asked in each condition.
-        chance: Share of the most frequent answer, which needs no question.
-        num_unclosed: Rows whose own thinking never ended.
-        num_unanswered: Rows without an answer after their own thinking, right or wrong.
-        own: After the model's own thinking.
-        reference: After the data's thinking.
-        none: After empty tags.
-        reference_over_own: The three differences.
-        own_over_none: As above.
-        reference_over_none: As above.
+    `chance` is the share of the most frequent answer, which needs no question. After their own
+    thinking `num_unclosed` rows never ended it, and `num_unanswered` have no answer, right or
+    wrong.
     """
 
     num_rows: int
@@ -100,12 +90,7 @@ class ConditionFigures:
 
 
 def figures(outcomes: Mapping[str, Sequence[Outcome]], answers: Sequence[str]) -> ConditionFigures:
-    """Count what came of the rows.
-
-    Args:
-        outcomes: By condition, each with the same rows in the same order.
-        answers: The references.
-    """
+    """Count what came of the rows, the same in each condition; `answers` are the references."""
     own, reference, none = (outcomes[name] for name in CONDITIONS)
     most = Counter(normalize(answer) for answer in answers).most_common(1)
     return ConditionFigures(
@@ -239,32 +224,23 @@ def recommend(figures: ConditionFigures) -> Recommendation:
         figures.own_over_none.acc >= CARRIED * figures.reference_over_none.acc
     )
     if figures.num_unanswered > MOST_UNANSWERED * figures.num_rows:
-        return _form(figures)
+        what = (
+            f"More stage 1 or data: {figures.num_unanswered} of {figures.num_rows} responses have "
+            f"no answer in their form ({figures.own.num_never_stopped} wrong ones never stopped), "
+            "so that accuracies don't tell yet whether thinking or answer is at fault."
+        )
+        return Recommendation("more", "form", what)
     if own >= WANTED_ACC:
-        return _wanted(figures)
+        what = (
+            f"Stop: {figures.own.num_right} of {figures.num_rows} answers are right after the "
+            f"model's own thinking (Acc {own:.3f}), and a further stage has little left to gain."
+        )
+        return Recommendation("stop", "wanted", what)
     if copied:
         return _copied(figures, near)
     if near or (carries and 1 - reference > gap.acc):
         return _answer_limited(figures, near)
     return _thinking_limited(figures, carries)
-
-
-def _form(figures: ConditionFigures) -> Recommendation:
-    own = figures.own
-    what = (
-        f"More stage 1 or data: {figures.num_unanswered} of {figures.num_rows} responses have no "
-        f"answer in their form ({own.num_never_stopped} wrong ones never stopped), so that "
-        "accuracies don't tell yet whether thinking or answer is at fault."
-    )
-    return Recommendation("more", "form", what)
-
-
-def _wanted(figures: ConditionFigures) -> Recommendation:
-    what = (
-        f"Stop: {figures.own.num_right} of {figures.num_rows} answers are right after the model's "
-        f"own thinking (Acc {figures.own.acc:.3f}), and a further stage has little left to gain."
-    )
-    return Recommendation("stop", "wanted", what)
 
 
 def _copied(figures: ConditionFigures, near: bool) -> Recommendation:
@@ -332,28 +308,24 @@ def _warnings(figures: ConditionFigures) -> tuple[str, ...]:
     )
 
 
-THINKINGS = {"own": "its own", "reference": "the reference's", "none": "none"}
+DIFFERENCES = {
+    "reference_over_own": "reference's - own",
+    "own_over_none": "own - none",
+    "reference_over_none": "reference's - none",
+}
 
 
 def as_json(figures: ConditionFigures, recommendation: Recommendation) -> dict[str, Any]:
     """Return a diagnosis as plain data; shares and differences run from -1 to 1."""
+    plain = asdict(figures)
+    conditions = {name: plain.pop(name) for name in CONDITIONS}
+    differences = {name: plain.pop(name) for name in DIFFERENCES}
     return {
-        "num_rows": figures.num_rows,
-        "chance": figures.chance,
-        "num_unclosed": figures.num_unclosed,
-        "num_unanswered": figures.num_unanswered,
-        "conditions": {name: asdict(getattr(figures, name)) for name in THINKINGS},
-        "differences": {
-            name: asdict(getattr(figures, name))
-            for name in ("reference_over_own", "own_over_none", "reference_over_none")
-        },
+        **plain,
+        "conditions": conditions,
+        "differences": differences,
         "own_thinking_is_empty": own_thinking_is_empty(figures),
-        "recommendation": {
-            "kind": recommendation.kind,
-            "regime": recommendation.regime,
-            "sentence": recommendation.sentence,
-            "warnings": list(recommendation.warnings),
-        },
+        "recommendation": asdict(recommendation),
     }
 
 
@@ -370,30 +342,21 @@ def render(figures: ConditionFigures, recommendation: Recommendation) -> Group:
 def _conditions(figures: ConditionFigures) -> FittedTable:
     headers = ["right", "Acc\n[95%]", "never\nstopped", "un-\nparsed", "answered\nwrong"]
     grid = FittedTable("after the\nthinking", [*headers, "key loss,\nnats a token"])
-    for name, thinking in THINKINGS.items():
-        grid.add([thinking, *_cells(getattr(figures, name), figures.num_rows)])
+    for name, thinking in CONDITIONS.items():
+        found: Condition = getattr(figures, name)
+        counts = (found.num_never_stopped, found.num_unparsed, found.num_answered_wrong)
+        right = f"{found.num_right} of {figures.num_rows}"
+        acc = "{:.3f}\n[{:.3f}, {:.3f}]".format(found.acc, *found.acc_interval)
+        nats = "-" if found.nats is None else f"{found.nats:.4f}"
+        grid.add([thinking, right, acc, *map(str, counts), nats])
     return grid
-
-
-def _cells(condition: Condition, num_rows: int) -> list[str]:
-    return [
-        f"{condition.num_right} of {num_rows}",
-        "{:.3f}\n[{:.3f}, {:.3f}]".format(condition.acc, *condition.acc_interval),
-        str(condition.num_never_stopped),
-        str(condition.num_unparsed),
-        str(condition.num_answered_wrong),
-        "-" if condition.nats is None else f"{condition.nats:.4f}",
-    ]
 
 
 def _differences(figures: ConditionFigures) -> FittedTable:
     grid = FittedTable("difference", ["points [95%]", "nats a token [95%]"])
-    for name, gap in {
-        "reference's - own": figures.reference_over_own,
-        "own - none": figures.own_over_none,
-        "reference's - none": figures.reference_over_none,
-    }.items():
-        grid.add([name, gap.points.replace(" points", ""), _nats(gap)])
+    for name, words in DIFFERENCES.items():
+        gap: Gap = getattr(figures, name)
+        grid.add([words, gap.points.replace(" points", ""), _nats(gap)])
     return grid
 
 

@@ -14,13 +14,13 @@ from sftkey.errors import DataError, RecipeError, RunError, did_you_mean
 from sftkey.files import read_json, write_json
 from sftkey.recipe.collection import find_recipe, short_names
 from sftkey.recipe.load import load_recipe
-from sftkey.recipe.schema import Recipe
+from sftkey.recipe.schema import EvalSection, Recipe
 from sftkey.training.run_folder import BASE, Ledger, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
     from sftkey.data.renderer import Renderer
-    from sftkey.diagnosis.ask import Asked, OnAnswered, Settings
+    from sftkey.diagnosis.ask import AskedRow, OnAnswered
     from sftkey.diagnosis.rule import ConditionFigures, Recommendation
     from sftkey.training.run import Run
 
@@ -31,23 +31,14 @@ NUM_ROWS = 200
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and what it is asked.
-
-    Args:
-        name: Of the model, the recipe or the run.
-        stage: That the model comes from, or `base`.
-        model: On its device.
-        renderer: What stands around its responses.
-        asked: The questions.
-        settings: How it answers.
-    """
+    """A model on its device, and what it is asked; `stage` is what it comes from, or `base`."""
 
     name: str
     stage: str
     model: Any
     renderer: Renderer
-    asked: Sequence[Asked]
-    settings: Settings
+    asked: Sequence[AskedRow]
+    settings: EvalSection
 
 
 def look(
@@ -146,29 +137,14 @@ def validation_subject(
     target: str, stage: str, model: Any, recipe: Recipe, prepared: Prepared, num_rows: int
 ) -> Subject:
     """Ask a model some of a recipe's validation rows, always the same ones."""
-    from sftkey.data.renderer import stop_ids
-    from sftkey.diagnosis.ask import Settings, asked_rows
+    from sftkey.diagnosis.ask import asked_rows
 
-    assert prepared.validation is not None
-    chosen = drawn(len(prepared.validation), num_rows, recipe.seed)
-    renderer, settings = prepared.renderer, recipe.eval
-    return Subject(
-        target,
-        stage,
-        model,
-        renderer,
-        asked_rows(
-            [prepared.validation_examples[n] for n in chosen],
-            [prepared.validation[n] for n in chosen],
-            renderer,
-        ),
-        Settings(
-            settings.grader,
-            settings.max_new_tokens,
-            settings.batch_size,
-            stop_ids(renderer, model.generation_config.eos_token_id),
-        ),
-    )
+    examples, rows = prepared.validation_examples, prepared.validation
+    assert rows is not None
+    asked = drawn(len(rows), num_rows, recipe.seed)
+    renderer, chosen = prepared.renderer, [examples[n] for n in asked]
+    cut = asked_rows(chosen, [rows[n] for n in asked], renderer)
+    return Subject(target, stage, model, renderer, cut, recipe.eval)
 
 
 def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
@@ -179,24 +155,20 @@ def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
 def _foreign(target: str, data: str, num_rows: int) -> Subject:
     """Load a model that no recipe describes; what is chosen for it is said."""
     from sftkey.adapt.frame import read_foreign
-    from sftkey.data.renderer import stop_ids
-    from sftkey.diagnosis.ask import Settings, asked_rows
+    from sftkey.diagnosis.ask import asked_rows
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_model
-    from sftkey.recipe.schema import EvalSection
 
     foreign = read_foreign(target, data, SEED)
     for line in foreign.chosen:
         logging.getLogger("sftkey").info("%s: %s", target, line)
     model = load_model(foreign.section, choose_device(foreign.section))
-    chosen = drawn(len(foreign.rows), num_rows, SEED)
-    renderer, stops = foreign.renderer, model.generation_config.eos_token_id
-    asked = asked_rows(
-        [foreign.examples[n] for n in chosen], [vars(foreign.rows[n]) for n in chosen], renderer
-    )
-    batch = EvalSection().batch_size
-    settings = Settings(foreign.grader, foreign.max_new_tokens, batch, stop_ids(renderer, stops))
-    return Subject(target, "as it is", model, renderer, asked, settings)
+    asked = drawn(len(foreign.rows), num_rows, SEED)
+    renderer, examples = foreign.renderer, [foreign.examples[n] for n in asked]
+    cut = asked_rows(examples, [vars(foreign.rows[n]) for n in asked], renderer)
+    answers = {"grader": foreign.grader, "max_new_tokens": foreign.max_new_tokens}
+    settings = EvalSection.model_validate(answers)
+    return Subject(target, "as it is", model, renderer, cut, settings)
 
 
 NUM_STAGE_ROWS = 32  # validation rows: half a minute of the demo on two cores
@@ -228,24 +200,20 @@ class StageDiagnosis:
         """Ask the model and say what follows; the main process does, the others wait for it."""
         from accelerate import PartialState
 
-        if self.run.ledger.main:
-            self._write(name, model)
-        PartialState().wait_for_everyone()
-
-    def _write(self, name: str, model: Any) -> None:
         from sftkey.diagnosis.rule import as_json
 
         run, start = self.run, time.monotonic()
-        folder = str(run.ledger.folder)
-        subject = validation_subject(folder, name, model, run.recipe, run.prepared, NUM_STAGE_ROWS)
-        figures, recommendation = look(subject)
-        seconds = round(time.monotonic() - start, 1)
-        file = _file(run.ledger.folder, name)
-        file.parent.mkdir(exist_ok=True)
-        found = {"stage": name, "seconds": seconds} | as_json(figures, recommendation)
-        write_json(file, found)
-        run.ledger.finish(file)
-        run.progress.note(_line(found))
+        if run.ledger.main:
+            folder, file = str(run.ledger.folder), _file(run.ledger.folder, name)
+            subject = validation_subject(
+                folder, name, model, run.recipe, run.prepared, NUM_STAGE_ROWS
+            )
+            verdict = as_json(*look(subject))
+            found = {"stage": name, "seconds": round(time.monotonic() - start, 1), **verdict}
+            write_json(file, found)
+            run.ledger.finish(file)
+            run.progress.note(_line(found))
+        PartialState().wait_for_everyone()
 
 
 def diagnosed(folder: Path, recipe: Recipe) -> list[str]:
@@ -255,11 +223,7 @@ def diagnosed(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def refuse_empty_thinking(run: Run, stage: str) -> None:
-    """Refuse to go on to a stage over own thinking that shows no use, before it has begun.
-
-    Args:
-        run: What has been trained so far is kept.
-        stage: The one that has just been diagnosed.
+    """Refuse to go on from a stage to one over own thinking that shows no use, before it has begun.
 
     Raises:
         RunError: The next stage would teach the key not to read the thinking.

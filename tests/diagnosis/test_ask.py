@@ -16,7 +16,6 @@ from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.ask import (
     AskedRow,
     KeyContext,
-    Settings,
     ask,
     asked_rows,
     key_losses,
@@ -25,7 +24,7 @@ from sftkey.diagnosis.ask import (
 from sftkey.errors import FrameError
 from sftkey.generation.key_switch import find_switch
 from sftkey.models.key_adapter import KEY, acting
-from sftkey.recipe.schema import ResponseSection
+from sftkey.recipe.schema import EvalSection, ResponseSection
 from tests.support.models import EQUAL
 
 EXAMPLES = [
@@ -49,9 +48,7 @@ def made(renderer: Renderer) -> list[AskedRow]:
     return asked_rows(EXAMPLES, rows, renderer)
 
 
-def settings(renderer: Renderer) -> Settings:
-    """Judge numbers; two batches."""
-    return Settings("number", 64, 2, [renderer.end_id])
+SETTINGS = EvalSection(grader="number", max_new_tokens=64, batch_size=2)
 
 
 def summed(model: Any, context: KeyContext) -> float:
@@ -204,7 +201,7 @@ def test_each_condition_is_judged_by_what_it_wrote(
 
     monkeypatch.setattr(tiny_model, "generate", scripted(renderer, answers))
     asked, seen = made(renderer), []
-    outcomes = ask(tiny_model, renderer, asked, settings(renderer), lambda *done: seen.append(done))
+    outcomes = ask(tiny_model, renderer, asked, SETTINGS, lambda *done: seen.append(done))
     right = {name: [row.right for row in rows] for name, rows in outcomes.items()}
     assert right == {"own": [False, True, False], "reference": [True] * 3, "none": [False] * 3}
     assert [row.parsed for row in outcomes["own"]] == [False, True, True]
@@ -237,7 +234,7 @@ def test_a_response_that_goes_on_has_never_stopped(
 
     monkeypatch.setattr(tiny_model, "generate", generate)
     asked = made(renderer)
-    outcomes = ask(tiny_model, renderer, asked, settings(renderer))
+    outcomes = ask(tiny_model, renderer, asked, SETTINGS)
     assert not any(row.stopped or row.right for rows in outcomes.values() for row in rows)
     longest = max(len(each.reference.key) for each in asked)
     assert lengths == [64, 64, *[longest + 8] * 3]
