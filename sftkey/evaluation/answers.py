@@ -110,14 +110,10 @@ def _row(line: bytes) -> tuple[int, int | None, Generation]:
 
 @dataclass(frozen=True)
 class GradedText:
-    """What a model wrote to a question, and what the rule says of its answer.
+    """What a model wrote to a question, and the rule's grade of its answer.
 
-    Args:
-        example: The question with its reference.
-        generation: As the model wrote it.
-        text: The same without what the chat template and an engine put around it.
-        parsed: Thinking and answer of that.
-        grade: The rule's verdict on the answer.
+    `text` is the generation without what the chat template and an engine put around it, `parsed`
+    its thinking and answer.
     """
 
     example: Example
@@ -151,19 +147,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class GradedAnswer(BaseModel):
     """One answer, for people to read.
 
-    Args:
-        index: The question's row, in the order of the source.
-        turn: Of a conversation whose turns are all asked.
-        question: Without the system message.
-        expected: The reference answer.
-        got: Text of the answer; None where no answer was found.
-        read: What the grader read in it; None where it read nothing.
-        thinking: None where no closed thinking was found.
-        text: All that the model wrote, where thinking and answer are not all of it; else None.
-        right: The grader's verdict.
-        kinds: `wrong`: an answer was read, and it isn't right. `unparsed`: none was found, or the
-            grader read nothing in it. `truncated`: it reached `max_new_tokens`. `invalid`: it is
-            more or less than thinking and answer in their tags. The last two may be right.
+    `question` is without the system message, `expected` the reference's answer, `got` the text of
+    the model's, and `read` what the grader read in it; these two and `thinking` are None where none
+    was found. `text` is all that the model wrote, where thinking and answer are not all of it. The
+    kinds: `wrong`: an answer was read, and it isn't right. `unparsed`: none was found, or the
+    grader read nothing in it. `truncated`: it reached `max_new_tokens`. `invalid`: it is more or
+    less than thinking and answer in their tags. The last two may be right.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -238,13 +227,11 @@ def read_answers(run: Path, stage: str) -> list[GradedAnswer]:
 def chosen(
     answers: Sequence[GradedAnswer], kind: str | None = None, pattern: str | None = None
 ) -> list[GradedAnswer]:
-    """Return the answers that aren't right, or all of a kind; of these, those with a text.
+    """Return the answers that aren't right, or all of a kind; of these, those with a pattern.
 
-    Args:
-        answers: All of a stage.
-        kind: One of `KINDS`; of `truncated` and `invalid` also those that are right.
-        pattern: A regular expression, without regard to case, that stands in the question, the
-            reference, the thinking or whatever the model wrote.
+    Of `truncated` and `invalid` also those that are right are taken. The pattern is a regular
+    expression, without regard to case, that stands in the question, the reference, the thinking or
+    whatever the model wrote.
 
     Raises:
         RunError: There is no such kind, or the pattern is no regular expression.

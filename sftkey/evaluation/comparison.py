@@ -115,11 +115,9 @@ def compare(runs: Mapping[str, Sequence[StageResult]], alpha: float | None = Non
 
 def _corrected(differences: Iterable[Difference | None]) -> list[Difference | None]:
     """Correct the p of all differences of one kind, from stage to stage or from run to run."""
-    found = list(differences)
-    ps = holm({str(place): each.p for place, each in enumerate(found) if each})
-    return [
-        replace(each, p_holm=ps[str(place)]) if each else None for place, each in enumerate(found)
-    ]
+    found = {str(place): each for place, each in enumerate(differences)}
+    ps = holm({place: each.p for place, each in found.items() if each})
+    return [each and replace(each, p_holm=ps[place]) for place, each in found.items()]
 
 
 def compare_runs(folders: Iterable[Path], alpha: float | None = None) -> Comparison:
@@ -165,11 +163,9 @@ def table(comparison: Comparison) -> FittedTable:
     """Return the table: a row for each stage, intervals below their figures."""
     several = len({row.run for row in comparison.rows}) > 1
     units = {row.result.thinking_unit for row in comparison.rows}
+    unit = "tokens" if units == {"tokens"} else "chars"
     headers = ["n", "Acc\n[95%]", "Fmt", "Score", "un-\nparsed", "never\nstopped"]
-    headers += [
-        "think.\n" + ("tokens" if units == {"tokens"} else "chars"),
-        "points more, p\n[95%]",
-    ]
+    headers += [f"think.\n{unit}", "points more, p\n[95%]"]
     grid = FittedTable("run, stage" if several else "stage", headers)
     for row in comparison.rows:
         grid.add([row.name, *_cells(row)])
@@ -186,20 +182,16 @@ def sentences(comparison: Comparison) -> list[str]:
             "An interval counts the chance in the questions; another seed, or other data, may give "
             "another difference."
         )
-    said += _untagged(comparison.rows)
-    said += _passed(comparison.rows)
-    said += _judged(comparison.rows)
-    said += _clustered(comparison.rows)
-    if len(comparison.rows) == 1:
-        (row,) = comparison.rows
-        said.append(f"{row.name} is the only one evaluated: there is nothing to compare it with.")
+    rows = comparison.rows
+    for about in (_untagged, _passed, _judged):
+        said += about(rows)
+    clustered = {_asked(row.result) for row in rows if row.result.num_conversations is not None}
+    for asked in sorted(clustered):
+        said.append(f"There are {asked}: intervals and p take a conversation as one.")
+    if len(rows) == 1:
+        name = rows[0].name
+        said.append(f"{name} is the only one evaluated: there is nothing to compare it with.")
     return [*said, *comparison.warnings]
-
-
-def _clustered(rows: Iterable[StageRow]) -> Iterator[str]:
-    asked = {_asked(row.result) for row in rows if row.result.num_conversations is not None}
-    for each in sorted(asked):
-        yield f"There are {each}: intervals and p take a conversation as one."
 
 
 def _passed(rows: Iterable[StageRow]) -> Iterator[str]:
@@ -215,37 +207,33 @@ def _passed(rows: Iterable[StageRow]) -> Iterator[str]:
 
 def _judged(rows: Iterable[StageRow]) -> Iterator[str]:
     for row in rows:
-        result, model = row.result, str(row.result.settings.get("judge"))
+        result = row.result
         if result.num_unclear is not None:
-            num, unclear = result.num_questions, result.num_unclear
-            yield judge_sentence(row.name, model, result.judge, num, unclear)
+            model, num = str(result.settings.get("judge")), result.num_questions
+            yield judge_sentence(row.name, model, result.judge, num, result.num_unclear)
 
 
 def _sentence(difference: Difference, unshown: str) -> str:
     before, after = difference.before, difference.after
     low, high = difference.interval
-    head = (
-        f"The difference between {before} and {after} is {100 * difference.difference:+.1f} points "
-        f"{points_text(difference.interval)} on {_asked(difference)}: the interval "
-    )
+    neither = f"so {unshown} show that {after} answers better or worse."
     if low <= 0 <= high:
-        return f"{head}includes 0, so {unshown} show that {after} answers better or worse."
-    if difference.p_holm >= CHANCE:
-        return (
-            f"{head}is clear of 0, but among so many differences chance alone gives such a one "
-            f"(corrected p {difference.p_holm:.3f}), so {unshown} show that {after} answers better "
-            "or worse."
-        )
-    better = "better" if low > 0 else "worse"
+        interval = f"includes 0, {neither}"
+    elif difference.p_holm >= CHANCE:
+        interval = "is clear of 0, but among so many differences chance alone gives such a one "
+        interval += f"(corrected p {difference.p_holm:.3f}), {neither}"
+    else:
+        better = f"{after} answers {'better' if low > 0 else 'worse'} than {before}"
+        interval = f"is clear of 0, so on questions like these {better}."
     return (
-        f"{head}is clear of 0, so on questions like these {after} answers {better} than {before}."
+        f"The difference between {before} and {after} is {100 * difference.difference:+.1f} points "
+        f"{points_text(difference.interval)} on {_asked(difference)}: the interval {interval}"
     )
 
 
 def _asked(asked: Difference | StageResult) -> str:
-    conversations = asked.num_conversations
-    of = "" if conversations is None else f" of {conversations} conversations"
-    return f"{asked.num_questions} questions{of}"
+    count = asked.num_conversations
+    return f"{asked.num_questions} questions" + (f" of {count} conversations" if count else "")
 
 
 def _difference(before: StageRow, result: StageResult, name: str) -> Difference | None:
@@ -259,10 +247,9 @@ def _difference(before: StageRow, result: StageResult, name: str) -> Difference 
         return None
     old = [question.likely_right for question in before.result.questions]
     new = [question.likely_right for question in result.questions]
-    difference, low, high = difference_with_interval(old, new, result.rows)
-    p = two_sided_p(old, new, result.rows)
-    num = result.num_conversations
-    return Difference(before.name, name, len(old), difference, (low, high), p, p, num)
+    gain, low, high = difference_with_interval(old, new, result.rows)
+    p, num = two_sided_p(old, new, result.rows), result.num_conversations
+    return Difference(before.name, name, len(old), gain, (low, high), p, p, num)
 
 
 def _mostly_unread(result: StageResult) -> bool:
@@ -307,8 +294,10 @@ def _unlike(rows: Sequence[StageRow]) -> list[str]:
 
 
 def _cells(row: StageRow) -> list[str]:
-    result, difference = row.result, row.difference
+    result, gain = row.result, ""
     unstopped, thinking = result.num_never_stopped, result.mean_thinking_length
+    if found := row.difference:
+        gain = f"{100 * found.difference:+.1f}, {p_text(found.p)}\n{points_text(found.interval)}"
     return [
         str(result.num_questions),
         "{:.3f}\n[{:.3f}, {:.3f}]".format(result.acc, *result.acc_interval),
@@ -317,10 +306,5 @@ def _cells(row: StageRow) -> list[str]:
         str(result.num_unparsed),
         "?" if unstopped is None else str(unstopped),
         "-" if thinking is None else f"{thinking:.1f}",
-        "" if difference is None else _difference_cell(difference),
+        gain,
     ]
-
-
-def _difference_cell(difference: Difference) -> str:
-    interval = points_text(difference.interval)
-    return f"{100 * difference.difference:+.1f}, {p_text(difference.p)}\n{interval}"

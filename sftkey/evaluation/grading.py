@@ -89,10 +89,6 @@ def read_untagged(text: str, reference: str, response: Response, grader: str) ->
 def unreadable(references: Mapping[int, str], grader: str) -> list[int]:
     """List the rows whose reference a grader can't read: every answer to them would be wrong.
 
-    Args:
-        references: The answers by the index of their row.
-        grader: As in `grade`.
-
     Raises:
         RecipeError: `math` without the package that does it.
     """

@@ -23,15 +23,10 @@ if TYPE_CHECKING:
 
 
 class Graded(Protocol):
-    """A question's flags of both graders; `judged` is None where the second said nothing."""
+    """What rule and judge say of an answer; `judged` is None where the judge said nothing."""
 
-    @property
-    def correct(self) -> bool:
-        """What the rule says."""
-
-    @property
-    def judged(self) -> bool | None:
-        """What the judge says."""
+    correct: bool
+    judged: bool | None
 
 
 class JudgeFigures(BaseModel):
@@ -62,14 +57,14 @@ def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
 
 def judge_figures(questions: Iterable[Graded]) -> JudgeFigures | None:
     """Compare the judge's flags with the rule's; None where no judge said anything."""
-    flags = [(each.correct, each.judged) for each in questions]
-    pairs = [(correct, judged) for correct, judged in flags if judged is not None]
+    questions = list(questions)
+    pairs = [(each.correct, each.judged) for each in questions if each.judged is not None]
     if not pairs:
         return None
-    rule, judge = [a for a, _ in pairs], [b for _, b in pairs]
+    rule, judge = zip(*pairs, strict=True)
     return JudgeFigures(
         num_judged=len(pairs),
-        num_questions=len(flags),
+        num_questions=len(questions),
         num_agreeing=sum(a == b for a, b in pairs),
         kappa=cohens_kappa(rule, judge),
         acc=sum(judge) / len(judge),
@@ -81,12 +76,7 @@ def judge_sentence(
 ) -> str:
     """Say what the judge finds in a stage's answers, and what it didn't judge.
 
-    Args:
-        name: The stage's.
-        model: The judge's.
-        figures: None where it judged nothing.
-        num_questions: All of them.
-        num_unclear: The replies that were neither yes nor no.
+    To `num_unclear` of them it said neither yes nor no; `figures` are None where it judged nothing.
     """
     num_judged = figures.num_judged if figures else 0
     said = f"{name}: the judge {model} judged {num_judged} of {num_questions} answers"
@@ -101,13 +91,9 @@ def judge_sentence(
 
 
 class Verdicts:
-    """The verdicts of one judge, a line each, named by the hash of the prompt that was sent.
+    """The verdicts of a judge's model, a line each, named by the hash of the prompt that was sent.
 
     A line that a kill has torn is skipped, and its prompt is asked again.
-
-    Args:
-        base_url: The judge's endpoint.
-        model: Its model there.
     """
 
     def __init__(self, base_url: str, model: str) -> None:
@@ -179,13 +165,7 @@ HINT = (
 
 @dataclass
 class Judge:
-    """Asks about the answers of a stage.
-
-    Args:
-        section: Of the recipe.
-        note: Says a line to the person.
-        failure: What kept it from asking, after `flags`.
-    """
+    """Asks about the answers of a stage; `failure` is what kept it from asking, after `flags`."""
 
     section: JudgeSection
     note: Callable[[str], None]
@@ -204,16 +184,14 @@ class Judge:
             By the question's key; None where the reply was neither yes nor no, which is asked
             again the next time. A key that isn't there wasn't judged: `failure` says why.
         """
-        pairs = list(zip(examples, answers, strict=True))
-        prompts = {
-            example.key: judge_prompt(example, answer)
-            for example, answer in pairs
-            if answer is not None
-        }
+        flags: dict[QuestionKey, bool | None] = {}
+        prompts: dict[QuestionKey, str] = {}
+        for example, answer in zip(examples, answers, strict=True):
+            if answer is None:
+                flags[example.key] = False
+            else:
+                prompts[example.key] = judge_prompt(example, answer)
         verdicts = self._verdicts(dict.fromkeys(prompts.values()))
-        flags: dict[QuestionKey, bool | None] = {
-            example.key: False for example, answer in pairs if answer is None
-        }
         judged = {key: verdicts[prompt] for key, prompt in prompts.items() if prompt in verdicts}
         return flags | judged
 

@@ -1,4 +1,4 @@
-"""`report.html` of a run: trained tokens, losses, results and answers in one file to pass on."""
+"""A run's `report.html` and `losses.png`: its trained tokens, losses, results and answers."""
 
 from __future__ import annotations
 
@@ -16,29 +16,135 @@ from sftkey.data.preview import preview_rows
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import GradedAnswer, read_answers
 from sftkey.evaluation.comparison import Comparison, compare_runs, sentences
-from sftkey.evaluation.losses import (
-    SEGMENT_COLOURS,
-    StageLosses,
-    draw_losses,
-    read_losses,
-    spread_wide,
-)
 from sftkey.evaluation.statistics import points_text
-from sftkey.files import read_json, write_text
+from sftkey.files import appearing, read_json, write_text
 from sftkey.recipe.schema import Recipe
+from sftkey.training.log import read_log
+from sftkey.training.run_folder import Ledger
 
+SEGMENT_COLOURS = {
+    "thinking": "#0072B2",
+    "answer_tag": "#E69F00",
+    "answer": "#009E73",
+    "end": "#D55E00",
+}
 NUM_ROWS = 2  # of the token map
 MOST_QUESTIONS = 500  # whose answers are shown: a page of some megabytes
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 240, 46, 24  # of a chart, in pixels
+LEAST_LOSS = 1e-6  # nats a token; what is below stands here on a logarithmic scale
+Points = list[tuple[int, float]]
+VALIDATION = "validation rows"
+MEASURED: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 4, "mfc": "white"}
+
+
+@dataclass(frozen=True)
+class StageLosses:
+    """The losses of one stage in nats a token, by segment: points of a step and a mean.
+
+    Those of `training` are of the tokens that the stage trains, since the point before; what is
+    `measured` are all segments of the completion, before and after the stage on the same `rows`,
+    which aren't validation rows in every run.
+    """
+
+    name: str
+    training: Mapping[str, Points]
+    measured: Mapping[str, Points]
+    rows: str = VALIDATION
+
+    @property
+    def points(self) -> Points:
+        """All of them."""
+        lines = (*self.training.values(), *self.measured.values())
+        return [point for line in lines for point in line]
+
+
+def read_losses(folder: Path, recipe: Recipe) -> list[StageLosses]:
+    """Return the losses of the stages that have begun, as far as they were logged."""
+    ledger, file = Ledger(folder, recipe, main=False), folder / "data.json"
+    counts = read_json(file) if file.exists() else {}
+    rows = VALIDATION if counts.get("validation", 1) else "some training rows"
+    found = []
+    for number, record in enumerate(ledger.stages):
+        training = [(line["step"], line["segments"]) for line in read_log(ledger.log(number))]
+        steps = {"start": 0, "end": record.num_steps}
+        measured = sorted(
+            (steps[at] if at in steps else int(at), losses)
+            for at, losses in record.validation.items()
+        )
+        stage = StageLosses(record.name, _lines(training), _lines(measured), rows)
+        if stage.points:
+            found.append(stage)
+    return found
+
+
+def _lines(steps: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, Points]:
+    """Return a line for each segment of the completion; a loss that isn't finite has no point."""
+    lines: dict[str, Points] = {name: [] for name in SEGMENT_COLOURS}
+    for step, losses in steps:
+        for name in lines.keys() & losses.keys():
+            if math.isfinite(losses[name]):
+                lines[name].append((step, max(losses[name], LEAST_LOSS)))
+    return {name: points for name, points in lines.items() if points}
+
+
+def spread_wide(stages: Sequence[StageLosses]) -> bool:
+    """Tell whether the losses differ so much that only a logarithmic scale shows them all."""
+    losses = [loss for stage in stages for _, loss in stage.points]
+    return max(losses) >= 10 * min(losses)
+
+
+def empty_figure(width: float, height: float) -> Any | None:
+    """Return a figure of so many inches, for a file alone; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def draw_losses(folder: Path, stages: Sequence[StageLosses]) -> Path | None:
+    """Draw `losses.png` into a run's folder; None without losses or without matplotlib."""
+    figure = empty_figure(1.6 + 3.8 * len(stages), 3.8) if stages else None
+    if figure is None:
+        return None
+    from matplotlib.lines import Line2D
+
+    panes = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    for pane, stage in zip(panes, stages, strict=True):
+        for name, points in stage.training.items():
+            pane.plot(*zip(*points, strict=True), color=SEGMENT_COLOURS[name], linewidth=1.2)
+        for name, points in stage.measured.items():
+            colour = SEGMENT_COLOURS[name]
+            pane.plot(*zip(*points, strict=True), color=colour, linewidth=1, **MEASURED)
+        pane.set_xlabel("step")
+        pane.set_yscale("log" if spread_wide(stages) else "linear")
+        bare(pane, stage.name)
+    panes[0].set_ylabel("loss, nats a token")
+    drawn = {name for stage in stages for name in (*stage.training, *stage.measured)}
+    handles = [
+        Line2D([], [], color=colour, label=name.replace("_", " "))
+        for name, colour in SEGMENT_COLOURS.items()
+        if name in drawn
+    ]
+    handles.append(Line2D([], [], color="#777777", label="training"))
+    handles.append(Line2D([], [], color="#777777", label=stages[0].rows, **MEASURED))
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside right upper")
+    file = folder / "losses.png"
+    with appearing(file) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return file
+
+
+def bare(pane: Any, title: str) -> None:
+    """Put a title over a pane, and take two of its four borders away."""
+    pane.set_title(title, loc="left", fontsize=11)
+    pane.spines[["top", "right"]].set_visible(False)
 
 
 def write_page(folder: Path, recipe: Recipe, prepared: Prepared | str) -> list[Path]:
     """Write `report.html` and `losses.png` of a run, and return those that were written.
 
-    Args:
-        folder: The run's.
-        recipe: The run's.
-        prepared: Its rows; or, where they can't be read, why, which then stands in their place.
+    `prepared` are its rows; or, where they can't be read, why, which then stands in their place.
 
     Raises:
         RunError: A file of the run holds something else than it should.
@@ -46,8 +152,7 @@ def write_page(folder: Path, recipe: Recipe, prepared: Prepared | str) -> list[P
     losses = read_losses(folder, recipe)
     page = folder / "report.html"
     write_text(page, render_page(folder, recipe, prepared, losses))
-    picture = draw_losses(folder, losses)
-    return [page, *([picture] if picture else [])]
+    return [file for file in (page, draw_losses(folder, losses)) if file]
 
 
 def render_page(
@@ -68,6 +173,7 @@ def render_page(
         rows=rows,
         unread=prepared if isinstance(prepared, str) else None,
         charts=charts(losses),
+        size={"width": WIDTH, "height": HEIGHT, "left": LEFT},
         segments={name: name.replace("_", " ") for name in SEGMENT_COLOURS},
         losses=losses,
         logarithmic=bool(losses) and spread_wide(losses),
@@ -138,10 +244,6 @@ class Chart:
     lines: Sequence[tuple[str, bool, Sequence[tuple[float, float]]]]
     x_ticks: Sequence[tuple[float, str]]
     y_ticks: Sequence[tuple[float, str]]
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    bottom: int = BOTTOM
 
 
 def charts(stages: Sequence[StageLosses]) -> list[Chart]:

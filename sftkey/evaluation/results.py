@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
@@ -126,7 +127,7 @@ class StageResult(BaseModel):
     num_unparsed: int
     num_never_stopped: int | None
     mean_thinking_length: float | None
-    thinking_unit: Literal["tokens", "characters"]
+    thinking_unit: Literal["tokens", "characters"]  # the latter in no new results
     num_thinking_judged: int | None = None
     num_thinking_right: int | None = None
     num_judged_following: Judged[int] = None
@@ -157,20 +158,18 @@ def score(
     texts: Sequence[GradedText],
     *,
     settings: Mapping[str, Any] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     thinking_loss: tuple[float, float] | None = None,
     loss_name: str = VALIDATION_LOSS,
     judge: Flags | None = None,
 ) -> StageResult:
-    """Return the figures of one stage of a run.
+    """Return the figures of one stage of a run, or of `base`.
 
     Args:
         recipe: The run's.
         renderer: The run's.
-        stage: The stage's name, or `base`.
+        stage: The stage's name.
         texts: What it wrote, as `grade_texts` gives it.
         settings: Kept with the result beside the recipe's, so that a comparison can tell.
-        tokenizer: Counts the thinking's tokens; without it its characters are counted.
         thinking_loss: The thinking's loss before and after the stage.
         loss_name: What that loss is called: not every run has validation rows.
         judge: The second grader, if there is one.
@@ -192,8 +191,8 @@ def score(
         **figures,
         alpha=section.alpha,
         score=score_of(figures["acc"], figures["fmt"], section.alpha),
-        mean_thinking_length=_mean_length([each.parsed.thinking for each in texts], tokenizer),
-        thinking_unit="characters" if tokenizer is None else "tokens",
+        mean_thinking_length=_mean_length(texts, renderer.tokenizer),
+        thinking_unit="tokens",
         **_of_thinkings(questions),
         thinking_loss=thinking_loss,
         loss_name=loss_name,
@@ -219,14 +218,9 @@ def _questions(
     second: Mapping[QuestionKey, bool | None],
     untagged: bool,
 ) -> tuple[Question, ...]:
-    """Return the flags of all questions.
+    """Return the flags of all questions; `second` is what the second grader says of them.
 
-    Args:
-        recipe: The run's.
-        response: The tags.
-        texts: What was written.
-        second: What the second grader says.
-        untagged: Whether an answer that has no tags is read without them, beside its grade.
+    With `untagged` an answer that has no tags is read without them, beside its grade.
     """
     from sftkey.data.sources import MADE
 
@@ -283,17 +277,12 @@ def _of_thinkings(questions: Sequence[Question]) -> dict[str, Any]:
     return counts
 
 
-def _mean_length(
-    thinkings: Iterable[str | None], tokenizer: PreTrainedTokenizerBase | None
-) -> float | None:
-    """Return the mean number of tokens, without a tokenizer of characters, where there is any."""
-    texts = [thinking for thinking in thinkings if thinking is not None]
-    if not texts:
+def _mean_length(texts: Sequence[GradedText], tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """Return the mean number of a thinking's tokens; None where there is no thinking."""
+    thinkings = [each.parsed.thinking for each in texts if each.parsed.thinking is not None]
+    if not thinkings:
         return None
-    if tokenizer is None:
-        return sum(map(len, texts)) / len(texts)
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return sum(map(len, ids)) / len(texts)
+    return fmean(map(len, tokenizer(thinkings, add_special_tokens=False)["input_ids"]))
 
 
 def write_result(folder: Path, result: StageResult) -> Path:

@@ -24,11 +24,7 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
     """Grade the answers of one stage, and write what was found (main process only).
 
     `evaluation/<stage>.json` has the figures, `<stage>.graded.jsonl` each answer and its verdict.
-
-    Args:
-        run: A started run.
-        stage: A stage's name, or `base`.
-        generations: The answers; default what the run itself wrote, if it did.
+    The answers are those of `generations`, by default what the run itself wrote, if it did.
 
     Raises:
         JudgeError: The judge can't be asked. The file lies there nevertheless, with the rule's
@@ -48,7 +44,6 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         stage,
         texts,
         settings={"judge": judge.section.model} if judge else None,
-        tokenizer=run.tokenizer,
         thinking_loss=thinking_losses(run, stage),
         loss_name=run.prepared.loss_name,
         judge=judge.flags if judge else None,

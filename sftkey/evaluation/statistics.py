@@ -35,15 +35,11 @@ def wilson(num_right: int, num_questions: int) -> tuple[float, float]:
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
     """Return the difference of two shares on the same questions, and the ends of its 95% interval.
 
-    All three are shares (0.01 is one point), above 0 where `after` has more right. The interval
-    is Tango's score interval: unlike the normal one it holds where few questions changed sides,
-    and it has a width even where none did (Tango 1998, Statistics in Medicine 17:891-908; among
-    those that Fagerland, Lydersen and Laake recommend, 2014, Statistics in Medicine
-    33:2850-2875).
-
-    Args:
-        before: Right or wrong, a flag a question.
-        after: The same of the other stage, in the same order.
+    All three are shares (0.01 is one point), above 0 where `after` has more right; both have a flag
+    a question, in one order. The interval is Tango's score interval: unlike the normal one it holds
+    where few questions changed sides, and it has a width even where none did (Tango 1998,
+    Statistics in Medicine 17:891-908; among those that Fagerland, Lydersen and Laake recommend,
+    2014, Statistics in Medicine 33:2850-2875).
     """
     gains, losses = discordant(before, after)
     num_questions = len(before)
@@ -96,6 +92,14 @@ def chance_of_worse(before: Sequence[bool], after: Sequence[bool]) -> float:
     if gains + losses == 0:
         return 1.0
     return float(binomtest(losses, gains + losses, 0.5, alternative="greater").pvalue)
+
+
+def flipped(
+    before: Sequence[bool], after: Sequence[bool], rows: Rows
+) -> tuple[int, int, int, int, float]:
+    """Count what is right before and after, and what was lost and gained; with `one_sided_p`."""
+    gains, losses = discordant(before, after)
+    return sum(before), sum(after), losses, gains, one_sided_p(before, after, rows)
 
 
 def discordant(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
@@ -153,11 +157,7 @@ def share_interval(flags: Sequence[bool], rows: Rows) -> tuple[float, float]:
     That number is n by the design effect, how much more the share varies from conversation to
     conversation than from question to question (Rao and Scott 1992), at most n, and with Student's
     quantile for few conversations (Korn and Graubard 1998). Where all flags are alike no effect is
-    seen: then it is the number of conversations.
-
-    Args:
-        flags: Right or wrong, a flag a question.
-        rows: The conversation of each.
+    seen: then it is the number of conversations. `rows` has the conversation of each flag.
     """
     count, num = num_conversations(rows), len(flags)
     if count is None:
@@ -184,14 +184,10 @@ def difference_with_interval(
 ) -> tuple[float, float, float]:
     """Return the difference of two shares on the same questions, and its 95% interval's ends.
 
-    Over conversations it is the interval of a mean of clusters with Student's quantile, two
+    The arguments are those of `paired_difference`, and the conversation of each question. Over
+    conversations it is the interval of a mean of clusters with Student's quantile, two
     conversations added that nobody had, one half of each kind, so that it keeps a width where
     nothing changed (as Agresti and Min 2005 do with questions).
-
-    Args:
-        before: Right or wrong, a flag a question.
-        after: The same of the other stage, in the same order.
-        rows: The conversation of each.
     """
     count = num_conversations(rows)
     if count is None:

@@ -17,8 +17,7 @@ from sftkey.evaluation.numbers import first_number, last_number, plain, same_num
 from sftkey.evaluation.statement import normalize
 from sftkey.evaluation.statistics import (
     difference_with_interval,
-    discordant,
-    one_sided_p,
+    flipped,
     p_text,
     points_text,
     share_interval,
@@ -75,15 +74,15 @@ def judge_thinkings(
     [True, False]
     """
     by_answer = grader == "number" and references_keep(arrives, examples)
-    judged: list[bool | None] = []
-    for text, example in zip(written, examples, strict=True):
+
+    def is_right(text: str | None, example: Example) -> bool | None:
         if not example.thinking.strip() or not (made or grader == "number"):
-            judged.append(None)
-        elif by_answer:
-            judged.append(text is not None and arrives(text, example.answer))
-        else:
-            judged.append(_has_steps(text, example.thinking, words=grader != "number"))
-    return judged
+            return None
+        if by_answer:
+            return text is not None and arrives(text, example.answer)
+        return _has_steps(text, example.thinking, words=grader != "number")
+
+    return list(map(is_right, written, examples))
 
 
 def references_keep(rule: Callable[[str, str], bool], examples: Sequence[Example]) -> bool:
@@ -159,16 +158,10 @@ def follow_thinkings(
     of the task's choices that the thinking names. Where the answer takes a step more than the
     thinking holds, or the thinking isn't closed, or there is no answer, nothing is said.
 
-    Args:
-        written: Thinkings and answers.
-        examples: Their questions with the references.
-        grader: That of the answers.
-
     >>> examples = [Example("2 + 3 =", "2 + 3 = 5", "5", 0)]
     >>> follow_thinkings([Parsed("2 + 3 = 6", "6", strict=True)], examples, "number")
     [True]
     """
-    nothing: list[bool | None] = [None] * len(examples)
     told = [example for example in examples if example.thinking.strip()]
     if grader == "number":
         follows: Callable[[str, str], bool] = arrives
@@ -179,9 +172,9 @@ def follow_thinkings(
             named = last_named(thinking, choices)
             return named is not None and grade(answer, named, grader).right
     else:
-        return nothing
+        return [None] * len(examples)
     if not references_keep(follows, examples):
-        return nothing
+        return [None] * len(examples)
     return [
         None
         if each.thinking is None or each.answer is None
@@ -210,7 +203,6 @@ def last_named(thinking: str, choices: Sequence[str]) -> str | None:
 
 Form = Literal["valid", "empty", "truncated", "missing"]
 PASSED = "right and valid"
-RATES = {"valid": "VR", "empty": "ER", "truncated": "TR", "missing": "MR", PASSED: "Rpass@1"}
 
 
 def thinking_form(text: str, found: Parsed, response: Response) -> Form:
@@ -226,11 +218,6 @@ def thinking_form(text: str, found: Parsed, response: Response) -> Form:
 
     Rpass@1 is the share of answers that are right and stand behind a valid thinking.
 
-    Args:
-        text: As the model wrote it.
-        found: What the response's tags find in it.
-        response: These tags.
-
     >>> response = Response("<think>", "</think>", "", "")
     >>> texts = ["<think>so</think>4", "<think> </think>4", "<think>so 4", "4"]
     >>> [thinking_form(text, response.parse(text), response) for text in texts]
@@ -244,19 +231,11 @@ def thinking_form(text: str, found: Parsed, response: Response) -> Form:
 
 
 class Formed(Protocol):
-    """A question's flags; the form is None in results that were written without."""
+    """A question's row and flags; the form is None in results that were written without."""
 
-    @property
-    def index(self) -> int:
-        """The row."""
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer is right."""
-
-    @property
-    def form(self) -> Form | None:
-        """The thinking's."""
+    index: int
+    correct: bool
+    form: Form | None
 
 
 class Rate(BaseModel):
@@ -304,21 +283,16 @@ class ValidChange:
 
     def text(self) -> str:
         """Say it in words."""
-        fell = f"valid thinkings went from {self.num_before} to {self.num_after}"
-        return (
-            f"{fell} ({self.num_lost} lost, {self.num_gained} gained, one-sided {p_text(self.p)})"
-        )
+        turned = f"{self.num_lost} lost, {self.num_gained} gained, one-sided {p_text(self.p)}"
+        return f"valid thinkings went from {self.num_before} to {self.num_after} ({turned})"
 
 
-def valid_change(pairs: Iterable[tuple[Formed, Formed]]) -> ValidChange | None:
+def valid_change(pairs: Sequence[tuple[Formed, Formed]]) -> ValidChange | None:
     """Pair the forms of two stages on the same questions; None where one isn't known."""
-    pairs = list(pairs)
     if not pairs or any(old.form is None or new.form is None for old, new in pairs):
         return None
     before, after = ([each[side].form == "valid" for each in pairs] for side in (0, 1))
-    gained, lost = discordant(before, after)
-    p = one_sided_p(before, after, [old.index for old, _ in pairs])
-    return ValidChange(sum(before), sum(after), lost, gained, p)
+    return ValidChange(*flipped(before, after, [old.index for old, _ in pairs]))
 
 
 @dataclass(frozen=True)
@@ -335,21 +309,19 @@ class PassedChange:
 
     def text(self) -> str:
         """Say it in points."""
-        gain, interval = f"{100 * self.difference:+.1f}", points_text(self.interval)
-        return f"{gain} points {interval}, {p_text(self.p)}"
+        gain = f"{100 * self.difference:+.1f} points {points_text(self.interval)}"
+        return f"{gain}, {p_text(self.p)}"
 
 
-def passed_change(pairs: Iterable[tuple[Formed, Formed]]) -> PassedChange | None:
+def passed_change(pairs: Sequence[tuple[Formed, Formed]]) -> PassedChange | None:
     """Pair the answers that are right behind a valid thinking; None where a form isn't known."""
-    pairs = list(pairs)
-    if not pairs:
-        return None
-    flags = [form_flags([each[side] for each in pairs]).get(PASSED) for side in (0, 1)]
-    if flags[0] is None or flags[1] is None:
+    before, after = (form_flags([each[side] for each in pairs]) for side in (0, 1))
+    if not (pairs and before and after):
         return None
     rows = [old.index for old, _ in pairs]
-    difference, low, high = difference_with_interval(flags[0], flags[1], rows)
-    return PassedChange(difference, (low, high), two_sided_p(flags[0], flags[1], rows))
+    difference, *ends = difference_with_interval(before[PASSED], after[PASSED], rows)
+    p = two_sided_p(before[PASSED], after[PASSED], rows)
+    return PassedChange(difference, (ends[0], ends[1]), p)
 
 
 def form_table(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sftkey.evaluation.results import VALIDATION_LOSS, Question, StageResult
-from sftkey.evaluation.statistics import CHANCE, discordant, one_sided_p, p_text
+from sftkey.evaluation.statistics import CHANCE, flipped, p_text
 from sftkey.evaluation.thinking import PassedChange, ValidChange, passed_change, valid_change
 from sftkey.tables import FittedTable
 
@@ -61,11 +61,9 @@ class ThinkingChange:
         doesn't take for chance. The losses have no such chance: rows and tokens are the same.
         """
         found = []
-        if self.loss and self.loss[1] - self.loss[0] > MOST_LOSS:
-            rise = self.loss[1] - self.loss[0]
-            found.append(
-                f"its {self.loss_name} rose by {rise:.4f} nats a token (more than {MOST_LOSS})"
-            )
+        if self.loss and (rise := self.loss[1] - self.loss[0]) > MOST_LOSS:
+            rose = f"rose by {rise:.4f} nats a token (more than {MOST_LOSS})"
+            found.append(f"its {self.loss_name} {rose}")
         if self.turned and self.turned.p < CHANCE:
             found.append(f"{_shown(self.turned)} (one-sided {p_text(self.turned.p)})")
         if self.valid and self.valid.p < CHANCE:
@@ -103,12 +101,9 @@ class ThinkingChange:
 def thinking_change(
     before: StageResult | None, after: StageResult, names: tuple[str, str] | None = None
 ) -> ThinkingChange:
-    """Pair the thinkings of two stages by their questions.
+    """Pair the thinkings of two stages, if there is one before, by their questions.
 
-    Args:
-        before: The result of the stage before; None if there is none.
-        after: The stage.
-        names: What to call the two; default their stages.
+    `names` are what to call the two; default their stages.
     """
     old_name, new_name = names or (before.stage if before else "", after.stage)
     if before is None or before.questions_sha256 != after.questions_sha256:
@@ -167,9 +162,7 @@ def turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
     if not judged:
         return None
     before, after, rows = (list(each) for each in zip(*judged, strict=True))
-    gains, losses = discordant(before, after)
-    p = one_sided_p(before, after, rows)
-    return Turned(len(judged), sum(before), sum(after), losses, gains, p)
+    return Turned(len(judged), *flipped(before, after, rows))
 
 
 def _shown(told: Turned) -> str:

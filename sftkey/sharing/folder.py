@@ -86,7 +86,6 @@ def grade_folder(
         stage,
         grade_texts(recipe, renderer, written, questions),
         settings={"model": str(folder)},
-        tokenizer=renderer.tokenizer,
     )
     write_result(answers.parent, result.model_copy(update={"stage": answers.stem}))
     equal = sum(written[key].text == before[key].text for key in keys)

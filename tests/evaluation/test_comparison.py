@@ -110,7 +110,7 @@ def test_the_table_fits_a_terminal() -> None:
     """All figures stand in eighty columns, none broken."""
     assert printed(compare({"demo": [BASE, COMPLETION, KEY]}))[:9] == [
         "                          Acc                un-   never think. points more, p",
-        "stage        n          [95%]   Fmt Score parsed stopped  chars          [95%]",
+        "stage        n          [95%]   Fmt Score parsed stopped tokens          [95%]",
         "─" * 78,
         "base       100          0.050 1.000 0.335      0      10    2.0",
         "               [0.022, 0.112]",
@@ -175,7 +175,7 @@ def test_a_stage_that_harmed_the_thinking_is_told_with_the_remedy() -> None:
         "num_questions": 100,
         "num_identical": 89,
         "mean_lengths": [stage.mean_thinking_length for stage in stages[1:]],
-        "unit": "characters",
+        "unit": "tokens",
         "turned": {
             "num_judged": 100,
             "num_right_before": 80,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftkey.evaluation.losses import LEAST_LOSS, StageLosses, draw_losses, read_losses
+from sftkey.evaluation.page import LEAST_LOSS, StageLosses, draw_losses, read_losses
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run_folder import Ledger
 from tests.support.tiny import write_recipe

@@ -11,8 +11,7 @@ import pytest
 from sftkey.commands.results import report
 from sftkey.data.response import Example, Response
 from sftkey.evaluation.answers import graded_answers, write_answers
-from sftkey.evaluation.losses import StageLosses
-from sftkey.evaluation.page import charts, render_page, write_page
+from sftkey.evaluation.page import StageLosses, charts, render_page, write_page
 from sftkey.evaluation.results import write_result
 from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe

@@ -51,7 +51,7 @@ def test_score_counts() -> None:
     assert result.acc_interval == result.fmt_interval == wilson(2, 4)
     assert result.score == pytest.approx(0.5)
     assert (result.num_unparsed, result.num_never_stopped) == (1, 2)
-    assert (result.mean_thinking_length, result.thinking_unit) == ((5 + 9) / 2, "characters")
+    assert (result.mean_thinking_length, result.thinking_unit) == ((5 + 9) / 2, "tokens")
     assert (result.num_thinking_judged, result.num_thinking_right) == (0, 0)  # no references
     flags = [(q.index, q.correct, q.strict, q.parsed, q.stopped) for q in result.questions]
     assert flags == [
@@ -79,9 +79,9 @@ def test_score_weighs_acc_by_alpha() -> None:
     assert (result.score_at(1), result.score_at(0)) == (0.25, 1)
 
 
-def test_thinking_is_counted_in_tokens_where_there_is_a_tokenizer(tiny_tokenizer: Any) -> None:
+def test_thinking_is_counted_in_tokens(tiny_tokenizer: Any) -> None:
     """The mean goes over the generations that have thinking."""
-    result = scored(tokenizer=tiny_tokenizer)
+    result = scored(changes={"tokenizer": tiny_tokenizer})
     lengths = [len(tiny_tokenizer(text)["input_ids"]) for text in ("1 + 1", "3 + 3 = 7")]
     assert result.mean_thinking_length == sum(lengths) / 2
     assert result.thinking_unit == "tokens"

@@ -175,7 +175,7 @@ def test_a_change_is_paired_question_by_question() -> None:
     assert (change.num_questions, change.num_identical) == (40, 32)
     assert change.turned == Turned(40, 20, 18, 4, 2, pytest.approx(22 / 64))
     assert change.line() == (
-        "two: thinking against one: 32 of 40 identical, mean length 8.8 -> 8.4 characters, "
+        "two: thinking against one: 32 of 40 identical, mean length 8.8 -> 8.4 tokens, "
         "right 20 -> 18 of 40 (4 right ones turned wrong, 2 wrong right)"
     )
     assert change.warnings() == []
@@ -233,8 +233,7 @@ def test_results_from_before_there_were_such_figures_leave_them_open() -> None:
     change = thinking_change(StageResult.model_validate(old), new)
     assert (change.num_identical, change.turned) == (None, None)
     assert change.line() == (
-        "two: thinking against one: mean length 8.8 -> 8.8 characters, "
-        "validation loss 0.5000 -> 0.5000"
+        "two: thinking against one: mean length 8.8 -> 8.8 tokens, validation loss 0.5000 -> 0.5000"
     )
 
 

@@ -20,13 +20,16 @@ def run_of(
     assistant_prefix: str = "",
     end: str = "",
     stages: Sequence[str] = (),
-    source: str = "rows.jsonl",
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
-    """Make what grading reads of a run's recipe and renderer."""
+    """Make what grading reads of a run's recipe and renderer; a character is a token."""
     section = EvalSection(grader=grader, alpha=alpha)  # type: ignore[arg-type]
     named = [SimpleNamespace(name=name) for name in stages]
-    recipe = SimpleNamespace(eval=section, stages=named, data=SimpleNamespace(source=source))
-    return recipe, SimpleNamespace(response=response, assistant_prefix=assistant_prefix, end=end)
+    data = SimpleNamespace(source="rows.jsonl")
+    recipe = SimpleNamespace(eval=section, stages=named, data=data)
+    tokenizer = tokenizer or (lambda texts, **_: {"input_ids": texts})
+    around = {"assistant_prefix": assistant_prefix, "end": end}
+    return recipe, SimpleNamespace(response=response, tokenizer=tokenizer, **around)
 
 
 def graded(
