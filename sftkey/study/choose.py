@@ -35,15 +35,11 @@ WAIT_SECONDS = 10  # before a run that another process has is tried again
 
 @dataclass(frozen=True)
 class StudyChoices:
-    """What is chosen for one task.
+    """What is chosen for one task of a study, if the study has something to choose.
 
     A stage is chosen once for all arms that come to it in the same way, given what was chosen for
     the stages before it; so arms that share a first stage go on sharing it. So do processes that
     share the study's folder: what one of them has written down counts for all.
-
-    Args:
-        run: The study, with or without something to choose.
-        task: Its recipe.
     """
 
     run: StudyRows

@@ -29,14 +29,10 @@ def write_page(
     pictures: Sequence[str],
     title: str,
 ) -> Path:
-    """Write `report.html` beside `report.md`, and return it.
+    """Write `report.html` beside `report.md` in a study's folder, and return it.
 
-    Args:
-        folder: The study's; where its runs still lie there, too, the questions have their texts.
-        results: Of these cells.
-        cells: As `read_cells` gives them.
-        pictures: Names of files in the folder.
-        title: The page's head.
+    The results are of the cells, the pictures files in the folder. Where the study's runs still lie
+    there, too, the questions have their texts.
     """
     most = MOST_QUESTIONS // len(results.tasks)
     tasks = [_task(folder, results, cells, name, most) for name in results.tasks]
@@ -66,7 +62,7 @@ def _task(
 ) -> dict[str, Any]:
     """Gather what the page shows of a task; of more than `most` questions the first ones."""
     here = [cell for cell in cells if cell.task == task]
-    arms = [arm.name for arm in results.arms if arm.task == task]
+    arms = [arm.name for arm in results.of(task)]
     questions = list(_questions(folder, here, arms, results.control))
     questions.sort(key=lambda asked: "differs" not in asked.traits)
     equal = report.equal_arms(results, task)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sftkey.evaluation.losses import SEGMENT_COLOURS
+from sftkey.evaluation.page import SEGMENT_COLOURS, bare, empty_figure
 from sftkey.recipe.loss_on import loss_weights
 from sftkey.study.results import ArmFigures, StudyResults
 from sftkey.study.schema import Study
@@ -24,21 +25,12 @@ def draw_pictures(
 ) -> list[str]:
     """Draw accuracy, cost, gain and shares into a folder, and return the names of the files.
 
-    A picture of which nothing is known is left out; without matplotlib all are.
-
-    Args:
-        folder: Where they go.
-        results: The study's.
-        weights: Of each task and arm, what `stage_weights` returns.
+    A picture of which nothing is known is left out; without matplotlib all are. `weights` are, by
+    task and arm, what `stage_weights` returns.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    files = []
-    bars = {task: _bars(_arms(results, task), weights) for task in results.tasks}
-    num_arms = max(len(_arms(results, task)) for task in results.tasks)
+    files: list[str] = []
+    bars = {task: _bars(results.of(task), weights) for task in results.tasks}
+    num_arms = max(len(results.of(task)) for task in results.tasks)
     pictures: list[tuple[str, Sequence[Draw], float, int]] = [
         ("accuracy", [_accuracy], 0.42, num_arms),
         ("cost", [partial(_cost, "tokens"), partial(_cost, "minutes")], 0.11, num_arms),
@@ -46,23 +38,20 @@ def draw_pictures(
         ("shares", [partial(_shares, bars)], 0.32, max(map(len, bars.values()))),
     ]
     for name, draws, height, rows in pictures:
-        size = (6.4 * len(results.tasks), len(draws) * max(3.6, 1.6 + height * rows))
-        figure = Figure(figsize=size, dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = empty_figure(6.4 * len(results.tasks), len(draws) * max(3.6, 1.6 + height * rows))
+        if figure is None:
+            return []
         panes = figure.subplots(len(draws), len(results.tasks), squeeze=False)
-        drawn = [
-            draw(pane, results, task)
-            for draw, row in zip(draws, panes, strict=True)
-            for pane, task in zip(row, results.tasks, strict=True)
-        ]
-        if any(drawn):
+        drawn = False
+        for (draw, task), pane in zip(product(draws, results.tasks), panes.flat, strict=True):
+            if draw(pane, results, task):
+                drawn = True
+            else:
+                pane.set_axis_off()
+        if drawn:
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
             files.append(f"{name}.png")
     return files
-
-
-def _arms(results: StudyResults, task: str) -> list[ArmFigures]:
-    return [arm for arm in results.arms if arm.task == task]
 
 
 def _looks(results: StudyResults, arm: str) -> tuple[str, str]:
@@ -74,42 +63,30 @@ def _looks(results: StudyResults, arm: str) -> tuple[str, str]:
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
 
 
-def _bare(pane: Any, title: str) -> None:
-    pane.set_title(title, loc="left", fontsize=11)
-    pane.spines[["top", "right"]].set_visible(False)
-
-
 def _accuracy(pane: Any, results: StudyResults, task: str) -> bool:
     """Draw a row for each arm: its mean and interval, and each seed as a small ring.
 
     A base model that lies farther from the arms than they lie apart would leave them no width: an
     arrow at the border says where it is.
     """
-    arms = _arms(results, task)[::-1]
+    arms = results.of(task)[::-1]
     left, right = _width(arms)
     pane.set_xlim(left, right)
     for place, arm in enumerate(arms):
         colour, marker = ("#777777", "o") if not arm.stages else _looks(results, arm.name)
-        low, high = arm.acc_interval
+        text, at = f"{arm.acc:.3f}", (arm.acc, place)
         if not left <= arm.acc <= right:
-            below = arm.acc < left
-            pane.plot(
-                left if below else right, place, "<" if below else ">", color=colour, clip_on=False
+            edge, arrow, shift, side = (
+                (left, "<", 8, "left") if arm.acc < left else (right, ">", -8, "right")
             )
-            pane.annotate(
-                f"{arm.acc:.3f}, outside the picture",
-                (left if below else right, place),
-                (8 if below else -8, 0),
-                textcoords="offset points",
-                ha="left" if below else "right",
-                va="center",
-            )
+            pane.plot(edge, place, arrow, color=colour, clip_on=False)
+            text, at = f"{text}, outside the picture", (edge, place)
+            pane.annotate(text, at, (shift, 0), textcoords="offset points", ha=side, va="center")
             continue
+        low, high = arm.acc_interval
         pane.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
         pane.plot(arm.acc, place, marker, color=colour, markersize=9)
-        pane.annotate(
-            f"{arm.acc:.3f}", (arm.acc, place), (0, 8), textcoords="offset points", ha="center"
-        )
+        pane.annotate(text, at, (0, 8), textcoords="offset points", ha="center")
         for seed in arm.seeds if len(arm.seeds) > 1 else ():
             pane.plot(seed.acc, place - 0.22, "o", mfc="none", color=colour, markersize=4)
         if arm.name == results.control:
@@ -117,20 +94,19 @@ def _accuracy(pane: Any, results: StudyResults, task: str) -> bool:
     pane.set_yticks(range(len(arms)), [arm.name for arm in arms])
     pane.set_ylim(-0.6, len(arms) - 0.3)
     pane.set_xlabel("accuracy, 95% interval over seeds and questions\nrings: single seeds")
-    _bare(pane, f"{task}: accuracy (grey: interval of {results.control})")
+    bare(pane, f"{task}: accuracy (grey: interval of {results.control})")
     return bool(arms)
 
 
 def _cost(of: str, pane: Any, results: StudyResults, task: str) -> bool:
     """Draw each trained arm where its cost and its accuracy lie, with the accuracy's interval."""
-    arms = {arm.name: arm for arm in _arms(results, task) if arm.stages}
+    arms = {arm.name: arm for arm in results.of(task) if arm.stages}
     costs = {
-        name: arm.trained_tokens if of == "tokens" else (arm.seconds or 0.0) / 60
+        name: float((arm.trained_tokens if of == "tokens" else arm.seconds) or 0)
         for name, arm in arms.items()
     }
-    known = {name: float(cost) for name, cost in costs.items() if cost}
+    known = {name: cost if of == "tokens" else cost / 60 for name, cost in costs.items() if cost}
     if not known:
-        pane.set_axis_off()
         return False
     for name, at in _side_by_side(known).items():
         colour, marker = _looks(results, name)
@@ -143,7 +119,7 @@ def _cost(of: str, pane: Any, results: StudyResults, task: str) -> bool:
     pane.set_xlim(left=0)
     pane.set_ylabel("accuracy")
     pane.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _bare(pane, f"{task}: accuracy over {'trained tokens' if of == 'tokens' else 'time'}")
+    bare(pane, f"{task}: accuracy over {'trained tokens' if of == 'tokens' else 'time'}")
     return True
 
 
@@ -154,12 +130,11 @@ def _side_by_side(costs: Mapping[str, float]) -> dict[str, float]:
     {'b': 50.0, 'a': 99.0, 'c': 101.0}
     """
     most = max(costs.values())
-    step, groups = 0.02 * most, list[list[str]]()
+    step, groups = 0.02 * most, [list[str]()]
     for name in sorted(costs, key=lambda name: costs[name]):
-        if groups and costs[name] - costs[groups[-1][0]] < step / 2:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+        if groups[-1] and costs[name] - costs[groups[-1][0]] >= step / 2:
+            groups.append([])
+        groups[-1].append(name)
     return {
         name: costs[name] + step * (place - (len(group) - 1) / 2)
         for group in groups
@@ -169,45 +144,32 @@ def _side_by_side(costs: Mapping[str, float]) -> dict[str, float]:
 
 def _width(arms: Sequence[ArmFigures]) -> tuple[float, float]:
     """Return the ends of the axis: all that is drawn of the trained arms, and of a near base."""
-    spans = {
-        arm.name: (
-            min(arm.acc_interval[0], *(seed.acc for seed in arm.seeds)),
-            max(arm.acc_interval[1], *(seed.acc for seed in arm.seeds)),
-        )
-        for arm in arms
-    }
-    trained = [spans[arm.name] for arm in arms if arm.stages] or list(spans.values())
-    low, high = min(span[0] for span in trained), max(span[1] for span in trained)
+    ends = {arm.name: [*arm.acc_interval, *(seed.acc for seed in arm.seeds)] for arm in arms}
+    trained = [ends[arm.name] for arm in arms if arm.stages] or list(ends.values())
+    low, high = min(map(min, trained)), max(map(max, trained))
     apart = max(high - low, 0.02)
-    for arm in arms:
-        first, last = spans[arm.name]
-        if last >= low - apart and first <= high + apart:
-            low, high = min(low, first), max(high, last)
+    for each in ends.values():
+        if max(each) >= low - apart and min(each) <= high + apart:
+            low, high = min(low, *each), max(high, *each)
     margin = 0.06 * max(high - low, 0.02)
     return low - margin, high + margin
 
 
 def _gain(pane: Any, results: StudyResults, task: str) -> bool:
     """Draw each arm's gain on the control, by parts of the thinking/key ratio."""
-    arms = [
-        arm for arm in _arms(results, task) if arm.by_ratio and arm.by_ratio[0].gain is not None
-    ]
+    arms = [arm for arm in results.of(task) if any(part.gain is not None for part in arm.by_ratio)]
     for place, arm in enumerate(arms):
         colour, marker = _looks(results, arm.name)
-        at = [
-            number + 0.7 * ((place + 0.5) / len(arms) - 0.5) for number in range(len(arm.by_ratio))
-        ]
+        aside = 0.7 * ((place + 0.5) / len(arms) - 0.5)
+        at = [number + aside for number in range(len(arm.by_ratio))]
         gains = [100 * (bucket.gain or 0.0) for bucket in arm.by_ratio]
-        ends = [[100 * end for end in bucket.gain_interval or (0, 0)] for bucket in arm.by_ratio]
-        for x, (low, high) in zip(at, ends, strict=True):
-            pane.plot([x, x], [low, high], color=colour, linewidth=2)
+        for x, bucket in zip(at, arm.by_ratio, strict=True):
+            ends = [100 * end for end in bucket.gain_interval or (0, 0)]
+            pane.plot([x, x], ends, color=colour, linewidth=2)
         pane.plot(at, gains, marker, color=colour, markersize=7, label=arm.name)
     if not arms:
-        pane.set_axis_off()
         return False
-    names = [
-        f"{_ends(bucket.low, bucket.high)}\nn {bucket.num_questions}" for bucket in arms[0].by_ratio
-    ]
+    names = [f"{_ends(each.low, each.high)}\nn {each.num_questions}" for each in arms[0].by_ratio]
     pane.set_xticks(range(len(names)), names)
     for border in range(1, len(names)):
         pane.axvline(border - 0.5, color="#dddddd", linewidth=1, zorder=0)
@@ -215,7 +177,7 @@ def _gain(pane: Any, results: StudyResults, task: str) -> bool:
     pane.set_xlabel("tokens of the reference's thinking for each of its key\nn: questions a seed")
     pane.set_ylabel(f"points more than {results.control}")
     pane.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _bare(pane, f"{task}: gain by thinking/key ratio")
+    bare(pane, f"{task}: gain by thinking/key ratio")
     return True
 
 
@@ -237,10 +199,7 @@ StageWeights = Mapping[str, Mapping[str, float]]  # by stage: each segment's wei
 def stage_weights(study: Study, folder: Path, arm: ArmFigures) -> StageWeights:
     """Return the weight of each segment in the losses of an arm's stages.
 
-    Args:
-        study: The study.
-        folder: That of its file, from which its recipes are named.
-        arm: One of its results.
+    The folder is that of the study's file, from which its recipes are named.
 
     Raises:
         RecipeError: A recipe of the study can't be read.
@@ -284,7 +243,6 @@ def _shares(bars: Mapping[str, Sequence[Bar]], pane: Any, results: StudyResults,
     """Draw stacked bars: what a stage's loss and gradient are made of when it begins."""
     drawn = bars[task][::-1]
     if not drawn:
-        pane.set_axis_off()
         return False
     for place, (_, found) in enumerate(drawn):
         left = 0.0
@@ -300,5 +258,5 @@ def _shares(bars: Mapping[str, Sequence[Bar]], pane: Any, results: StudyResults,
     pane.set_xlim(0, 1)
     pane.set_xlabel("share of what the stage trains on, as it begins")
     pane.legend(frameon=False, fontsize=9, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.18))
-    _bare(pane, f"{task}: loss and gradient by segment, weights counted")
+    bare(pane, f"{task}: loss and gradient by segment, weights counted")
     return True

@@ -33,10 +33,7 @@ def share(
 def rates(answered: Sequence[Answered], same: bool, one_model: bool = False) -> dict[str, Rate]:
     """Return the rates of the thinking's forms; nothing where the form of a question isn't known.
 
-    Args:
-        answered: One for each seed.
-        same: As in `share`, like the last one.
-        one_model: As above.
+    `answered` has one for each seed; the other arguments are those of `share`.
     """
     flags = [form_flags(each.questions) for each in answered]
     if not all(flags):
@@ -93,13 +90,9 @@ def _tops(values: Any) -> list[float]:
 
 
 def _bucket(places: Sequence[Any], measured: Sequence[Any], cells: Cells, control: Cells) -> Bucket:
-    """Return the figures of some questions of each seed, whose places are given.
+    """Return the figures of the questions at some places of each seed, which may be none.
 
-    Args:
-        places: Of the questions, by seed; a seed without any is left out.
-        measured: What each question is sorted by.
-        cells: An arm's.
-        control: The control's; empty for its own row.
+    The other arguments are those of `buckets`, and what each seed's questions are `measured` by.
     """
     seeds = [seed for seed, each in enumerate(places) if len(each)]
     inside = np.concatenate([measured[seed][places[seed]] for seed in seeds])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from sftkey.evaluation.statistics import CHANCE, points_text, score_of
 from sftkey.evaluation.thinking import PASSED
 from sftkey.evaluation.thinking_change import MOST_LOSS
-from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, StudyResults
-
-HEAD = ("arm", "n", "Acc [95%]", "Fmt", "points more than {control} [95%]", "p", "tokens", "time")
+from sftkey.study.results import ArmFigures, Detectable, StudyResults
 
 SAME_TIME = 0.1  # of it: what two runs of one length differ by on a machine that others use
 
@@ -31,17 +30,12 @@ def report(
     """
     lines = [f"# {title}", ""]
     for task in results.tasks:
-        lines += [
-            f"## {task}",
-            "",
-            table(results, task, alpha),
-            "",
-            " ".join(said(results, task)),
-            "",
-        ]
+        for part in (f"## {task}", table(results, task, alpha), " ".join(said(results, task))):
+            lines += [part, ""]
         lines += equals(results, task)
         for head, found in LISTS.items():
-            lines += _list(head, found(results, task))
+            if items := found(results, task):
+                lines += [f"### {head}", "", *(f"- {item}" for item in items), ""]
     lines += [] if pictures is None else _pictures(pictures)
     lines += ["## Where it was measured", "", f"`{results.command}`, {where(results)}"]
     return "\n".join([*lines, "", NOTES, ""])
@@ -58,14 +52,9 @@ NOTES = (
     "Intervals are 95% ones over seeds and questions; n is questions x seeds. p is the smallest "
     "alpha whose interval excludes 0, Holm-corrected over the arms; a primary comparison is tested "
     "first, and alone. A difference counts as shown if p is below 0.05 and there are two seeds or "
-    "more. Tokens are the trained "
-    "ones and time that of training, of all stages, the mean over seeds; the time of those on the "
-    "first one's hardware."
+    "more. Tokens are the trained ones and time that of training, of all stages, the mean over "
+    "seeds; the time of those on the first one's hardware."
 )
-
-
-def _list(head: str, items: Sequence[str]) -> list[str]:
-    return [f"### {head}", "", *(f"- {item}" for item in items), ""] if items else []
 
 
 def _pictures(files: Sequence[str]) -> list[str]:
@@ -93,19 +82,19 @@ def equal_arms(results: StudyResults, task: str) -> dict[str, list[ArmFigures]]:
     An arm may stand in both, in one or in none. The time is that of the steps on one kind of
     hardware, and equal within a tenth.
     """
-    arms = [arm for arm in results.arms if arm.task == task and arm.stages]
+    arms = [arm for arm in results.of(task) if arm.stages]
     control = next((arm for arm in arms if arm.name == results.control), None)
     if control is None:
         return {}
     steps, seconds = control.steps, control.seconds
     at = {}
     if steps:
-        at[f"With as many steps as {control.name}: {steps}"] = [
-            arm for arm in arms if arm.steps == steps
-        ]
+        head = f"With as many steps as {control.name}: {steps}"
+        at[head] = [arm for arm in arms if arm.steps == steps]
     if seconds:
         head = f"In the time of {control.name}: {seconds / 60:.1f} min, give or take a tenth"
-        at[head] = [arm for arm in arms if arm.seconds and _alike(arm.seconds, seconds)]
+        apart = SAME_TIME * seconds
+        at[head] = [arm for arm in arms if arm.seconds and abs(arm.seconds - seconds) <= apart]
     return at
 
 
@@ -117,18 +106,14 @@ def to_confirm(results: StudyResults) -> list[str]:
 
     By the mean accuracy over the tasks; the control goes on anyway.
     """
-    shares: dict[str, list[float]] = {}
-    for arm in results.arms:
-        if arm.stages and arm.name != results.control:
-            shares.setdefault(arm.name, []).append(arm.acc)
-    means = {name: sum(each) / len(each) for name, each in shares.items()}
+    arms = [arm for arm in results.arms if arm.stages and arm.name != results.control]
+    means = {
+        name: fmean(arm.acc for arm in arms if arm.name == name)
+        for name in dict.fromkeys(arm.name for arm in arms)
+    }
     ranked = sorted(means, key=lambda name: -means[name])
     best = [name for name in ranked if name != PAPERS_ARM][:NUM_BEST]
     return [name for name in ranked if name in (PAPERS_ARM, *best)]
-
-
-def _alike(seconds: float, others: float) -> bool:
-    return abs(seconds - others) <= SAME_TIME * others
 
 
 def table(
@@ -150,47 +135,50 @@ def rows(
     arms: Sequence[ArmFigures] | None = None,
 ) -> list[list[str]]:
     """Return the rows of a task's table, its head first; the arguments are those of `table`."""
-    if arms is None:
-        arms = [arm for arm in results.arms if arm.task == task]
-    found = [[cell.format(control=results.control) for cell in HEAD], *map(_row, arms)]
+    arms = results.of(task) if arms is None else arms
+    columns = dict(COLUMNS)
     if alpha is not None:
-        found[0].append(f"Score, alpha {alpha:g}")
-        for row, arm in zip(found[1:], arms, strict=True):
-            row.append(f"{score_of(arm.acc, arm.fmt, alpha):.3f}")
+        columns[f"Score, alpha {alpha:g}"] = lambda arm: f"{score_of(arm.acc, arm.fmt, alpha):.3f}"
     if any(arm.rates for arm in arms):
-        found[0] += ["valid thinkings [95%]", "Rpass@1 [95%]"]
-        for row, arm in zip(found[1:], arms, strict=True):
-            row += [arm.rates[name].text() if arm.rates else "" for name in ("valid", PASSED)]
-    judged = [arm.judge for arm in arms]
-    if any(judged):
-        found[0].append("judge: Acc, agreement, kappa")
-        for row, judge in zip(found[1:], judged, strict=True):
-            kappa = "" if judge is None or judge.kappa is None else f", {judge.kappa:.2f}"
-            agreed = f"{judge.acc:.3f}, {judge.num_agreeing}/{judge.num_judged}" if judge else ""
-            row.append(agreed + kappa)
-    return found
+        columns |= RATE_COLUMNS
+    if any(arm.judge for arm in arms):
+        columns["judge: Acc, agreement, kappa"] = _judged
+    head = [each.format(control=results.control) for each in columns]
+    return [head, *([cell(arm) for cell in columns.values()] for arm in arms)]
 
 
-def _row(arm: ArmFigures) -> list[str]:
-    difference = arm.difference_to_control
+def _asked(arm: ArmFigures) -> str:
+    of = "" if arm.num_conversations is None else f" in {arm.num_conversations} conversations"
     times = f" x {arm.num_seeds}" if arm.stages or arm.num_seeds > 1 else ""
-    return [
-        arm.name,
-        f"{arm.num_questions}{_in_conversations(arm)}{times}",
-        f"{arm.acc:.3f} [{arm.acc_interval[0]:.3f}, {arm.acc_interval[1]:.3f}]",
-        f"{arm.fmt:.3f}",
-        f"{_points(difference.difference)} {points_text(difference.interval)}"
-        if difference
-        else "",
-        _p(difference.p_holm) if difference else "",
-        "" if arm.trained_tokens is None else f"{arm.trained_tokens:,}",
-        "" if arm.seconds is None else f"{arm.seconds / 60:.1f} min",
-    ]
+    return f"{arm.num_questions}{of}{times}"
 
 
-def _in_conversations(arm: ArmFigures) -> str:
-    count = arm.num_conversations
-    return "" if count is None else f" in {count} conversations"
+def _gain(arm: ArmFigures) -> str:
+    found = arm.difference_to_control
+    return f"{_points(found.difference)} {points_text(found.interval)}" if found else ""
+
+
+def _judged(arm: ArmFigures) -> str:
+    if (judge := arm.judge) is None:
+        return ""
+    kappa = "" if judge.kappa is None else f", {judge.kappa:.2f}"
+    return f"{judge.acc:.3f}, {judge.num_agreeing}/{judge.num_judged}{kappa}"
+
+
+COLUMNS: dict[str, Callable[[ArmFigures], str]] = {
+    "arm": lambda arm: arm.name,
+    "n": _asked,
+    "Acc [95%]": lambda arm: "{:.3f} [{:.3f}, {:.3f}]".format(arm.acc, *arm.acc_interval),
+    "Fmt": lambda arm: f"{arm.fmt:.3f}",
+    "points more than {control} [95%]": _gain,
+    "p": lambda arm: _p(arm.difference_to_control.p_holm) if arm.difference_to_control else "",
+    "tokens": lambda arm: "" if arm.trained_tokens is None else f"{arm.trained_tokens:,}",
+    "time": lambda arm: "" if arm.seconds is None else f"{arm.seconds / 60:.1f} min",
+}
+RATE_COLUMNS: dict[str, Callable[[ArmFigures], str]] = {
+    "valid thinkings [95%]": lambda arm: arm.rates["valid"].text() if arm.rates else "",
+    "Rpass@1 [95%]": lambda arm: arm.rates[PASSED].text() if arm.rates else "",
+}
 
 
 def said(results: StudyResults, task: str) -> list[str]:
@@ -198,17 +186,19 @@ def said(results: StudyResults, task: str) -> list[str]:
     sentences = [_stated(each) for each in results.detectable_difference if each.task == task]
     if results.primary:
         sentences.append(f"The primary comparison, tested first, is that of {results.primary}.")
-    arms = [arm for arm in results.arms if arm.task == task and arm.difference_to_control]
+    arms = [(arm, arm.difference_to_control) for arm in results.of(task)]
+    compared = [(arm, found) for arm, found in arms if found]
     shown, unshown, runs = [], [], []
-    for arm in arms:
-        difference = arm.difference_to_control
-        if difference and difference.shown:
-            word = "better" if difference.difference > 0 else "worse"
-            shown.append(f"{arm.name} answers {word} than {results.control} {_figures(difference)}")
-        elif difference and difference.num_seeds == 1:
-            runs.append(f"{arm.name} against {results.control} {_figures(difference)}")
-        elif difference:
-            unshown.append(f"{arm.name} {_figures(difference)}")
+    for arm, found in compared:
+        points = f"{_points(found.difference)} points {points_text(found.interval)}"
+        figures = f"({points}, p {_p(found.p_holm)})"
+        if found.shown:
+            word = "better" if found.difference > 0 else "worse"
+            shown.append(f"{arm.name} answers {word} than {results.control} {figures}")
+        elif found.num_seeds == 1:
+            runs.append(f"{arm.name} against {results.control} {figures}")
+        else:
+            unshown.append(f"{arm.name} {figures}")
     if shown:
         sentences.append(f"Shown: {'; '.join(shown)}.")
     if unshown:
@@ -216,7 +206,7 @@ def said(results: StudyResults, task: str) -> list[str]:
             f"Not shown to be better or worse than {results.control}: {'; '.join(unshown)}. That "
             "is no proof that they are alike."
         )
-    if not arms:
+    if not compared:
         sentences.append(f"Nothing is compared: {results.control} has no cell beside another arm.")
     if runs:
         sentences.append(
@@ -243,22 +233,16 @@ def _stated(stated: Detectable) -> str:
     )
 
 
-def _figures(difference: DifferenceToControl) -> str:
-    points = f"{_points(difference.difference)} points {points_text(difference.interval)}"
-    return f"({points}, p {_p(difference.p_holm)})"
-
-
 def warnings(results: StudyResults, task: str) -> list[str]:
     """Say what is to be minded before anything is believed."""
     found = []
-    arms = [arm for arm in results.arms if arm.task == task and arm.stages]
+    arms = [arm for arm in results.of(task) if arm.stages]
     most = max((arm.num_seeds for arm in arms), default=0)
     for arm in arms:
         if arm.num_seeds < most:
             found.append(f"{arm.name}: {arm.num_seeds} of {most} seeds are finished.")
         told = arm.thinking
-        if told and told.loss and told.loss[1] - told.loss[0] > MOST_LOSS:
-            rise = told.loss[1] - told.loss[0]
+        if told and told.loss and (rise := told.loss[1] - told.loss[0]) > MOST_LOSS:
             found.append(
                 f"{arm.name}: the last stage raised the thinking's validation loss by {rise:.4f} "
                 "nats a token."
@@ -281,8 +265,7 @@ def chosen(results: StudyResults, task: str) -> list[str]:
     """List what was chosen on the validation rows, by arm and stage."""
     return [
         f"{arm.name}, {stage}: {', '.join(f'{key} {value:g}' for key, value in values.items())}"
-        for arm in results.arms
-        if arm.task == task
+        for arm in results.of(task)
         for stage, values in arm.chosen.items()
     ]
 
@@ -291,8 +274,8 @@ def thinking(results: StudyResults, task: str) -> list[str]:
     """Say of each arm what its last stage did to the thinking, as far as it is known."""
     return [
         f"{arm.name}: {'; '.join(figures)}"
-        for arm in results.arms
-        if arm.task == task and (figures := list(_thinking(arm)))
+        for arm in results.of(task)
+        if (figures := list(_thinking(arm)))
     ]
 
 

@@ -164,6 +164,10 @@ class StudyResults(Figures):
     versions: dict[str, str]
     command: str
 
+    def of(self, task: str) -> list[ArmFigures]:
+        """Return the arms on one task."""
+        return [arm for arm in self.arms if arm.task == task]
+
 
 def write_results(folder: Path, results: StudyResults) -> Path:
     """Write `results.json`; under that name it is always whole."""

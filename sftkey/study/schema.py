@@ -41,15 +41,9 @@ MOST_EPOCHS = 20  # of a stage with `fill`, times those of the recipe's stage
 class Strategy:
     """Stages as a recipe has them; where one has no `trainer`, the recipe's at its place serves.
 
-    Args:
-        stages: In their order. Three keys are a study's own: `long: true` trains for as long as
-            the recipe's first two stages together, with one schedule; `balanced: true` gives the
-            key the weight that makes thinking and key each half of all weights; `fill: true` trains
-            as many epochs as fit the time that the arm's first stage would take at this stage's
-            length, and ends before them by validation answers.
-        response: The tags, where they aren't the recipe's.
-        matched: Whether the last stage trains as many tokens as a key stage would in its place.
-        overrides: Laid over the recipe, as on the command line.
+    Three of their keys are a study's own: `OwnStrategy` says what they do. `matched`: the last
+    stage trains as many tokens as a key stage would in its place. `response` has the tags where
+    they aren't the recipe's; `overrides` are laid over the recipe, as on the command line.
     """
 
     stages: tuple[Stage, ...]
@@ -100,14 +94,10 @@ def strategy_recipe(
     overrides: Sequence[str] = (),
     chosen: Sequence[Mapping[str, float]] = (),
 ) -> Recipe:
-    """Return a recipe with a strategy's stages in place of its own.
+    """Return a recipe, its overrides laid over it, with a strategy's stages in place of its own.
 
-    Args:
-        file: The recipe.
-        strategy: Its stages.
-        overrides: Laid over the recipe before the strategy is.
-        chosen: For the first stages what is laid over each: `weight`, of the key, `kl`, and
-            settings of the trainer.
+    `chosen` is, for the first stages, what is laid over each: `weight`, of the key, `kl`, and
+    settings of the trainer.
 
     Raises:
         RecipeError: The recipe is wrong, has no stage at a strategy's place, or can't do it.
@@ -191,10 +181,8 @@ def _with_choice(stage: dict[str, Any], picked: Mapping[str, float]) -> dict[str
     for name, value in picked.items():
         if name == "weight":
             stage["loss_on"] = {**stage["loss_on"], "key": value}
-        elif name == "kl":
-            stage["kl"] = value
         else:
-            stage["trainer"][name] = value
+            (stage if name == "kl" else stage["trainer"])[name] = value
     return stage
 
 
@@ -314,13 +302,6 @@ class Study(StudySection):
         return Strategy(own.stages, overrides=own.overrides) if own else STRATEGIES[arm]
 
 
-_SECTIONS: dict[str | int, type[StudySection]] = {
-    "recipes": StudyRecipe,
-    "strategies": OwnStrategy,
-    "choose": Choice,
-}
-
-
 def load_study(path: Path) -> Study:
     """Read a study's file and check it; its recipes are read where their arms are made.
 
@@ -357,7 +338,9 @@ def _name_arms(source: yaml_source.RecipeSource) -> None:
 
 
 def _known_keys(keys: Keys) -> Iterable[str]:
-    return (_SECTIONS[keys[0]] if len(keys) > 1 else Study).model_fields
+    sections: dict[str | int, type[StudySection]]
+    sections = {"recipes": StudyRecipe, "strategies": OwnStrategy, "choose": Choice}
+    return (sections[keys[0]] if len(keys) > 1 else Study).model_fields
 
 
 def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:

@@ -51,12 +51,10 @@ def mean_interval(right: Any, same_questions: bool = True) -> tuple[Floats, Floa
 def difference_interval(
     arm: Any, control: Any, same_questions: bool = True
 ) -> tuple[Floats, Floats, Floats]:
-    """Return how much more an arm has right `(…)` and the ends of its 95% interval.
+    """Return how much more an arm has right `(…)` than the control, and its 95% interval's ends.
 
-    Args:
-        arm: Flags `(…, S, Q)`.
-        control: Those of the same seeds and questions.
-        same_questions: Whether all seeds answered the same ones.
+    Both have flags `(…, S, Q)` of the same seeds and questions; `same_questions` tells whether all
+    seeds answered the same ones.
     """
     values = _difference(arm, control)
     low, high = _ends(_with(values, _ADDED_TO_DIFFERENCES), same_questions)
@@ -122,12 +120,9 @@ class Supposed:
 def observed(tables: Sequence[tuple[Any, Any, bool]]) -> Supposed | None:
     """Estimate what to suppose of a study from arms and controls that are trained already.
 
-    Args:
-        tables: Of each arm its flags `(S, Q)`, its control's, and whether all seeds answered the
-            same questions; what is found is the mean over those with two seeds or more.
-
-    Returns:
-        None where no arm has two seeds.
+    The tables have of each arm its flags `(S, Q)`, its control's, and whether all seeds answered
+    the same questions; what is found is the mean over those with two seeds or more, None without
+    any.
     """
     found = []
     for arm, control, same_questions in tables:

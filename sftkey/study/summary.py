@@ -43,12 +43,7 @@ Shares = dict[str, dict[str, float]]
 
 
 def thinking_figures(cells: Cells, earlier: Cells) -> ThinkingFigures:
-    """Say what the last stage did to the thinking.
-
-    Args:
-        cells: An arm's, one a seed.
-        earlier: Those of the arm that ended one stage before, if there is one.
-    """
+    """Say what an arm's last stage did; `earlier`: the arm that ended one stage before it."""
     questions = [question for cell in cells for question in cell.questions]
     judged = [each.thinking_right for each in questions if each.thinking_right is not None]
     following = [each.follows for each in questions if each.follows is not None]
@@ -130,13 +125,10 @@ ANSWER_FLAGS = ("correct", "strict")
 def summarize(
     cells: Cells, control: str, arms: Sequence[str] = (), primary: str | None = None
 ) -> StudyResults:
-    """Gather the results of all cells that are finished.
+    """Gather the results of all cells that are finished, as `read_cells` gives them.
 
-    Args:
-        cells: As `read_cells` gives them.
-        control: The arm that the others are compared with.
-        arms: The order of the arms; those that it doesn't name follow.
-        primary: The arm whose comparison is tested first.
+    Arms that `arms` doesn't name follow in the order of the cells; that of `primary` is tested
+    first.
 
     Raises:
         RunError: Arms of one seed answered other questions.
@@ -168,18 +160,12 @@ def stated(
     num_questions: int,
     num_seeds: int,
     num_arms: int,
-    supposed: Supposed | None = None,
-    same_questions: bool = True,
+    supposed: Supposed | None,
+    same_questions: bool,
 ) -> Detectable:
-    """State which difference a study can show, whatever it finds.
+    """State which difference a study of a task can show, whatever it finds.
 
-    Args:
-        task: Its task.
-        num_questions: Of each seed.
-        num_seeds: Of each arm.
-        num_arms: How many are compared with the control, or 1 of a primary comparison.
-        supposed: What finished cells say of it; None: what is supposed without any.
-        same_questions: Whether all seeds answer the same ones.
+    The arguments are those of `detectable_difference`; `num_arms` is 1 of a primary comparison.
     """
     used = supposed or Supposed()
     difference = detectable_difference(
@@ -211,11 +197,9 @@ def supposed_of(cells: Cells, control: str) -> Supposed | None:
 
 
 def _by_arm(cells: Cells, order: Sequence[str] = ()) -> dict[str, Cells]:
-    by_arm = {
-        name: [cell for cell in cells if cell.arm == name]
-        for name in dict.fromkeys((*order, *(cell.arm for cell in cells)))
-    }
-    return {name: group for name, group in by_arm.items() if group}
+    there = [cell.arm for cell in cells]
+    names = [name for name in dict.fromkeys((*order, *there)) if name in there]
+    return {name: [cell for cell in cells if cell.arm == name] for name in names}
 
 
 def _task(
@@ -252,7 +236,6 @@ def _differences(
 ) -> dict[str, DifferenceToControl]:
     """Compare every arm with the control, and correct the p for their number."""
     tables = _tables(by_arm, control)
-    num_questions = {name: len(by_arm[name][0].questions) for name in tables}
     ps = {name: float(difference_p(*table)) for name, table in tables.items()}
     for_all = corrected(ps, primary)
     found = {}
@@ -261,7 +244,7 @@ def _differences(
         found[name] = DifferenceToControl(
             control=control,
             num_seeds=estimate.num_seeds,
-            num_questions=num_questions[name],
+            num_questions=len(by_arm[name][0].questions),
             difference=estimate.value,
             interval=estimate.interval,
             p=ps[name],
@@ -277,14 +260,14 @@ def _arm(
     control: Cells,
     difference: DifferenceToControl | None,
 ) -> ArmFigures:
-    same = same_questions(cells)
-    timed = [cell for cell in cells if cell.hardware == cells[0].hardware]
-    against = control if cells[0].arm != (control[0].arm if control else None) else ()
+    first, same = cells[0], same_questions(cells)
+    timed = [cell for cell in cells if cell.hardware == first.hardware]
+    against = control if control and control[0].arm != first.arm else ()
     loss_share, gradient_share = shares(cells)
     return ArmFigures(
-        name=cells[0].arm,
-        task=cells[0].task,
-        stages=cells[0].stages,
+        name=first.arm,
+        task=first.task,
+        stages=first.stages,
         num_seeds=len(cells),
         **_answered(cells, same),
         steps=round(fmean(sum(cell.steps.values()) for cell in cells)),
@@ -296,7 +279,7 @@ def _arm(
         by_ratio=buckets(cells, against, "ratio"),
         loss_share=loss_share,
         gradient_share=gradient_share,
-        chosen=cells[0].chosen,
+        chosen=first.chosen,
         seeds=tuple(_seed(cell, cell) for cell in cells),
     )
 
@@ -324,16 +307,14 @@ def _stage_earlier(cells: Cells, by_arm: Mapping[str, Cells]) -> Cells:
     Stages of two arms can have one name and other settings; one that both share has one loss.
     """
     wanted = cells[0].stages[:-1]
-    found = (group for group in by_arm.values() if group[0].stages == wanted)
-    return next((group for group in found if _same_stages(cells, group, wanted)), ())
-
-
-def _same_stages(cells: Cells, earlier: Cells, stages: Sequence[str]) -> bool:
-    return all(
-        cell.validation.get(stage) == other.validation.get(stage)
-        for cell, other in paired(cells, earlier)
-        for stage in stages
-    )
+    for group in by_arm.values():
+        if group[0].stages == wanted and all(
+            cell.validation.get(stage) == other.validation.get(stage)
+            for cell, other in paired(cells, group)
+            for stage in wanted
+        ):
+            return group
+    return ()
 
 
 def _base(cells: Cells) -> ArmFigures | None:
@@ -342,11 +323,11 @@ def _base(cells: Cells) -> ArmFigures | None:
     Greedy answers to the same questions are the same for all seeds, and count once; other
     questions of other seeds are so many more of one model.
     """
-    seeds = {cell.seed: cell for cell in reversed(cells) if cell.base}
-    asked = {}
-    for cell in (seeds[seed] for seed in sorted(seeds)):
-        if cell.base:
+    asked, seeds = {}, set[int]()
+    for cell in sorted(cells, key=lambda cell: cell.seed):
+        if cell.base and cell.seed not in seeds:
             asked[cell.questions_sha256, tuple(cell.base.flags("correct"))] = cell.base
+            seeds.add(cell.seed)
     if not asked:
         return None
     answered = list(asked.values())

@@ -25,10 +25,8 @@ NUM_KEPT = 4  # sets of rows in memory: those of one seed on a few tasks
 class Task:
     """A recipe of a study.
 
-    Args:
-        name: Of its folders and records.
-        file: The recipe's.
-        overrides: Laid over the recipe after the study's.
+    Its name is that of folders and records; its overrides are laid over the recipe after the
+    study's.
     """
 
     name: str
@@ -60,15 +58,9 @@ def arm_recipe(
     chosen: Sequence[Mapping[str, float]] = (),
     num_stages: int | None = None,
 ) -> Recipe:
-    """Return the recipe of an arm's cell.
+    """Return the recipe of an arm's cell, or of its first `num_stages` stages alone.
 
-    Args:
-        study: The study.
-        task: One of its tasks.
-        arm: One of the study's.
-        seed: One of the study's.
-        chosen: What was chosen for the arm's stages, in their order.
-        num_stages: Take the first ones alone.
+    `chosen` is what was chosen for the arm's stages, in their order.
 
     Raises:
         RecipeError: The recipe is wrong, or can't do what the arm wants.
@@ -85,15 +77,7 @@ def arm_recipe(
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm on one task with one seed.
-
-    Args:
-        task: The task's name.
-        arm: The strategy's name.
-        seed: The run's.
-        recipe: What the cell trains.
-        chosen: By stage what was chosen on validation rows; empty where nothing was.
-    """
+    """One arm on one task with one seed; `chosen` is by stage what validation rows decided."""
 
     task: str
     arm: str
@@ -157,14 +141,9 @@ def rows_key(recipe: Recipe) -> str:
 class StudyRows:
     """A study with the rows of its arms.
 
-    Args:
-        study: What is asked.
-        tasks: What the arms are trained on.
-        folder: Where all of it lies.
-        read: The gate: gives a recipe's rows, or refuses the recipe.
-        note: Says a line to the person.
-        test_seeds: Of a screening, which asks validation rows: the study's seeds. Rows that one of
-            these takes for its test questions aren't asked.
+    `read` is the gate: it gives a recipe's rows, or refuses the recipe. A screening asks validation
+    rows, but for those that one of the study's seeds, its `test_seeds`, takes for test questions.
+    `note` says a line to the person.
     """
 
     study: Study
@@ -240,10 +219,7 @@ class StudyRows:
 def matched_steps(trainer: dict[str, object], prepared: Prepared, num_rows: int | None) -> int:
     """Count the steps of full SFT that train as many tokens as a key stage with this trainer.
 
-    Args:
-        trainer: The settings of the key stage's trainer.
-        prepared: The rows.
-        num_rows: How many of them are trained on; None: all.
+    `num_rows` of the prepared ones are trained on; None: all.
     """
     rows = num_rows or len(prepared.train)
     tokens = {name: trained_tokens(name, prepared) for name in ("key", "completion")}
