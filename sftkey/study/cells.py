@@ -22,7 +22,7 @@ from sftkey.data.labels import KEY
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
-from sftkey.errors import RunError
+from sftkey.errors import SFTKeyError
 from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
@@ -39,11 +39,8 @@ CHECKPOINTS = "checkpoints"
 def take_over(ledger: Ledger, prepared: Prepared) -> None:
     """Take over the stages that a run beside this one has trained already, with their answers.
 
-    The files are linked, not copied, where the file system can; nobody writes into them again.
-
-    Args:
-        ledger: The run's.
-        prepared: Its rows: a stage that was trained on others of the same names isn't taken over.
+    The files are linked, not copied, where the file system can; nobody writes into them again. A
+    stage that was trained on others than the `prepared` rows isn't taken over.
     """
     rows = fingerprints(made_from(ledger.recipe, prepared))
     for number, record in enumerate(ledger.stages):
@@ -89,8 +86,8 @@ def _giver(ledger: Ledger, number: int, rows: Mapping[str, str]) -> Ledger | Non
 def _others(folder: Path) -> Iterator[Ledger]:
     for file in sorted(folder.parent.glob("*/ledger.json")):
         if file.parent != folder:
-            recipe = _recipe((file.parent / "recipe.yaml").resolve())
-            with suppress(RunError):  # a broken run gives nothing, and stops nothing
+            with suppress(SFTKeyError):  # a broken run gives nothing, and stops nothing
+                recipe = _recipe((file.parent / "recipe.yaml").resolve())
                 yield Ledger(file.parent, recipe, main=False)
 
 
@@ -126,13 +123,9 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict[str, Any]:
-    """Gather what a finished cell found.
+    """Gather what a cell, its run trained and graded, found.
 
-    Args:
-        run: Its run, trained and graded.
-        cell: What it is.
-        command: The command that ran it.
-        wall_seconds: What this command took for it, with loading, validation and answers.
+    `wall_seconds` is what `command` took for it, with loading, validation and answers.
     """
     folder = run.ledger.folder / "evaluation"
     last, base = (read_result(folder / f"{name}.json") for name in (cell.last, BASE))

@@ -494,7 +494,6 @@ def test_a_grid_widens_until_its_best_lies_inside(
     assert capsys.readouterr().err.count("at an edge; tried too: ") == len(tried_too)
 
 
-@pytest.mark.fault("a second process")
 def test_processes_that_share_a_study_keep_each_others_choices(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,7 +520,6 @@ def test_processes_that_share_a_study_keep_each_others_choices(
     assert rates == [7.0, 7.0, 1e-4]
 
 
-@pytest.mark.fault("a second process")
 def test_a_choice_that_another_process_works_on_is_waited_for(
     tiny_folder: Path,
     tmp_path: Path,
@@ -554,7 +552,6 @@ def test_a_choice_that_another_process_works_on_is_waited_for(
     assert capsys.readouterr().err.splitlines() == [f"{said}run: pid 7 on a"] * 2
 
 
-@pytest.mark.fault("a second process")
 def test_runs_of_choices_that_another_process_works_on_stay(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -819,6 +816,17 @@ def test_a_stage_of_other_rows_is_not_taken_over(split: str, task: Path, tmp_pat
     giver.rows = fingerprints(made_from(recipe, prepared)) | {split: "others"}
     giver.save()
     take_over(taker, prepared)
+    assert [record.status for record in taker.stages] == ["open", "open"]
+
+
+def test_a_broken_run_beside_stops_nothing(task: Path, tmp_path: Path) -> None:
+    """Another process may be removing it: its recipe, or its ledger, is gone."""
+    recipe = load_recipe(task)
+    first, second, taker = (open_run(recipe, tmp_path / name) for name in "abc")
+    (first.folder / "recipe.yaml").unlink()
+    for name in ("ledger.json", "ledger.copy.json"):
+        (second.folder / name).write_text("torn")
+    take_over(taker, read_rows(recipe))
     assert [record.status for record in taker.stages] == ["open", "open"]
 
 
