@@ -121,6 +121,9 @@ def strategy_recipe(
     for number, stage in enumerate(strategy.stages):
         laid_out = {key: value for key, value in stage.items() if key not in OWN_KEYS}
         settings = stage["trainer"] if "trainer" in stage else recipe.stages[number].trainer
+        if not isinstance(settings, Mapping):
+            stages.append(laid_out)  # the recipe's check says what is wrong with it
+            continue
         laid_out["trainer"] = dict(settings)
         if stage.get("long"):
             setting, lengths = _two_lengths(file, recipe)

@@ -926,6 +926,18 @@ def test_an_arm_that_a_recipe_cannot_do_is_named(task: Path, tiny_folder: Path) 
     )
 
 
+@pytest.mark.parametrize("trainer", [5, None, ["max_steps"]])
+def test_settings_of_an_arm_that_are_no_mapping_are_refused(
+    trainer: Any, task: Path, tiny_folder: Path
+) -> None:
+    """The error says where they stand, like that of a recipe."""
+    strategies = {"mine": {"stages": [{"name": "one", "loss_on": "key", "trainer": trainer}]}}
+    file = write_study(task.parent, tiny_folder, arms=["sft_twice", "mine"], strategies=strategies)
+    run = study_run(load_study(file), file)
+    with pytest.raises(RecipeError, match=r"arm mine: 1 problem\n  stages\[0\].trainer: expected"):
+        run.cell(run.tasks[0], "mine", 1, [{}])
+
+
 def test_a_study_needs_test_rows(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
