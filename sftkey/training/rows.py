@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
+from typing import Any
 
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example
 from sftkey.errors import Problem, RunError
-from sftkey.files import write_json
+from sftkey.files import read_json, write_json
 from sftkey.recipe.schema import Recipe
-from sftkey.training.run_folder import ROWS, Ledger
+from sftkey.training.run_folder import ROWS, Ledger, put_back
 
 TRAINS = ("train", "validation", "template")
 ALL = (*TRAINS, "test")
@@ -37,7 +38,7 @@ def made_from(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
     }
 
 
-def fingerprints(rows: Mapping[str, list[str]]) -> dict[str, str]:
+def fingerprints(rows: Mapping[str, Any]) -> dict[str, str]:
     """Return a hash of each split's rows, from what `made_from` returns."""
     return {name: sha256(json.dumps(each).encode()).hexdigest() for name, each in rows.items()}
 
@@ -55,7 +56,8 @@ def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str
     """
     now = made_from(ledger.recipe, prepared)
     hashes = fingerprints(now)
-    used = {name: _begun(ledger) for name in TRAINS} | {"test": _answered(ledger)}
+    answered = any((ledger.folder / "evaluation").glob("[!.]*.json*"))
+    used = dict.fromkeys(TRAINS, _begun(ledger)) | {"test": answered}
     differing = [
         name
         for name in splits
@@ -78,30 +80,20 @@ def _begun(ledger: Ledger) -> bool:
     return trained or any(any(ledger.folder.glob(f"stages/*/{each}")) for each in written)
 
 
-def _answered(ledger: Ledger) -> bool:
-    return any((ledger.folder / "evaluation").glob("[!.]*.json*"))
-
-
 def _kept(ledger: Ledger) -> dict[str, list[str]]:
     """Read the hashes row by row, where they are those of the ledger; they only make the counts."""
     try:
-        kept = json.loads((ledger.folder / ROWS).read_bytes())
-        return {
-            name: rows
-            for name, rows in kept.items()
-            if sha256(json.dumps(rows).encode()).hexdigest() == ledger.rows.get(name)
-        }
-    except (OSError, ValueError, AttributeError):
+        kept = read_json(ledger.folder / ROWS)
+    except RunError:
         return {}
+    whole = {name for name, each in fingerprints(kept).items() if ledger.rows.get(name) == each}
+    return {name: rows for name, rows in kept.items() if name in whole}
 
 
 def _other_rows(ledger: Ledger, now: dict[str, list[str]], differing: list[str]) -> RunError:
     kept = _kept(ledger)
     problems = [Problem(name, _difference(name, kept.get(name), now[name])) for name in differing]
-    hint = (
-        f"put them back; or `name=…` begins another run on these, and `--fresh` moves "
-        f"{ledger.folder} aside and begins anew"
-    )
+    hint = put_back(ledger.folder)
     if differing == ["test"]:
         hint = (
             f"put them back; or move {ledger.folder / 'evaluation'} aside: all stages then answer "

@@ -1,29 +1,69 @@
-"""A run's folder: recipe, ledger of its stages, where each file lies, and whether it is whole."""
+"""A run's folder: recipe, ledger of its stages, its lock, and whether each file is whole."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from platform import node
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from sftkey.errors import Problem, RunError
+from sftkey.errors import Problem, RunError, RunLocked
 from sftkey.files import (
     file_hash,
     files_below,
     free_name,
+    read_json,
     refuse_irregular,
     write_json,
     write_text,
 )
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.training.lock import RunLock, lock_run
+
+BASE = "base"  # the model before all stages, beside the stages' names
+LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
+LOCK, HOLDER = ".lock", ".running.json"
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Lock a run folder for this process, which may do so again: two would tear each other's files.
+
+    It is held until it is released or nobody has the object any more, and the system takes it from
+    a process that dies.
+
+    Raises:
+        RunLocked: Another process has it; its host and pid are named.
+    """
+    lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
+    try:
+        if not lock.is_locked:
+            lock.acquire()
+            write_json(folder / HOLDER, {"host": node(), "pid": os.getpid()})
+    except Timeout:
+        raise RunLocked(
+            str(folder),
+            f"another process works on this run: {_holder(folder)}",
+            "wait for it, or end it; `name=…` begins another run beside it",
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = read_json(folder / HOLDER)
+        return f"pid {holder['pid']} on {holder['host']}"
+    except (RunError, KeyError):
+        return "it hasn't said which one"
 
 
 @dataclass
@@ -55,7 +95,6 @@ class StageRecord:
 
 
 STAGES, MAPPING = TypeAdapter(list[StageRecord]), TypeAdapter(dict[str, Any])
-LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
 
 
 class Ledger:
@@ -80,7 +119,7 @@ class Ledger:
         self.files: dict[str, str] = {}
         self.notes: list[str] = []  # what the person must know before anything starts
         self.stages = [StageRecord(stage.name) for stage in recipe.stages]
-        self.lock: RunLock | None = None  # held as long as anybody has this ledger
+        self.lock: FileLock | None = None  # held as long as anybody has this ledger
         if content := read_ledger(folder):
             self.facts, self.stages = content["facts"], content["stages"]
             self.rows, self.files = content["rows"], content["files"]
@@ -124,12 +163,13 @@ class Ledger:
 
     def forget(self, path: Path) -> None:
         """Forget the hashes of a file, or of all files of a folder, that lie there no more."""
+        gone = {*self._known(path)}
+        self.files = {file: known for file, known in self.files.items() if file not in gone}
+
+    def _known(self, path: Path) -> list[str]:
+        """List the finished files that are this one, or lie in this folder."""
         name = self._name(path)
-        self.files = {
-            file: known
-            for file, known in self.files.items()
-            if file != name and not file.startswith(f"{name}/")
-        }
+        return [file for file in self.files if file == name or file.startswith(f"{name}/")]
 
     def broken(self, below: Path | None = None, leaving: Collection[str] = ()) -> dict[Path, str]:
         """Return what became of finished files that are no longer as they were written.
@@ -138,17 +178,14 @@ class Ledger:
             below: Look at this file or folder; default all.
             leaving: Folders that aren't looked at.
         """
-        name = None if below is None else self._name(below)
         found: dict[Path, str] = {}
-        for file, known in self.files.items():
+        for file in self.files if below is None else self._known(below):
             path = self.folder / file
-            if not (name in (None, file) or file.startswith(f"{name}/")):
-                continue
             if str(path.parent) in leaving:
                 continue
             if not path.is_file():
                 found[path] = "it is gone"
-            elif file_hash(path) != known:
+            elif file_hash(path) != self.files[file]:
                 found[path] = "it has changed since it was written"
         return found
 
@@ -171,6 +208,14 @@ def broken_file(folder: Path, file: Path, what: str) -> RunError:
         str(file),
         f"expected what the run wrote; {what}",
         f"put it back from a copy; or train again with `--fresh`, which moves {folder} aside",
+    )
+
+
+def put_back(folder: Path) -> str:
+    """Say how one goes on where rows or weights aren't those that a run began with."""
+    return (
+        "put them back; or `name=…` begins another run on these, and `--fresh` moves "
+        f"{folder} aside and begins anew"
     )
 
 
@@ -216,12 +261,16 @@ def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
     """
     try:
         if fresh and folder.exists():
-            with lock_run(folder):
+            lock = lock_run(folder)
+            try:
                 folder.rename(free_name(folder.with_name(f"{folder.name}.{_stamp()}")))
+            finally:
+                lock.release(force=True)  # its file has gone with the folder
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_run(folder)
         ledger = _opened(recipe, folder)
         ledger.lock = lock
+        return ledger
     except OSError as error:
         reason = error.strerror or str(error)
         raise RunError(
@@ -229,7 +278,6 @@ def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
             f"expected a folder that can be written; got '{reason}'",
             "free the folder, or run where you may write",
         ) from error
-    return ledger
 
 
 def _stamp() -> str:
@@ -242,16 +290,14 @@ def _opened(recipe: Recipe, folder: Path) -> Ledger:
     ledger = Ledger(folder, recipe)
     for name in ("stages", "evaluation"):
         (folder / name).mkdir(exist_ok=True)
-    text = recipe.to_yaml()
+    text, file = recipe.to_yaml(), folder / RECIPE
     same = ledger.files.get(RECIPE) == sha256(text.encode()).hexdigest()
-    if same and ledger.broken(folder / RECIPE):
-        write_text(folder / RECIPE, text)
-    if not (folder / RECIPE).exists():
-        write_text(folder / RECIPE, text)
-    elif not same and (begun := load_recipe(folder / RECIPE)) != recipe:
+    changed = file.exists() and not same and (begun := load_recipe(file)) != recipe
+    if changed:
         keep_stages(ledger, begun)
-        write_text(folder / RECIPE, text)
-    ledger.finish(folder / RECIPE)
+    if changed or not file.exists() or (same and ledger.broken(file)):
+        write_text(file, text)
+    ledger.finish(file)
     set_aside_broken(ledger)
     return ledger
 
@@ -343,32 +389,22 @@ def refuse_changed(folder: Path, recipe: Recipe) -> None:
     Raises:
         RunError: Names every changed key.
     """
-    begun = load_recipe(folder / "recipe.yaml")
-    problems = [
-        Problem(
-            key, f"was {value_at(begun, key)!r} when this run began; got {value_at(recipe, key)!r}"
-        )
-        for key in changed_keys(begun, recipe)
-    ]
+    begun, problems = load_recipe(folder / RECIPE), []
+    for key in changed_keys(begun, recipe):
+        was, now = (_value_at(each, key) for each in (begun, recipe))
+        problems.append(Problem(key, f"was {was!r} when this run began; got {now!r}"))
     if problems:
-        raise RunError(
-            str(folder),
-            problems,
-            f"`name=…` begins another run beside it; `--fresh` moves {folder} aside "
-            "and begins anew",
-        )
+        hint = f"`name=…` begins another run beside it; `--fresh` moves {folder} aside and begins"
+        raise RunError(str(folder), problems, f"{hint} anew")
 
 
-def value_at(recipe: Recipe, key: str) -> Any:
+def _value_at(recipe: Recipe, key: str) -> Any:
     """Return what a recipe says at a dotted path; stages go by their names."""
     value: Any = recipe.model_dump(mode="json")
     value["stages"] = {stage["name"]: stage for stage in value["stages"]}
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return list(value) if key == "stages" else value
-
-
-BASE = "base"
 
 
 def run_recipe(folder: Path) -> Recipe:
@@ -401,16 +437,11 @@ def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
         raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {name!r}")
     records = Ledger(folder, recipe, main=False).stages
     trained = [BASE, *(record.name for record in records if record.status == "trained")]
+    train = f"sftkey train {folder / RECIPE}"
     if name is None and trained == [BASE]:
-        raise RunError(
-            str(folder),
-            "expected a trained stage; there is none yet",
-            f"train it: sftkey train {folder / 'recipe.yaml'}; or take --stage base",
-        )
+        what, hint = "expected a trained stage; there is none yet", f"train it: {train}; or take"
+        raise RunError(str(folder), what, f"{hint} --stage base")
     if name is not None and name not in trained:
-        raise RunError(
-            str(folder),
-            f"--stage: {name!r} isn't trained yet",
-            f"go on with: sftkey train {folder / 'recipe.yaml'}",
-        )
+        what = f"--stage: {name!r} isn't trained yet"
+        raise RunError(str(folder), what, f"go on with: {train}")
     return names.index(name or trained[-1])

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from sftkey.errors import DivergedError
-from sftkey.files import write_json
+from sftkey.errors import DivergedError, RunError
+from sftkey.files import read_json, write_json
 
 ROWS_FILE = "validation.json"  # of a stage's folder: its own loss of each row, nats a token
 SAME = 1e-3  # nats: rows whose losses are as near to a guess's are guessed
@@ -22,19 +20,11 @@ DESTROYED = 0.5  # nats that a loss has risen by at least; a model may start wor
 
 @dataclass(frozen=True)
 class Change:
-    """How a stage's own validation loss has moved, by the rows that it trains something of.
+    """How a stage's own validation loss has moved, by the rows that it trains something of."""
 
-    Args:
-        start: Mean over the rows before its first step, nats a token.
-        end: The same after its last step.
-        low: The 95% interval of the difference, end less start, over these rows (paired t).
-        high: As above.
-        num_rows: How many rows there are.
-    """
-
-    start: float
-    end: float
-    low: float
+    start: float  # mean over the rows before its first step, nats a token
+    end: float  # the same after its last step
+    low: float  # the 95% interval of the difference, end less start, over these rows (paired t)
     high: float
     num_rows: int
 
@@ -99,15 +89,14 @@ def refuse_destroyed(
         all(abs(each - guess) < SAME for each in rows if each == each) for rows in (start, end)
     ]
     risen = change.is_worse and change.end - change.start > DESTROYED
-    if guessed != [False, True] and not (risen and change.end > guess):
-        return
-    raise DivergedError(
-        where,
-        f"expected a loss below a guess among all {vocabulary:,} tokens, "
-        f"{guess:.4f} nats a token; it went from {change.start:.4f} to {change.end:.4f}, and "
-        "nothing was saved",
-        "lower trainer.learning_rate; the checkpoints are kept",
-    )
+    if guessed == [False, True] or (risen and change.end > guess):
+        raise DivergedError(
+            where,
+            f"expected a loss below a guess among all {vocabulary:,} tokens, "
+            f"{guess:.4f} nats a token; it went from {change.start:.4f} to {change.end:.4f}, and "
+            "nothing was saved",
+            "lower trainer.learning_rate; the checkpoints are kept",
+        )
 
 
 def keep_losses(folder: Path, at: str, losses: Sequence[float]) -> None:
@@ -119,10 +108,9 @@ def keep_losses(folder: Path, at: str, losses: Sequence[float]) -> None:
 def kept_losses(folder: Path) -> dict[str, list[float]]:
     """Read what `keep_losses` wrote; nothing where that is gone or broken."""
     try:
-        kept: dict[str, Any] = json.loads((folder / ROWS_FILE).read_bytes())
         return {
-            str(at): [math.nan if loss is None else float(loss) for loss in losses]
-            for at, losses in kept.items()
+            at: [math.nan if loss is None else float(loss) for loss in losses]
+            for at, losses in read_json(folder / ROWS_FILE).items()
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (RunError, ValueError, TypeError):
         return {}

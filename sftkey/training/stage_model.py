@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.errors import ModelError, RunError
 from sftkey.files import read_json
-from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter
+from sftkey.generation.generate import inferring
+from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter, without_adapters
 from sftkey.models.device import Device
 from sftkey.models.key_adapter import KEY, act, context_adapters
 from sftkey.models.loading import load_model
 from sftkey.models.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import key_adapter_specs
-from sftkey.training.detached import KEYS_AND_VALUES, refuse_other_caches
-from sftkey.training.run_folder import Ledger
+from sftkey.training.detached import other_caches, refuse_other_caches
+from sftkey.training.run_folder import Ledger, put_back
 
 PROBE = (9, 7)  # tokens of two rows
 # How far, as a share, rounding moves what a row's tokens become; other rows move it much farther.
@@ -37,22 +38,16 @@ def refuse_mixed_rows(model: PreTrainedModel | PeftModel, probe: bool = True) ->
     Raises:
         ModelError: Names the family and why.
     """
-    if isinstance(model, PeftModel):
-        whole: Any = model.get_base_model()  # its layers hold the adapters
-        return refuse_mixed_rows(whole, probe)
-    layers = {type(each) for each in DynamicCache(config=model.config).layers}
-    others = sorted(each.__name__ for each in layers.difference(KEYS_AND_VALUES))
-    if others or model._is_stateful:
-        kept = ", ".join(others) or "a state of its own"
-        raise _unfit(model, f"its layers carry more than keys and values on: {kept}")
+    whole = without_adapters(model)  # its layers hold them
+    if kept := other_caches(whole):
+        raise _unfit(whole, f"its layers carry more than keys and values on: {kept}")
     if probe:
-        was_training = model.training
-        moved, tolerance = _moved(model.eval())  # dropout would move them, too
-        model.train(was_training)
+        with inferring(whole):  # dropout would move them, too
+            moved, tolerance = _moved(whole)
         if not moved <= tolerance:  # NaN is none either
-            attention = f"attn_implementation: {model.config._attn_implementation}"
+            attention = f"attn_implementation: {whole.config._attn_implementation}"
             what = f"with {attention} a row's tokens see the row before it"
-            raise _unfit(model, f"{what} (they move by {moved:.1%})")
+            raise _unfit(whole, f"{what} (they move by {moved:.1%})")
 
 
 @torch.no_grad()
@@ -75,10 +70,8 @@ def _moved(model: PreTrainedModel) -> tuple[float, float]:
 
 
 def _unfit(model: PreTrainedModel, why: str) -> ModelError:
-    family = model.config.model_type
-    return ModelError(
-        family, f"rows of this model can't be packed: {why}", "write data.packing: false"
-    )
+    what = f"rows of this model can't be packed: {why}"
+    return ModelError(model.config.model_type, what, "write data.packing: false")
 
 
 def load_stage(
@@ -103,17 +96,14 @@ def load_stage(
     left_frozen = number > 0 and stages[number - 1].context == "frozen"
     at = number - 1 if left_frozen else number  # whose start the context is
     before = ledger.adapter(at - 1) if at else recipe.model.adapter
-    if at:
-        ledger.require(ledger.adapter(at - 1))
-    if left_frozen:
-        ledger.require(ledger.adapter(number - 1))
+    for written in range(max(at - 1, 0), number):  # one, or two where a key stands on a context
+        ledger.require(ledger.adapter(written))
     full = recipe.lora is None
     base = base_identity(recipe.model)
     require_same_base(ledger, base)
     ledger.facts["base"] = base
     weights = Path(before) if full and before else None
-    model: PreTrainedModel | PeftModel
-    model = load_model(recipe.model, device, full=full, folder=weights)
+    model: PreTrainedModel | PeftModel = load_model(recipe.model, device, full=full, folder=weights)
     if device.kind == "cpu" and model.dtype == torch.float16:
         raise ModelError(
             "model.dtype",
@@ -144,20 +134,19 @@ def require_same_base(ledger: Ledger, base: Base) -> None:
         RunError: Names both.
     """
     began = ledger.facts.get("base") or {}
-    was, now = began.get("fingerprint"), base["fingerprint"]
-    if was is None or now is None or was == now:
+    if None in (began.get("fingerprint"), base["fingerprint"]):
         return
-    names = [
+    was, now = (
         f"{each.get('revision') or 'fingerprint'} {str(each['fingerprint'])[:12]}"
         for each in (began, base)
-    ]
-    raise RunError(
-        str(ledger.folder),
-        f"expected the weights of {base['name_or_path']} that this run began with, {names[0]}; "
-        f"got {names[1]}",
-        f"put them back; or `name=…` begins another run on these, and `--fresh` moves "
-        f"{ledger.folder} aside and begins anew",
     )
+    if began["fingerprint"] != base["fingerprint"]:
+        raise RunError(
+            str(ledger.folder),
+            f"expected the weights of {base['name_or_path']} that this run began with, {was}; "
+            f"got {now}",
+            put_back(ledger.folder),
+        )
 
 
 def _with_key(
@@ -172,9 +161,8 @@ def _with_key(
                     parameter.requires_grad = True
     else:
         folder = ledger.adapter(number - 1)
-        base = ledger.facts["base"]
         refuse_other_context(folder, stands_on(recipe, ledger, number - 1))
-        model = load_adapter(model, folder, base, trainable=False, name=KEY)
+        model = load_adapter(model, folder, ledger.facts["base"], trainable=False, name=KEY)
     act(model, context_adapters(model))
     return model
 

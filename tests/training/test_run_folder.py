@@ -19,9 +19,8 @@ from sftkey.evaluation.grading import grade
 from sftkey.evaluation.stage import grade_stage
 from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
-from sftkey.training.lock import lock_run
 from sftkey.training.run import Run, changed_facts, start
-from sftkey.training.run_folder import read_ledger
+from sftkey.training.run_folder import lock_run, read_ledger
 from sftkey.training.stage_model import require_same_base
 from tests.support.tiny import made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, kill_at_step
@@ -205,7 +204,7 @@ def test_a_run_of_before_is_read(copied: Path) -> None:
 LOCKING = """
 import sys
 from pathlib import Path
-from sftkey.training.lock import lock_run
+from sftkey.training.run_folder import lock_run
 lock = lock_run(Path(sys.argv[1]))
 print("locked", flush=True)
 sys.stdin.read()
