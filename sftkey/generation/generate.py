@@ -169,7 +169,7 @@ def generate_to_file(
     Raises:
         RunError: The file holds something else than generations after these prompts.
     """
-    done = _resume(file, prompts)
+    done = generated_in(file, prompts)
     keys = list(prompts)
     skip = {position for position, key in enumerate(keys) if key in done}
     if report:
@@ -215,8 +215,12 @@ def key_of(asked: Sequence[Key], turn: int | None) -> Key | None:
     return asked[0] if asked else None
 
 
-def _resume(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, Generation]:
-    """Read the generations of these prompts, after cutting off an unfinished last line."""
+def generated_in(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, Generation]:
+    """Read the generations of these prompts, after cutting off an unfinished last line.
+
+    Raises:
+        RunError: The file holds something else than generations after these prompts.
+    """
     if not file.exists():
         return {}
     with file.open("r+b") as rows:

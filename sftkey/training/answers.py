@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sftkey.data.prepare import Prepared
-from sftkey.data.renderer import stop_ids
+from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.data.response import Example
 from sftkey.files import write_text
-from sftkey.generation.generate import by_row, generate_to_file, key_of
+from sftkey.generation.generate import Key, by_row, generate_to_file, key_of
 from sftkey.generation.key_switch import find_switch
-from sftkey.models.device import launched_with
+from sftkey.models.device import sharded
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import RunProgress
 from sftkey.training.run_folder import Ledger
 
 
-def sharded() -> bool:
-    """Tell whether no process holds the whole model (FSDP, DeepSpeed)."""
-    return launched_with("FSDP") or launched_with("DEEPSPEED")
+def write_parts(
+    recipe: Recipe,
+    renderer: Renderer,
+    model: PreTrainedModel | PeftModel,
+    prompts: Mapping[Key, Sequence[int]],
+    whole: Path,
+    **settings: Any,
+) -> dict[Path, dict[Key, Sequence[int]]]:
+    """Let each process generate after its share of prompts, row by row into a file of its own.
+
+    Args:
+        recipe: Its `eval` says how long an answer may be, and how many are written at a time.
+        renderer: The run's.
+        model: On its device.
+        prompts: Token ids by their question, or by a number.
+        whole: The files lie beside it, and are called like it.
+        settings: `temperature`, `switch` and `report`, as `generate_to_file` takes them.
+
+    Returns:
+        The files of all processes, which are whole now, and the prompts of each.
+    """
+    processes, keys = PartialState(), list(prompts)
+    world = processes.num_processes
+    shares = {
+        whole.with_name(f"{whole.stem}.part{rank}of{world}.jsonl"): {
+            key: prompts[key] for key in keys[rank::world]
+        }
+        for rank in range(world)
+    }
+    file, share = list(shares.items())[processes.process_index]
+    generate_to_file(
+        model,
+        renderer.tokenizer,
+        share,
+        file,
+        stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
+        max_new_tokens=recipe.eval.max_new_tokens,
+        batch_size=recipe.eval.batch_size,
+        seed=recipe.seed,
+        **settings,
+    )
+    processes.wait_for_everyone()
+    return shares
 
 
 @dataclass
@@ -37,7 +79,6 @@ class Answers:
 
     recipe: Recipe
     ledger: Ledger
-    tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     progress: RunProgress
     asked: Collection[str] | None = None
@@ -60,30 +101,19 @@ class Answers:
         if sharded():
             self.progress.note(f"{name}: not evaluated; run `sftkey evaluate {self.ledger.folder}`")
             return
-        processes = PartialState()
-        rank, world = processes.process_index, processes.num_processes
-        whole = self.ledger.generations(name)
-        parts = [whole.with_name(f"{name}.part{r}of{world}.jsonl") for r in range(world)]
-        settings = self.recipe.eval
+        renderer, whole = self.prepared.renderer, self.ledger.generations(name)
         contexts = {stage.name: stage.context for stage in self.recipe.stages}
         frozen = contexts.get(name) == "frozen"  # else the key's adapters aren't trained yet
-        generate_to_file(
+        parts = write_parts(
+            self.recipe,
+            renderer,
             model,
-            self.tokenizer,
-            {
-                example.key: self.prepared.renderer.prompt_ids(example.prompt)
-                for example in self.questions[rank::world]
-            },
-            parts[rank],
-            stop_ids=stop_ids(self.prepared.renderer, model.generation_config.eos_token_id),
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            temperature=settings.temperature,
-            seed=self.recipe.seed,
-            switch=find_switch(model, self.prepared.renderer) if frozen else None,
+            {each.key: renderer.prompt_ids(each.prompt) for each in self.questions},
+            whole,
+            temperature=self.recipe.eval.temperature,
+            switch=find_switch(model, renderer) if frozen else None,
             report=partial(self.progress.answers, name),
         )
-        processes.wait_for_everyone()
         if self.ledger.main:
             lines = (
                 line for part in parts for line in part.read_text(encoding="utf-8").split("\n")
@@ -92,7 +122,7 @@ class Answers:
             self.ledger.finish(whole)
             for part in parts:
                 part.unlink()
-        processes.wait_for_everyone()
+        PartialState().wait_for_everyone()
 
 
 def with_questions(lines: Iterable[str], questions: Iterable[Example]) -> str:

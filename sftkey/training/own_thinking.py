@@ -19,14 +19,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sftkey.data.prepare import NUM_WITHOUT_VALIDATION, Prepared
-from sftkey.data.renderer import Renderer, stop_ids
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError, Problem
 from sftkey.files import write_json
-from sftkey.generation.generate import Generation, by_row, generate_to_file, key_of
+from sftkey.generation.generate import Generation, by_row, generated_in, key_of
 from sftkey.generation.key_switch import Switch
 from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.training.answers import write_parts
 from sftkey.training.log import RunProgress
 
 # Of an answer, a reference and the grader's name; what it returns is true for a right answer.
@@ -50,27 +51,16 @@ OF_HINT = re.compile(
 
 @dataclass(frozen=True)
 class Writer:
-    """Lets a model answer questions, each process its share, row by row into files.
-
-    Args:
-        recipe: Its `eval` says how long an answer may be, and how many are written at a time.
-        renderer: Writes the prompts.
-        model: As the stage finds it.
-        folder: The stage's; the answers go there.
-        progress: What the person sees.
-        stage: What the progress calls it.
-        what: Likewise, what is written.
-        switch: Where the model goes over to its key adapter, if it does.
-    """
+    """Lets a model answer questions, as a stage finds it."""
 
     recipe: Recipe
     renderer: Renderer
     model: PreTrainedModel | PeftModel
-    folder: Path
+    folder: Path  # the stage's; the answers go there
     progress: RunProgress
-    stage: str
-    what: str = "own thinking"
-    switch: Switch | None = None
+    stage: str  # what the progress calls it
+    what: str = "own thinking"  # likewise, what is written
+    switch: Switch | None = None  # where the model goes over to its key adapter, if it does
 
     def write(
         self, name: str, examples: Sequence[Example], samples: int, temperature: float
@@ -80,57 +70,35 @@ class Writer:
         Returns:
             Sample `s` of the example at place `p` of N under `s * N + p`, from all processes.
         """
-        processes = PartialState()
-        rank, world = processes.process_index, processes.num_processes
         asked = {
             sample * len(examples) + place: self.renderer.prompt_ids(example.prompt)
             for sample in range(samples)
             for place, example in enumerate(examples)
         }
-        settings: dict[str, Any] = {
-            "stop_ids": stop_ids(self.renderer, self.model.generation_config.eos_token_id),
-            "max_new_tokens": self.recipe.eval.max_new_tokens,
-            "batch_size": self.recipe.eval.batch_size,
-            "temperature": temperature,
-            "seed": self.recipe.seed,
-            "report": partial(self.progress.answers, f"{self.stage}: {self.what}"),
-            "switch": self.switch,
-        }
-        files = [self.folder / f"{name}.part{each}of{world}.jsonl" for each in range(world)]
-        tokenizer = self.renderer.tokenizer
-        mine = dict(list(asked.items())[rank::world])
-        generate_to_file(self.model, tokenizer, mine, files[rank], **settings)
-        processes.wait_for_everyone()
-        settings["report"] = None
+        parts = write_parts(
+            self.recipe,
+            self.renderer,
+            self.model,
+            asked,
+            self.folder / f"{name}.jsonl",
+            temperature=temperature,
+            switch=self.switch,
+            report=partial(self.progress.answers, f"{self.stage}: {self.what}"),
+        )
         written: dict[int, Generation] = {}
-        for number, file in enumerate(files):  # all are there: this reads them
-            share = dict(list(asked.items())[number::world])
-            written |= generate_to_file(self.model, tokenizer, share, file, **settings)
+        for file, share in parts.items():
+            written |= generated_in(file, share)
         return written
 
 
 def write_thinkings(
     stage: StageSection, prepared: Prepared, writer: Writer
 ) -> dict[int, Generation]:
-    """Let the model answer each training question as often as the stage says.
-
-    Returns:
-        Sample `s` of the example at place `p` of N under `s * N + p`.
-    """
+    """Let the model answer each training question as often as the stage says, as `Writer` does."""
     own, asked = stage.own_thinking, prepared.train_examples
     if own.hint:
         asked = [with_hint(example) for example in asked]
     return writer.write("thinkings", asked, own.samples, own.temperature)
-
-
-def require_thinking(stage: StageSection, prepared: Prepared, writer: Writer) -> None:
-    """Ask the model a few questions before it is asked all.
-
-    Raises:
-        DataError: Fewer than half of the thinkings are valid.
-    """
-    asked = (prepared.validation_examples or prepared.train_examples)[:NUM_PROBED]
-    require_valid(stage, prepared, writer.write("probe", asked, 1, 0.0))
 
 
 def with_hint(example: Example) -> Example:
@@ -201,28 +169,23 @@ def _asked_key(row: Mapping[str, Any], asked: Mapping[int, Sequence[QuestionKey]
     return key
 
 
-def is_valid(thinking: str | None) -> bool:
-    """Tell whether a thinking was closed and isn't empty."""
-    return thinking is not None and bool(thinking.strip())
-
-
 def require_valid(
     stage: StageSection, prepared: Prepared, written: Mapping[int, Generation]
-) -> None:
-    """Refuse a stage whose model doesn't think.
+) -> dict[int, str]:
+    """Return the thinkings that are closed and not empty, by their number.
 
     Raises:
-        DataError: Fewer than half of the thinkings are closed and not empty.
+        DataError: Fewer than half of them are: the model doesn't think.
     """
+    thinkings = {key: _parsed(prepared.renderer, each).thinking for key, each in written.items()}
+    valid = {key: each for key, each in thinkings.items() if each and each.strip()}
+    if len(valid) >= LEAST_VALID * len(written):
+        return valid
     response = prepared.renderer.response
-    thinkings = [_parsed(prepared.renderer, each).thinking for each in written.values()]
-    num_valid = sum(map(is_valid, thinkings))
-    if num_valid >= LEAST_VALID * len(thinkings):
-        return
     endless = sum(each.stopped is False for each in written.values())
     raise DataError(
         f"stages.{stage.name}",
-        f"thinking: own: expected a model that thinks; {num_valid} of {len(thinkings)} thinkings "
+        f"thinking: own: expected a model that thinks; {len(valid)} of {len(written)} thinkings "
         f"are valid (closed with {response.thinking_close!r} and not empty), {endless} answers "
         "never stopped",
         "train a stage on whole completions with a reasoning first; or write the model's own tags "
@@ -239,10 +202,11 @@ def count_right(
     grade: Grader,
 ) -> int:
     """Count the examples, by their place, whose written answer is right."""
-    answers = {place: _parsed(renderer, each).answer for place, each in written.items()}
-    return sum(
-        bool(grade(answer, examples[place].answer, grader)) for place, answer in answers.items()
-    )
+    right = [
+        grade(_parsed(renderer, each).answer, examples[place].answer, grader)
+        for place, each in written.items()
+    ]
+    return sum(map(bool, right))
 
 
 def _parsed(renderer: Renderer, written: Generation) -> Any:
@@ -330,18 +294,15 @@ def own_rows(
     Raises:
         DataError: No row is left to train on.
     """
-    if not examples:
-        raise _none_left(stage, "no thinking was closed and kept")
-    trim = recipe.data.too_long == "trim_thinking"
-    rows, outcome = tokenized_rows(examples, prepared.renderer, recipe.data.max_length, trim=trim)
-    if len(rows) == 0:
-        reason, _ = Counter(reason for _, reason, _ in outcome.refused).most_common(1)[0]
-        raise _none_left(stage, reason)
-    return rows, dict(Counter(reason for _, reason, _ in outcome.refused))
-
-
-def _none_left(stage: StageSection, reason: str) -> DataError:
-    return DataError(
+    reason = "no thinking was closed and kept"
+    if examples:
+        trim, length = recipe.data.too_long == "trim_thinking", recipe.data.max_length
+        rows, outcome = tokenized_rows(examples, prepared.renderer, length, trim=trim)
+        refused = Counter(reason for _, reason, _ in outcome.refused)
+        if len(rows):
+            return rows, dict(refused)
+        ((reason, _),) = refused.most_common(1)
+    raise DataError(
         f"stages.{stage.name}",
         f"thinking: own leaves no row to train on: {reason}",
         "write own.keep: all, or train an earlier stage for longer",
@@ -363,8 +324,9 @@ def make_own_rows(
     processes, recipe, start = PartialState(), writer.recipe, time.monotonic()
     if file := stage.own_thinking.file:
         written = read_thinkings(Path(file), stage, prepared)
-    else:
-        require_thinking(stage, prepared, writer)
+    else:  # a few questions before all
+        asked = (prepared.validation_examples or prepared.train_examples)[:NUM_PROBED]
+        require_valid(stage, prepared, writer.write("probe", asked, 1, 0.0))
         written = write_thinkings(stage, prepared, writer)
     require_valid(stage, prepared, written)
     examples, counts = own_examples(stage, prepared, written, recipe.eval.grader, grade)
@@ -393,15 +355,7 @@ def own_validation(stage: StageSection, prepared: Prepared, writer: Writer) -> D
         DataError: Too few thinkings are valid.
     """
     examples = prepared.validation_examples or prepared.train_examples[:NUM_WITHOUT_VALIDATION]
-    written = writer.write("validation", examples, 1, 0.0)
-    require_valid(stage, prepared, written)
-    thinkings = {
-        place: _parsed(prepared.renderer, each).thinking for place, each in written.items()
-    }
-    valid = [
-        replace(examples[place], thinking=thinking)
-        for place, thinking in sorted(thinkings.items())
-        if is_valid(thinking)
-    ]
-    rows, _ = own_rows(writer.recipe, stage, prepared, valid)
+    valid = require_valid(stage, prepared, writer.write("validation", examples, 1, 0.0))
+    behind = [replace(examples[place], thinking=valid[place]) for place in sorted(valid)]
+    rows, _ = own_rows(writer.recipe, stage, prepared, behind)
     return rows

@@ -47,14 +47,20 @@ def writes(monkeypatch: pytest.MonkeyPatch, thinking: str) -> list[dict[int, Any
     """Let every model write this thinking and the answer 0; gives what it was asked."""
     asked: list[dict[int, Any]] = []
 
-    def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
+    def write(file: Path, prompts: Any) -> Any:
         if file.name.startswith("thinkings"):
             asked.append(dict(prompts))
         text = f"<Thinking>\n{thinking}\n</Thinking>\n<Answer>\n0\n</Answer>"
         return {index: Generation(text, 9, True) for index in prompts}
 
-    monkeypatch.setattr(own_thinking, "generate_to_file", write)
+    writes_as(monkeypatch, write)
     return asked
+
+
+def writes_as(monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, Any], Any]) -> None:
+    """Let every model write what a function of the file and its prompts returns."""
+    monkeypatch.setattr(own_thinking, "write_parts", lambda *given, **_: {given[4]: given[3]})
+    monkeypatch.setattr(own_thinking, "generated_in", write)
 
 
 def trained_rows(
@@ -154,11 +160,11 @@ def test_a_stage_without_thinkings_is_refused(
     """A model that never closes its thinking has nothing to train the key on."""
     asked = []
 
-    def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **settings: Any) -> Any:
+    def write(file: Path, prompts: Any) -> Any:
         asked.append(file.name)
         return {index: Generation("so", 1, index > 2) for index in prompts}
 
-    monkeypatch.setattr(own_thinking, "generate_to_file", write)
+    writes_as(monkeypatch, write)
     with pytest.raises(DataError) as error:
         trained_rows(tiny_recipe(stages=[FIRST, own()]), tmp_path, monkeypatch)
     assert str(error.value) == (
@@ -168,7 +174,7 @@ def test_a_stage_without_thinkings_is_refused(
         "tags as response.thinking (now ['<Thinking>\\n', '\\n</Thinking>']), or raise "
         "eval.max_new_tokens"
     )
-    assert set(asked) == {"probe.part0of1.jsonl"}  # a few questions told so, before all were asked
+    assert asked == ["probe.jsonl"]  # a few questions told so, before all were asked
 
 
 @pytest.mark.fault("settings that would hang or train nothing")

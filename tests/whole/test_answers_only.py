@@ -51,14 +51,19 @@ def writes(monkeypatch: pytest.MonkeyPatch, text: Callable[[int, str], str]) -> 
     """Let every model write a text by the question's place; return what each file asked."""
     asked: dict[str, Any] = {}
 
-    def write(model: Any, tokenizer: Any, prompts: Any, file: Path, **_: Any) -> Any:
-        name = file.name.partition(".")[0]
-        asked[f"{file.parent.name}/{name}"] = {
-            key: tokenizer.decode(ids) for key, ids in prompts.items()
-        }
-        return {key: Generation(text(key, name), 9, True) for key in prompts}
+    def parts(
+        recipe: Any, renderer: Any, model: Any, prompts: Any, whole: Path, **_: Any
+    ) -> dict[Path, Any]:
+        decode = renderer.tokenizer.decode
+        read = {key: decode(ids) for key, ids in prompts.items()}
+        asked[f"{whole.parent.name}/{whole.stem}"] = read
+        return {whole: prompts}
 
-    monkeypatch.setattr(own_thinking, "generate_to_file", write)
+    def write(file: Path, prompts: Any) -> Any:
+        return {key: Generation(text(key, file.stem), 9, True) for key in prompts}
+
+    monkeypatch.setattr(own_thinking, "write_parts", parts)
+    monkeypatch.setattr(own_thinking, "generated_in", write)
     return asked
 
 
