@@ -30,7 +30,7 @@ from sftkey.data.collator import row_lengths
 from sftkey.data.prepare import Prepared
 from sftkey.errors import ModelError, RecipeError, SFTKeyError, first_line
 from sftkey.models.adapters import add_lora, load_adapter, read_adapter_config
-from sftkey.models.device import Device, launched_with
+from sftkey.models.device import Device, sharded
 from sftkey.models.facts import skeleton_of
 from sftkey.models.key_adapter import act, context_adapters
 from sftkey.models.loading import check_targets, short_names, target_names
@@ -188,8 +188,7 @@ def _stages(
 
 def distributed() -> bool:
     """Tell whether other processes would have to take part in a step."""
-    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return many or launched_with("FSDP") or launched_with("DEEPSPEED")
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or sharded()
 
 
 def _said(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from sftkey.errors import FrameError
 from sftkey.evaluation.grading import grade
 from sftkey.generation.generate import Generation, generate, inferring
 from sftkey.generation.key_switch import Switch, find_switch
+from sftkey.models.adapters import without_adapters
 from sftkey.models.key_adapter import KEY, acting
 from sftkey.models.key_pass import cache_name
 from sftkey.recipe.schema import EvalSection
@@ -108,7 +109,7 @@ def _logits(
     model: Any, batch: Aligned, columns: slice, width: int, cache: DynamicCache | None = None
 ) -> torch.Tensor:
     """Run some columns of a batch; return the logits of the last ones: `(B, width, V)`."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapters(model)
     taken = signature(base.forward).parameters
     given = {"position_ids": batch.position_ids[:, columns], "logits_to_keep": width}
     inputs = {name: value for name, value in given.items() if name in taken}

@@ -187,7 +187,7 @@ class StageDiagnosis:
         """
         from accelerate import PartialState
 
-        from sftkey.training.answers import sharded
+        from sftkey.models.device import sharded
 
         prepared = self.run.prepared
         if prepared.validation is None or prepared.answers_only or sharded():

@@ -120,8 +120,8 @@ def add_lora(
         ModelError: The target modules don't exist, or the settings can't be.
     """
     _check_initialization("lora", lora_setting(lora, "init_lora_weights"))
-    check_targets(_without_adapters(model), lora.get("target_modules"))
-    refuse_unmatched(_without_adapters(model), lora)
+    check_targets(without_adapters(model), lora.get("target_modules"))
+    refuse_unmatched(without_adapters(model), lora)
     try:
         with torch.random.fork_rng(devices=[]), peft_warnings_logged():
             config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
@@ -145,7 +145,8 @@ def peft_warnings_logged() -> Iterator[None]:
             LOGGER.info("peft: %s", text.split(". ")[0])
 
 
-def _without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model below its adapters, if it has any."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     found: PreTrainedModel = base
     return found
@@ -289,8 +290,8 @@ def read_adapter_config(
         if base is not None:
             _check_base(source, config, base)
         _check_initialization(source.path, config.init_lora_weights)
-        _check_lora(_without_adapters(model), source, config, lora)
-        _check_carried(_without_adapters(model), source, config)
+        _check_lora(without_adapters(model), source, config, lora)
+        _check_carried(without_adapters(model), source, config)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ModelError):
             raise

@@ -98,6 +98,11 @@ def launched_with(what: str, env: Mapping[str, str] = os.environ) -> bool:
     return env.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
 
 
+def sharded() -> bool:
+    """Tell whether no process holds the whole model (FSDP, DeepSpeed)."""
+    return launched_with("FSDP") or launched_with("DEEPSPEED")
+
+
 def free_bytes(env: Mapping[str, str] = os.environ, group: Path = CONTROL_GROUP) -> int:
     """Return the main memory that this process may take: its share, within a container's limit.
 

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from sftkey.activity import activity
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.errors import ModelError, first_line
-from sftkey.models.device import DTYPES, Device, free_bytes, launched_with
+from sftkey.models.device import DTYPES, Device, free_bytes, launched_with, sharded
 from sftkey.models.source import (
     PICKLED,
     Source,
@@ -243,8 +243,7 @@ def _unpack(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
     packed = _packed_modules(model)
     size = sum(each.in_features * each.out_features for _, each in packed) * compute_dtype.itemsize
-    sharded = launched_with("FSDP") or launched_with("DEEPSPEED")
-    if sharded or model.dtype != compute_dtype:
+    if sharded() or model.dtype != compute_dtype:
         return
     needed = f"{size / GIB:.1f} GiB"
     if size > UNPACKED_SHARE * free_bytes():

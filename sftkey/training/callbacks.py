@@ -58,12 +58,7 @@ def _is_same(file: Path, known: Any) -> bool:
 
 
 def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:
-    """Return the newest whole checkpoint of a stage.
-
-    Args:
-        folder: Where the stage's checkpoints lie.
-        set_aside: Rename torn ones to `torn-…`; nothing is deleted.
-    """
+    """Return the newest whole checkpoint in a folder; torn ones are renamed `torn-…`, if so set."""
     found = []
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", checkpoint.name)
@@ -77,20 +72,14 @@ def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:
 
 
 def kept_checkpoint(state: TrainerState, loads_best: bool) -> str | None:
-    """Say which checkpoint a stage ends with; None where it ends with its last step anyway.
-
-    Args:
-        state: The trainer's, after its last step.
-        loads_best: Whether the trainer was to load the best checkpoint at the end.
-    """
+    """Say which checkpoint a stage ends with; None where it ends with its last step anyway."""
     if not loads_best:
         return None
     if state.best_model_checkpoint is None:
         return "kept the last step: no checkpoint has a finite validation loss to choose by"
     best = Path(state.best_model_checkpoint).name
-    last = best == f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    which = "the last" if last else "not the last"
-    return f"kept {best} (validation loss {state.best_metric:.4f}), {which}"
+    last = "" if best == f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" else "not "
+    return f"kept {best} (validation loss {state.best_metric:.4f}), {last}the last"
 
 
 class SealCheckpoints(TrainerCallback):
@@ -99,30 +88,17 @@ class SealCheckpoints(TrainerCallback):
     A log line at every checkpoint lets a resumed stage log each step exactly once.
     """
 
-    def __init__(self, wait_for_everyone: Any) -> None:
-        self.wait_for_everyone = wait_for_everyone
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log where a checkpoint follows, and at the stage's last step."""
-        if control.should_save or state.global_step >= state.max_steps:
-            control.should_log = True
-        return control
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
 
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Log where `save_strategy: epoch` saves."""
-        return self.on_step_end(args, state, control, **kwargs)
+    on_epoch_end = on_step_end  # where `save_strategy: epoch` saves
 
-    def on_save(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Seal the checkpoint that was just written."""
-        self.wait_for_everyone()
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            checkpoint = _checkpoint(args, state.global_step)
             if not checkpoint.is_dir():
                 raise RunError(str(checkpoint), "expected the checkpoint just written; it is gone")
             seal(checkpoint)
@@ -164,8 +140,7 @@ class StopByAnswers(TrainerCallback):
     Args:
         ask: Of the step's number: how many answers are right.
         log: The stage's.
-        patience: As in `verdict`.
-        limit: As in `verdict`.
+        patience: As in `verdict`, like the limit.
     """
 
     def __init__(
@@ -175,33 +150,25 @@ class StopByAnswers(TrainerCallback):
         self.asked: list[Asked] = log.record.answers or []
         self._epoch_ends = False
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Forget what came after the checkpoint; ask where a kill came before the answers."""
         self.asked = [each for each in self.asked if each["step"] <= state.global_step]
         missing = not self.asked or self.asked[-1]["step"] < state.global_step
         if state.global_step and float(state.epoch or 0).is_integer() and missing:
             self._ask(state)
-        return self._told(args, state, control)
+        self._tell(args, state, control)
 
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint, unless the stage has ended and a resumed one learns it now."""
         self._epoch_ends = not control.should_training_stop
         control.should_save |= self._epoch_ends
-        return control
 
-    def on_save(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the model answer, where an epoch ends here."""
-        if not self._epoch_ends:
-            return control
-        self._epoch_ends = False
-        self._ask(state)
-        return self._told(args, state, control)
+        if self._epoch_ends:
+            self._epoch_ends = False
+            self._ask(state)
+            self._tell(args, state, control)
 
     def _ask(self, state: TrainerState) -> None:
         seconds = sum(line["seconds"] for line in read_log(self.log.path, state.global_step))
@@ -212,17 +179,17 @@ class StopByAnswers(TrainerCallback):
         name, place = self.log.record.name, f"epoch {len(self.asked)}"
         self.log.progress.note(f"{name} after {place}: {right} validation answers right")
 
-    def _told(self, args: Any, state: TrainerState, control: TrainerControl) -> TrainerControl:
+    def _tell(self, args: Any, state: TrainerState, control: TrainerControl) -> None:
         """Keep the best epoch's checkpoint, and end the stage where it is time."""
         if self.asked:
             best, control.should_training_stop = verdict(self.asked, self.patience, self.limit)
-            state.best_model_checkpoint = str(_checkpoint(args, best))  # others may be removed
-        return control
+            kept = _checkpoint(args, int(best["step"]))
+            state.best_model_checkpoint = str(kept)  # others may be removed
 
     def load_best(self, trainer: KeyTrainer) -> None:
         """Put the weights of the epoch back that the stage keeps."""
         best, _ = verdict(self.asked, self.patience, self.limit)
-        trainer.state.best_model_checkpoint = str(_checkpoint(trainer.args, best))
+        trainer.state.best_model_checkpoint = str(_checkpoint(trainer.args, int(best["step"])))
         trainer._load_best_model()
         epoch = self.asked.index(best) + 1
         self.log.progress.note(
@@ -231,8 +198,8 @@ class StopByAnswers(TrainerCallback):
         )
 
 
-def _checkpoint(args: Any, asked: Asked) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{asked['step']:.0f}"
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def stop_by_answers(
@@ -241,13 +208,6 @@ def stop_by_answers(
     """Return what ends a stage by its answers to validation questions; None where nothing does.
 
     The answers are kept in the stage's folder, a file an epoch.
-
-    Args:
-        recipe: The run's.
-        prepared: Its rows.
-        log: The stage's.
-        trainer: The stage's.
-        grade: Tells whether an answer is right.
     """
     settings = recipe.stages[log.number].early_stop
     if settings is None:
@@ -340,50 +300,36 @@ class StopAfterStep(TrainerCallback):
 
     With several processes each step asks all of them. They ask each other on their CPUs: no GPU
     waits for it, and nothing that is queued there is waited for.
-
-    Args:
-        request: This process's.
     """
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
         self._processes: Any = None  # of several processes, those that are asked
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let signals wait for the step."""
         if PartialState().num_processes > 1 and self._processes is None:
             patience = timedelta(seconds=args.ddp_timeout)
             self._processes = torch.distributed.new_group(backend="gloo", timeout=patience)
         self.request.in_training = True
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Save and log where a signal has come."""
-        number = self._of_any_process()
-        if number:
+        if number := self._of_any_process():
             self.request.number = number
             control.should_save = control.should_log = True
-        return control
 
-    def on_save(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """End the run where a signal has come: the checkpoint is written and sealed.
 
         Raises:
             RunStopped: One has come.
         """
-        number = self._of_any_process()
-        if number:
+        if number := self._of_any_process():
             self.request.number, self.request.in_training = number, False
             raise self.request.stopped()
 
-    def on_train_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let signals end the run at once again."""
         self.request.in_training = False
 

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
+from sftkey.generation.generate import inferring
 from sftkey.models.key_adapter import key_adapters
 from sftkey.training.detached import Aligned
 
 LOGGER = logging.getLogger("sftkey")
 NUM_MEASURED = 3  # batches, before it is decided whether the files pay off
 NUM_SAMPLES = 4096  # numbers of a base weight that its fingerprint is made from
-GIB = 2**30
 
 
 class ContextCache:
@@ -103,10 +103,9 @@ class ContextCache:
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                sound = file.stem in self._checked or opened.metadata() == _sums(tensors)
+                if file.stem not in self._checked and opened.metadata() != _sums(tensors):
+                    return None
         except (SafetensorError, OSError):
-            return None
-        if not sound:
             return None
         self._checked.add(file.stem)
         cache = DynamicCache(config=config)
@@ -174,10 +173,8 @@ def fingerprint(model: torch.nn.Module) -> bytes:
 @torch.no_grad()
 def bytes_a_token(model: Any) -> int:
     """Return what the keys and values of a token take, in bytes, by reading two tokens."""
-    was_training = model.training
-    model.eval()  # no dropout, whose random numbers would be missing later
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
-    model.train(was_training)
+    with inferring(model):  # no dropout, whose random numbers would be missing later
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
     read = [layer for layer in layers if layer.is_initialized]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in read) // 2

@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
+from sftkey.generation.generate import inferring
+from sftkey.models.adapters import without_adapters
 from sftkey.models.key_adapter import joining
 from sftkey.models.key_pass import (
     ConstantContext,
@@ -55,27 +57,6 @@ class Aligned:
     def num_context(self) -> int:
         """Return the number of context columns."""
         return self.input_ids.shape[1] - self.labels.shape[1]
-
-    def repeated(self, count: int) -> Aligned:
-        """Return the batch so many times over, one copy behind another."""
-        if count == 1:
-            return self
-        return Aligned(
-            self.input_ids.repeat(count, 1),
-            self.attention_mask.repeat(count, 1),
-            self.position_ids.repeat(count, 1),
-            self.labels.repeat(count, 1),
-            self.starts.repeat(count),
-        )
-
-    def restored(self, values: torch.Tensor, length: int) -> torch.Tensor:
-        """Put values of the key's columns, `(…, B, K)`, where the tokens came from: `(…, B, T)`."""
-        columns = torch.arange(length, device=values.device) - self.starts[:, None].to(
-            values.device
-        )
-        outside = (columns < 0) | (columns >= values.shape[-1])
-        source = columns.clamp(0, values.shape[-1] - 1).expand(*values.shape[:-1], length)
-        return values.gather(-1, source).masked_fill(outside, 0)
 
 
 Keep = Callable[[Aligned, Any, Callable[[], DynamicCache]], DynamicCache]
@@ -145,6 +126,14 @@ class ReadContext:
     length: int
 
 
+def _restored(values: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+    """Put values of the key's columns, `(…, B, K)`, where the tokens came from: `(…, B, T)`."""
+    columns = torch.arange(length, device=values.device) - starts[:, None].to(values.device)
+    outside = (columns < 0) | (columns >= values.shape[-1])
+    source = columns.clamp(0, values.shape[-1] - 1).expand(*values.shape[:-1], length)
+    return values.gather(-1, source).masked_fill(outside, 0)
+
+
 def read_context(
     model: PreTrainedModel,
     labels: torch.Tensor,
@@ -193,7 +182,7 @@ def key_losses(
     """
     copies = max(len(key_adapters), 1)
     joined = _joined([each.batch for each in read])
-    batch, start = joined.repeated(copies), joined.num_context
+    batch, start = _joined([joined] * copies), joined.num_context
     anew = is_checkpointed(model)
     cache = join([each.cache for each in read], 1 if anew else copies)
     if anew:
@@ -215,12 +204,11 @@ def key_losses(
         )
     sizes = [len(each.batch.labels) for each in read]
     parts = found.unflatten(-2, (copies, sum(sizes))).split(sizes, dim=-2)
-    return [
-        each.batch.repeated(copies).restored(
-            part[..., : each.batch.labels.shape[1]].flatten(-3, -2), each.length
-        )
-        for each, part in zip(read, parts, strict=True)
-    ]
+    losses = []
+    for each, part in zip(read, parts, strict=True):
+        own = part[..., : each.batch.labels.shape[1]].flatten(-3, -2)
+        losses.append(_restored(own, each.batch.starts.repeat(copies), each.length))
+    return losses
 
 
 def _joined(batches: Sequence[Aligned]) -> Aligned:
@@ -237,63 +225,39 @@ def _joined(batches: Sequence[Aligned]) -> Aligned:
         return batches[0]
     num_context = max(batch.num_context for batch in batches)
     num_key = max(batch.labels.shape[1] for batch in batches)
-
-    def filled(each: torch.Tensor, batch: Aligned) -> torch.Tensor:
-        lacking = num_context - batch.num_context, num_key - batch.labels.shape[1]
-        return pad(each, lacking)
-
-    return Aligned(
-        torch.cat([filled(batch.input_ids, batch) for batch in batches]),
-        torch.cat([filled(batch.attention_mask, batch) for batch in batches]),
-        torch.cat([filled(batch.position_ids, batch) for batch in batches]),
-        torch.cat(
-            [
-                pad(batch.labels, (0, num_key - batch.labels.shape[1]), value=IGNORED)
-                for batch in batches
-            ]
-        ),
-        torch.cat([batch.starts for batch in batches]),
-    )
+    filled = []
+    for batch in batches:
+        behind = num_key - batch.labels.shape[1]
+        whole = (batch.input_ids, batch.attention_mask, batch.position_ids)
+        filled.append(
+            (
+                *(pad(each, (num_context - batch.num_context, behind)) for each in whole),
+                pad(batch.labels, (0, behind), value=IGNORED),
+                batch.starts,
+            )
+        )
+    return Aligned(*(torch.cat(parts) for parts in zip(*filled, strict=True)))
 
 
 @torch.no_grad()
 def _read_context(
-    model: PreTrainedModel, batch: Aligned, num_chunks: int, exact: bool = False
+    model: PreTrainedModel, batch: Aligned, num_chunks: int, exact: bool
 ) -> DynamicCache:
     """Fill a cache with the context's keys and values, chunk by chunk; `exact`: without dropout."""
     cache = DynamicCache(config=model.config)
-    with without_dropout(model) if exact else nullcontext():
-        _read_chunks(model, batch, num_chunks, cache)
+    with inferring(model) if exact else nullcontext():
+        for columns in torch.arange(batch.num_context).tensor_split(num_chunks):
+            start, stop = int(columns[0]), int(columns[-1]) + 1
+            model.base_model(
+                input_ids=batch.input_ids[:, start:stop],
+                attention_mask=batch.attention_mask[:, :stop],
+                position_ids=batch.position_ids[:, start:stop],
+                use_cache=True,
+                **{cache_name(model.base_model): cache},
+            )
+            if cache.get_seq_length() != stop:
+                raise _unfit(model, "doesn't keep its context in transformers' cache")
     return cache
-
-
-def _read_chunks(
-    model: PreTrainedModel, batch: Aligned, num_chunks: int, cache: DynamicCache
-) -> None:
-    for columns in torch.arange(batch.num_context).tensor_split(num_chunks):
-        start, stop = int(columns[0]), int(columns[-1]) + 1
-        model.base_model(
-            input_ids=batch.input_ids[:, start:stop],
-            attention_mask=batch.attention_mask[:, :stop],
-            position_ids=batch.position_ids[:, start:stop],
-            use_cache=True,
-            **{cache_name(model.base_model): cache},
-        )
-        if cache.get_seq_length() != stop:
-            raise _unfit(model, "doesn't keep its context in transformers' cache")
-
-
-@contextmanager
-def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Read a context as it will be when the model answers."""
-    training = [each for each in model.modules() if each.training]
-    for each in training:
-        each.training = False
-    try:
-        yield
-    finally:
-        for each in training:
-            each.training = True
 
 
 def _num_chunks(input_ids: torch.Tensor) -> int:
@@ -310,12 +274,16 @@ def refuse_other_caches(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         ModelError: Names the family and what it keeps.
     """
+    if kept := other_caches(model):
+        raise _unfit(model, f"keeps of a context more than keys and values: {kept}")
+
+
+def other_caches(model: PreTrainedModel | PeftModel) -> str | None:
+    """Name what a model's layers keep of a context beside keys and values; None: nothing."""
     layers = {type(each) for each in DynamicCache(config=model.config).layers}
     others = sorted(each.__name__ for each in layers.difference(KEYS_AND_VALUES))
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if others or base._is_stateful:
-        kept = ", ".join(others) or "a state of its own"
-        raise _unfit(model, f"keeps of a context more than keys and values: {kept}")
+    stateful: bool = without_adapters(model)._is_stateful
+    return ", ".join(others) or ("a state of its own" if stateful else None)
 
 
 def _unfit(model: PreTrainedModel | PeftModel, what: str) -> ModelError:

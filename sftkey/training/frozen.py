@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sftkey.data.collator import row_lengths
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
+from sftkey.files import free_bytes
 from sftkey.models.key_adapter import act, context_adapters
 from sftkey.recipe.schema import SIZE
 from sftkey.recipe.stages import KeyAdapterSpec
@@ -41,7 +41,7 @@ class SameBatches(Sampler[int]):
         rows: In the first epoch's order; what doesn't fill a batch stays last.
         batch_size: Rows of a batch, on one process.
         seed: Of the run.
-        epoch: Tells which epoch begins.
+        epoch: Returns how many are over.
 
     >>> list(SameBatches([5, 3, 0, 1, 2], 2, seed=0, epoch=lambda: 1))
     [0, 1, 5, 3, 2]
@@ -83,15 +83,16 @@ def size_bytes(text: str) -> int:
 class FrozenStart:
     """The validation losses before a frozen stage's first step, read in two ways.
 
+    Each has `(2, 5)` sums and tokens by segment.
+
     Args:
-        full: `(2, 5)` sums and tokens by segment, of a full pass without the key adapters: what the
-            stage before was measured by.
-        squares: The same of the squared losses.
-        distances: The same of the squared distances to the losses behind the cache.
-        misplaced: The same of 1 for each token on whose wrong side the key begins: one of the key
-            that isn't read behind the cache, or another one that is.
-        behind: The same of the losses behind the cache, with a key adapter that changes nothing
-            yet; None where it does change something.
+        full: Of a full pass without the key adapters: what the stage before was measured by.
+        squares: Of these losses' squares.
+        distances: Of their squared distances to the losses behind the cache.
+        misplaced: Of 1 for each token on whose wrong side the key begins: one of the key that isn't
+            read behind the cache, or another one that is.
+        behind: Of the losses behind the cache, with a key adapter that changes nothing yet; None
+            where it does change something.
     """
 
     full: torch.Tensor
@@ -99,10 +100,6 @@ class FrozenStart:
     distances: torch.Tensor
     misplaced: torch.Tensor
     behind: torch.Tensor | None
-
-    def losses(self) -> dict[str, float]:
-        """Return the full pass's losses by segment, nats a token."""
-        return segment_means(self.full)
 
     def behind_cache(self) -> dict[str, float]:
         """Compare the key's losses behind the cache with those of the full pass.
@@ -207,25 +204,18 @@ class FrozenTrainer(KeyTrainer):
             trained = self.args.max_steps * self._rows_a_step
         if self._cache_setting == "off" or trained <= len(rows):
             return None
-        checkpoints = Path(str(self.args.output_dir))
-        folder = checkpoints.parent / CONTEXTS_FOLDER
+        folder = Path(str(self.args.output_dir)).parent / CONTEXTS_FOLDER
         with self.compute_loss_context_manager():
             a_token = bytes_a_token(self._peft_model)
         size = a_token * sum(row_lengths(rows))
-        free = shutil.disk_usage(checkpoints.parent).free
         auto = self._cache_setting == "auto"
-        limit = int(free * FREE_SHARE) if auto else size_bytes(self._cache_setting)
+        limit = int(free_bytes(folder) * FREE_SHARE) if auto else size_bytes(self._cache_setting)
         what = f"{a_token / 1024:.0f} KiB a token, {size / 2**30:.2f} GiB of contexts"
         if auto and size > limit:
             LOGGER.info("contexts are read anew in each epoch: %s are too much for the disk", what)
             return None
         LOGGER.info("contexts are read once: %s, kept in %s until the stage ends", what, folder)
         return ContextCache(folder, self._peft_model, limit, must_pay=auto)
-
-    @property
-    def _rows_a_step(self) -> int:
-        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return rows * int(self.accelerator.num_processes)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         """Cut all epochs into the first one's batches, so that each context is read once."""
@@ -238,16 +228,13 @@ class FrozenTrainer(KeyTrainer):
         else:
             return first
         size, seed = self.args.train_batch_size, self.args.seed
-        return SameBatches(list(first), size, seed, lambda: int(self.state.epoch or 0))
+        return SameBatches(list(first), size, seed, self._whole_epochs)
 
-    def _count(
-        self, losses: torch.Tensor, segment_ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
+    def _count(self, losses: torch.Tensor, trained: torch.Tensor, num_tokens: torch.Tensor) -> None:
         """Count a grid's mean, without the adapters that have diverged."""
-        of_members = losses.view(len(self.members), *weights.shape)
-        sound = of_members.isfinite().all(-1).all(-1)
-        mean = of_members[sound].mean(0) if sound.any() else of_members[0]
-        super()._count(mean, segment_ids, weights)
+        sound = losses.isfinite().all(-1).all(-1)
+        mean = losses[sound].mean(0) if sound.any() else losses[0]
+        super()._count(mean[None], trained, num_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a grid's mean loss: the trainer's own is a sum, which one diverged adapter spoils."""
@@ -261,9 +248,9 @@ class FrozenTrainer(KeyTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         if self.start is not None and self.state.global_step == 0:
             metrics: Any = output.metrics
-            metrics |= {f"eval_full_{name}": loss for name, loss in self.start.losses().items()}
-            compared = self.start.behind_cache()
-            metrics |= {f"eval_behind_{name}": value for name, value in compared.items()}
+            full, behind = segment_means(self.start.full), self.start.behind_cache()
+            metrics |= {f"eval_full_{name}": loss for name, loss in full.items()}
+            metrics |= {f"eval_behind_{name}": value for name, value in behind.items()}
         return output
 
     def _validation_sums(
@@ -335,11 +322,8 @@ class FrozenTrainer(KeyTrainer):
         if len(self.members) == 1:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        limit = self.args.max_grad_norm
-        norms = [
-            torch.nn.utils.clip_grad_norm_(self._parameters(member), limit)
-            for member in self.members
-        ]
+        clip, limit = torch.nn.utils.clip_grad_norm_, self.args.max_grad_norm
+        norms = [clip(self._parameters(member), limit) for member in self.members]
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def _parameters(self, member: KeyAdapterSpec) -> list[torch.nn.Parameter]:

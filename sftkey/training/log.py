@@ -293,9 +293,7 @@ class StageLog(TrainerCallback):
         self._ended = False  # maybe before its last step
         self._since = time.monotonic()
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Drop log lines of steps that will be taken again."""
         self.record.num_steps, self._ended = state.max_steps, False
         if state.is_world_process_zero:
@@ -303,16 +301,12 @@ class StageLog(TrainerCallback):
         self.progress.begin(self.record.name, state.max_steps - state.global_step)
         self._since = time.monotonic()
 
-    def on_train_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave out the steps that weren't taken."""
         self.record.num_steps, self._ended = state.global_step, True
         self.progress.leave_out(self.record.name, state.max_steps - state.global_step)
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         self.progress.step()
         tell(f"step {state.global_step} of {state.max_steps}")
@@ -420,9 +414,7 @@ class StageLog(TrainerCallback):
         )
         check_behind_cache(behind, self.tolerance, where)
 
-    def on_save(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave the writing of a checkpoint out of the pace."""
         self._since = time.monotonic()
         self.progress.pause()

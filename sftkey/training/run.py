@@ -154,7 +154,7 @@ class Run:
     @cached_property
     def answers(self) -> Answers:
         """Return what writes the answers to the test questions."""
-        return Answers(self.recipe, self.ledger, self.tokenizer, self.prepared, self.progress)
+        return Answers(self.recipe, self.ledger, self.prepared, self.progress)
 
     @cached_property
     def trackers(self) -> Trackers:
@@ -239,7 +239,7 @@ class Run:
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
-            callbacks=[SealCheckpoints(processes.wait_for_everyone), StopAfterStep(request)],
+            callbacks=[SealCheckpoints(), StopAfterStep(request)],
         )
         log.row_losses = lambda: trainer.row_losses
         early = stop_by_answers(self.recipe, self.prepared, log, trainer, self.grade)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from sftkey.data.collator import reads_packs
+from sftkey.data.labels import COMPLETION, IGNORED
 from sftkey.data.response import Segment
 from sftkey.errors import DeviceError
+from sftkey.generation.generate import inferring
 from sftkey.models.adapters import DEFAULT, Base, save_adapter, save_model
-from sftkey.models.device import Device
+from sftkey.models.device import Device, sharded
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs
-from sftkey.training.answers import sharded
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.losses import token_losses
 from sftkey.training.stage_model import refuse_mixed_rows
 from sftkey.training.trackers import NAMES, reported_to
 from sftkey.training.trainer import KeyTrainer
-from sftkey.training.weighting import stage_settings
 
 # What sftkey takes where the recipe says nothing; all else is TRL's own default.
 DEFAULTS: dict[str, Any] = {
@@ -65,13 +66,11 @@ def stage_arguments(
         "greater_is_better": False,  # all metrics are losses; upstream goes by the name's end
         "disable_tqdm": True,  # the run has one progress bar of its own
     }
-    defaults = DEFAULTS
-    if reads_packs(recipe, stage):
-        defaults = {**DEFAULTS, "train_sampling_strategy": "random"}
+    packs = {"train_sampling_strategy": "random"} if reads_packs(recipe, stage) else {}
     told = recipe.stage_trainer(stage)
     if names := reported_to(told):
         owned["report_to"] = [name for name in names if name not in NAMES] or "none"
-    return SFTConfig(**{**defaults, **told, **owned})
+    return SFTConfig(**{**DEFAULTS, **packs, **told, **owned})
 
 
 NUM_ROWS = 16  # validation rows: half a minute of a small model on two cores
@@ -86,16 +85,8 @@ def gradient_norms(trainer: KeyTrainer) -> dict[str, float]:
     Args:
         trainer: One process, before its first step; the model isn't sharded.
     """
-    model = trainer.model_wrapped
-    was_training = model.training
-    model.eval()
-    norms = {
-        segment.name.lower(): _norm(trainer, segment)
-        for segment in Segment
-        if segment is not Segment.PROMPT
-    }
-    model.train(was_training)
-    return norms
+    with inferring(trainer.model_wrapped):
+        return {segment.name.lower(): _norm(trainer, segment) for segment in COMPLETION}
 
 
 def _norm(trainer: KeyTrainer, segment: Segment) -> float:
@@ -109,7 +100,7 @@ def _norm(trainer: KeyTrainer, segment: Segment) -> float:
         chosen = [rows[place] for place in range(start, min(start + size, num_rows))]
         batch = trainer._prepare_inputs(trainer.data_collator(chosen))
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        inputs["labels"] = batch["input_ids"].masked_fill(batch["segment_ids"] != segment, -100)
+        inputs["labels"] = batch["input_ids"].masked_fill(batch["segment_ids"] != segment, IGNORED)
         with trainer.compute_loss_context_manager():
             loss = token_losses(model, inputs).sum()
         for added, gradient in zip(
@@ -120,16 +111,12 @@ def _norm(trainer: KeyTrainer, segment: Segment) -> float:
     return sum(float(gradient.double().square().sum()) for gradient in sums) ** 0.5
 
 
-# What a sharded model can't give, by the setting that needs it.
-WHOLE_MODEL = {
-    "context: frozen": "expected processes that hold the whole model each; FSDP and DeepSpeed cut "
-    "it up",
-    "early_stop": "expected processes that hold the whole model each and can answer; FSDP and "
-    "DeepSpeed cut it up",
-    "thinking: own": "expected processes that hold the whole model each and can answer; FSDP and "
-    "DeepSpeed cut it up",
-    "kl": "expected processes that hold the whole model each, as it was when the stage began; "
-    "FSDP and DeepSpeed cut it up",
+# The settings of a stage that need the whole model in each process: what for, and who has them.
+WHOLE_MODEL: dict[str, tuple[str, Callable[[StageSection], Any]]] = {
+    "context: frozen": ("", lambda stage: stage.context == "frozen"),
+    "early_stop": (" and can answer", lambda stage: stage.early_stop),
+    "thinking: own": (" and can answer", lambda stage: stage.thinking == "own"),
+    "kl": (", as it was when the stage began", lambda stage: stage.kl),
 }
 
 
@@ -140,17 +127,12 @@ def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
         ModelError: The model mixes packed rows.
         DeviceError: A stage that needs the whole model, where it is sharded.
     """
-    need_whole = {
-        "context: frozen": any(stage.context == "frozen" for stage in recipe.stages),
-        "early_stop": any(stage.early_stop for stage in recipe.stages),
-        "thinking: own": any(stage.thinking == "own" for stage in recipe.stages),
-        "kl": any(stage.kl for stage in recipe.stages),
-    }
-    for where, is_set in need_whole.items():
-        if is_set and sharded():
+    for where, (what_for, needed) in WHOLE_MODEL.items():
+        if sharded() and any(map(needed, recipe.stages)):
             raise DeviceError(
                 where,
-                WHOLE_MODEL[where],
+                f"expected processes that hold the whole model each{what_for}; "
+                "FSDP and DeepSpeed cut it up",
                 "train this stage on one GPU, or launch with accelerate_configs/multi_gpu.yaml",
             )
     if packed:
@@ -158,14 +140,9 @@ def refuse_unfit(model: Any, recipe: Recipe, packed: bool) -> None:
 
 
 def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTrainer:
-    """Make the trainer of a stage.
-
-    Args:
-        recipe: The stage's.
-        stage: What is to be trained.
-        settings: `KeyTrainer`'s, but for what the stage says.
-    """
-    settings |= stage_settings(stage) | {"key_batch_tokens": stage.key_batch_tokens}
+    """Make the trainer of a stage; `settings` are `KeyTrainer`'s, but for what the stage says."""
+    for name in ("loss_on", "loss", "anneal", "kl", "key_batch_tokens"):
+        settings[name] = getattr(stage, name)
     if stage.context == "frozen":
         members = key_adapter_specs(recipe, stage)
         return FrozenTrainer(members, context_cache=stage.context_cache, **settings)

@@ -19,9 +19,10 @@ from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.errors import DivergedError
+from sftkey.models.adapters import without_adapters
+from sftkey.models.device import sharded
 from sftkey.recipe.loss_on import annealed
 from sftkey.recipe.schema import KEY_BATCH_TOKENS, LossOn
-from sftkey.training.answers import sharded
 from sftkey.training.losses import (
     Beside,
     Context,
@@ -35,8 +36,8 @@ from sftkey.training.validating import (
     KeyBatch,
     ValidatingTrainer,
     pass_ends,
+    row_sums,
     segment_means,
-    segment_sums,
 )
 from sftkey.training.weighting import (
     StageStart,
@@ -159,11 +160,14 @@ class KeyTrainer(ValidatingTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        add_token_losses(_innermost(model), context)
+        add_token_losses(without_adapters(model), context)
         self.remove_callback(PrinterCallback)  # stdout is for results
-        if isinstance(model, PeftModel):
-            _save_quietly(model)
-        _restore(model, exact)
+        if isinstance(model, PeftModel):  # no checkpoint asks the hub about the base's vocabulary
+            quiet = partial(model.save_pretrained, save_embedding_layers=False)
+            model.save_pretrained = quiet  # type: ignore[method-assign]
+        for name, parameter in model.named_parameters():
+            if name in exact and parameter.dtype != exact[name].dtype:
+                parameter.data = exact[name].to(parameter.device)
         self._start = StageStart(model, self._num_logits) if kl else None
 
     def compute_loss(  # type: ignore[override]  # the count is always the tensor made below
@@ -182,29 +186,19 @@ class KeyTrainer(ValidatingTrainer):
         segments = [batch.pop("segment_ids") for batch in batches]
         weights = [batch.pop("loss_weights")[:, 1:] for batch in batches]
         beside = self._beside(batches[0], segments[0])  # the only ones, where places matter
-        found = self._losses(model, batches, segments, tuple(beside.values()))
+        given = [self._model_inputs(model, *each) for each in zip(batches, segments, strict=True)]
+        if beside:
+            given[0]["beside"] = tuple(beside.values())
+        if len(given) > 1:
+            found = joint_losses(model, given, self.context)
+        else:
+            found = [token_losses(model, given[0], self.context)]
         total = num_items_in_batch
         if total is None:
             total = torch.stack([each.sum() for each in weights]).sum()
         parts = map(partial(self._weighted_loss, list(beside)), found, segments, weights)
         # The processes' gradients are averaged, but their losses are parts of one sum.
         return torch.stack(list(parts)).sum() / total * self.accelerator.num_processes
-
-    def _losses(
-        self,
-        model: torch.nn.Module,
-        batches: list[dict[str, Any]],
-        segments: Sequence[torch.Tensor],
-        beside: Sequence[Beside] = (),
-    ) -> list[torch.Tensor]:
-        """Return of each micro-batch the losses of its labelled tokens, as `token_losses` does."""
-        pairs = zip(batches, segments, strict=True)
-        inputs = [self._model_inputs(model, *each) for each in pairs]
-        if beside:
-            inputs[0]["beside"] = beside
-        if len(inputs) > 1:
-            return joint_losses(model, inputs, self.context)
-        return [token_losses(model, inputs[0], self.context)]
 
     def _weighted_loss(
         self,
@@ -223,19 +217,15 @@ class KeyTrainer(ValidatingTrainer):
         """
         # The leading dimension of each: several copies of the batch.
         losses, *values = found.view(1 + len(beside), -1, *weights.shape)
-        self._count(losses.detach().flatten(0, 1), segment_ids, weights)
-        # What isn't trained, a pack's first token too, belongs to no segment.
-        trained = segment_ids[:, 1:].masked_fill(weights == 0, PADDING)
+        trained = _trained(segment_ids, weights)
+        self._count(losses.detach(), trained, (segment_ids != PADDING).sum())
         named = dict(zip(beside, values, strict=True))
-        moved = named.pop("kl", losses.new_zeros(()))
-        sums = losses * self.token_weights(trained, losses.detach(), **named)
-        return sums.sum() + self._penalty(moved)
-
-    def _penalty(self, moved: torch.Tensor) -> torch.Tensor:
-        """Return a micro-batch's part of the step's mean divergence times `kl`, times Σ wₜ."""
+        moved = named.pop("kl", losses.new_zeros(())).sum()
         if self._start is not None:
-            self._kl_window[0] += moved.detach().sum().cpu()
-        return self.kl * moved.sum() * self._kl_factor.to(moved.device)
+            self._kl_window[0] += moved.detach().cpu()
+        sums = losses * self.token_weights(trained, losses.detach(), **named)
+        # A micro-batch's part of the step's mean divergence, times Σ wₜ as the losses are.
+        return sums.sum() + self.kl * moved * self._kl_factor.to(moved.device)
 
     def _beside(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
@@ -338,7 +328,11 @@ class KeyTrainer(ValidatingTrainer):
             done = min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
             ends = zip(self._first_weights, self.segment_weights, strict=True)
             self._step_weights = tuple(first + done * (last - first) for first, last in ends)
-            sums = [self._weights_of(_trained(batch)).sum() for batch in batch_samples]
+            trained = (
+                _trained(batch["segment_ids"], batch["loss_weights"][:, 1:])
+                for batch in batch_samples
+            )
+            sums = [self._weights_of(each).sum() for each in trained]
         total = torch.stack(sums).sum()
         whole: torch.Tensor = self.accelerator.reduce(total.to(device), reduction="sum")
         if self._start is not None:
@@ -353,23 +347,26 @@ class KeyTrainer(ValidatingTrainer):
         """Group rows by length, if so set, in an order that a resumed stage repeats."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        num_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return GroupedByLength(
-            row_lengths(self.train_dataset),
-            num_rows * self.accelerator.num_processes,
-            self.args.seed,
-            lambda: int(self.state.epoch or 0),
-        )
+        lengths = row_lengths(self.train_dataset)
+        return GroupedByLength(lengths, self._rows_a_step, self.args.seed, self._whole_epochs)
 
-    def _count(
-        self,
-        losses: torch.Tensor,
-        segment_ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> None:
-        """Add a micro-batch to the window that the next log line reports."""
-        sums = segment_sums(losses, segment_ids[:, 1:].masked_fill(weights == 0, PADDING))
-        num_tokens = (segment_ids != PADDING).sum()
+    def _whole_epochs(self) -> int:
+        return int(self.state.epoch or 0)
+
+    @property
+    def _rows_a_step(self) -> int:
+        rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return rows * int(self.accelerator.num_processes)
+
+    def _count(self, losses: torch.Tensor, trained: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        """Add a micro-batch to the window that the next log line reports.
+
+        Args:
+            losses: `(N, B, T - 1)`; N is 1 but for several key adapters.
+            trained: `(B, T - 1)`, from `_trained`.
+            num_tokens: How many its rows have.
+        """
+        sums = row_sums(losses[0], trained).sum(0)
         row = torch.cat([sums.flatten(), num_tokens.float().view(1)])
         self._window = row if self._window.numel() == 0 else self._window + row
 
@@ -422,26 +419,11 @@ class KeyTrainer(ValidatingTrainer):
         """Send none."""
 
 
-def _innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the model below its adapters."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    found: PreTrainedModel = base
-    return found
+def _trained(segment_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the segments `(B, T - 1)` of trained tokens; -1 elsewhere, at a pack's first too.
 
-
-def _save_quietly(model: PeftModel) -> None:
-    """Let no checkpoint ask the hub whether the base's vocabulary was resized."""
-    quiet = partial(model.save_pretrained, save_embedding_layers=False)
-    model.save_pretrained = quiet  # type: ignore[method-assign]
-
-
-def _restore(model: torch.nn.Module, exact: Mapping[str, torch.Tensor]) -> None:
-    """Put weights back that were rounded to another type."""
-    for name, parameter in model.named_parameters():
-        if name in exact and parameter.dtype != exact[name].dtype:
-            parameter.data = exact[name].to(parameter.device)
-
-
-def _trained(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the segments `(B, T - 1)` of a batch's trained tokens, -1 for all others."""
-    return batch["segment_ids"][:, 1:].masked_fill(batch["loss_weights"][:, 1:] == 0, PADDING)
+    Args:
+        segment_ids: `(B, T)`.
+        weights: `(B, T - 1)`, of the loss.
+    """
+    return segment_ids[:, 1:].masked_fill(weights == 0, PADDING)

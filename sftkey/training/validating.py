@@ -13,8 +13,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from sftkey.data.collator import row_lengths
-from sftkey.data.labels import PADDING
+from sftkey.data.labels import IGNORED, PADDING
 from sftkey.data.response import Segment
+from sftkey.generation.generate import inferring
 from sftkey.recipe.schema import CONTEXT_OF_KEY
 from sftkey.training.losses import token_losses
 
@@ -26,7 +27,7 @@ class ValidatingTrainer(SFTTrainer):
     """
 
     segment_weights: tuple[float, ...]
-    row_losses: list[float]  # the stage's own, of each validation row
+    row_losses: list[float]  # the stage's own, of each validation row; NaN where it trains none
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
         """Return none: `evaluation_loop` chooses its own order."""
@@ -43,30 +44,29 @@ class ValidatingTrainer(SFTTrainer):
         dataset = dataloader.dataset
         sums = torch.zeros(1, device=self.args.device)
         places, of_rows = [], []
-        was_training = self.model_wrapped.training
-        self.model_wrapped.eval()
-        for rows, numbers in self._validation_batches(dataset):
-            batch = self._prepare_inputs(self.data_collator(rows))
-            numbers = numbers.to(self.args.device)
-            segment_ids = batch["segment_ids"].masked_fill(numbers[:, None] < 0, PADDING)
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, -100)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                found = self._validation_sums(inputs, segment_ids)
-            sums = sums + found.sum(-3)
-            places.append(numbers)
-            of_rows.append(found.movedim(-3, 0))
-        self.model_wrapped.train(was_training)
+        with inferring(self.model_wrapped), torch.no_grad():
+            for rows, numbers in self._validation_batches(dataset):
+                batch = self._prepare_inputs(self.data_collator(rows))
+                numbers = numbers.to(self.args.device)
+                segment_ids = batch["segment_ids"].masked_fill(numbers[:, None] < 0, PADDING)
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                inputs["labels"] = batch["input_ids"].masked_fill(segment_ids == PADDING, IGNORED)
+                with self.compute_loss_context_manager():
+                    found = self._validation_sums(inputs, segment_ids)
+                sums = sums + found.sum(-3)
+                places.append(numbers)
+                of_rows.append(found.movedim(-3, 0))
         sums = self._reported(self.accelerator.reduce(sums, reduction="sum").cpu())
         gathered = self.accelerator.gather((torch.cat(places), torch.cat(of_rows)))
-        self.row_losses = self._losses_of_rows(*(each.cpu() for each in gathered))
+        numbers, of_all = (each.cpu() for each in gathered)
+        order = numbers.argsort()[(numbers < 0).sum() :]  # what only fills a batch comes first
+        self.row_losses = self._weighted(self._kept_of_rows(of_all[order])).tolist()
         metrics = {f"{prefix}_loss": self._weighted(sums).item()}
         metrics |= {f"{prefix}_loss_{name}": value for name, value in segment_means(sums).items()}
         for segment in Segment:
             if sums[1, segment] > 0:
                 metrics[f"{prefix}_tokens_{segment.name.lower()}"] = sums[1, segment].item()
-        nothing = np.empty(0)
-        return EvalLoopOutput(nothing, None, metrics, num_samples=len(dataset))
+        return EvalLoopOutput(np.empty(0), None, metrics, num_samples=len(dataset))
 
     def _validation_sums(
         self, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor
@@ -78,23 +78,12 @@ class ValidatingTrainer(SFTTrainer):
         """Return the sums of all validation rows that are reported, `(2, 5)`."""
         return sums
 
-    def _losses_of_rows(self, places: torch.Tensor, sums: torch.Tensor) -> list[float]:
-        """Return the stage's own loss of each validation row; NaN where it trains none of it.
-
-        Args:
-            places: `(R,)` the rows' numbers, -1 where one only fills a batch.
-            sums: `(R, …, 2, 5)`, as `_validation_sums` gives them.
-        """
-        order = places.argsort()[(places < 0).sum() :]
-        losses: list[float] = self._weighted(self._kept_of_rows(sums[order])).tolist()
-        return losses
-
     def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return those of the sums of each row that are reported, `(R, 2, 5)`."""
+        """Return those of the sums of each row, `(R, …, 2, 5)`, that are reported: `(R, 2, 5)`."""
         return sums
 
     def _weighted(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the stage's own loss, from sums `(…, 2, 5)`."""
+        """Return the stage's own loss, from sums `(…, 2, 5)`; NaN where it trains none of them."""
         weights = torch.tensor(self.segment_weights)
         above, below = (sums * weights).sum(-1).unbind(-1)
         return above / below
@@ -115,31 +104,26 @@ class ValidatingTrainer(SFTTrainer):
             yield [dataset[max(row, 0)] for row in batch], torch.tensor(batch)
 
 
-def segment_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sum losses and count tokens by segment.
+def row_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Sum losses and count tokens of each row by segment.
 
     Args:
         losses: `(B, T)`, nats.
         segment_ids: `(B, T)`; `PADDING` where a token doesn't count.
 
     Returns:
-        `(2, 5)`: for each `Segment` the sum of its losses, and its number of tokens.
+        `(B, 2, 5)`: for each `Segment` the sum of its losses, and its number of tokens.
 
-    >>> segment_sums(torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[3, 3, -1]]))[:, Segment.ANSWER]
+    >>> row_sums(torch.tensor([[0.5, 1.5, 9.0]]), torch.tensor([[3, 3, -1]]))[0, :, Segment.ANSWER]
     tensor([2., 2.])
     """
-    return row_sums(losses, segment_ids).sum(0)
-
-
-def row_sums(losses: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Sum losses and count tokens by segment, as `segment_sums`, of each row: `(B, 2, 5)`."""
     member = torch.nn.functional.one_hot((segment_ids + 1).long(), len(Segment) + 1)[..., 1:]
     member = member.to(losses.dtype if losses.dtype == torch.float64 else torch.float32)
     return torch.stack([(losses[..., None] * member).sum(1), member.sum(1)], dim=1)
 
 
 def segment_means(sums: torch.Tensor) -> dict[str, float]:
-    """Name the mean loss of each segment that has tokens, from `segment_sums`."""
+    """Name the mean loss of each segment that has tokens, from the `(2, 5)` sums of rows."""
     return {
         segment.name.lower(): (sums[0, segment] / sums[1, segment]).item()
         for segment in Segment
@@ -161,26 +145,15 @@ def key_starts(segment_ids: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class KeyBatch:
-    """The size of a pass over keys.
+    """The size of a pass over keys."""
 
-    Args:
-        rows: How many, with the copies of a grid.
-        context: Columns before the keys.
-        keys: Columns of the keys.
-    """
-
-    rows: int
-    context: int
-    keys: int
+    rows: int  # with the copies of a grid
+    context: int  # columns before the keys
+    keys: int  # columns of the keys
 
     @classmethod
     def of(cls, segment_ids: torch.Tensor, copies: int) -> KeyBatch:
-        """Return the size of a micro-batch.
-
-        Args:
-            segment_ids: `(B, T)`, filled up with -1 on the right.
-            copies: Of each row: the adapters of a grid.
-        """
+        """Return the size of a micro-batch `(B, T)`, filled up with -1; `copies` of each row."""
         starts = key_starts(segment_ids)
         keys = (segment_ids != PADDING).sum(1) - starts
         return cls(len(segment_ids) * copies, int(starts.max()), int(keys.max()))
@@ -210,10 +183,10 @@ def pass_ends(batches: Sequence[KeyBatch], most_tokens: int) -> list[bool]:
     >>> pass_ends([short, short, short, long], most_tokens=20)
     [False, True, True, True]
     """
-    ends = []
-    together = batches[0] if batches else None
+    if not batches:
+        return [True]
+    ends, together = [], batches[0]
     for following in batches[1:]:
-        assert together is not None
         joined = together + following
         ends.append(not joined.fits(most_tokens))
         together = following if ends[-1] else joined

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from sftkey.data.response import Segment
 from sftkey.errors import RecipeError
-from sftkey.recipe.schema import Recipe, StageSection
-from sftkey.training.detached import without_dropout
+from sftkey.generation.generate import inferring
+from sftkey.models.adapters import without_adapters
+from sftkey.recipe.schema import Recipe
 from sftkey.training.losses import Beside, Logits, in_tiles
 
 Weighting = Callable[..., torch.Tensor]
@@ -103,11 +104,6 @@ def own_losses(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def stage_settings(stage: StageSection) -> dict[str, Any]:
-    """Return what a stage says of its loss, as `KeyTrainer` takes it."""
-    return {name: getattr(stage, name) for name in ("loss_on", "loss", "anneal", "kl")}
-
-
 class _Calling(torch.nn.Module):
     """Calls a function; what it reads of the model can be replaced with `functional_call`."""
 
@@ -141,10 +137,9 @@ class StageStart:
     @torch.no_grad()
     def call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """Call a function while the model has the weights of the start, without dropout."""
-        with without_dropout(self.model):
-            found: torch.Tensor = functional_call(
-                _Calling(self.model, function), self.weights, args
-            )
+        calling = _Calling(self.model, function)
+        with inferring(self.model):
+            found: torch.Tensor = functional_call(calling, self.weights, args)
         return found
 
     def divergence(self, inputs: Mapping[str, Any], segment_ids: torch.Tensor) -> Beside:
@@ -166,8 +161,7 @@ class StageStart:
         return Beside(compute, places)
 
     def _states(self, inputs: Mapping[str, Any], places: torch.Tensor) -> torch.Tensor:
-        model = self.model
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = without_adapters(self.model)
         read = {name: value for name, value in inputs.items() if name not in ("labels", "beside")}
         states: torch.Tensor = base.base_model(**read, use_cache=False).last_hidden_state
         return states[places.to(states.device)]

@@ -20,7 +20,7 @@ from sftkey.models.key_adapter import KEY, acting, context_adapters
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.stage_model import load_stage
-from sftkey.training.validating import segment_means, segment_sums
+from sftkey.training.validating import row_sums, segment_means
 from tests.support.models import EQUAL, float64
 from tests.support.tiny import made_model, made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, done, kill_at_step
@@ -97,7 +97,7 @@ def generated_losses(run: Run) -> dict[str, float]:
             with acting(model, [*context, KEY]):
                 logits = model(input_ids=ids[:, key - 1 : -1], cache=cache).logits
         losses = cross_entropy(logits.mT, ids[:, key:], reduction="none")
-        sums += segment_sums(losses, segments[:, key:])
+        sums += row_sums(losses, segments[:, key:]).sum(0)
     return segment_means(sums)
 
 

@@ -14,7 +14,7 @@ from sftkey.data.labels import PADDING
 from sftkey.data.response import Segment
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import KeyTrainer
-from sftkey.training.validating import segment_means, segment_sums
+from sftkey.training.validating import row_sums, segment_means
 from tests.support.models import EQUAL
 
 PROMPT_TOKENS = 5
@@ -363,8 +363,8 @@ def test_batches_are_lengthened_as_the_settings_say(
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 64 == 0
 
 
-def test_segment_sums_leave_padding_out() -> None:
+def test_sums_by_segment_leave_padding_out() -> None:
     """Means come from each segment's own tokens; a segment without tokens has no mean."""
     losses = torch.tensor([[1.0, 2.0, 5.0], [3.0, 0.5, 7.0]])
     segments = torch.tensor([[1, 1, PADDING], [1, 3, PADDING]])
-    assert segment_means(segment_sums(losses, segments)) == {"thinking": 2.0, "answer": 0.5}
+    assert segment_means(row_sums(losses, segments).sum(0)) == {"thinking": 2.0, "answer": 0.5}
