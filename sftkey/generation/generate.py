@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sftkey.activity import activity, tell
 from sftkey.data.response import QuestionKey
 from sftkey.errors import Problem, RunError
-from sftkey.generation.streaming import Streamer
 
 if TYPE_CHECKING:
     import torch
@@ -30,17 +29,14 @@ Key = TypeVar("Key", int, QuestionKey)  # a plain number where no question of th
 class Generation:
     """What a model wrote after one prompt.
 
-    Args:
-        text: Without the token that stopped it; other special tokens stand in it, since tags may
-            be special tokens.
-        num_tokens: Tokens of the text; None where another engine wrote it and doesn't say.
-        stopped: Whether the model ended it by itself, before `max_new_tokens`; None as above.
-        ids: Its tokens, where the model wrote it just now: no file has them.
+    Its text lacks the token that stopped it; other special tokens stand in it, since tags may be
+    such. What another engine wrote may say nothing more.
     """
 
     text: str
     num_tokens: int | None = None
-    stopped: bool | None = None
+    stopped: bool | None = None  # whether the model ended it by itself, before `max_new_tokens`
+    # Its tokens, where the model wrote it just now: no file has them.
     ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -88,7 +84,7 @@ def generate(
     Raises:
         ValueError: There is nothing to stop at, or an empty prompt.
     """
-    from sftkey.generation.key_switch import write, write_switching
+    from sftkey.generation.key_switch import Streamer, write, write_switching
     from sftkey.models.positions import mixing_length
 
     if not stop_ids:
@@ -106,13 +102,12 @@ def generate(
         if limit is not None and lengths[start] > limit:
             _forget_longer_rows(model)
         sampled = temperature > 0
+        asked = [prompts[position] for position in batch]
         with inferring(model), _unpublished(model), _seeded(model, f"{seed} {start}", sampled):
-            asked = [prompts[position] for position in batch]
-            written = (
-                write_switching(model, tokenizer, asked, config, switch, streamer)
-                if switch
-                else write(model, asked, config, streamer)
-            )
+            if switch:
+                written = write_switching(model, tokenizer, asked, config, switch, streamer)
+            else:
+                written = write(model, asked, config, streamer)
         for position, ids in zip(batch, written, strict=True):
             if position not in skip:
                 yield position, _generation(tokenizer, ids, stop_ids)
@@ -156,15 +151,8 @@ def generate_to_file(
 
     What stands in the file already is not generated again; a last line that a kill left unfinished
     is dropped. Rows are objects with `index`, of questions also `turn`, `prompt_tokens` (their
-    number), `text`, `num_tokens` and `stopped`, in any order.
-
-    Args:
-        model: As in `generate`.
-        tokenizer: As in `generate`.
-        prompts: Token ids by their question, or by a number.
-        file: Its folder is there.
-        report: Called with the number of finished generations and that of all.
-        settings: As in `generate`.
+    number), `text`, `num_tokens` and `stopped`, in any order. `report` is called with the number
+    of finished generations and that of all; `settings` are those of `generate`.
 
     Raises:
         RunError: The file holds something else than generations after these prompts.
@@ -199,11 +187,9 @@ def by_row(keys: Iterable[Key]) -> dict[int, list[Key]]:
 
 
 def key_of(asked: Sequence[Key], turn: int | None) -> Key | None:
-    """Find the key that a line of a file means; None where it isn't asked.
+    """Find the key that a line of a file means, of those of its row; None where it isn't asked.
 
-    Args:
-        asked: The keys of the line's row.
-        turn: As the line says. Older files don't: they are read where the row has one question.
+    Older files don't say the turn: they are read where the row has one question.
 
     Raises:
         ValueError: The row has several questions, and the line doesn't say which one it answers.
@@ -238,15 +224,13 @@ def generated_in(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, 
             raise _not_ours(file, number, what) from None
         try:
             key = key_of(asked.get(index, []), turn)
+            if key is not None and num_tokens != (asks := len(prompts[key])):
+                what = f"expected a generation after a prompt of {asks} tokens; got {num_tokens}"
+                raise ValueError(what)
         except ValueError as error:
             raise _not_ours(file, number, f"row {index}: {error}") from None
-        if key is None:  # of a longer evaluation: nothing to do with it
-            continue
-        num_prompt = len(prompts[key])
-        if num_tokens != num_prompt:
-            what = f"expected a generation after a prompt of {num_prompt} tokens; got {num_tokens}"
-            raise _not_ours(file, number, f"row {index}: {what}")
-        done[key] = generation
+        if key is not None:  # else of a longer evaluation: nothing to do with it
+            done[key] = generation
     return done
 
 
@@ -287,9 +271,9 @@ def _unpublished(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    base: Any = model
-    while hasattr(base, "get_base_model"):  # a PeftModel looks it up on the model inside
-        base = base.get_base_model()
+    from sftkey.models.adapters import without_adapters
+
+    base = without_adapters(model)  # a PeftModel looks its config up there
     published, base.generation_config = base.generation_config, GenerationConfig()
     text_config: Any = base.config.get_text_config()
     router_loss = getattr(text_config, "output_router_logits", None)

@@ -1,9 +1,9 @@
-"""Generation that switches the key adapter on where a row's thinking ends."""
+"""One batch of a model's generation: plain, as it streams, and with a switch to the key adapter."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +19,21 @@ from transformers import (
 )
 
 from sftkey.errors import FrameError
+from sftkey.models.adapters import without_adapters
 from sftkey.models.key_adapter import KEY, acting, context_adapters, has_key_adapter
 from sftkey.models.key_pass import cache_name
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Renderer
-    from sftkey.generation.streaming import Streamer
 
 
+UNFINISHED = "\ufffd"  # what a decoder writes for a character of which bytes are missing
 SPARE_TOKENS = 8  # beside those that a tag can have: a token may stand for no text at all
 
 
 @dataclass(frozen=True)
 class Switch:
     r"""Where the key adapter begins to act, and beside which others.
-
-    Args:
-        context: The adapters that write the thinking; they act on the key, too.
-        close: The thinking's closing tag.
-        answer_open: The answer's opening tag: it ends the thinking where `close` is blank.
-        assistant_prefix: What a template lets the model write before the thinking.
-        thinking_given: The prompts hold the whole thinking, its last token being their last one.
 
     >>> switch = Switch((), "\n</Thinking>", "\n<Answer>\n")
     >>> switch.thinking_end("2 + 2 = 4\n</Thinking>\n<Ans")
@@ -48,18 +42,13 @@ class Switch:
     True
     """
 
-    context: tuple[str, ...]
-    close: str
-    answer_open: str
-    assistant_prefix: str = ""
-    thinking_given: bool = False
+    context: tuple[str, ...]  # the adapters that write the thinking; they act on the key, too
+    close: str  # the thinking's closing tag
+    answer_open: str  # the answer's opening tag: it ends the thinking where `close` is blank
+    assistant_prefix: str = ""  # what a template lets the model write before the thinking
+    thinking_given: bool = False  # the prompts end with the thinking's last token
 
     def __post_init__(self) -> None:
-        """See that the end of the thinking can be found.
-
-        Raises:
-            FrameError: Neither tag has a character.
-        """
         if not self.marker:
             raise FrameError(
                 "response.thinking",
@@ -100,34 +89,20 @@ def find_switch(
 ) -> Switch | None:
     """Say where a model switches to its key adapter; None for a model that has none.
 
-    Args:
-        model: As a stage has left it.
-        renderer: The run's.
-        thinking_given: As in `Switch`.
-
     Raises:
-        FrameError: No tag ends the thinking.
+        FrameError: No tag ends the thinking: neither has a character.
     """
     if not has_key_adapter(model):
         return None
-    response = renderer.response
-    return Switch(
-        tuple(context_adapters(model)),
-        response.thinking_close,
-        response.answer_open,
-        renderer.assistant_prefix,
-        thinking_given,
-    )
+    tags = renderer.response.thinking_close, renderer.response.answer_open
+    context = tuple(context_adapters(model))
+    return Switch(context, *tags, renderer.assistant_prefix, thinking_given)
 
 
 class StopAtThinkingEnd(StoppingCriteria):
     """Stops each row where its thinking has ended.
 
-    Args:
-        switch: Tells the end.
-        tokenizer: Turns ids back into text.
-        length: Columns of the prompts.
-        stop_ids: A row that one of them has ended never switches.
+    The prompts have `length` columns. A row that one of the `stop_ids` has ended never switches.
     """
 
     def __init__(
@@ -169,6 +144,45 @@ class StopAtThinkingEnd(StoppingCriteria):
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
+class Streamer:
+    """Passes the text behind one prompt on as it grows, each time all of it, up to a stop.
+
+    transformers calls `put` with the prompt and then with every token, and `end` behind the last.
+    Its own `TextStreamer` keeps a text in pieces, where a tag may be cut anywhere.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Collection[int],
+        on_text: Callable[[str], None],
+    ) -> None:
+        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
+        self.ids: list[int] = []
+        self._in_prompt = True
+
+    def behind(self, ids: Sequence[int]) -> Streamer:
+        """Return itself, for a generation that goes on behind these tokens; they are passed on."""
+        self.ids = list(ids)
+        self._pass_on()
+        return self
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, or one token."""
+        if not self._in_prompt:
+            self.ids += [token for token in value.flatten().tolist() if token not in self.stop_ids]
+            self._pass_on()
+        self._in_prompt = False
+
+    def end(self) -> None:
+        """Expect a prompt next."""
+        self._in_prompt = True
+
+    def _pass_on(self) -> None:
+        text = str(self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False))
+        self.on_text(text.rstrip(UNFINISHED))
+
+
 def write(
     model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
@@ -208,7 +222,7 @@ def write_switching(
     input_ids, attention_mask = _padded(model, prompts, config)
     length, most = input_ids.shape[1], config.max_new_tokens
     ends = StopAtThinkingEnd(switch, tokenizer, length, config.eos_token_id)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    cache_argument = cache_name(without_adapters(model))
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()  # layers with a window keep what a shorter row's needs
     with torch.no_grad(), acting(model, switch.context):
@@ -217,7 +231,7 @@ def write_switching(
             attention_mask=attention_mask,
             generation_config=_changed(config, 1 if switch.thinking_given else most),
             stopping_criteria=None if switch.thinking_given else StoppingCriteriaList([ends]),
-            **{cache_name(base): cache},
+            **{cache_argument: cache},
         )
     if switch.thinking_given:
         output, ends.num_tokens = input_ids, dict.fromkeys(range(len(prompts)), 0)
@@ -237,7 +251,7 @@ def write_switching(
             attention_mask=kept_mask,
             generation_config=_changed(config, max(left)),
             streamer=streamer and streamer.behind(written[0]),
-            **{cache_name(base): kept},
+            **{cache_argument: kept},
         )
     for row, ids, num_tokens in zip(rows, keys[:, 1:].tolist(), left, strict=True):
         written[row] += ids[:num_tokens]

@@ -77,7 +77,6 @@ class Answers:
     `asked` names the stages (or `base`) that answer the test questions; None stands for all.
     """
 
-    recipe: Recipe
     ledger: Ledger
     prepared: Prepared
     progress: RunProgress
@@ -86,7 +85,7 @@ class Answers:
     @cached_property
     def questions(self) -> list[Example]:
         """Return the test rows that are asked."""
-        return self.prepared.questions(self.recipe)
+        return self.prepared.questions(self.ledger.recipe)
 
     def missing(self, name: str) -> bool:
         """Tell whether a stage's answers, or the base model's, are still to be written."""
@@ -101,16 +100,17 @@ class Answers:
         if sharded():
             self.progress.note(f"{name}: not evaluated; run `sftkey evaluate {self.ledger.folder}`")
             return
-        renderer, whole = self.prepared.renderer, self.ledger.generations(name)
-        contexts = {stage.name: stage.context for stage in self.recipe.stages}
+        renderer, recipe = self.prepared.renderer, self.ledger.recipe
+        whole = self.ledger.generations(name)
+        contexts = {stage.name: stage.context for stage in recipe.stages}
         frozen = contexts.get(name) == "frozen"  # else the key's adapters aren't trained yet
         parts = write_parts(
-            self.recipe,
+            recipe,
             renderer,
             model,
             {each.key: renderer.prompt_ids(each.prompt) for each in self.questions},
             whole,
-            temperature=self.recipe.eval.temperature,
+            temperature=recipe.eval.temperature,
             switch=find_switch(model, renderer) if frozen else None,
             report=partial(self.progress.answers, name),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import threading
@@ -19,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sftkey.data.prepare import Prepared
 from sftkey.errors import RunError, RunStopped
-from sftkey.files import file_hash, files_below, free_name, write_json
+from sftkey.files import file_hash, files_below, free_name, read_json, write_json
 from sftkey.generation.key_switch import find_switch
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import StageLog, read_log
@@ -45,9 +44,9 @@ def seal(checkpoint: Path) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Tell whether every file stands as it was when the checkpoint was finished."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_bytes())
-        return all(_is_same(checkpoint / name, known) for name, known in sealed.items())
-    except (OSError, ValueError, TypeError, AttributeError):
+        sealed = read_json(checkpoint / SEAL).items()
+        return all(_is_same(checkpoint / name, known) for name, known in sealed)
+    except (RunError, OSError, ValueError):
         return False
 
 
@@ -135,12 +134,8 @@ def verdict(asked: Sequence[Asked], patience: int, limit: float | None) -> tuple
 class StopByAnswers(TrainerCallback):
     """Lets the model answer after each epoch, and ends the stage when that pays no longer.
 
-    What was answered stands in the ledger, so that a resumed stage goes on with it.
-
-    Args:
-        ask: Of the step's number: how many answers are right.
-        log: The stage's.
-        patience: As in `verdict`, like the limit.
+    What was answered stands in the ledger, so that a resumed stage goes on with it. `ask` returns
+    after a step how many answers are right; `verdict` has the two limits.
     """
 
     def __init__(
@@ -232,12 +227,7 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows has the first two 
 
 
 class StopRequest:
-    """What a signal asks of a run.
-
-    Args:
-        folder: The run's, whose recipe is in the command that goes on.
-        note: Says a line to the person.
-    """
+    """What a signal asks of a run; `note` says a line to the person."""
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder, self.note = folder, note
@@ -258,10 +248,8 @@ class StopRequest:
         self.number = number
         if again or not self.in_training:
             raise self.stopped()
-        self.note(
-            f"{signal.Signals(number).name}: a checkpoint is written after this step; "
-            "Ctrl-C ends the run at once"
-        )
+        name = signal.Signals(number).name
+        self.note(f"{name}: a checkpoint is written after this step; Ctrl-C ends the run at once")
 
     def stopped(self) -> RunStopped:
         """Return the error that ends the run."""

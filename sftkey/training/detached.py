@@ -113,17 +113,11 @@ def align(
 
 @dataclass(frozen=True)
 class ReadContext:
-    """A micro-batch whose context has been read without gradient, and whose key waits.
-
-    Args:
-        batch: Its rows.
-        cache: What the model keeps of the context.
-        length: T, tokens of the rows as they came.
-    """
+    """A micro-batch whose context has been read without gradient, and whose key waits."""
 
     batch: Aligned
-    cache: DynamicCache
-    length: int
+    cache: DynamicCache  # what the model keeps of the context
+    length: int  # T, tokens of the rows as they came
 
 
 def _restored(values: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,57 +78,48 @@ def size_bytes(text: str) -> int:
     return int(float(found[1]) * (2**20 if found[2][0] in "mM" else 2**30))
 
 
-@dataclass(frozen=True)
-class FrozenStart:
-    """The validation losses before a frozen stage's first step, read in two ways.
+def behind_cache(
+    full: torch.Tensor,
+    squares: torch.Tensor,
+    distances: torch.Tensor,
+    misplaced: torch.Tensor,
+    behind: torch.Tensor,
+) -> dict[str, float]:
+    """Compare a frozen stage's first key losses, behind the cache, with those of a full pass.
 
-    Each has `(2, 5)` sums and tokens by segment.
+    The two add up in another order, which in 16 bits moves each token by a few hundredths of a
+    nat, up and down. The mean over n tokens may move by six standard errors of that noise. And
+    the noise itself must be small beside the spread of the tokens' losses: a key that is read at
+    another place has other losses, and noise as large as their spread.
 
     Args:
-        full: Of a full pass without the key adapters: what the stage before was measured by.
+        full: `(2, 5)` sums and tokens by segment of a full pass without the key adapters: what the
+            stage before was measured by. The others have the same form.
         squares: Of these losses' squares.
         distances: Of their squared distances to the losses behind the cache.
         misplaced: Of 1 for each token on whose wrong side the key begins: one of the key that isn't
             read behind the cache, or another one that is.
-        behind: Of the losses behind the cache, with a key adapter that changes nothing yet; None
-            where it does change something.
+        behind: Of the losses behind the cache, with a key adapter that changes nothing yet.
+
+    Returns:
+        `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and the counts `tokens`
+        and `misplaced`.
     """
-
-    full: torch.Tensor
-    squares: torch.Tensor
-    distances: torch.Tensor
-    misplaced: torch.Tensor
-    behind: torch.Tensor | None
-
-    def behind_cache(self) -> dict[str, float]:
-        """Compare the key's losses behind the cache with those of the full pass.
-
-        The two add up in another order, which in 16 bits moves each token by a few hundredths of a
-        nat, up and down. The mean over n tokens may move by six standard errors of that noise. And
-        the noise itself must be small beside the spread of the tokens' losses: a key that is read
-        at another place has other losses, and noise as large as their spread.
-
-        Returns:
-            `loss`, `full_pass`, `bound`, `noise` and `spread` in nats a token, and the counts
-            `tokens` and `misplaced`; nothing where there is nothing to compare.
-        """
-        if self.behind is None:
-            return {}
-        key = slice(Segment.ANSWER_TAG, None)
-        full, tokens = (each.double() for each in self.full[:, key].sum(1))
-        full, behind = full / tokens, self.behind[0, key].double().sum() / tokens
-        noise = (self.distances[0, key].double().sum() / tokens).sqrt()
-        spread = (self.squares[0, key].double().sum() / tokens - full**2).clamp(min=0).sqrt()
-        found = {
-            "loss": behind,
-            "full_pass": full,
-            "bound": 6 * noise / tokens.sqrt(),
-            "noise": noise,
-            "spread": spread,
-            "tokens": tokens,
-            "misplaced": self.misplaced[0].sum(),
-        }
-        return {name: float(value) for name, value in found.items()}
+    key = slice(Segment.ANSWER_TAG, None)
+    whole, tokens = (each.double() for each in full[:, key].sum(1))
+    whole, loss = whole / tokens, behind[0, key].double().sum() / tokens
+    noise = (distances[0, key].double().sum() / tokens).sqrt()
+    spread = (squares[0, key].double().sum() / tokens - whole**2).clamp(min=0).sqrt()
+    found = {
+        "loss": loss,
+        "full_pass": whole,
+        "bound": 6 * noise / tokens.sqrt(),
+        "noise": noise,
+        "spread": spread,
+        "tokens": tokens,
+        "misplaced": misplaced[0].sum(),
+    }
+    return {name: float(value) for name, value in found.items()}
 
 
 class FrozenTrainer(KeyTrainer):
@@ -148,11 +138,10 @@ class FrozenTrainer(KeyTrainer):
     def __init__(
         self, members: list[KeyAdapterSpec], context_cache: str = "auto", **settings: Any
     ) -> None:
-        self.members = members
-        self._cache_setting = context_cache
+        self.members, self._cache_setting = members, context_cache
         self._contexts: ContextCache | None = None  # made when training begins
         self.member_losses: list[float] = []  # on validation rows, at the last evaluation
-        self.start: FrozenStart | None = None
+        self.start_metrics: dict[str, float] = {}  # how the two ways of reading compare
         super().__init__(context="frozen", **settings)
         model: Any = self.model
         model.save_pretrained = self._save_members
@@ -246,11 +235,9 @@ class FrozenTrainer(KeyTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Add to the losses before the first step how the two ways of reading compare."""
         output = super().evaluation_loop(*args, **kwargs)
-        if self.start is not None and self.state.global_step == 0:
+        if self.state.global_step == 0:
             metrics: Any = output.metrics
-            full, behind = segment_means(self.start.full), self.start.behind_cache()
-            metrics |= {f"eval_full_{name}": loss for name, loss in full.items()}
-            metrics |= {f"eval_behind_{name}": value for name, value in behind.items()}
+            metrics |= self.start_metrics
         return output
 
     def _validation_sums(
@@ -284,9 +271,12 @@ class FrozenTrainer(KeyTrainer):
         members, (full, squares, distances, misplaced) = sums[:-4], sums[-4:]
         self.member_losses = self._weighted(members).tolist()
         if self.state.global_step == 0:
-            inert = self.members[0].lora.get("init_lora_weights") is not False
-            behind = members[0] if inert else None  # None: it changes the key from the start
-            self.start = FrozenStart(full, squares, distances, misplaced, behind)
+            found = {f"eval_full_{name}": loss for name, loss in segment_means(full).items()}
+            # Else the adapter changes the key from the start, and there is nothing to compare.
+            if self.members[0].lora.get("init_lora_weights") is not False:
+                behind = behind_cache(full, squares, distances, misplaced, members[0])
+                found |= {f"eval_behind_{name}": value for name, value in behind.items()}
+            self.start_metrics = found
         return members[self.best]
 
     def _kept_of_rows(self, sums: torch.Tensor) -> torch.Tensor:
@@ -327,8 +317,7 @@ class FrozenTrainer(KeyTrainer):
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def _parameters(self, member: KeyAdapterSpec) -> list[torch.nn.Parameter]:
-        model: Any = self.model
-        named = model.named_parameters()
+        named = self._peft_model.named_parameters()
         return [parameter for name, parameter in named if f".{member.name}." in name]
 
     def _save_members(self, folder: str, **settings: Any) -> None:

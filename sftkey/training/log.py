@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from sftkey.activity import tell
 from sftkey.errors import DivergedError, RunError
@@ -23,19 +23,15 @@ from sftkey.training.soundness import keep_losses
 
 
 class RunProgress:
-    """Follows all stages of a run on stderr.
+    """Follows all stages of a run on stderr, by the steps of those that are still to be trained.
 
-    Args:
-        num_steps: The stages that are still to be trained, and how many steps of each.
-        console: Where to write; tests hand in their own.
-        quiet: Write nothing (every process but the main one).
+    It writes nothing where it is `quiet`, as in every process but the main one.
     """
 
     def __init__(
         self, num_steps: Mapping[str, int], console: Console | None = None, quiet: bool = False
     ) -> None:
-        self.console = console or Console(stderr=True)
-        self.quiet = quiet
+        self.console, self.quiet = console or Console(stderr=True), quiet
         self.planned = dict(num_steps)  # a stage that begins knows better: see `begin`
         self._num_steps, self.steps_done = dict(num_steps), 0
         self.training_seconds = 0.0
@@ -56,12 +52,7 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._bar.stop()
 
     def note(self, text: str) -> None:
@@ -119,8 +110,8 @@ class RunProgress:
         """Show how many batches of the rows are read that losses are measured on."""
         how_far = f"measuring {num_done}/{num_all}"
         tell(how_far)
-        whole = stage if num_done == num_all else f"{stage}: {how_far}"
-        self._bar.update(self._task, description=whole)
+        shown = stage if num_done == num_all else f"{stage}: {how_far}"
+        self._bar.update(self._task, description=shown)
 
     def log(self, stage: str, step: int, max_steps: int, line: dict[str, Any]) -> None:
         """Write the figures of one log line: below a head on a terminal, else all in one line."""
@@ -159,18 +150,11 @@ def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-            step = line["step"]
-            if last_step is None or step <= last_step:
+            if line["step"] <= (math.inf if last_step is None else last_step):
                 lines.append(line)
         except (ValueError, TypeError, KeyError, RecursionError):  # also of bytes that are no text
             continue
     return lines
-
-
-def cut_log(path: Path, last_step: int) -> None:
-    """Drop what was logged after `last_step`: those steps will be taken again."""
-    kept = read_log(path, last_step)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def check_handoff(
@@ -180,28 +164,24 @@ def check_handoff(
     where: str,
     tokens: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Compare a stage's first losses with the last ones of the stage before.
+    """Compare a stage's first losses, by segment in nats a token, with the last ones before it.
 
-    Args:
-        end: Loss by segment where the previous stage ended, nats a token.
-        start: The same where this stage starts, on the same rows.
-        tolerance: The largest difference, nats a token.
-        where: The stage, for the message.
-        tokens: Where both were read in other batches or surroundings, the tokens of each segment:
-            their mean loss may differ by as much as they are rounded differently.
+    Where both were read in other batches or surroundings, there are `tokens` of each segment:
+    their mean loss may differ by as much as they are rounded differently.
 
     Raises:
         RunError: The stage doesn't start from what the previous one wrote.
     """
-    gaps = {name: abs(start[name] - end[name]) for name in end if name in start}
-    rounded = STANDARD_ERRORS * OTHER_ROUNDING * tolerance
-    allowed = {
-        name: max(tolerance, rounded / math.sqrt(tokens[name])) if name in tokens else tolerance
-        for name in gaps
-    }
-    missed = [name for name, gap in gaps.items() if not gap <= allowed[name]]  # NaN is one
+    missed = {}
+    for name in (each for each in end if each in start):
+        gap, allowed = abs(start[name] - end[name]), tolerance
+        if name in tokens:
+            rounded = STANDARD_ERRORS * OTHER_ROUNDING * tolerance / math.sqrt(tokens[name])
+            allowed = max(tolerance, rounded)
+        if not gap <= allowed:  # NaN is one
+            missed[name] = gap
     if missed:
-        worst = max(missed, key=lambda name: gaps[name])
+        worst = max(missed, key=lambda name: missed[name])
         raise RunError(
             where,
             f"expected to start where the previous stage ended; the {worst} loss was "
@@ -210,6 +190,8 @@ def check_handoff(
         )
 
 
+# How far a stage's first losses may lie from the last ones before it, nats a token.
+TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 1e-3
 # A key that is read at another place has other losses: they differ as much as the losses vary.
 MOST_NOISE = 0.25  # of that spread
 ALWAYS_ALLOWED = 100.0  # times the hand-off's tolerance, where all losses are nearly the same
@@ -217,16 +199,11 @@ ALWAYS_ALLOWED = 100.0  # times the hand-off's tolerance, where all losses are n
 # in 16 bits by hundredths of a nat.
 OTHER_ROUNDING = 100.0  # times the hand-off's tolerance
 STANDARD_ERRORS = 6.0
-SURROUNDINGS = ("device", "compute_dtype", "world_size", "versions")
+SURROUNDINGS = ("device", "compute_dtype", "world_size")
 
 
 def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -> None:
     """Compare the key's losses behind a cache with those of a full pass of the same model.
-
-    Args:
-        behind: From `FrozenStart.behind_cache`.
-        tolerance: The hand-off's, nats a token.
-        where: The stage, for the message.
 
     Raises:
         RunError: They are losses of something else.
@@ -244,36 +221,31 @@ def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -
     )
 
 
-def refuse_unsound_end(end: dict[str, float], where: str) -> None:
-    """Refuse to save what a stage has trained to a loss that isn't finite.
+def not_finite(losses: dict[str, float]) -> str:
+    """Name the segments whose loss isn't finite."""
+    return ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
 
-    Args:
-        end: The stage's last losses by segment.
-        where: The stage, for the message.
+
+def refuse_unsound_end(end: dict[str, float], where: str) -> None:
+    """Refuse to save a stage whose last losses, by segment, aren't all finite.
 
     Raises:
         RunError: Names the segments.
     """
-    unsound = [name for name, loss in end.items() if not math.isfinite(loss)]
-    if unsound:
+    if unsound := not_finite(end):
         raise RunError(
             where,
-            f"expected finite losses at the end; those of {', '.join(unsound)} are not, "
-            "and nothing was saved",
+            f"expected finite losses at the end; those of {unsound} are not, and nothing was saved",
             "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the "
             "checkpoints are kept",
         )
 
 
 class StageLog(TrainerCallback):
-    """Writes down what a stage does, as it does it.
+    """Writes down what the stage at `number` does, as it does it.
 
-    Args:
-        ledger: The run's ledger.
-        number: The stage's number from 0.
-        progress: What the person sees.
-        tolerance: The largest hand-off difference, nats a token.
-        loss_name: What the losses before and after the stage are called.
+    The losses before and after it are called `loss_name`; `row_losses` returns those of the last
+    validation, row by row.
     """
 
     def __init__(
@@ -281,14 +253,15 @@ class StageLog(TrainerCallback):
         ledger: Ledger,
         number: int,
         progress: RunProgress,
-        tolerance: float,
         loss_name: str,
+        row_losses: Callable[[], list[float]],
     ) -> None:
         self.ledger, self.number, self.progress = ledger, number, progress
-        self.record = ledger.stages[number]
-        self.path = ledger.log(number)
-        self.tolerance, self.loss_name = tolerance, loss_name
-        self.row_losses: Callable[[], list[float]] = list  # of the last validation
+        self.record, self.path = ledger.stages[number], ledger.log(number)
+        self.loss_name, self.row_losses = loss_name, row_losses
+        unquantized = ledger.recipe.model.quantization == "none"
+        exact = unquantized and ledger.facts["compute_dtype"] == "float32"
+        self.tolerance = TOLERANCE if exact else TOLERANCE_OF_HALF
         self._num_read = 0  # batches of the validation that goes on
         self._ended = False  # maybe before its last step
         self._since = time.monotonic()
@@ -297,7 +270,8 @@ class StageLog(TrainerCallback):
         """Drop log lines of steps that will be taken again."""
         self.record.num_steps, self._ended = state.max_steps, False
         if state.is_world_process_zero:
-            cut_log(self.path, state.global_step)
+            kept = read_log(self.path, state.global_step)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.progress.begin(self.record.name, state.max_steps - state.global_step)
         self._since = time.monotonic()
 
@@ -312,24 +286,15 @@ class StageLog(TrainerCallback):
         tell(f"step {state.global_step} of {state.max_steps}")
 
     def on_prediction_step(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         """Show how far a validation is."""
         self._num_read += 1
-        self.progress.validating(self.record.name, self._num_read, len(eval_dataloader))
+        num_all = len(kwargs["eval_dataloader"])
+        self.progress.validating(self.record.name, self._num_read, num_all)
 
     def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Append one line to `log.jsonl`."""
         if not logs or "loss" not in logs:
@@ -346,8 +311,9 @@ class StageLog(TrainerCallback):
             "tokens": logs["tokens"],
             "seconds": round(seconds, 3),
             "tokens_per_second": round(logs["tokens"] / seconds, 1),
-            **{name: logs[name] for name in ("kl",) if name in logs},
         }
+        if "kl" in logs:
+            line["kl"] = logs["kl"]
         if not math.isfinite(logs["loss"]):
             raise DivergedError(
                 f"{self.record.name}, step {state.global_step}",
@@ -360,62 +326,57 @@ class StageLog(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
         self.progress.log(self.record.name, state.global_step, state.max_steps, line)
 
-    def on_evaluate(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the losses by segment; at the first step compare them with the stage before."""
-        self._num_read = 0
-        losses = segments_of(kwargs["metrics"], "eval_loss_")
+        self._num_read, metrics = 0, kwargs["metrics"]
+        losses = segments_of(metrics, "eval_loss_")
         at = {0: "start", state.max_steps: "end"}.get(state.global_step, str(state.global_step))
         at = "end" if self._ended else at
-        self.record.validation[at], self.record.read_as = losses, self._read_as(args)
+        self.record.validation[at] = losses
+        # What decides how these losses are rounded.
+        around = {name: self.ledger.facts.get(name) for name in (*SURROUNDINGS, "versions")}
+        self.record.read_as = {"rows": args.eval_batch_size, **around}
         self.ledger.save()
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.progress.note(f"{self.record.name} at {at}: {self.loss_name} {shown}")
-        unsound = [name for name, loss in losses.items() if not math.isfinite(loss)]
-        if unsound:
+        if unsound := not_finite(losses):
             self.progress.note(
-                f"{self.record.name} at {at}: the {self.loss_name} of {', '.join(unsound)} is "
+                f"{self.record.name} at {at}: the {self.loss_name} of {unsound} is "
                 "not finite; no checkpoint is chosen by it"
             )
         folder = self.ledger.stage_folder(self.number)
-        where = str(folder)
         if at in ("start", "end") and self.ledger.main:
             keep_losses(folder, at, self.row_losses())
-        if at == "start" and (behind := segments_of(kwargs["metrics"], "eval_behind_")):
-            self._compare_behind_cache(behind, where)
-        if at == "start" and self.number > 0:
+        if at == "start":
+            self._compare_with_before(metrics, losses, str(folder))
+        self._pause()
+
+    def _compare_with_before(
+        self, metrics: dict[str, float], losses: dict[str, float], where: str
+    ) -> None:
+        """Refuse losses at the start that are another model's; say how a frozen stage's compare."""
+        if behind := segments_of(metrics, "eval_behind_"):
+            behind["bound"] = max(behind["bound"], self.tolerance)
+            self.record.behind_cache = behind
+            self.ledger.save()
+            self.progress.note(
+                f"{self.record.name} at start: key loss {behind['loss']:.4f} behind the cache, "
+                f"{behind['full_pass']:.4f} in a full pass (may differ by {behind['bound']:.4f})"
+            )
+            check_behind_cache(behind, self.tolerance, where)
+        if self.number > 0:
             before = self.ledger.stages[self.number - 1]
             # One pass of both stages: a frozen one's own losses of the key are another's.
-            same_pass = segments_of(kwargs["metrics"], "eval_full_") or losses
-            alike = before.read_as in (None, self._read_as(args))
-            tokens = {} if alike else segments_of(kwargs["metrics"], "eval_tokens_")
+            same_pass = segments_of(metrics, "eval_full_") or losses
+            alike = before.read_as in (None, self.record.read_as)
+            tokens = {} if alike else segments_of(metrics, "eval_tokens_")
             check_handoff(before.validation["end"], same_pass, self.tolerance, where, tokens)
-        self._since = time.monotonic()
-        self.progress.pause()
-
-    def _read_as(self, args: Any) -> dict[str, Any]:
-        """Return what decides how a validation's losses are rounded."""
-        around = {name: self.ledger.facts.get(name) for name in SURROUNDINGS}
-        return {"rows": args.eval_batch_size, **around}
-
-    def _compare_behind_cache(self, behind: dict[str, float], where: str) -> None:
-        """Keep and say what a frozen stage reads behind its cache, beside the full pass."""
-        behind["bound"] = max(behind["bound"], self.tolerance)
-        self.record.behind_cache = behind
-        self.ledger.save()
-        self.progress.note(
-            f"{self.record.name} at start: key loss {behind['loss']:.4f} behind the cache, "
-            f"{behind['full_pass']:.4f} in a full pass (may differ by {behind['bound']:.4f})"
-        )
-        check_behind_cache(behind, self.tolerance, where)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave the writing of a checkpoint out of the pace."""
+        self._pause()
+
+    def _pause(self) -> None:
         self._since = time.monotonic()
         self.progress.pause()
 

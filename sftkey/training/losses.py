@@ -74,17 +74,10 @@ def token_losses(
 def joint_losses(
     model: torch.nn.Module, batches: Sequence[dict[str, Any]], context: Context
 ) -> list[torch.Tensor]:
-    """Return the losses of several micro-batches, whose keys go through the model in one pass.
+    """Return of each micro-batch what `token_losses` returns, but for rounding.
 
-    Their contexts are read before, one micro-batch after another.
-
-    Args:
-        model: As for `token_losses`.
-        batches: Of each micro-batch the inputs, as for `token_losses`; `beside` in the first one.
-        context: `detached` or `frozen`.
-
-    Returns:
-        Of each micro-batch what `token_losses` returns, but for rounding.
+    Their contexts are read one after another, and all keys go through the model in one pass. The
+    context is `detached` or `frozen`; `beside` stands in the first one's inputs.
     """
     first, *others = batches
     losses: list[torch.Tensor] = model(**first, token_losses=context, others=others)
@@ -172,15 +165,13 @@ def _labelled_losses(
         outputs.append(type(output)(last_hidden_state=states))
         output.last_hidden_state = states[labelled.to(states.device)][None]
 
+    inputs["fused_lm_head"] = True
     if not beside and trl_utils._use_triton(labels.device):  # TRL's own head leaves them out
-        found = fused(**inputs, shift_labels=labels, fused_lm_head=True).log_probs
-        return -found
+        return -fused(**inputs, shift_labels=labels).log_probs
     hook = backbone.register_forward_hook(compact)
     try:
         with _tiles_for(int(labelled.sum()), labels.device):
-            found = fused(
-                **inputs, shift_labels=labels[labelled][None], fused_lm_head=True
-            ).log_probs
+            found = fused(**inputs, shift_labels=labels[labelled][None]).log_probs
     finally:
         hook.remove()
     losses = _scattered(-found, labelled)

@@ -91,16 +91,6 @@ class Writer:
         return written
 
 
-def write_thinkings(
-    stage: StageSection, prepared: Prepared, writer: Writer
-) -> dict[int, Generation]:
-    """Let the model answer each training question as often as the stage says, as `Writer` does."""
-    own, asked = stage.own_thinking, prepared.train_examples
-    if own.hint:
-        asked = [with_hint(example) for example in asked]
-    return writer.write("thinkings", asked, own.samples, own.temperature)
-
-
 def with_hint(example: Example) -> Example:
     """Return an example whose prompt tells the answer."""
     hint = HINT.format(answer=example.answer.strip())
@@ -111,17 +101,11 @@ def with_hint(example: Example) -> Example:
 
 
 def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[int, Generation]:
-    """Read thinkings that another engine wrote.
+    """Read thinkings that another engine wrote, as `Writer.write` returns them.
 
-    Args:
-        file: JSONL of objects with `index`, the row's number, and `text`, what was written after
-            the prompt; a row may come as often as `own.samples` says, and be missing. `prompt`,
-            as `sftkey prompts` writes it, is compared if it is there.
-        stage: Says how many samples there are.
-        prepared: The rows.
-
-    Returns:
-        As `write_thinkings` does.
+    The file is JSONL of objects with `index`, the row's number, and `text`, what was written after
+    the prompt; a row may come as often as `own.samples` says, and be missing. `prompt`, as
+    `sftkey prompts` writes it, is compared if it is there.
 
     Raises:
         DataError: With every line that can't be used.
@@ -222,13 +206,8 @@ def own_examples(
 ) -> tuple[list[Example], dict[str, int]]:
     """Put the reference's answer behind each thinking that is valid and kept.
 
-    Args:
-        stage: `own.keep`: all; right or wrong: those whose own answer was; mixed: those of
-            questions that were answered right once and wrong once.
-        prepared: The rows.
-        written: From `write_thinkings`.
-        grader: The recipe's.
-        grade: Tells whether an answer is right.
+    `own.keep` says which are: all; right or wrong: those whose own answer was; mixed: those of
+    questions that were answered right once and wrong once.
 
     Returns:
         The examples, and how many thinkings were written, not closed, empty, with a hint also how
@@ -322,12 +301,14 @@ def make_own_rows(
             left to train on.
     """
     processes, recipe, start = PartialState(), writer.recipe, time.monotonic()
-    if file := stage.own_thinking.file:
-        written = read_thinkings(Path(file), stage, prepared)
+    own, asked = stage.own_thinking, prepared.train_examples
+    if own.file:
+        written = read_thinkings(Path(own.file), stage, prepared)
     else:  # a few questions before all
-        asked = (prepared.validation_examples or prepared.train_examples)[:NUM_PROBED]
-        require_valid(stage, prepared, writer.write("probe", asked, 1, 0.0))
-        written = write_thinkings(stage, prepared, writer)
+        probed = (prepared.validation_examples or asked)[:NUM_PROBED]
+        require_valid(stage, prepared, writer.write("probe", probed, 1, 0.0))
+        asked = [with_hint(each) for each in asked] if own.hint else asked
+        written = writer.write("thinkings", asked, own.samples, own.temperature)
     require_valid(stage, prepared, written)
     examples, counts = own_examples(stage, prepared, written, recipe.eval.grader, grade)
     examples = with_references(stage, prepared, examples, recipe.seed) if examples else examples

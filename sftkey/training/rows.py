@@ -46,11 +46,6 @@ def fingerprints(rows: Mapping[str, Any]) -> dict[str, str]:
 def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:
     """Refuse other rows than those that the run has used; note those that it begins to use.
 
-    Args:
-        ledger: The main process's.
-        prepared: The rows of now.
-        splits: What is going to be used.
-
     Raises:
         RunError: With the number of rows of each split that differ, and the ways on.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from sftkey.data.prepare import (
     prepare,
     refuse_evaluation_without_rows,
 )
-from sftkey.errors import DataError, DeviceError
+from sftkey.errors import DataError
 from sftkey.files import explained_full_disk, write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
@@ -36,20 +35,18 @@ from sftkey.training.answers import Answers
 from sftkey.training.callbacks import (
     SealCheckpoints,
     StopAfterStep,
-    StopByAnswers,
     StopRequest,
     kept_checkpoint,
     newest_whole,
     stop_by_answers,
     stopping_on_signals,
 )
-from sftkey.training.disk import require_disk
 from sftkey.training.frozen import FrozenTrainer
-from sftkey.training.log import RunProgress, StageLog, read_log, refuse_unsound_end
+from sftkey.training.log import SURROUNDINGS, RunProgress, StageLog, read_log, refuse_unsound_end
+from sftkey.training.machine import explained_faults, patience, require_disk
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
-from sftkey.training.processes import explained_lost_process, patience
 from sftkey.training.rows import ALL, require_same_rows
-from sftkey.training.run_folder import Ledger, open_run
+from sftkey.training.run_folder import BASE, Ledger, open_run
 from sftkey.training.soundness import HINT, change_of, kept_losses, refuse_destroyed
 from sftkey.training.stage import (
     gradient_norms,
@@ -63,42 +60,6 @@ from sftkey.training.trackers import Trackers, TrackStage
 from sftkey.training.trainer import KeyTrainer
 from sftkey.training.weighting import own_losses
 
-CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
-
-
-def release_memory() -> None:
-    """Free a dropped trainer: TRL's patched forward makes a cycle that only this breaks."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def explained_out_of_memory(folder: Path) -> Iterator[None]:
-    """Turn running out of memory into an error that names what to change.
-
-    Args:
-        folder: The run folder, which keeps what was reached.
-
-    Raises:
-        DeviceError: In place of torch's error.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not out_of_memory and CPU_MESSAGE not in str(error):
-            raise
-        raise DeviceError(
-            str(folder),
-            "out of memory; what was reached is kept",
-            "lower trainer.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            "lower data.max_length, or set trainer.gradient_checkpointing=true; "
-            "then go on with a new `name=…`",
-        ) from error
-
-
-BASE = "base"  # the model before all stages
 PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
@@ -114,31 +75,23 @@ class StageReport(Protocol):
 
 @dataclass
 class Run:
-    """A recipe on its way through its stages.
-
-    Args:
-        recipe: What is asked.
-        ledger: The run folder.
-        device: Where it computes.
-        tokenizer: The model's, with the recipe's chat template.
-        prepared: The rows.
-        progress: What the person sees.
-        packs: The training rows, packed, for the stages that read packs.
-        reports: Each makes what writes something more of each stage's model than its answers.
-        grade: Tells whether an answer is right, for stages over the model's own thinking.
-        measures_gradients: Whether the ledger gets the gradient norm of each segment's loss.
-    """
+    """A recipe on its way through its stages."""
 
     recipe: Recipe
     ledger: Ledger
     device: Device
-    tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     progress: RunProgress
-    grade: Grader
-    packs: Dataset | None = None
-    reports: Sequence[Callable[[Run], StageReport]] = ()
-    measures_gradients: bool = False
+    grade: Grader  # tells whether an answer is right, for stages over the model's own thinking
+    packs: Dataset | None  # the training rows, packed, for the stages that read packs
+    # Each makes what writes something more of each stage's model than its answers.
+    reports: Sequence[Callable[[Run], StageReport]]
+    measures_gradients: bool  # whether the ledger gets the gradient norm of each segment's loss
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's, with the recipe's chat template."""
+        return self.prepared.renderer.tokenizer
 
     @cached_property
     def validation(self) -> Dataset:
@@ -154,12 +107,12 @@ class Run:
     @cached_property
     def answers(self) -> Answers:
         """Return what writes the answers to the test questions."""
-        return Answers(self.recipe, self.ledger, self.prepared, self.progress)
+        return Answers(self.ledger, self.prepared, self.progress)
 
     @cached_property
     def trackers(self) -> Trackers:
         """The experiment trackers, which are opened when something is logged."""
-        return Trackers(self.recipe, self.ledger)
+        return Trackers(self.ledger)
 
     def stages(self, train: bool = True) -> Iterator[str]:
         """Do what isn't done yet; yield `base` and each stage's name when its answers lie there.
@@ -175,8 +128,7 @@ class Run:
         folder = self.ledger.folder
         with (
             stopping_on_signals(folder, self.progress.note) as request,
-            explained_out_of_memory(folder),
-            explained_lost_process(folder),
+            explained_faults(folder),
             explained_full_disk(folder),
         ):
             try:
@@ -199,7 +151,9 @@ class Run:
                     return
                 self._train(number, model if model is not None else self._load(number), request)
             model = None
-            release_memory()
+            gc.collect()  # TRL's patched forward makes a cycle, which keeps a dropped trainer
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             wanted = [self.answers, *(make(self) for make in self.reports if train)]
             missing = [report for report in wanted if report.missing(record.name)]
             if missing:
@@ -225,27 +179,25 @@ class Run:
         processes.wait_for_everyone()
         checkpoint = newest_whole(checkpoints, set_aside=processes.is_main_process)
         processes.wait_for_everyone()
-        rows = stage_rows(self.recipe, stage, self.prepared.train, self.packs)
         if stage.thinking == "own":
             rows = self._own_rows(number, model)
-        arguments = stage_arguments(self.recipe, stage, self.device, checkpoints, not checkpoint)
-        tolerance = handoff_tolerance(self.recipe, self.device)
-        log = StageLog(self.ledger, number, self.progress, tolerance, self.prepared.loss_name)
+        else:
+            rows = stage_rows(self.recipe, stage, self.prepared.train, self.packs)
         trainer = make_trainer(
             self.recipe,
             stage,
             model=model,
-            args=arguments,
+            args=stage_arguments(self.recipe, stage, self.device, checkpoints, not checkpoint),
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
             callbacks=[SealCheckpoints(), StopAfterStep(request)],
         )
-        log.row_losses = lambda: trainer.row_losses
+        more = self.prepared.loss_name, lambda: trainer.row_losses
+        log = StageLog(self.ledger, number, self.progress, *more)
         early = stop_by_answers(self.recipe, self.prepared, log, trainer, self.grade)
         track = TrackStage(self.trackers, number + 1)
-        # Answers are no time of training.
-        for callback in [early, log, track] if early else [log, track]:
+        for callback in filter(None, (early, log, track)):  # answers are no time of training
             trainer.add_callback(callback)
         if checkpoint:
             self.progress.note(f"{stage.name}: going on from {checkpoint.name}")
@@ -254,34 +206,27 @@ class Run:
             self.ledger.save()
         with activity(f"training {stage.name}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            self._say_kept(trainer, stage.name, early)
+            if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
+                self.progress.note(f"{stage.name}: {kept}")
+            if early:
+                early.load_best(trainer)
             trainer.evaluate()
-            refuse_unsound_end(record.validation["end"], str(self.ledger.stage_folder(number)))
             self._compare_ends(trainer, number)
             self._save(trainer, number)
         record.seconds = round(sum(line["seconds"] for line in read_log(log.path)), 3)
         record.status = "trained"
         self.ledger.finish(self.ledger.adapter(number), log.path)
 
-    def _say_kept(self, trainer: KeyTrainer, stage: str, early: StopByAnswers | None) -> None:
-        """Say with which checkpoint's weights a stage ends; those chosen by answers are loaded."""
-        if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
-            self.progress.note(f"{stage}: {kept}")
-        if early:
-            early.load_best(trainer)
-
     def _compare_ends(self, trainer: KeyTrainer, number: int) -> None:
         """Note a validation loss that ended above its start; refuse a model that is destroyed."""
         record, folder = self.ledger.stages[number], self.ledger.stage_folder(number)
-        start = kept_losses(folder).get("start", [])
+        refuse_unsound_end(record.validation["end"], str(folder))
+        start, end = kept_losses(folder).get("start", []), trainer.row_losses
         config: Any = trainer.accelerator.unwrap_model(trainer.model).config
-        refuse_destroyed(
-            start, trainer.row_losses, config.get_text_config().vocab_size, str(folder)
-        )
-        change = change_of(start, trainer.row_losses)
-        worse = change if change is not None and change.is_worse else None
-        record.worse = worse.said(self.prepared.loss_name) if worse else None
-        if record.worse:
+        refuse_destroyed(start, end, config.get_text_config().vocab_size, str(folder))
+        change, record.worse = change_of(start, end), None
+        if change and change.is_worse:
+            record.worse = change.said(self.prepared.loss_name)
             self.progress.note(f"WARNING: {record.name}: {record.worse}\nhint: {HINT}")
 
     def _own_rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
@@ -298,14 +243,12 @@ class Run:
 
     def _save(self, trainer: KeyTrainer, number: int) -> None:
         """Write what the stage has trained, and what the run's end stands on."""
-        folder = self.ledger.adapter(number)
+        folder, context = self.ledger.adapter(number), {}
         written = {"adapter": str(folder.relative_to(self.ledger.folder))}
         if isinstance(trainer, FrozenTrainer):
             context = stands_on(self.recipe, self.ledger, number)
             self.ledger.stages[number].grid = trainer.choice()
             written["context"] = str(context["context"])
-        else:
-            context = {}
         save_stage(trainer, folder, self.ledger.facts["base"] | context, write=self.ledger.main)
         self.ledger.facts["end"] = written
 
@@ -339,7 +282,7 @@ def start(
         folder: The run folder.
         fresh: Move a run that lies there aside, under a new name.
         read: Gives the rows; `require_trainable` reads them and may refuse the run.
-        grade: As in `Run`, like what follows.
+        grade: As in `Run`, like the next two.
         reports: What is written of each stage's model beside its answers.
         measures_gradients: Whether the gradient of each segment is measured before each stage.
         uses: The splits whose rows must be those that the run began with.
@@ -351,7 +294,11 @@ def start(
     processes = PartialState(cpu=device.kind == "cpu", timeout=patience(recipe))
     with processes.main_process_first():
         prepared = read(recipe)
-        refuse_no_questions(recipe, prepared)
+        for stage in recipe.stages:
+            if stage.early_stop is not None and not prepared.validation_examples:
+                what = "early_stop: expected validation rows to ask; got none"
+                hint = "write data.validation into the recipe"
+                raise DataError(f"stages.{stage.name}", what, hint)
         packs = packed_rows(recipe, prepared.train)
     ledger = open_run(recipe, folder, fresh) if processes.is_main_process else None
     if ledger is not None:
@@ -369,30 +316,8 @@ def start(
     progress = make_progress(ledger, device, prepared, packs)
     for line in ledger.notes:
         progress.note(line)
-    return Run(
-        recipe,
-        ledger,
-        device,
-        prepared.renderer.tokenizer,
-        prepared,
-        progress,
-        grade,
-        packs,
-        reports,
-        measures_gradients,
-    )
-
-
-def refuse_no_questions(recipe: Recipe, prepared: Prepared) -> None:
-    """Refuse a stage that ends by validation answers where there is no validation row.
-
-    Raises:
-        DataError: Names the stage.
-    """
-    for stage in recipe.stages:
-        if stage.early_stop is not None and not prepared.validation_examples:
-            what = "early_stop: expected validation rows to ask; got none"
-            raise DataError(f"stages.{stage.name}", what, "write data.validation into the recipe")
+    more = packs, reports, measures_gradients
+    return Run(recipe, ledger, device, prepared, progress, grade, *more)
 
 
 def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:
@@ -409,10 +334,9 @@ def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:
 def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Say in a line which versions, device or number of processes a run goes on with."""
     was, are = ({**each, **each.get("versions", {})} for each in (before, now))
-    names = ("device", "compute_dtype", "world_size", *PACKAGES)
     differing = [
         f"{name} {was[name]} -> {are[name]}"
-        for name in names
+        for name in (*SURROUNDINGS, *PACKAGES)
         if name in was and was[name] != are[name]
     ]
     return [f"goes on in other surroundings: {', '.join(differing)}"] if differing else []
@@ -442,9 +366,3 @@ def make_progress(
     if packs is not None:
         progress.note(pack_line(prepared.counts["packing"]))
     return progress
-
-
-def handoff_tolerance(recipe: Recipe, device: Device) -> float:
-    """Return how far a stage's first losses may lie from the last ones before it, nats a token."""
-    exact = recipe.model.quantization == "none" and device.compute_dtype == torch.float32
-    return 1e-4 if exact else 1e-3

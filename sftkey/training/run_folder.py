@@ -68,30 +68,21 @@ def _holder(folder: Path) -> str:
 
 @dataclass
 class StageRecord:
-    """What the ledger knows of one stage.
-
-    `validation` holds, under `start` and `end`, the loss of every segment in nats a token.
-    `gradient_norm`, in studies, is by segment that of its loss's gradient when the stage began.
-    `grid` says what a grid tried and kept.
-    `behind_cache` is how a frozen stage's first key losses compare with those of a full pass.
-    `read_as` is in what batches and surroundings its last validation was read.
-    `worse` says that the validation loss ended above its start, where it did by more than chance.
-    `answers` has by epoch how many validation answers were right, where that ends the stage.
-    `shared_from` names the run beside this one that trained the stage, where it was another.
-    """
+    """What the ledger knows of one stage."""
 
     name: str
     status: str = "open"  # open | trained (its adapter is whole)
     num_steps: int = 0
     seconds: float = 0.0
+    # Under `start` and `end` the loss of every segment in nats a token.
     validation: dict[str, dict[str, float]] = field(default_factory=dict)
-    gradient_norm: dict[str, float] | None = None
-    shared_from: str | None = None
-    grid: dict[str, Any] | None = None
-    behind_cache: dict[str, float] | None = None
-    read_as: dict[str, Any] | None = None
-    worse: str | None = None
-    answers: list[dict[str, float]] | None = None
+    gradient_norm: dict[str, float] | None = None  # in studies: of each segment's loss, at first
+    shared_from: str | None = None  # the run beside this one that trained it, if another did
+    grid: dict[str, Any] | None = None  # what a grid tried and kept
+    behind_cache: dict[str, float] | None = None  # a frozen stage's first losses, and a full pass's
+    read_as: dict[str, Any] | None = None  # batches and surroundings of its last validation
+    worse: str | None = None  # that its validation loss ended higher, by more than chance
+    answers: list[dict[str, float]] | None = None  # by epoch, how many were right, for `early_stop`
 
 
 STAGES, MAPPING = TypeAdapter(list[StageRecord]), TypeAdapter(dict[str, Any])
@@ -250,10 +241,7 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
 def open_run(recipe: Recipe, folder: Path, fresh: bool = False) -> Ledger:
     """Begin a run, or find the one that this recipe, or one with other later stages, began.
 
-    Args:
-        recipe: What is asked.
-        folder: The run folder.
-        fresh: Move a run that stands in the way aside, under a new name.
+    A `fresh` one moves what stands in the way aside, under a new name.
 
     Raises:
         RunError: The folder can't be written, is another process's, or holds a run of another
@@ -347,10 +335,6 @@ def keep_stages(ledger: Ledger, begun: Recipe) -> None:
 
     Nothing is deleted: it is moved into `replaced/` of the run folder.
 
-    Args:
-        ledger: The run's, with its new recipe.
-        begun: The recipe that began it.
-
     Raises:
         RunError: The first stage would be another one, too, or the change concerns all stages.
     """
@@ -424,10 +408,7 @@ def run_recipe(folder: Path) -> Recipe:
 def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
     """Return the place of a trained stage, the first being 1; 0 is the base model.
 
-    Args:
-        folder: The run's.
-        recipe: The run's.
-        name: A stage's, or `base`; None: the last stage that is trained.
+    Without a name it is the last one that is trained.
 
     Raises:
         RunError: There is no such stage, or it isn't trained.

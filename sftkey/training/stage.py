@@ -41,14 +41,9 @@ DEFAULTS: dict[str, Any] = {
 def stage_arguments(
     recipe: Recipe, stage: StageSection, device: Device, folder: Path, on_start: bool
 ) -> SFTConfig:
-    """Build the arguments of one stage.
+    """Build the arguments of one stage, whose checkpoints go into `folder`.
 
-    Args:
-        recipe: The whole recipe.
-        stage: The stage of it that is to be trained.
-        device: Decides the precision.
-        folder: Where the stage's checkpoints go.
-        on_start: Whether the validation rows are read before the first step.
+    With `on_start` the validation rows are read before the first step.
     """
     owned = {
         "output_dir": str(folder),
@@ -80,10 +75,8 @@ def gradient_norms(trainer: KeyTrainer) -> dict[str, float]:
     """Return by segment the norm of its loss's gradient, summed over rows, on what is trained.
 
     Every segment of the completion is measured, trained by the stage or not, on the first
-    validation rows, without dropout. Nothing of the trainer changes.
-
-    Args:
-        trainer: One process, before its first step; the model isn't sharded.
+    validation rows, without dropout. Nothing of the trainer changes: it has one process, is before
+    its first step, and its model isn't sharded.
     """
     with inferring(trainer.model_wrapped):
         return {segment.name.lower(): _norm(trainer, segment) for segment in COMPLETION}
@@ -150,13 +143,9 @@ def make_trainer(recipe: Recipe, stage: StageSection, **settings: Any) -> KeyTra
 
 
 def save_stage(trainer: KeyTrainer, folder: Path, base: Base, write: bool) -> None:
-    """Write what a stage has trained; a sharded model is gathered by all processes.
+    """Write what a stage has trained, of a grid the best adapter, where this process writes.
 
-    Args:
-        trainer: Of the finished stage; of a grid the best adapter is written.
-        folder: Where to.
-        base: What the trained weights belong to.
-        write: Whether this process writes.
+    A sharded model is gathered by all processes. `base` is what the weights belong to.
     """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else None
     if write and isinstance(trainer.model, PeftModel):

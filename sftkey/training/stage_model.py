@@ -29,11 +29,9 @@ TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 0.1
 
 
 def refuse_mixed_rows(model: PreTrainedModel | PeftModel, probe: bool = True) -> None:
-    """Refuse a model that lets a row of a pack see the rows before it.
+    """Refuse a model, with adapters or without, that lets a row of a pack see those before it.
 
-    Args:
-        model: The model as it was loaded, with adapters or without.
-        probe: Try it with two short rows, packed and alone. It needs the whole weights.
+    A probe with two short rows, packed and alone, needs the whole weights.
 
     Raises:
         ModelError: Names the family and why.
@@ -79,12 +77,8 @@ def load_stage(
 ) -> PreTrainedModel | PeftModel:
     """Load the model as the stage at `number` starts: base, and what the stage before wrote.
 
-    Args:
-        recipe: The run's.
-        ledger: Knows where the stages wrote.
-        device: Where the model goes.
-        renderer: Its end of turn must stop the model wherever it goes.
-        number: From 0; the number of stages for the model that the last one leaves.
+    The number of stages stands for the model that the last one leaves. The renderer's end of turn
+    must stop the model wherever it goes.
 
     Raises:
         RunError: What the stage before wrote, or the base model, has changed since.

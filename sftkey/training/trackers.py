@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 
-from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import Ledger
 
 # Transformers opens these anew, or logs over the stage before, with each trainer; others are left
@@ -29,19 +28,15 @@ def reported_to(settings: Mapping[str, Any]) -> list[str]:
 class Trackers:
     """The trackers of a run that `trainer.report_to` names, opened when something is logged.
 
-    Only the main process logs. A run that goes on after a stop goes on in its trackers, too.
-
-    Args:
-        recipe: The run's; it is the configuration that each tracker shows.
-        ledger: The run's.
+    Only the main process logs. A run that goes on after a stop goes on in its trackers, too. Its
+    recipe is the configuration that each of them shows.
     """
 
-    def __init__(self, recipe: Recipe, ledger: Ledger) -> None:
-        self.recipe, self.ledger = recipe, ledger
-        told = [
-            name for stage in recipe.stages for name in reported_to(recipe.stage_trainer(stage))
-        ]
-        self.names = [name for name in dict.fromkeys(told) if name in NAMES]
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.recipe = ledger, ledger.recipe
+        settings = map(self.recipe.stage_trainer, self.recipe.stages)
+        told = dict.fromkeys(name for each in settings for name in reported_to(each))
+        self.names = [name for name in told if name in NAMES]
 
     @cached_property
     def _open(self) -> list[GeneralTracker]:
@@ -57,10 +52,8 @@ class Trackers:
         settings = self.recipe.trainer
         known = self.ledger.facts.setdefault("tracked_as", uuid.uuid4().hex[:8])
         self.ledger.save()
-        about: dict[str, Any] = {
-            "name": settings.get("run_name") or f"{self.recipe.name}-{known}",
-            "resume": "allow",
-        }
+        shown = settings.get("run_name") or f"{self.recipe.name}-{known}"
+        about: dict[str, Any] = {"name": shown, "resume": "allow"}
         if name == "wandb":
             about |= {"id": known, "dir": folder}
         elif space := settings.get("trackio_space_id"):
@@ -71,10 +64,10 @@ class Trackers:
         return tracker
 
     def log(self, values: Mapping[str, float], stage: int, step: int) -> None:
-        """Log figures.
+        """Log figures by their names.
 
         Args:
-            values: By their names.
+            values: The figures.
             stage: Whose they are, the first being 1; 0 is the base model.
             step: Of this stage; those of the stages before it are added.
         """
@@ -91,26 +84,15 @@ class Trackers:
 
 
 class TrackStage(TrainerCallback):
-    """Logs what a stage's trainer logs: losses by segment, of training and validation.
-
-    Args:
-        trackers: The run's.
-        stage: The first being 1.
-    """
+    """Logs what a stage's trainer logs (the first being 1): losses by segment."""
 
     def __init__(self, trackers: Trackers, stage: int) -> None:
         self.trackers, self.stage = trackers, stage
 
     def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Log the numbers of one log line, named as transformers names them."""
-        numbers = {
-            key: value for key, value in (logs or {}).items() if isinstance(value, int | float)
-        }
+        said = (logs or {}).items()
+        numbers = {key: value for key, value in said if isinstance(value, int | float)}
         self.trackers.log(rewrite_logs(numbers), self.stage, state.global_step)

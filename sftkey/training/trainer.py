@@ -165,9 +165,7 @@ class KeyTrainer(ValidatingTrainer):
         if isinstance(model, PeftModel):  # no checkpoint asks the hub about the base's vocabulary
             quiet = partial(model.save_pretrained, save_embedding_layers=False)
             model.save_pretrained = quiet  # type: ignore[method-assign]
-        for name, parameter in model.named_parameters():
-            if name in exact and parameter.dtype != exact[name].dtype:
-                parameter.data = exact[name].to(parameter.device)
+        _restore(model, exact)
         self._start = StageStart(model, self._num_logits) if kl else None
 
     def compute_loss(  # type: ignore[override]  # the count is always the tensor made below
@@ -209,11 +207,7 @@ class KeyTrainer(ValidatingTrainer):
     ) -> torch.Tensor:
         """Return Σ wₜ·NLLₜ of a micro-batch with its penalty; count it for the next log line.
 
-        Args:
-            beside: What was computed beside the losses.
-            found: The losses, and the values of each of these.
-            segment_ids: `(B, T)`.
-            weights: `(B, T - 1)`.
+        `found` has the losses, and the values of each thing that was computed beside them.
         """
         # The leading dimension of each: several copies of the batch.
         losses, *values = found.view(1 + len(beside), -1, *weights.shape)
@@ -328,11 +322,8 @@ class KeyTrainer(ValidatingTrainer):
             done = min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
             ends = zip(self._first_weights, self.segment_weights, strict=True)
             self._step_weights = tuple(first + done * (last - first) for first, last in ends)
-            trained = (
-                _trained(batch["segment_ids"], batch["loss_weights"][:, 1:])
-                for batch in batch_samples
-            )
-            sums = [self._weights_of(each).sum() for each in trained]
+            both = [(each["segment_ids"], each["loss_weights"][:, 1:]) for each in batch_samples]
+            sums = [self._weights_of(_trained(*each)).sum() for each in both]
         total = torch.stack(sums).sum()
         whole: torch.Tensor = self.accelerator.reduce(total.to(device), reduction="sum")
         if self._start is not None:
@@ -361,10 +352,7 @@ class KeyTrainer(ValidatingTrainer):
     def _count(self, losses: torch.Tensor, trained: torch.Tensor, num_tokens: torch.Tensor) -> None:
         """Add a micro-batch to the window that the next log line reports.
 
-        Args:
-            losses: `(N, B, T - 1)`; N is 1 but for several key adapters.
-            trained: `(B, T - 1)`, from `_trained`.
-            num_tokens: How many its rows have.
+        Its losses are `(N, B, T - 1)`, as in `token_weights`, and `_trained` tells their segments.
         """
         sums = row_sums(losses[0], trained).sum(0)
         row = torch.cat([sums.flatten(), num_tokens.float().view(1)])
@@ -419,11 +407,13 @@ class KeyTrainer(ValidatingTrainer):
         """Send none."""
 
 
-def _trained(segment_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the segments `(B, T - 1)` of trained tokens; -1 elsewhere, at a pack's first too.
+def _restore(model: torch.nn.Module, exact: Mapping[str, torch.Tensor]) -> None:
+    """Put weights back that were rounded to another type."""
+    for name, parameter in model.named_parameters():
+        if name in exact and parameter.dtype != exact[name].dtype:
+            parameter.data = exact[name].to(parameter.device)
 
-    Args:
-        segment_ids: `(B, T)`.
-        weights: `(B, T - 1)`, of the loss.
-    """
+
+def _trained(segment_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the segments `(B, T - 1)` of trained tokens; -1 elsewhere, at a pack's first too."""
     return segment_ids[:, 1:].masked_fill(weights == 0, PADDING)

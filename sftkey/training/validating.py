@@ -132,10 +132,7 @@ def segment_means(sums: torch.Tensor) -> dict[str, float]:
 
 
 def key_starts(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Return the place of the token that predicts a row's first key token: T of Eq. 4.
-
-    Args:
-        segment_ids: `(B, T)`, filled up with -1 on the right.
+    """Return the places `(B,)` of the tokens that predict each row's first key token: T of Eq. 4.
 
     >>> key_starts(torch.tensor([[0, 0, 1, 1, 2, 3, 4], [0, 1, 3, 4, -1, -1, -1]]))
     tensor([3, 1])
@@ -171,13 +168,9 @@ class KeyBatch:
 
 
 def pass_ends(batches: Sequence[KeyBatch], most_tokens: int) -> list[bool]:
-    """Return of each micro-batch whether it is the last one of a pass over keys.
+    """Return of each micro-batch of a step whether it is the last one of a pass over keys.
 
     A pass takes as many as fit, and one that doesn't fit alone.
-
-    Args:
-        batches: The micro-batches of a step.
-        most_tokens: `key_batch_tokens`.
 
     >>> short, long = KeyBatch(rows=2, context=30, keys=4), KeyBatch(rows=2, context=30, keys=9)
     >>> pass_ends([short, short, short, long], most_tokens=20)

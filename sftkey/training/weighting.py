@@ -119,11 +119,8 @@ class StageStart:
     """A copy of what a stage trains, as the stage starts.
 
     Of a stage with adapters that is little; of one that trains all weights it is the whole model
-    once more. Whatever isn't trained is read from the model itself.
-
-    Args:
-        model: Not wrapped, before the first step and before a checkpoint is loaded.
-        num_logits: The size of the vocabulary.
+    once more. Whatever isn't trained is read from the model itself, which isn't wrapped, and is
+    before its first step and before a checkpoint is loaded.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, num_logits: int) -> None:

@@ -19,8 +19,8 @@ import pytest
 
 from sftkey.errors import DeviceError
 from sftkey.recipe.load import load_recipe
-from sftkey.training import processes
-from sftkey.training.processes import explained_lost_process, patience
+from sftkey.training import machine
+from sftkey.training.machine import explained_faults, patience
 
 MakeRecipe = Callable[..., Path]
 SLURM = Path(__file__).parents[2] / "docs" / "several-gpus.md"
@@ -43,10 +43,10 @@ def test_a_lost_process_is_one_error(
 ) -> None:
     """Of one process alone such words mean something else."""
     ours = SimpleNamespace(num_processes=num_processes)
-    monkeypatch.setattr(processes, "PartialState", lambda: ours)
+    monkeypatch.setattr(machine, "PartialState", lambda: ours)
 
     def lose(said: str) -> None:
-        with explained_lost_process(tmp_path):
+        with explained_faults(tmp_path):
             raise RuntimeError(said)
 
     expected = RuntimeError if num_processes == 1 else DeviceError

@@ -11,8 +11,8 @@ import pytest
 from sftkey.errors import DiskError
 from sftkey.files import num_bytes_below
 from sftkey.recipe.load import load_recipe
-from sftkey.training import disk
-from sftkey.training.disk import num_saves, plan_disk, require_disk
+from sftkey.training import machine
+from sftkey.training.machine import num_saves, plan_disk, require_disk
 from sftkey.training.run_folder import Ledger
 from tests.training.test_run import done
 
@@ -48,8 +48,8 @@ def test_the_plan_is_what_the_files_take(
     stage, folder = planned["completion"], run.ledger.stage_folder(0)
     assert (stage.num_kept, stage.num_at_once) == (2, 2)
     found = num_bytes_below(folder / "checkpoints" / "checkpoint-4")
-    tokenizer = disk.MANY
-    assert stage.checkpoint - disk.A_FEW < found < stage.checkpoint + tokenizer
+    tokenizer = machine.MANY
+    assert stage.checkpoint - machine.A_FEW < found < stage.checkpoint + tokenizer
     weights = num_bytes_below(run.ledger.adapter(0))
     assert stage.result - tokenizer < weights < stage.result
     assert require_disk(run.ledger, {"completion": 4}) is None  # nothing is left to be trained
@@ -65,12 +65,12 @@ def test_a_disk_without_room_is_refused_before_the_first_step(
     assert planned is not None
     needed = sum(each.left_bytes for each in planned.values())
     ledger = Ledger(tmp_path / "tiny", recipe)
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: needed)
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: needed)
     said = require_disk(ledger, STEPS)
     assert said is not None
     told = "on disk: checkpoints and results will take 2.5 MiB, the results 2.0 MiB of them; "
     assert said == f"{told}2.5 MiB are free"
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: needed - 1)
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: needed - 1)
     with pytest.raises(DiskError) as error:
         require_disk(ledger, STEPS)
     assert str(error.value) == (
@@ -90,7 +90,7 @@ def test_a_run_asks_its_disk_before_it_trains(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No weights are loaded, and no question is answered."""
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1)
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: 1)
     monkeypatch.setattr("sftkey.training.run.load_stage", lambda *args: pytest.fail("loaded"))
     with pytest.raises(DiskError, match="the disk can't hold what the stages will write"):
         done(tiny_recipe(), tmp_path / "runs")

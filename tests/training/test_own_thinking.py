@@ -205,7 +205,9 @@ def test_a_killed_writing_goes_on_where_it_stopped(
         folder.mkdir(exist_ok=True)
         renderer, progress = whole.prepared.renderer, whole.progress
         writer = Writer(recipe, renderer, model, folder, progress, "key")
-        return own_thinking.write_thinkings(recipe.stages[0], whole.prepared, writer)
+        own = recipe.stages[0].own_thinking
+        asked = whole.prepared.train_examples
+        return writer.write("thinkings", asked, own.samples, own.temperature)
 
     expected = thinkings(tmp_path / "once")
     assert len({each.text for each in expected.values()}) > 1  # sampled

@@ -19,7 +19,8 @@ from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
 from sftkey.training.callbacks import is_whole, newest_whole, seal
 from sftkey.training.log import check_handoff, read_log
-from sftkey.training.run import Run, explained_out_of_memory, start
+from sftkey.training.machine import explained_faults
+from sftkey.training.run import Run, start
 from sftkey.training.validating import ValidatingTrainer
 from tests.support.models import ROUNDED
 from tests.support.tiny import write_recipe
@@ -496,7 +497,7 @@ def test_a_run_folder_without_permission_is_refused(
 )
 def test_out_of_memory_names_the_three_settings(error: Exception, tmp_path: Path) -> None:
     """What was reached is kept, and the message says what to change."""
-    with pytest.raises(DeviceError) as caught, explained_out_of_memory(tmp_path):
+    with pytest.raises(DeviceError) as caught, explained_faults(tmp_path):
         raise error
     assert str(caught.value) == (
         f"{tmp_path}: out of memory; what was reached is kept\n"
@@ -508,7 +509,7 @@ def test_out_of_memory_names_the_three_settings(error: Exception, tmp_path: Path
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     """Only running out of memory is explained as that."""
-    with pytest.raises(RuntimeError, match="shapes"), explained_out_of_memory(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), explained_faults(tmp_path):
         raise RuntimeError("shapes do not match")
 
 

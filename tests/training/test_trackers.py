@@ -93,11 +93,11 @@ def test_a_run_that_goes_on_goes_on_in_its_trackers(
     recipe = load_recipe(tiny_recipe(trainer={"report_to": ["wandb", "trackio"], "project": "p"}))
     ledger = Ledger(tmp_path, recipe)
     ledger.stages[0].num_steps = 30
-    tracked = Trackers(recipe, ledger)
+    tracked = Trackers(ledger)
     tracked.log({"train/loss": 2.0}, stage=1, step=5)
     tracked.log({"train/loss": 1.0}, stage=2, step=5)
     tracked.finish()
-    again = Trackers(recipe, Ledger(tmp_path, recipe))
+    again = Trackers(Ledger(tmp_path, recipe))
     again.log({"test/acc": 0.5}, stage=0, step=0)
     assert [each.finished for each in recorders] == [True, True, False, False]
     wandb, trackio, *later = recorders
@@ -119,7 +119,7 @@ def test_nothing_is_opened_without_a_tracker_or_beside_the_main_process(
     file = tiny_recipe()
     for overrides, main in ([], True), (["trainer.report_to=wandb"], False):
         recipe = load_recipe(file, overrides)
-        tracked = Trackers(recipe, Ledger(tmp_path, recipe, main=main))
+        tracked = Trackers(Ledger(tmp_path, recipe, main=main))
         tracked.log({"train/loss": 2.0}, stage=1, step=5)
         tracked.finish()
     assert recorders == []

@@ -1,12 +1,20 @@
-"""What the stages of a run will leave on its disk, before anything of them is written."""
+"""What a run needs of its machine: room on the disk, memory, and processes that go on together."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from sftkey.errors import DiskError, SFTKeyError
+import torch
+from accelerate import PartialState
+
+from sftkey.errors import DeviceError, DiskError, SFTKeyError, first_line
 from sftkey.files import free_bytes, num_bytes_below
 from sftkey.memory_plan.held import (
     ADAPTER_BYTES,
@@ -21,24 +29,65 @@ from sftkey.recipe.stages import trainer_setting
 from sftkey.training.run_folder import Ledger
 from sftkey.training.stage import DEFAULTS
 
+CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
+# What gloo, NCCL and torch's own store say when they wait in vain for another process.
+LOST = re.compile(r"gloo|nccl|closed by peer|Connection reset|Broken pipe|timed out|timeout", re.I)
+
+
+def patience(recipe: Recipe) -> timedelta:
+    """Return how long processes wait for one another: the longest `ddp_timeout` of the stages.
+
+    Their group is made once, before any trainer could say it.
+    """
+    told = (trainer_setting(recipe.stage_trainer(each), "ddp_timeout") for each in recipe.stages)
+    return timedelta(seconds=max(told))
+
+
+@contextmanager
+def explained_faults(folder: Path) -> Iterator[None]:
+    """Turn running out of memory, or the loss of another process, into an error that says what now.
+
+    Args:
+        folder: The run folder, which keeps what was reached.
+
+    Raises:
+        DeviceError: In place of torch's error.
+    """
+    try:
+        yield
+    except SFTKeyError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_MESSAGE in str(error):
+            raise DeviceError(
+                str(folder),
+                "out of memory; what was reached is kept",
+                "lower trainer.per_device_train_batch_size (and raise "
+                "gradient_accumulation_steps), lower data.max_length, or set "
+                "trainer.gradient_checkpointing=true; then go on with a new `name=…`",
+            ) from error
+        if PartialState().num_processes > 1 and LOST.search(str(error)):
+            raise DeviceError(
+                str(folder),
+                f"another process of this run is gone, or answers no more: {first_line(error)}",
+                "see what it said before; the same command, with the same number of processes, "
+                "goes on from the newest checkpoint. trainer.ddp_timeout says for how long "
+                "processes wait",
+            ) from error
+        raise
+
+
 MANY, A_FEW = 2**20, 2**16  # bytes beside the weights: a tokenizer; the states of trainer and dice
 
 
 @dataclass(frozen=True)
 class StageDisk:
-    """What a stage writes, in bytes.
+    """What a stage writes, in bytes."""
 
-    Args:
-        result: Its adapter, or its whole model.
-        checkpoint: Each of its checkpoints: weights and the optimizer's state.
-        num_kept: Checkpoints that stay.
-        num_at_once: Checkpoints that lie there while the oldest is still to be removed.
-    """
-
-    result: int
-    checkpoint: int
-    num_kept: int
-    num_at_once: int
+    result: int  # its adapter, or its whole model
+    checkpoint: int  # each of its checkpoints: weights and the optimizer's state
+    num_kept: int  # checkpoints that stay
+    num_at_once: int  # checkpoints that lie there while the oldest is still to be removed
 
     @property
     def left_bytes(self) -> int:
@@ -52,14 +101,14 @@ class StageDisk:
 
 
 def require_disk(ledger: Ledger, num_steps: dict[str, int]) -> str | None:
-    """Say what the open stages will write; refuse where the disk can't hold it.
+    """Say in a line what the open stages will write; refuse where the disk can't hold it.
 
     Args:
         ledger: The run's; what its open stages have written already is there already.
         num_steps: Of each open stage.
 
     Returns:
-        A line for the person; None where all is trained, or the model's size isn't known.
+        None where all is trained, or the model's size isn't known.
 
     Raises:
         DiskError: With the needed and the free bytes.
@@ -77,13 +126,13 @@ def require_disk(ledger: Ledger, num_steps: dict[str, int]) -> str | None:
         results = sum(each.result for each in stages)
         what = f"{_size(needed)}, the results {_size(results)} of them"
         return f"on disk: checkpoints and results will take {what}; {_size(free)} are free"
+    checkpoint = max(each.checkpoint for each in stages)
     raise DiskError(
         str(ledger.folder),
         f"the disk can't hold what the stages will write: {needed:,} bytes are needed; "
         f"{free:,} are free",
         "free some space, or run on another disk; a lower trainer.save_total_limit keeps fewer "
-        "checkpoints, each of "
-        f"{max(each.checkpoint for each in stages):,} bytes",
+        f"checkpoints, each of {checkpoint:,} bytes",
     )
 
 
@@ -109,15 +158,11 @@ def _of_stage(recipe: Recipe, stage: StageSection, skeleton: Skeleton, num_steps
     setting = setting_of(recipe, stage, skeleton, "cpu")
     weights = ADAPTER_BYTES * sum(trained(skeleton, setting))  # what is trained is float32
     members = max(len(setting.ranks), 1)  # of a grid one is kept
-    saves = num_saves({**DEFAULTS, **recipe.stage_trainer(stage)}, num_steps)
-    limit = trainer_setting({**DEFAULTS, **recipe.stage_trainer(stage)}, "save_total_limit")
+    trainer = {**DEFAULTS, **recipe.stage_trainer(stage)}
+    saves, limit = num_saves(trainer, num_steps), trainer_setting(trainer, "save_total_limit")
     kept = min(saves, limit) if limit else saves
-    return StageDisk(
-        weights // members + MANY,
-        weights + optimizer_bytes(skeleton, setting) + A_FEW,
-        kept,
-        min(saves, kept + 1),
-    )
+    checkpoint = weights + optimizer_bytes(skeleton, setting) + A_FEW
+    return StageDisk(weights // members + MANY, checkpoint, kept, min(saves, kept + 1))
 
 
 def num_saves(trainer: dict[str, Any], num_steps: int) -> int:
