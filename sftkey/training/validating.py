@@ -44,6 +44,7 @@ class ValidatingTrainer(SFTTrainer):
         dataset = dataloader.dataset
         sums = torch.zeros(1, device=self.args.device)
         places, of_rows = [], []
+        self.callback_handler.eval_dataloader = dataloader
         with inferring(self.model_wrapped), torch.no_grad():
             for rows, numbers in self._validation_batches(dataset):
                 batch = self._prepare_inputs(self.data_collator(rows))
@@ -56,6 +57,7 @@ class ValidatingTrainer(SFTTrainer):
                 sums = sums + found.sum(-3)
                 places.append(numbers)
                 of_rows.append(found.movedim(-3, 0))
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         sums = self._reported(self.accelerator.reduce(sums, reduction="sum").cpu())
         gathered = self.accelerator.gather((torch.cat(places), torch.cat(of_rows)))
         numbers, of_all = (each.cpu() for each in gathered)

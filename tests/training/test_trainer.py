@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from sftkey.data.labels import PADDING
@@ -368,3 +369,21 @@ def test_sums_by_segment_leave_padding_out() -> None:
     losses = torch.tensor([[1.0, 2.0, 5.0], [3.0, 0.5, 7.0]])
     segments = torch.tensor([[1, 1, PADDING], [1, 3, PADDING]])
     assert segment_means(row_sums(losses, segments).sum(0)) == {"thinking": 2.0, "answer": 0.5}
+
+
+def test_a_validation_tells_callbacks_of_each_batch(
+    tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    """As transformers' own does: so the progress line says how far it is."""
+    told: list[int] = []
+
+    class Listener(TrainerCallback):
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+        ) -> None:
+            told.append(len(eval_dataloader))
+
+    trainer = made_trainer(tiny_model, tiny_tokenizer, tmp_path, per_device_eval_batch_size=3)
+    trainer.add_callback(Listener())
+    trainer.evaluate()
+    assert told == [3, 3, 3]  # seven rows
