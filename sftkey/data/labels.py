@@ -26,6 +26,12 @@ def weights_by_segment(loss_on: str | Mapping[str, float]) -> tuple[float, ...]:
     return tuple(weights[segment.name.lower()] for segment in Segment)
 
 
+def weights_at(segment_ids: torch.Tensor, by_segment: tuple[float, ...]) -> torch.Tensor:
+    """Return the weight of each token in float32, by its segment; 0 where it is `PADDING`."""
+    table = torch.tensor((*by_segment, 0.0), dtype=torch.float32, device=segment_ids.device)
+    return table[segment_ids]  # -1 finds the last entry
+
+
 def labels_for(
     input_ids: torch.Tensor, segment_ids: torch.Tensor, loss_on: str | Mapping[str, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +57,5 @@ def labels_for(
     >>> labels_for(ids, segments, {"thinking": 0.5, "answer": 1.0})[1]
     tensor([[0.0000, 0.5000, 0.0000, 1.0000, 0.0000, 0.0000]])
     """
-    by_segment = (*weights_by_segment(loss_on), 0.0)  # PADDING = -1 finds the last entry
-    table = torch.tensor(by_segment, dtype=torch.float32, device=segment_ids.device)
-    weights = table[segment_ids]
+    weights = weights_at(segment_ids, weights_by_segment(loss_on))
     return torch.where(weights > 0, input_ids, IGNORED), weights

@@ -35,13 +35,8 @@ def write_parts(
 ) -> dict[Path, dict[Key, Sequence[int]]]:
     """Let each process generate after its share of prompts, row by row into a file of its own.
 
-    Args:
-        recipe: Its `eval` says how long an answer may be, and how many are written at a time.
-        renderer: The run's.
-        model: On its device.
-        prompts: Token ids by their question, or by a number.
-        whole: The files lie beside it, and are called like it.
-        settings: `temperature`, `switch` and `report`, as `generate_to_file` takes them.
+    The files lie beside `whole`, and are called like it. The recipe's `eval` says how long an
+    answer may be; `temperature`, `switch` and `report` are as `generate_to_file` takes them.
 
     Returns:
         The files of all processes, which are whole now, and the prompts of each.

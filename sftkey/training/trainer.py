@@ -16,7 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig
 
 from sftkey.data.collator import KeyCollator, row_lengths
-from sftkey.data.labels import PADDING, weights_by_segment
+from sftkey.data.labels import PADDING, weights_at, weights_by_segment
 from sftkey.data.response import Segment
 from sftkey.errors import DivergedError
 from sftkey.models.adapters import without_adapters
@@ -259,17 +259,11 @@ class KeyTrainer(ValidatingTrainer):
         Returns:
             (B, T - 1), or (N, B, T - 1); 0 where no token is trained.
         """
-        weights = self._weights_of(segment_ids)
+        weights = weights_at(segment_ids, self._step_weights)
         if self._weighting is None:
             return weights
         more = {"entropies": entropies} if takes_entropies(self._weighting) else {}
         return weights * self._weighting(segment_ids, losses, **more)
-
-    def _weights_of(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """Return the step's weights of tokens whose segment is -1 where none is trained."""
-        by_segment = (*self._step_weights, 0.0)  # PADDING = -1 finds the last entry
-        table = torch.tensor(by_segment, dtype=torch.float32, device=segment_ids.device)
-        return table[segment_ids]
 
     def _model_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any], segment_ids: torch.Tensor
@@ -323,7 +317,7 @@ class KeyTrainer(ValidatingTrainer):
             ends = zip(self._first_weights, self.segment_weights, strict=True)
             self._step_weights = tuple(first + done * (last - first) for first, last in ends)
             both = [(each["segment_ids"], each["loss_weights"][:, 1:]) for each in batch_samples]
-            sums = [self._weights_of(_trained(*each)).sum() for each in both]
+            sums = [weights_at(_trained(*each), self._step_weights).sum() for each in both]
         total = torch.stack(sums).sum()
         whole: torch.Tensor = self.accelerator.reduce(total.to(device), reduction="sum")
         if self._start is not None:
