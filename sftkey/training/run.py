@@ -43,6 +43,7 @@ from sftkey.training.callbacks import (
 )
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import SURROUNDINGS, RunProgress, StageLog, read_log, refuse_unsound_end
+from sftkey.training.losses import own_losses
 from sftkey.training.machine import explained_faults, patience, require_disk
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
 from sftkey.training.rows import ALL, require_same_rows
@@ -58,7 +59,6 @@ from sftkey.training.stage import (
 from sftkey.training.stage_model import load_stage, stands_on
 from sftkey.training.trackers import Trackers, TrackStage
 from sftkey.training.trainer import KeyTrainer
-from sftkey.training.weighting import own_losses
 
 PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 

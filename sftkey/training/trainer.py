@@ -27,9 +27,14 @@ from sftkey.training.losses import (
     Beside,
     Context,
     Logits,
+    StageStart,
     add_token_losses,
+    find_weighting,
     in_tiles,
     joint_losses,
+    likeliest_entropy,
+    takes_entropies,
+    thinking_targets,
     token_losses,
 )
 from sftkey.training.validating import (
@@ -38,13 +43,6 @@ from sftkey.training.validating import (
     pass_ends,
     row_sums,
     segment_means,
-)
-from sftkey.training.weighting import (
-    StageStart,
-    find_weighting,
-    likeliest_entropy,
-    takes_entropies,
-    thinking_targets,
 )
 
 

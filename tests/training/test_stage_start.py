@@ -17,9 +17,9 @@ from sftkey.errors import DeviceError, RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.training import losses as losses_module
 from sftkey.training import stage as stage_module
+from sftkey.training.losses import thinking_targets
 from sftkey.training.stage import refuse_unfit
 from sftkey.training.trainer import KeyTrainer
-from sftkey.training.weighting import thinking_targets
 from tests.support.models import EQUAL
 from tests.support.tiny import made_model
 from tests.training.test_trainer import config, made_rows, training_lines

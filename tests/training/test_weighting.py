@@ -13,8 +13,8 @@ from sftkey.data.response import Segment
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.training import losses as losses_module
+from sftkey.training.losses import find_weighting, own_losses
 from sftkey.training.trainer import KeyTrainer
-from sftkey.training.weighting import find_weighting, own_losses
 from tests.support.models import EQUAL
 from tests.support.tiny import made_model
 from tests.training.test_trainer import config, direct_losses, made_rows, training_lines
