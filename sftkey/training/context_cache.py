@@ -29,14 +29,10 @@ NUM_SAMPLES = 4096  # numbers of a base weight that its fingerprint is made from
 class ContextCache:
     """Keys and values of each batch's context, one safetensors file a batch, memory-mapped.
 
-    A file belongs to its batch and to the model that read it, by its name. It is checked when a
-    process opens it for the first time, and written again if it is torn.
-
-    Args:
-        folder: Where the files lie.
-        model: Its weights name the files; the key's adapters don't count.
-        limit_bytes: What all files may take; contexts beyond are read by the model as ever.
-        must_pay: Give the files up if reading them and writing them takes longer than the model.
+    A file belongs to its batch and to the model that read it, by its name; the key's adapters don't
+    count. It is checked when a process opens it for the first time, and written again if it is
+    torn. Contexts beyond `limit_bytes` are read by the model as ever. With `must_pay` the files are
+    given up if reading them and writing them takes longer than the model.
     """
 
     def __init__(
@@ -51,13 +47,7 @@ class ContextCache:
         self._used = sum(file.stat().st_size for file in folder.iterdir())
 
     def read(self, batch: Aligned, config: Any, make: Callable[[], DynamicCache]) -> DynamicCache:
-        """Return the cache of a batch's context: from its file, else as `make` makes it.
-
-        Args:
-            batch: Its first C columns are the context.
-            config: The model's.
-            make: Reads the context with the model.
-        """
+        """Return the cache of a batch's C columns of context: from its file, else from `make`."""
         if not self.active:
             return make()
         file = self.folder / f"{self._name(batch)}.safetensors"
@@ -73,19 +63,16 @@ class ContextCache:
             self._checked.discard(file.stem)  # so that reading takes what it takes at most
             self._load(file, batch, config)
             self._seconds.append((seconds, time.perf_counter() - start - seconds))
-            self._decide()
+            of_model, of_files = (sum(each) for each in zip(*self._seconds, strict=True))
+            if len(self._seconds) == NUM_MEASURED and of_files >= of_model:
+                LOGGER.info("contexts are read anew in each epoch: files would take longer here")
+                self.remove()
         return made
 
     def remove(self) -> None:
         """Remove the files."""
         self.active = False
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _decide(self) -> None:
-        of_model, of_files = (sum(each) for each in zip(*self._seconds, strict=True))
-        if len(self._seconds) == NUM_MEASURED and of_files >= of_model:
-            LOGGER.info("contexts are read anew in each epoch: files would take longer here")
-            self.remove()
 
     def _name(self, batch: Aligned) -> str:
         digest = hashlib.sha256(self._model)
@@ -158,8 +145,7 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     """
     digest = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
     of_key = [f".{name}." for name in key_adapters(model)]
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, each in named:
+    for name, each in (*model.named_parameters(), *model.named_buffers()):
         if any(part in name for part in of_key):
             continue
         numbers = each.detach().flatten()

@@ -93,11 +93,7 @@ class Ledger:
 
     `files` holds the sha256 of what is finished, by its path in the run folder, and `rows` that of
     the rows of each split. Runs that were begun before there were such have none, and are read.
-
-    Args:
-        folder: The run folder.
-        recipe: The run's recipe.
-        main: Whether this process writes; the others only read along.
+    The `main` process alone writes it.
 
     Raises:
         RunError: Neither the file nor its copy is whole.
@@ -165,9 +161,7 @@ class Ledger:
     def broken(self, below: Path | None = None, leaving: Collection[str] = ()) -> dict[Path, str]:
         """Return what became of finished files that are no longer as they were written.
 
-        Args:
-            below: Look at this file or folder; default all.
-            leaving: Folders that aren't looked at.
+        It looks at one file or folder, by default at all, `leaving` out some folders.
         """
         found: dict[Path, str] = {}
         for file in self.files if below is None else self._known(below):
@@ -222,14 +216,14 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
     """
     for name in (LEDGER, COPY):
         try:
-            content = json.loads((folder / name).read_bytes())
+            content = read_json(folder / name)
             known = content.pop("sha256", None)
             if known == _content_hash(content) or (known is None and "files" not in content):
                 content["stages"] = STAGES.validate_python(content["stages"])
                 for part in ("facts", "rows", "files"):
                     MAPPING.validate_python(content.setdefault(part, {}))
                 return content
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (RunError, ValueError, TypeError, KeyError, RecursionError):
             continue
     left = [each for each in (LEDGER, COPY) if (folder / each).exists()]
     if left or any(folder.glob("stages/*")):
