@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from sftkey.errors import ModelError, RecipeError, first_line
 from sftkey.recipe.schema import Recipe, StageSection
-from sftkey.training.trackers import reported_to
+from sftkey.training.log import reported_to
 
 
 def refuse_missing_trackers(recipe: Recipe) -> None:

@@ -1,25 +1,28 @@
-"""What a run says while it trains: progress on stderr, and a log file for each stage."""
+"""What a run says while it trains: progress on stderr, a log file for each stage, trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import rewrite_logs
 
 from sftkey.activity import tell
-from sftkey.errors import DivergedError, RunError
+from sftkey.errors import DivergedError
 from sftkey.files import write_text
 from sftkey.training.run_folder import Ledger
-from sftkey.training.soundness import keep_losses
+from sftkey.training.soundness import check_behind_cache, check_handoff, keep_losses, not_finite
 
 
 class RunProgress:
@@ -157,88 +160,10 @@ def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     return lines
 
 
-def check_handoff(
-    end: dict[str, float],
-    start: dict[str, float],
-    tolerance: float,
-    where: str,
-    tokens: Mapping[str, float] = MappingProxyType({}),
-) -> None:
-    """Compare a stage's first losses, by segment in nats a token, with the last ones before it.
-
-    Where both were read in other batches or surroundings, there are `tokens` of each segment:
-    their mean loss may differ by as much as they are rounded differently.
-
-    Raises:
-        RunError: The stage doesn't start from what the previous one wrote.
-    """
-    missed = {}
-    for name in (each for each in end if each in start):
-        gap, allowed = abs(start[name] - end[name]), tolerance
-        if name in tokens:
-            rounded = STANDARD_ERRORS * OTHER_ROUNDING * tolerance / math.sqrt(tokens[name])
-            allowed = max(tolerance, rounded)
-        if not gap <= allowed:  # NaN is one
-            missed[name] = gap
-    if missed:
-        worst = max(missed, key=lambda name: missed[name])
-        raise RunError(
-            where,
-            f"expected to start where the previous stage ended; the {worst} loss was "
-            f"{end[worst]:.6f} then and is {start[worst]:.6f} now (nats a token)",
-            "was the previous stage's adapter folder changed? `--fresh` begins anew",
-        )
-
-
+# What a run's figures depend on beside its recipe and the versions of its libraries.
+SURROUNDINGS = ("device", "compute_dtype", "world_size")
 # How far a stage's first losses may lie from the last ones before it, nats a token.
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 1e-3
-# A key that is read at another place has other losses: they differ as much as the losses vary.
-MOST_NOISE = 0.25  # of that spread
-ALWAYS_ALLOWED = 100.0  # times the hand-off's tolerance, where all losses are nearly the same
-# Other rows beside a row, or another processor, round each of its tokens differently, up and down:
-# in 16 bits by hundredths of a nat.
-OTHER_ROUNDING = 100.0  # times the hand-off's tolerance
-STANDARD_ERRORS = 6.0
-SURROUNDINGS = ("device", "compute_dtype", "world_size")
-
-
-def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -> None:
-    """Compare the key's losses behind a cache with those of a full pass of the same model.
-
-    Raises:
-        RunError: They are losses of something else.
-    """
-    allowed = max(MOST_NOISE * behind["spread"], ALWAYS_ALLOWED * tolerance)
-    gap = abs(behind["loss"] - behind["full_pass"])
-    if gap <= behind["bound"] and behind["noise"] <= allowed and not behind["misplaced"]:
-        return
-    raise RunError(
-        where,
-        f"expected the key's loss behind the cache to be that of a full pass, up to rounding; got "
-        f"{behind['loss']:.6f} and {behind['full_pass']:.6f} nats a token (each token moves by "
-        f"{behind['noise']:.4f}, and {behind['misplaced']:.0f} lie on the wrong side of it)",
-        "this model can't be trained with context: frozen; write context: exact",
-    )
-
-
-def not_finite(losses: dict[str, float]) -> str:
-    """Name the segments whose loss isn't finite."""
-    return ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
-
-
-def refuse_unsound_end(end: dict[str, float], where: str) -> None:
-    """Refuse to save a stage whose last losses, by segment, aren't all finite.
-
-    Raises:
-        RunError: Names the segments.
-    """
-    if unsound := not_finite(end):
-        raise RunError(
-            where,
-            f"expected finite losses at the end; those of {unsound} are not, and nothing was saved",
-            "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the "
-            "checkpoints are kept",
-        )
 
 
 class StageLog(TrainerCallback):
@@ -386,3 +311,88 @@ def segments_of(figures: dict[str, Any], prefix: str) -> dict[str, float]:
     return {
         key.removeprefix(prefix): value for key, value in figures.items() if key.startswith(prefix)
     }
+
+
+# Transformers opens these anew, or logs over the stage before, with each trainer; others are left
+# to its own callbacks.
+KINDS = {"wandb": WandBTracker, "trackio": TrackioTracker}
+TRACKERS = ("tensorboard", *KINDS)
+
+
+def reported_to(settings: Mapping[str, Any]) -> list[str]:
+    """Return the trackers that a trainer's settings name."""
+    told = settings.get("report_to") or "none"
+    return [name for name in ([told] if isinstance(told, str) else told) if name != "none"]
+
+
+class Trackers:
+    """The trackers of a run that `trainer.report_to` names, opened when something is logged.
+
+    Only the main process logs. A run that goes on after a stop goes on in its trackers, too. Its
+    recipe is the configuration that each of them shows.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.recipe = ledger, ledger.recipe
+        settings = map(self.recipe.stage_trainer, self.recipe.stages)
+        told = dict.fromkeys(name for each in settings for name in reported_to(each))
+        self.names = [name for name in told if name in TRACKERS]
+
+    @cached_property
+    def _open(self) -> list[GeneralTracker]:
+        return [self._opened(name) for name in self.names]
+
+    def _opened(self, name: str) -> GeneralTracker:
+        folder = str(self.ledger.folder)
+        if name == "tensorboard":
+            tracker = TensorBoardTracker("tensorboard", folder)
+            tracker.start()
+            tracker.log({"recipe": f"```yaml\n{self.recipe.to_yaml()}```"}, step=0)
+            return tracker
+        settings = self.recipe.trainer
+        known = self.ledger.facts.setdefault("tracked_as", uuid.uuid4().hex[:8])
+        self.ledger.save()
+        shown = settings.get("run_name") or f"{self.recipe.name}-{known}"
+        about: dict[str, Any] = {"name": shown, "resume": "allow"}
+        if name == "wandb":
+            about |= {"id": known, "dir": folder}
+        elif space := settings.get("trackio_space_id"):
+            about["space_id"] = space
+        tracker = KINDS[name](settings.get("project") or "sftkey", **about)
+        tracker.start()
+        tracker.store_init_configuration(self.recipe.model_dump(mode="json"))
+        return tracker
+
+    def log(self, values: Mapping[str, float], stage: int, step: int) -> None:
+        """Log figures by their names.
+
+        Args:
+            values: The figures.
+            stage: Whose they are, the first being 1; 0 is the base model.
+            step: Of this stage; those of the stages before it are added.
+        """
+        if not self.ledger.main or not self.names:
+            return
+        before = sum(record.num_steps for record in self.ledger.stages[: max(stage - 1, 0)])
+        for tracker in self._open:
+            tracker.log({**values, "stage": stage}, step=before + step)
+
+    def finish(self) -> None:
+        """Close what was opened."""
+        for tracker in self.__dict__.pop("_open", []):
+            tracker.finish()
+
+
+class TrackStage(TrainerCallback):
+    """Logs what a stage's trainer logs (the first being 1): losses by segment."""
+
+    def __init__(self, trackers: Trackers, stage: int) -> None:
+        self.trackers, self.stage = trackers, stage
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Log the numbers of one log line, named as transformers names them."""
+        said = (logs or {}).items()
+        numbers = {key: value for key, value in said if isinstance(value, int | float)}
+        self.trackers.log(rewrite_logs(numbers), self.stage, state.global_step)

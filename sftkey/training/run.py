@@ -42,13 +42,19 @@ from sftkey.training.callbacks import (
     stopping_on_signals,
 )
 from sftkey.training.frozen import FrozenTrainer
-from sftkey.training.log import SURROUNDINGS, RunProgress, StageLog, read_log, refuse_unsound_end
+from sftkey.training.log import SURROUNDINGS, RunProgress, StageLog, Trackers, TrackStage, read_log
 from sftkey.training.losses import own_losses
 from sftkey.training.machine import explained_faults, patience, require_disk
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
 from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import BASE, Ledger, open_run
-from sftkey.training.soundness import HINT, change_of, kept_losses, refuse_destroyed
+from sftkey.training.soundness import (
+    HINT,
+    change_of,
+    kept_losses,
+    refuse_destroyed,
+    refuse_unsound_end,
+)
 from sftkey.training.stage import (
     gradient_norms,
     make_trainer,
@@ -57,7 +63,6 @@ from sftkey.training.stage import (
     stage_arguments,
 )
 from sftkey.training.stage_model import load_stage, stands_on
-from sftkey.training.trackers import Trackers, TrackStage
 from sftkey.training.trainer import KeyTrainer
 
 PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")

@@ -1,11 +1,12 @@
-"""Whether a stage has made its model worse: validation losses row by row, at its start and end."""
+"""Whether a stage's losses are sound: they begin where they should, are finite, get no worse."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from scipy.stats import ttest_1samp
@@ -96,6 +97,87 @@ def refuse_destroyed(
             f"{guess:.4f} nats a token; it went from {change.start:.4f} to {change.end:.4f}, and "
             "nothing was saved",
             "lower trainer.learning_rate; the checkpoints are kept",
+        )
+
+
+def check_handoff(
+    end: dict[str, float],
+    start: dict[str, float],
+    tolerance: float,
+    where: str,
+    tokens: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Compare a stage's first losses, by segment in nats a token, with the last ones before it.
+
+    Where both were read in other batches or surroundings, there are `tokens` of each segment:
+    their mean loss may differ by as much as they are rounded differently.
+
+    Raises:
+        RunError: The stage doesn't start from what the previous one wrote.
+    """
+    missed = {}
+    for name in (each for each in end if each in start):
+        gap, allowed = abs(start[name] - end[name]), tolerance
+        if name in tokens:
+            rounded = STANDARD_ERRORS * OTHER_ROUNDING * tolerance / math.sqrt(tokens[name])
+            allowed = max(tolerance, rounded)
+        if not gap <= allowed:  # NaN is one
+            missed[name] = gap
+    if missed:
+        worst = max(missed, key=lambda name: missed[name])
+        raise RunError(
+            where,
+            f"expected to start where the previous stage ended; the {worst} loss was "
+            f"{end[worst]:.6f} then and is {start[worst]:.6f} now (nats a token)",
+            "was the previous stage's adapter folder changed? `--fresh` begins anew",
+        )
+
+
+# A key that is read at another place has other losses: they differ as much as the losses vary.
+MOST_NOISE = 0.25  # of that spread
+ALWAYS_ALLOWED = 100.0  # times the hand-off's tolerance, where all losses are nearly the same
+# Other rows beside a row, or another processor, round each of its tokens differently, up and down:
+# in 16 bits by hundredths of a nat.
+OTHER_ROUNDING = 100.0  # times the hand-off's tolerance
+STANDARD_ERRORS = 6.0
+
+
+def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -> None:
+    """Compare the key's losses behind a cache with those of a full pass of the same model.
+
+    Raises:
+        RunError: They are losses of something else.
+    """
+    allowed = max(MOST_NOISE * behind["spread"], ALWAYS_ALLOWED * tolerance)
+    gap = abs(behind["loss"] - behind["full_pass"])
+    if gap <= behind["bound"] and behind["noise"] <= allowed and not behind["misplaced"]:
+        return
+    raise RunError(
+        where,
+        f"expected the key's loss behind the cache to be that of a full pass, up to rounding; got "
+        f"{behind['loss']:.6f} and {behind['full_pass']:.6f} nats a token (each token moves by "
+        f"{behind['noise']:.4f}, and {behind['misplaced']:.0f} lie on the wrong side of it)",
+        "this model can't be trained with context: frozen; write context: exact",
+    )
+
+
+def not_finite(losses: dict[str, float]) -> str:
+    """Name the segments whose loss isn't finite."""
+    return ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
+
+
+def refuse_unsound_end(end: dict[str, float], where: str) -> None:
+    """Refuse to save a stage whose last losses, by segment, aren't all finite.
+
+    Raises:
+        RunError: Names the segments.
+    """
+    if unsound := not_finite(end):
+        raise RunError(
+            where,
+            f"expected finite losses at the end; those of {unsound} are not, and nothing was saved",
+            "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the "
+            "checkpoints are kept",
         )
 
 

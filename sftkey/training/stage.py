@@ -23,9 +23,9 @@ from sftkey.models.device import Device, sharded
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs
 from sftkey.training.frozen import FrozenTrainer
+from sftkey.training.log import TRACKERS, reported_to
 from sftkey.training.losses import token_losses
 from sftkey.training.stage_model import refuse_mixed_rows
-from sftkey.training.trackers import NAMES, reported_to
 from sftkey.training.trainer import KeyTrainer
 
 # What sftkey takes where the recipe says nothing; all else is TRL's own default.
@@ -64,7 +64,7 @@ def stage_arguments(
     packs = {"train_sampling_strategy": "random"} if reads_packs(recipe, stage) else {}
     told = recipe.stage_trainer(stage)
     if names := reported_to(told):
-        owned["report_to"] = [name for name in names if name not in NAMES] or "none"
+        owned["report_to"] = [name for name in names if name not in TRACKERS] or "none"
     return SFTConfig(**{**DEFAULTS, **packs, **told, **owned})
 
 

@@ -13,8 +13,8 @@ import torch
 
 from sftkey.errors import RunError
 from sftkey.training import frozen, stage_model, validating
-from sftkey.training.log import check_behind_cache
 from sftkey.training.losses import token_losses
+from sftkey.training.soundness import check_behind_cache
 from tests.support.tiny import made_model, write_recipe
 from tests.training.test_run import Killed, done, kill_at_step
 

@@ -14,7 +14,8 @@ from transformers import TrainerState
 from sftkey.errors import RunError
 from sftkey.models.adapters import refuse_not_finite
 from sftkey.training.callbacks import kept_checkpoint
-from sftkey.training.log import RunProgress, read_log, refuse_unsound_end
+from sftkey.training.log import RunProgress, read_log
+from sftkey.training.soundness import refuse_unsound_end
 
 
 def test_the_time_left_is_that_of_the_steps_that_are_trained(

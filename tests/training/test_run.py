@@ -18,9 +18,10 @@ from sftkey.evaluation.grading import grade
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.load import load_recipe
 from sftkey.training.callbacks import is_whole, newest_whole, seal
-from sftkey.training.log import check_handoff, read_log
+from sftkey.training.log import read_log
 from sftkey.training.machine import explained_faults
 from sftkey.training.run import Run, start
+from sftkey.training.soundness import check_handoff
 from sftkey.training.validating import ValidatingTrainer
 from tests.support.models import ROUNDED
 from tests.support.tiny import write_recipe

@@ -12,10 +12,10 @@ import torch
 from sftkey.models.device import Device
 from sftkey.pipeline import train_recipe
 from sftkey.recipe.load import load_recipe
-from sftkey.training import trackers
+from sftkey.training import log
+from sftkey.training.log import Trackers
 from sftkey.training.run_folder import Ledger
 from sftkey.training.stage import stage_arguments
-from sftkey.training.trackers import Trackers
 
 
 class Recorder:
@@ -50,7 +50,7 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     """Put a recorder in the place of wandb's and trackio's."""
-    monkeypatch.setattr(trackers, "KINDS", {"wandb": Recorder, "trackio": Recorder})
+    monkeypatch.setattr(log, "KINDS", {"wandb": Recorder, "trackio": Recorder})
     monkeypatch.setattr(Recorder, "opened", [])
     return Recorder.opened
 
