@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,11 @@ def test_wrong_weightings_are_refused(
     with pytest.raises(RecipeError) as caught:
         load_recipe(tiny_recipe(stages=[stage]))
     assert [f"{each.where}: {each.what}" for each in caught.value.problems] == [problem]
+
+
+@pytest.mark.parametrize("name", ["likeliest_entropy", "find_weighting", "thinking_targets"])
+def test_doctests_hold(name: str) -> None:
+    """Those of the other functions are run with a model, as the library's names."""
+    function = getattr(losses_module, name)
+    (example,) = doctest.DocTestFinder().find(function, name, losses_module)
+    assert doctest.DocTestRunner().run(example).failed == 0
