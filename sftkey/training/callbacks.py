@@ -56,17 +56,22 @@ def _is_same(file: Path, known: Any) -> bool:
     return file.stat().st_size == size and digest in (None, file_hash(file))
 
 
-def newest_whole(folder: Path, set_aside: bool = True) -> Path | None:
-    """Return the newest whole checkpoint in a folder; torn ones are renamed `torn-…`, if so set."""
-    found = []
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in a folder; the main process renames torn ones `torn-…`.
+
+    The processes wait for one another before and behind it.
+    """
+    processes, found = PartialState(), []
+    processes.wait_for_everyone()
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", checkpoint.name)
         if not step:
             continue
         if is_whole(checkpoint):
             found.append((int(step[1]), checkpoint))
-        elif set_aside:
+        elif processes.is_main_process:
             checkpoint.rename(free_name(folder / f"torn-{checkpoint.name}"))
+    processes.wait_for_everyone()
     return max(found)[1] if found else None
 
 

@@ -31,16 +31,8 @@ from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_steps
+from sftkey.training import callbacks, soundness
 from sftkey.training.answers import Answers
-from sftkey.training.callbacks import (
-    SealCheckpoints,
-    StopAfterStep,
-    StopRequest,
-    kept_checkpoint,
-    newest_whole,
-    stop_by_answers,
-    stopping_on_signals,
-)
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import SURROUNDINGS, RunProgress, StageLog, Trackers, TrackStage, read_log
 from sftkey.training.losses import own_losses
@@ -48,13 +40,6 @@ from sftkey.training.machine import explained_faults, patience, require_disk
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
 from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import BASE, Ledger, open_run
-from sftkey.training.soundness import (
-    HINT,
-    change_of,
-    kept_losses,
-    refuse_destroyed,
-    refuse_unsound_end,
-)
 from sftkey.training.stage import (
     gradient_norms,
     make_trainer,
@@ -132,7 +117,7 @@ class Run:
         """
         folder = self.ledger.folder
         with (
-            stopping_on_signals(folder, self.progress.note) as request,
+            callbacks.stopping_on_signals(folder, self.progress.note) as request,
             explained_faults(folder),
             explained_full_disk(folder),
         ):
@@ -141,7 +126,7 @@ class Run:
             finally:
                 self.trackers.finish()
 
-    def _stages(self, train: bool, request: StopRequest) -> Iterator[str]:
+    def _stages(self, train: bool, request: callbacks.StopRequest) -> Iterator[str]:
         if train and (line := require_disk(self.ledger, self.progress.planned)):
             self.progress.note(line)
         model = None
@@ -175,15 +160,14 @@ class Run:
         refuse_unfit(model, self.recipe, packed=self.packs is not None)
         return model
 
-    def _train(self, number: int, model: PreTrainedModel | PeftModel, request: StopRequest) -> None:
+    def _train(
+        self, number: int, model: PreTrainedModel | PeftModel, request: callbacks.StopRequest
+    ) -> None:
         """Train one stage from its start, or from its newest whole checkpoint, to its adapter."""
         stage, record = self.recipe.stages[number], self.ledger.stages[number]
         checkpoints = self.ledger.stage_folder(number) / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
-        processes = PartialState()
-        processes.wait_for_everyone()
-        checkpoint = newest_whole(checkpoints, set_aside=processes.is_main_process)
-        processes.wait_for_everyone()
+        checkpoint = callbacks.newest_whole(checkpoints)
         if stage.thinking == "own":
             rows = self._own_rows(number, model)
         else:
@@ -196,11 +180,11 @@ class Run:
             tokenizer=self.tokenizer,
             train_dataset=rows,
             eval_dataset=self.validation,
-            callbacks=[SealCheckpoints(), StopAfterStep(request)],
+            callbacks=[callbacks.SealCheckpoints(), callbacks.StopAfterStep(request)],
         )
         more = self.prepared.loss_name, lambda: trainer.row_losses
         log = StageLog(self.ledger, number, self.progress, *more)
-        early = stop_by_answers(self.recipe, self.prepared, log, trainer, self.grade)
+        early = callbacks.stop_by_answers(self.recipe, self.prepared, log, trainer, self.grade)
         track = TrackStage(self.trackers, number + 1)
         for callback in filter(None, (early, log, track)):  # answers are no time of training
             trainer.add_callback(callback)
@@ -211,7 +195,8 @@ class Run:
             self.ledger.save()
         with activity(f"training {stage.name}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if kept := kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end):
+            kept = callbacks.kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end)
+            if kept:
                 self.progress.note(f"{stage.name}: {kept}")
             if early:
                 early.load_best(trainer)
@@ -225,14 +210,13 @@ class Run:
     def _compare_ends(self, trainer: KeyTrainer, number: int) -> None:
         """Note a validation loss that ended above its start; refuse a model that is destroyed."""
         record, folder = self.ledger.stages[number], self.ledger.stage_folder(number)
-        refuse_unsound_end(record.validation["end"], str(folder))
-        start, end = kept_losses(folder).get("start", []), trainer.row_losses
-        config: Any = trainer.accelerator.unwrap_model(trainer.model).config
-        refuse_destroyed(start, end, config.get_text_config().vocab_size, str(folder))
-        change, record.worse = change_of(start, end), None
+        soundness.refuse_unsound_end(record.validation["end"], str(folder))
+        start, end = soundness.kept_losses(folder).get("start", []), trainer.row_losses
+        soundness.refuse_destroyed(start, end, trainer.num_logits, str(folder))
+        change, record.worse = soundness.change_of(start, end), None
         if change and change.is_worse:
             record.worse = change.said(self.prepared.loss_name)
-            self.progress.note(f"WARNING: {record.name}: {record.worse}\nhint: {HINT}")
+            self.progress.note(f"WARNING: {record.name}: {record.worse}\nhint: {soundness.HINT}")
 
     def _own_rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
         """Let the model write the thinkings of a stage, and of the validation rows without any."""

@@ -164,7 +164,7 @@ class KeyTrainer(ValidatingTrainer):
             quiet = partial(model.save_pretrained, save_embedding_layers=False)
             model.save_pretrained = quiet  # type: ignore[method-assign]
         _restore(model, exact)
-        self._start = StageStart(model, self._num_logits) if kl else None
+        self._start = StageStart(model, self.num_logits) if kl else None
 
     def compute_loss(  # type: ignore[override]  # the count is always the tensor made below
         self,
@@ -230,11 +230,12 @@ class KeyTrainer(ValidatingTrainer):
 
     @torch.no_grad()
     def _entropies(self, states: torch.Tensor, logits: Logits) -> torch.Tensor:
-        return in_tiles(lambda tile: likeliest_entropy(logits(tile)), self._num_logits, states)
+        return in_tiles(lambda tile: likeliest_entropy(logits(tile)), self.num_logits, states)
 
     @property
-    def _num_logits(self) -> int:
-        model: Any = self.model
+    def num_logits(self) -> int:
+        """The size of the vocabulary."""
+        model: Any = self.accelerator.unwrap_model(self.model)
         return int(model.config.get_text_config().vocab_size)
 
     def token_weights(
