@@ -36,11 +36,7 @@ WEIGHTS_FILE = "key_adapters.safetensors"  # of a checkpoint; the context's weig
 class SameBatches(Sampler[int]):
     """The rows of the same batches in each epoch, the batches in an order of the epoch's own.
 
-    Args:
-        rows: In the first epoch's order; what doesn't fill a batch stays last.
-        batch_size: Rows of a batch, on one process.
-        seed: Of the run.
-        epoch: Returns how many are over.
+    The rows come in the first epoch's order; what doesn't fill a batch stays last.
 
     >>> list(SameBatches([5, 3, 0, 1, 2], 2, seed=0, epoch=lambda: 1))
     [0, 1, 5, 3, 2]
@@ -127,12 +123,8 @@ class FrozenTrainer(KeyTrainer):
 
     What a step of a grid costs is one reading of the context and one larger pass over keys. Each
     adapter has a learning rate, a clipped gradient and optimizer states of its own, so that it
-    becomes what it would become alone.
-
-    Args:
-        members: The stage's adapters; the model has them already.
-        context_cache: The stage's: `auto`, `off` or a size.
-        settings: `KeyTrainer`'s.
+    becomes what it would become alone. The model has all of these members already; `context_cache`
+    is `auto`, `off` or a size.
     """
 
     def __init__(

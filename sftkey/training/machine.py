@@ -16,14 +16,7 @@ from accelerate import PartialState
 
 from sftkey.errors import DeviceError, DiskError, SFTKeyError, first_line
 from sftkey.files import free_bytes, num_bytes_below
-from sftkey.memory_plan.held import (
-    ADAPTER_BYTES,
-    Skeleton,
-    optimizer_bytes,
-    read_skeleton,
-    setting_of,
-    trained,
-)
+from sftkey.memory_plan import held
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import trainer_setting
 from sftkey.training.run_folder import Ledger
@@ -46,9 +39,6 @@ def patience(recipe: Recipe) -> timedelta:
 @contextmanager
 def explained_faults(folder: Path) -> Iterator[None]:
     """Turn running out of memory, or the loss of another process, into an error that says what now.
-
-    Args:
-        folder: The run folder, which keeps what was reached.
 
     Raises:
         DeviceError: In place of torch's error.
@@ -144,7 +134,7 @@ def _size(num_bytes: int) -> str:
 def plan_disk(recipe: Recipe, num_steps: dict[str, int]) -> dict[str, StageDisk] | None:
     """Plan what each stage writes, from the model's config; None where that doesn't tell."""
     try:
-        skeleton = read_skeleton(recipe.model)
+        skeleton = held.read_skeleton(recipe.model)
         return {
             stage.name: _of_stage(recipe, stage, skeleton, num_steps[stage.name])
             for stage in recipe.stages
@@ -154,14 +144,17 @@ def plan_disk(recipe: Recipe, num_steps: dict[str, int]) -> dict[str, StageDisk]
         return None
 
 
-def _of_stage(recipe: Recipe, stage: StageSection, skeleton: Skeleton, num_steps: int) -> StageDisk:
-    setting = setting_of(recipe, stage, skeleton, "cpu")
-    weights = ADAPTER_BYTES * sum(trained(skeleton, setting))  # what is trained is float32
+def _of_stage(
+    recipe: Recipe, stage: StageSection, skeleton: held.Skeleton, num_steps: int
+) -> StageDisk:
+    setting = held.setting_of(recipe, stage, skeleton, "cpu")
+    trained = sum(held.trained(skeleton, setting))
+    weights = held.ADAPTER_BYTES * trained  # what is trained is float32
     members = max(len(setting.ranks), 1)  # of a grid one is kept
     trainer = {**DEFAULTS, **recipe.stage_trainer(stage)}
     saves, limit = num_saves(trainer, num_steps), trainer_setting(trainer, "save_total_limit")
     kept = min(saves, limit) if limit else saves
-    checkpoint = weights + optimizer_bytes(skeleton, setting) + A_FEW
+    checkpoint = weights + held.optimizer_bytes(skeleton, setting) + A_FEW
     return StageDisk(weights // members + MANY, checkpoint, kept, min(saves, kept + 1))
 
 

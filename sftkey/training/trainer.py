@@ -50,13 +50,8 @@ class GroupedByLength(LengthGroupedSampler):
     """Transformers' sampler of rows that are alike in length, in an order of the epoch's own.
 
     Upstream's draws from the generator that dropout draws from: a resumed stage would meet
-    another order, and so would a process whose rows were longer.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows of an optimizer step, over all processes and micro-batches.
-        seed: Of the run.
-        epoch: Tells which epoch begins.
+    another order, and so would a process whose rows were longer. A batch is all that an optimizer
+    step reads, over all processes and micro-batches.
     """
 
     def __init__(
