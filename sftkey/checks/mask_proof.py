@@ -39,11 +39,7 @@ HARD_TEXTS: dict[str, list[str]] = {
         "`>`",
     ],
     "markup": [
-        "<b>bold</b>",
-        "[link](http://a.b/c?d=e&f)",
-        "| a | b |\n|---|---|",
-        "&lt;",
-        "**x**",
+        *("<b>bold</b>", "[link](http://a.b/c?d=e&f)", "| a | b |\n|---|---|", "&lt;", "**x**"),
     ],
     "Chinese": ["三只猫有十二条腿。", "答案是:", "龍", "𠮷野家"],
     "other letters": ["Ответ", "こんにちは", "안녕하세요", "สวัสดี", "नमस्ते", "Größe", "ﬁ"],
@@ -74,12 +70,8 @@ HARD_TEXTS: dict[str, list[str]] = {
         "user",
     ],
     "tags": [
-        "<Thinking>\n",
-        "\n</Thinking>\n<Answer>\n",
-        "\n</Answer>",
-        "<think>\n",
-        "\n</think>\n\n",
-        "[INST]",
+        *("<Thinking>\n", "\n</Thinking>\n<Answer>\n", "\n</Answer>"),
+        *("<think>\n", "\n</think>\n\n", "[INST]"),
     ],
 }
 LETTERS = [(0x20, 0x7E), (0xA1, 0x24F), (0x370, 0x3FF), (0x4E00, 0x9FA5), (0x1F300, 0x1F5FF)]
@@ -92,8 +84,13 @@ def hard_examples(renderer: Renderer, num_rows: int, seed: int) -> list[Example]
     and answers aren't, since such rows never come to be examples.
     """
     draw = random.Random(seed)
-    kinds = _kinds(renderer)
-    takes_system = _takes_system(renderer)
+    # The response's own tags are added, and what is a special token of this tokenizer is left out.
+    own = [tag for tag in vars(renderer.response).values() if tag]
+    usual = [
+        [text for text in kind if not renderer.special_pattern.search(text)]
+        for kind in (*HARD_TEXTS.values(), own)
+    ]
+    kinds, takes_system = [kind for kind in usual if kind], _takes_system(renderer)
     examples = []
     for index in range(num_rows):
         thinking = "" if draw.random() < 0.1 else _text(draw, kinds, most=8)
@@ -109,14 +106,6 @@ def hard_examples(renderer: Renderer, num_rows: int, seed: int) -> list[Example]
         prompt = _prompt(draw, question, takes_system) if renderer.kind == "chat" else question
         examples.append(Example(prompt, thinking, answer, index))
     return examples
-
-
-def _kinds(renderer: Renderer) -> list[list[str]]:
-    """Add the response's own tags, and leave out what is a special token of this tokenizer."""
-    own = [tag for tag in vars(renderer.response).values() if tag]
-    kinds = [*HARD_TEXTS.values(), own]
-    kept = [[text for text in kind if not renderer.special_pattern.search(text)] for kind in kinds]
-    return [kind for kind in kept if kind]
 
 
 def _takes_system(renderer: Renderer) -> bool:
@@ -157,7 +146,6 @@ def _prompt(
     return question
 
 
-SPECIAL_TEXT = "holds the text of a special token"
 BEFORE = "cats"  # decoded before a completion, whose first blank SentencePiece would take away
 SIGN = "▁"
 BROKEN = "\ufffd"  # what stands for a character of which bytes are missing
@@ -187,12 +175,6 @@ class Proof:
     refused: dict[str, int] = field(default_factory=dict)
     wrong: list[Wrong] = field(default_factory=list)
 
-    @property
-    def num_refused_otherwise(self) -> int:
-        """Rows that were refused for something else than what a text holds of the frame's own."""
-        own = (SPECIAL_TEXT, OWN_TAGS)
-        return sum(n for reason, n in self.refused.items() if not any(o in reason for o in own))
-
 
 @activity("proving the masks on hard rows")
 def prove(renderer: Renderer, num_rows: int, seed: int) -> Proof:
@@ -210,18 +192,13 @@ def judge(renderer: Renderer, examples: Sequence[Example], rows: Sequence[Row | 
             fault = oracle.fault(example, row)
         elif oracle.can_be_built(example):
             fault = f"refused, but a row can be built: {row.reason}"
-        else:
-            refused[_kind(row.reason)] += 1
+        else:  # what differs between rows that are refused for one reason is left out
+            reason = re.sub(r"the special token .*", "a special token", row.reason)
+            refused[re.sub(r"holds '.+', which", "holds a character that", reason)] += 1
             continue
         right += fault is None
         wrong += [] if fault is None else [Wrong(example, fault)]
     return Proof(len(examples), right, dict(refused), wrong)
-
-
-def _kind(reason: str) -> str:
-    """Leave out what differs between rows that are refused for one reason."""
-    reason = re.sub(r"the special token .*", "a special token", reason)
-    return re.sub(r"holds '.+', which", "holds a character that", reason)
 
 
 class Oracle:
@@ -233,7 +210,7 @@ class Oracle:
         added = renderer.tokenizer.added_tokens_decoder.values()
         tokens = sorted((token.content for token in added), key=len, reverse=True)
         # A tokenizer takes its added tokens out of a text before it normalizes what is between.
-        self.added = re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
+        self.added = re.compile("(" + ("|".join(map(re.escape, tokens)) or "(?!)") + ")")
         self.special = frozenset(renderer.special_ids.values())
         self.before = renderer.encode([BEFORE])[0].ids
         # Older SentencePiece (Llama 2's, Phi-3's) sets a blank behind special tokens too.
@@ -252,10 +229,9 @@ class Oracle:
             return "another answer is read from the row than stood in the example"
         if ids[: len(fed)] != fed or self.renderer.prompt_ids(example.prompt) != fed:
             return "the row does not begin with what inference feeds"
-        places = [n for n, segment in enumerate(segments) if segment == Segment.PROMPT]
-        if places != list(range(len(fed))) or trained(row, "completion") != list(
-            range(len(fed), len(ids))
-        ):
+        prompt = [n for n, segment in enumerate(segments) if segment == Segment.PROMPT]
+        rest = list(range(len(fed), len(ids)))
+        if prompt != list(range(len(fed))) or trained(row, "completion") != rest:
             return "stage `completion` does not train exactly what follows the prompt"
         completion = Row(ids[len(fed) :], segments[len(fed) :], row.index)
         return self._completion_fault(example, completion, self._blank(fed))
@@ -279,13 +255,11 @@ class Oracle:
         wanted = (self.normal(rest), self._blank(fed) + self.normal(rest))
         for text, head in ((prompt + rest, renderer.bos_before(prompt)), (rest, fed)):
             ids = [*head, *renderer.tokenizer(text, add_special_tokens=False)["input_ids"]]
-            completion = ids[len(fed) :]
-            if (
-                ids[: len(fed)] == fed
-                and completion[-1:] == [renderer.end_id]
-                and [n for n in completion if n in self.special] == renderer.written_special_ids
-                and self.decode(completion) in wanted
-            ):
+            begin, completion = ids[: len(fed)], ids[len(fed) :]
+            special = [number for number in completion if number in self.special]
+            if begin != fed or special != renderer.written_special_ids:
+                continue
+            if completion[-1:] == [renderer.end_id] and self.decode(completion) in wanted:
                 return True
         return False
 
@@ -293,11 +267,8 @@ class Oracle:
         """Tell whether the answer is read again from what the tokenizer keeps of the response."""
         response = self.renderer.response
         text = self.normal(response.render(example.thinking, example.answer))
-        answer = response.parse(text).answer or ""
-        given, found = (
-            unicodedata.normalize("NFC", each.strip()) for each in (example.answer, answer)
-        )
-        return given == found
+        answers = (example.answer, response.parse(text).answer or "")
+        return len({unicodedata.normalize("NFC", each.strip()) for each in answers}) == 1
 
     def fed(self, example: Example) -> list[int]:
         """Return the ids that inference feeds, by upstream's own call."""
@@ -315,12 +286,9 @@ class Oracle:
         tools = {}
         if messages[0]["role"] == TOOLS:
             tools, messages = {"tools": json.loads(messages[0]["content"])}, messages[1:]
-        ids = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=True,
-            return_dict=False,
-            **{**self.renderer.chat_template_kwargs, **tools},
-        )
+        settings: Any = {"add_generation_prompt": True, "return_dict": False}
+        settings |= {**self.renderer.chat_template_kwargs, **tools}
+        ids = tokenizer.apply_chat_template(list(messages), **settings)
         return list(ids)
 
     def texts(self, example: Example) -> tuple[str, str]:
@@ -332,8 +300,8 @@ class Oracle:
     def normal(self, text: str) -> str:
         """Return what a tokenizer keeps of a text: its own normal form, blanks as blanks."""
         if self.normalizer is not None:
-            parts = self.added.split(text) if self.added else [text]
-            text = "".join(p if n % 2 else self._normal_part(p) for n, p in enumerate(parts))
+            parts = enumerate(self.added.split(text))
+            text = "".join(part if n % 2 else self._normal_part(part) for n, part in parts)
         return text.replace(SIGN, " ") if self.reads_sign else text
 
     def _normal_part(self, text: str) -> str:
@@ -357,11 +325,11 @@ class Oracle:
         thinking, decoded = self.normal(thinking), self.decode(row.input_ids)
         if decoded not in (text, blank + text):
             return f"text was lost: {decoded!r}"
-        thinking = decoded[: len(decoded) - len(text)] + thinking
+        start = len(decoded) - len(text) + len(thinking)
         return (
-            self._key_fault(row, len(thinking), key)
+            self._key_fault(row, start, key)
             or self._end_fault(row)
-            or self._answer_fault(example, row, len(thinking))
+            or self._answer_fault(example, row, start)
         )
 
     def _key_fault(self, row: Row, length: int, key: str) -> str | None:
@@ -381,12 +349,9 @@ class Oracle:
 
     def _end_fault(self, row: Row) -> str | None:
         """The end of turn comes last and once, and both stages train it."""
-        if (
-            row.input_ids.count(self.renderer.end_id) != 1
-            or row.input_ids[-1] != self.renderer.end_id
-        ):
+        ids, last = row.input_ids, len(row.input_ids) - 1
+        if [n for n, number in enumerate(ids) if number == self.renderer.end_id] != [last]:
             return "the end of turn is not the last token, and once"
-        last = len(row.input_ids) - 1
         if row.segment_ids[-1] != Segment.END or trained(row, "key")[-1] != last:
             return "the end of turn is not trained as such"
         return None

@@ -11,6 +11,7 @@ from sftkey.adapt.frame import CHANNELS, FrameChoice, choose_frame
 from sftkey.checks.mask_proof import prove
 from tests.data.test_renderer import TEMPLATES, standing_in
 from tests.support.families import CHATML_OF_SMOLLM2, FAMILIES
+from tests.support.mask_table import num_refused_otherwise
 from tests.support.tokenizers import CHATML, KINDS, made
 
 OURS = (("<Thinking>\n", "\n</Thinking>"), ("\n<Answer>\n", "\n</Answer>"))
@@ -51,7 +52,7 @@ def test_families(template: str, expected: Any, kwargs: dict[str, Any], end: str
     assert choice.section.frame == "chat"
     assert choice.undecided == {}
     proof = prove(choice.renderer, 60, seed=0)
-    assert (proof.wrong, proof.num_refused_otherwise) == ([], 0)
+    assert (proof.wrong, num_refused_otherwise(proof)) == ([], 0)
 
 
 def test_every_template_of_trl_gets_a_frame_or_a_mark() -> None:

@@ -18,6 +18,7 @@ from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import OWN_TAGS, Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
+from tests.support.mask_table import num_refused_otherwise
 from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, made
 
 NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
@@ -50,7 +51,7 @@ def test_every_row_is_right_or_holds_what_is_the_frames(kind: str, name: str) ->
     proven = prove(framed(kind, name), num_rows=300, seed=1)
     assert proven.wrong == []
     assert proven.refused.keys() == OF_THE_FRAME
-    assert proven.num_refused_otherwise == 0
+    assert num_refused_otherwise(proven) == 0
     assert proven.right + sum(proven.refused.values()) == proven.rows == 300
     assert proven.right > 230
 
@@ -236,7 +237,7 @@ def test_refusing_everything_is_wrong() -> None:
     proven = judge(renderer, examples, refused)
     assert [wrong.what for wrong in proven.wrong] == ["refused, but a row can be built: no"]
     assert proven.refused == {"no": 1}
-    assert proven.num_refused_otherwise == 1
+    assert num_refused_otherwise(proven) == 1
 
 
 def test_refusals_for_each_reason_are_confirmed() -> None:

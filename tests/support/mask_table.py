@@ -12,9 +12,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sftkey.checks.mask_proof import SYSTEM, hard_examples, judge
+from sftkey.checks.mask_proof import SYSTEM, Proof, hard_examples, judge
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import TOOLS, Example
+from sftkey.data.returned import OWN_TAGS
 from sftkey.data.template import reads_of
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
@@ -24,6 +25,7 @@ from sftkey.recipe.schema import Recipe, ResponseSection
 from tests.support.families import FAMILIES, Family
 
 NUM_ROWS, SEED = 50, 20
+SPECIAL_TEXT = "holds the text of a special token"
 VOCABULARIES = {
     "qwen3": "Qwen3's",
     "llama2": "Mistral 7B v0.1's",
@@ -45,6 +47,12 @@ ASKED = {
     "tools": ({"role": TOOLS, "content": json.dumps([TOOL])}, QUESTION),
     "unknown key": ({**QUESTION, "weather": "fair"},),
 }
+
+
+def num_refused_otherwise(proof: Proof) -> int:
+    """Count the rows refused for something else than what a text holds of the frame's own."""
+    own = (SPECIAL_TEXT, OWN_TAGS)
+    return sum(n for reason, n in proof.refused.items() if not any(o in reason for o in own))
 
 
 def table() -> list[str]:

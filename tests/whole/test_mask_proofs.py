@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import AddedToken
 
-from sftkey.checks.mask_proof import SPECIAL_TEXT, SYSTEM, Proof, judge, prove
+from sftkey.checks.mask_proof import SYSTEM, Proof, judge, prove
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import OWN_TAGS, tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import ResponseSection
-from tests.support.mask_table import table
+from tests.support.mask_table import SPECIAL_TEXT, num_refused_otherwise, table
 from tests.support.real_tokenizers import NAMES, real_tokenizer
 from tests.support.tokenizers import LLAMA2, TEXT
 
@@ -165,7 +165,7 @@ def proofs(request: pytest.FixtureRequest) -> Iterator[list[tuple[Pair, Proof]]]
         table.add_column(column, justify="right")
     for pair, proof in found:
         refused = [num_refused(proof, SPECIAL_TEXT), num_refused(proof, OWN_TAGS)]
-        refused.append(proof.num_refused_otherwise)
+        refused.append(num_refused_otherwise(proof))
         numbers = [proof.rows, proof.right, *refused, len(proof.wrong)]
         words = (pair.tokenizer, pair.template_in_words, pair.response)
         table.add_row(*words, *map(str, numbers))
@@ -189,7 +189,7 @@ def test_hard_rows_are_right(pair: Pair, proofs: list[tuple[Pair, Proof]]) -> No
     proofs.append((pair, proof))
     assert [(wrong.what, wrong.example) for wrong in proof.wrong[:3]] == []
     assert proof.rows == NUM_ROWS == proof.right + sum(proof.refused.values())
-    assert proof.num_refused_otherwise <= NUM_ROWS / 100
+    assert num_refused_otherwise(proof) <= NUM_ROWS / 100
     assert 0 < num_refused(proof, SPECIAL_TEXT) < NUM_ROWS / 25
     assert num_refused(proof, OWN_TAGS) < NUM_ROWS / 5
 
