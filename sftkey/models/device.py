@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -69,23 +69,33 @@ def choose_device(
         DeviceError: The device can't do what the recipe asks; the hint says what to write instead.
     """
     use_cpu = use_cpu or launched_with("CPU", env)
-    index = 0
-    kind: Literal["cuda", "mps", "cpu"] = "cpu"
-    compute_dtype = torch.float32
+    device = Device("cpu", 0, torch.float32)
     if not use_cpu and torch.cuda.is_available():
-        _check_one_gpu(env)
-        kind, index = "cuda", int(env.get("LOCAL_RANK", "0"))
-        modern = torch.cuda.get_device_capability(index) >= (8, 0)
-        compute_dtype = torch.bfloat16 if modern else torch.float16
+        device = _own_gpu(env)
     elif not use_cpu and torch.backends.mps.is_available():
-        kind = "mps"
-    refuse_fsdp(kind, env)
+        device = Device("mps", 0, torch.float32)
+    refuse_fsdp(device.kind, env)
     if section.quantization == "nf4":
-        _check_nf4(kind)
+        _refuse_nf4(device.kind)
     if section.dtype in DTYPES:
-        _check_dtype(section.dtype, kind, compute_dtype)
-        compute_dtype = DTYPES[section.dtype]
-    return Device(kind, index, compute_dtype)
+        _refuse_dtype(section.dtype, device)
+        return replace(device, compute_dtype=DTYPES[section.dtype])
+    return device
+
+
+def _own_gpu(env: Mapping[str, str]) -> Device:
+    """Return this process's GPU; of several, transformers would split each batch over all."""
+    count = torch.cuda.device_count()
+    if count > 1 and "LOCAL_RANK" not in env:
+        raise DeviceError(
+            "cuda",
+            f"expected one GPU for this process; it sees {count}",
+            "launch with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m "
+            "sftkey.train RECIPE`, or set CUDA_VISIBLE_DEVICES=0",
+        )
+    index = int(env.get("LOCAL_RANK", "0"))
+    modern = torch.cuda.get_device_capability(index) >= (8, 0)
+    return Device("cuda", index, torch.bfloat16 if modern else torch.float16)
 
 
 def has_cuda() -> bool:
@@ -119,18 +129,6 @@ def free_bytes(env: Mapping[str, str] = os.environ, group: Path = CONTROL_GROUP)
     return free // int(env.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _check_one_gpu(env: Mapping[str, str]) -> None:
-    """Refuse several GPUs for one process: transformers would split each batch over them."""
-    count = torch.cuda.device_count()
-    if count > 1 and "LOCAL_RANK" not in env:
-        raise DeviceError(
-            "cuda",
-            f"expected one GPU for this process; it sees {count}",
-            "launch with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m "
-            "sftkey.train RECIPE`, or set CUDA_VISIBLE_DEVICES=0",
-        )
-
-
 def refuse_fsdp(kind: str, env: Mapping[str, str]) -> None:
     """Refuse FSDP where accelerate would go on without it, and without a word.
 
@@ -146,30 +144,20 @@ def refuse_fsdp(kind: str, env: Mapping[str, str]) -> None:
         )
 
 
-def _check_nf4(kind: str) -> None:
+def _refuse_nf4(kind: str) -> None:
     if kind == "mps":
         raise DeviceError("mps", "model.quantization: nf4 needs CUDA or a CPU", UNQUANTIZED)
     try:
         importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = first_line(error)
-        raise DeviceError(
-            kind,
-            f"model.quantization: nf4 needs bitsandbytes, which can't be imported here: {reason}",
-            UNQUANTIZED,
-        ) from error
+        what = "model.quantization: nf4 needs bitsandbytes, which can't be imported here"
+        raise DeviceError(kind, f"{what}: {first_line(error)}", UNQUANTIZED) from error
 
 
-def _check_dtype(dtype: str, kind: str, best: torch.dtype) -> None:
-    if dtype == "bfloat16" and kind == "cuda" and best != torch.bfloat16:
-        raise DeviceError(
-            kind,
-            "model.dtype: bfloat16 needs a GPU of compute capability 8.0 or later",
-            "write model.dtype=float16",
-        )
-    if dtype == "float16" and kind == "cpu":
-        raise DeviceError(
-            kind,
-            "model.dtype: float16 can't be trained on a CPU",
-            "write model.dtype=float32, or bfloat16",
-        )
+def _refuse_dtype(dtype: str, device: Device) -> None:
+    if dtype == "bfloat16" and device.fp16:
+        what = "model.dtype: bfloat16 needs a GPU of compute capability 8.0 or later"
+        raise DeviceError(device.kind, what, "write model.dtype=float16")
+    if dtype == "float16" and device.kind == "cpu":
+        what = "model.dtype: float16 can't be trained on a CPU"
+        raise DeviceError(device.kind, what, "write model.dtype=float32, or bfloat16")

