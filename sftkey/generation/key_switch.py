@@ -20,7 +20,7 @@ from transformers import (
 
 from sftkey.errors import FrameError
 from sftkey.models.adapters import without_adapters
-from sftkey.models.key_adapter import KEY, acting, context_adapters, has_key_adapter
+from sftkey.models.key_adapter import KEY, acting, context_adapters, key_adapters
 from sftkey.models.key_pass import cache_name
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def find_switch(
     Raises:
         FrameError: No tag ends the thinking: neither has a character.
     """
-    if not has_key_adapter(model):
+    if not key_adapters(model):
         return None
     tags = renderer.response.thinking_close, renderer.response.answer_open
     context = tuple(context_adapters(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from sftkey.errors import ModelError
 
@@ -19,21 +19,13 @@ KEY = "key"
 
 def key_adapters(model: torch.nn.Module) -> list[str]:
     """Name the adapters that act on the key alone: one, or those of a grid."""
-    return [name for name in _adapters(model) if _is_of_key(name)]
+    return [name for name in _adapters(model) if name == KEY or name.startswith(f"{KEY}-")]
 
 
 def context_adapters(model: torch.nn.Module) -> list[str]:
     """Name the adapters of the stages before; there is none on a model that was trained whole."""
-    return [name for name in _adapters(model) if not _is_of_key(name)]
-
-
-def has_key_adapter(model: torch.nn.Module) -> bool:
-    """Tell whether a frozen key stage wrote one."""
-    return bool(key_adapters(model))
-
-
-def _is_of_key(name: str) -> bool:
-    return name == KEY or name.startswith(f"{KEY}-")
+    of_key = key_adapters(model)
+    return [name for name in _adapters(model) if name not in of_key]
 
 
 def _adapters(model: torch.nn.Module) -> Iterable[str]:
@@ -109,19 +101,11 @@ def _add(names: Sequence[str], layer: Any, args: tuple[torch.Tensor, ...], out: 
             f"{type(layer.get_base_layer()).__name__} gets other than (rows, tokens, features)",
             "leave such modules out of the stage's lora.target_modules, or train without a grid",
         )
-    down = _stacked([layer.lora_A[name].weight for name in names], dim=0)  # (N, r, in)
-    up = _stacked([layer.lora_B[name].weight for name in names], dim=1)  # (N, out, r)
+    # Adapters of smaller rank are filled up with zeros: (N, r, in) and (N, r, out).
+    down = pad_sequence([layer.lora_A[name].weight for name in names], batch_first=True)
+    up = pad_sequence([layer.lora_B[name].weight.mT for name in names], batch_first=True)
     scaling = torch.tensor([layer.scaling[name] for name in names], device=up.device)
     dropped = layer.lora_dropout[names[0]](inputs.to(down.dtype))
     rows = dropped.reshape(len(names), -1, inputs.shape[-1])  # (N, B * T, in)
-    found = rows @ down.mT @ (up * scaling.to(up.dtype)[:, None, None]).mT
+    found = rows @ down.mT @ (up * scaling.to(up.dtype)[:, None, None])
     return out + found.reshape(out.shape).to(out.dtype)
-
-
-def _stacked(weights: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Stack matrices, those of smaller rank (along `dim`) filled up with zeros."""
-    rank = max(weight.shape[dim] for weight in weights)
-    filled: Callable[[int], tuple[int, ...]] = (
-        (lambda lacking: (0, 0, 0, lacking)) if dim == 0 else (lambda lacking: (0, lacking))
-    )
-    return torch.stack([pad(each, filled(rank - each.shape[dim])) for each in weights])

@@ -181,32 +181,21 @@ class GroupedAttention:
     ) -> tuple[torch.Tensor, None]:
         """Attend; the queries of a group's heads stand in one row, one head behind another.
 
-        Args:
-            module: The attention layer.
-            query: `(B, heads, T, D)`.
-            key: `(B, groups, S, D)`.
-            value: `(B, groups, S, D)`.
-            attention_mask: `(B, 1, T, S)`, or none.
-            dropout: As in transformers.
-            scaling: As in transformers.
-            kwargs: As in transformers.
-
-        Returns:
-            `(B, T, heads, D)`, and nothing in the place of weights.
+        `query` is `(B, heads, T, D)`, `key` and `value` are `(B, groups, S, D)`, the mask is
+        `(B, 1, T, S)` or none. Returns `(B, T, heads, D)`, and nothing in the place of weights.
         """
         rows, heads, length, _ = query.shape
         groups = key.shape[1]
-        of_all_heads = attention_mask is not None and attention_mask.shape[1] == 1
-        if not of_all_heads or kwargs.get("position_bias") is not None:
+        mask, biased = attention_mask, kwargs.get("position_bias") is not None
+        if mask is None or mask.shape[1] != 1 or biased:
             return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, **kwargs
+                module, query, key, value, mask, dropout, scaling, **kwargs
             )
-        assert attention_mask is not None
         found = scaled_dot_product_attention(
             query.reshape(rows, groups, heads // groups * length, -1),
             key,
             value,
-            attn_mask=self._grouped(attention_mask, heads // groups, query.dtype),
+            attn_mask=self._grouped(mask, heads // groups, query.dtype),
             dropout_p=dropout,
             scale=scaling,
         )

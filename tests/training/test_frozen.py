@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from sftkey.errors import ModelError
-from sftkey.models.key_adapter import act, acting, context_adapters, has_key_adapter, key_adapters
+from sftkey.models.key_adapter import act, acting, context_adapters, key_adapters
 from sftkey.training import frozen
 from sftkey.training.losses import add_token_losses, token_losses
 from tests.support.models import (
@@ -120,7 +120,7 @@ def test_the_context_is_what_it_was_without_key_adapters() -> None:
     assert torch.equal(plain_losses(model, made_batch()), before)
     with acting(model, ["default", "key"]):
         assert not torch.allclose(plain_losses(model, made_batch()), before)
-    assert has_key_adapter(model)
+    assert key_adapters(model) == ["key"]
 
 
 def test_a_grid_refuses_modules_that_see_no_rows() -> None:
