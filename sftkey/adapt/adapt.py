@@ -157,7 +157,7 @@ def adapt(
     lengths = None
     if data is not None and data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
-        lengths = measure(data.examples, renderer, facts.most_tokens, thinking)
+        lengths = measure(data.examples, renderer, facts.skeleton.most_tokens, thinking)
     cuda = bool(gpu) or has_cuda()
     choices = Choices(
         facts, choice, data, lengths, other, named, source, seed, path, gpu, cuda=cuda

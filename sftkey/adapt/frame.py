@@ -271,7 +271,7 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     examples = data.examples
     if data.fields.get("validation") == "validation":
         examples = load_examples(DataSection(**data.fields), seed, "validation").examples
-    lengths = measure(examples, renderer, facts.most_tokens)
+    lengths = measure(examples, renderer, facts.skeleton.most_tokens)
     fitted = fit(tokenize(examples, renderer), examples, renderer, lengths.max_length, False)
     pairs = [(e, row) for e, row in zip(examples, fitted, strict=True) if isinstance(row, Row)]
     grader, why = choose_grader(examples)
@@ -283,7 +283,7 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     tags = renderer.response
     return Foreign(
         facts.section.model_copy(
-            update={"quantization": "none", "attn_implementation": facts.attention}
+            update={"quantization": "none", "attn_implementation": facts.skeleton.attention}
         ),
         renderer,
         [example for example, _ in pairs],

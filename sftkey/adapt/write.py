@@ -70,7 +70,7 @@ class Choices:
     @property
     def stays_whole(self) -> bool:
         """The weights aren't quantized for want of CUDA: elsewhere NF4 is slow, or refused."""
-        return not (self.full or self.facts.quantized or self.cuda)
+        return not (self.full or self.facts.skeleton.quantized or self.cuda)
 
     @property
     def name(self) -> str:
@@ -154,14 +154,16 @@ def sections(choices: Choices) -> Iterator[WrittenSection]:
 
 
 def _model(choices: Choices) -> Iterator[Line]:
-    facts, frame = choices.facts, choices.frame
+    skeleton, frame = choices.facts.skeleton, choices.frame
     for key in ("name_or_path", "file", "sha256"):
-        if value := getattr(facts.section, key):
+        if value := getattr(choices.facts.section, key):
             yield Line(key, value)
     if choices.full:
         yield Line("quantization", "none", "all weights are trained")
-    elif facts.quantized:
-        yield Line("quantization", "none", f"the weights come quantized already: {facts.quantized}")
+    elif skeleton.quantized:
+        yield Line(
+            "quantization", "none", f"the weights come quantized already: {skeleton.quantized}"
+        )
     elif choices.stays_whole:
         yield Line(
             "quantization", "none", "no CUDA where this was written; nf4 where memory is short"
@@ -169,8 +171,8 @@ def _model(choices: Choices) -> Iterator[Line]:
     else:
         size = choices.gpu or "a GPU of unknown size"
         yield Line("quantization", "nf4", f"for {size}; none where there is room")
-    why = "" if facts.attention == "sdpa" else "this architecture has no sdpa"
-    yield Line("attn_implementation", facts.attention, why)
+    why = "" if skeleton.attention == "sdpa" else "this architecture has no sdpa"
+    yield Line("attn_implementation", skeleton.attention, why)
     if template := frame.undecided.get("model.chat_template"):
         yield Line("chat_template", template)
     if frame.kwargs:
@@ -250,7 +252,7 @@ def _max_length(choices: Choices) -> tuple[int, str]:
     if choices.lengths is not None:
         return choices.lengths.max_length, choices.lengths.why
     length = choices.other.data.max_length if choices.other else 1024
-    most = choices.facts.most_tokens
+    most = choices.facts.skeleton.most_tokens
     if most is not None and length > most:
         return most, "the model's positions end there"
     return length, choices.as_other if choices.other else "the default; no row was measured"

@@ -5,43 +5,34 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-from sftkey.checks.findings import Finding, Report, of_error
-from sftkey.checks.lengths import length_findings
+from sftkey.checks import rows
+from sftkey.checks.findings import Finding, Report, of_error, of_rows
 from sftkey.checks.masks import Masks, id_findings, judged_findings, read_masks
-from sftkey.checks.recipe import recipe_findings, undecided
+from sftkey.checks.recipe import recipe_findings, stop_findings, undecided
 from sftkey.checks.rehearsal import rehearsal_findings
-from sftkey.checks.rows import (
-    dropped_findings,
-    empty_findings,
-    frame_findings,
-    lenient,
-    noted_findings,
-)
-from sftkey.checks.stop import generation_findings, stop_findings
 from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
 from sftkey.data.preview import statistics
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Segment
 from sftkey.data.splits import Splits, load_splits
 from sftkey.errors import CheckError, Problem, SFTKeyError
-from sftkey.models.loading import load_tokenizer
+from sftkey.evaluation.grading import unreadable
+from sftkey.evaluation.stage import refuse_unready_judge
+from sftkey.memory_plan.plan import Plan, fit
+from sftkey.models.facts import skeleton_of
+from sftkey.models.loading import load_renderer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 
-if TYPE_CHECKING:
-    from sftkey.memory_plan.plan import Fit
-
-
 LOGGER = logging.getLogger("sftkey")
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -56,55 +47,50 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
         Findings, statistics and, where rows could be made, the rows.
     """
     findings = list(recipe_findings(recipe, env))
-    renderer = splits = None
+    renderer = splits = prepared = None
     if not undecided(recipe, "model", "response"):
-        renderer = _attempt(findings, _read_frame, recipe)
+        renderer = _attempt(findings, lambda: load_renderer(recipe))
     if renderer is not None:
-        findings += frame_findings(renderer)
-        stops = _attempt(findings, stop_findings, recipe, renderer)
-        findings += [] if stops is None else [*stops, *generation_findings(recipe)]
-        findings += _attempt(findings, lambda: list(id_findings(recipe, renderer))) or []
+        findings += rows.frame_findings(renderer)
+        _add(findings, stop_findings(recipe, renderer))
+        _add(findings, id_findings(recipe, renderer))
     if not undecided(recipe, "data"):
-        splits = _attempt(findings, _read_splits, recipe)
-    prepared = None
-    if renderer is not None and splits is not None:
-        prepared = _read_rows(findings, recipe, renderer, splits)
+        splits = _attempt(findings, lambda: _read_splits(recipe))
     if splits is not None:
+        if renderer is not None:
+            prepared = _read_rows(findings, recipe, renderer, splits)
         dropped = splits.dropped if prepared is None else prepared.counts["dropped"]
-        findings += dropped_findings(recipe.data, dropped)
-        findings += empty_findings(splits.empty_thinking)
+        findings += rows.dropped_findings(recipe.data, dropped)
+        findings += rows.empty_findings(splits.empty_thinking)
     if prepared is None:
         return Report(tuple(findings))
-    _attempt(findings, refuse_evaluation_without_rows, recipe, prepared)
+    _attempt(findings, lambda: refuse_evaluation_without_rows(recipe, prepared))
     masks = read_masks(recipe, prepared.renderer, prepared.train)
     findings += masks.findings("train")
     if prepared.validation is not None:
         validation = read_masks(recipe, prepared.renderer, prepared.validation)
         findings += validation.findings("validation")
-    num_processes = int(env.get("WORLD_SIZE", "1"))
-    numbers = _numbers(recipe, prepared, masks, num_processes)
+    numbers = _numbers(recipe, prepared, masks, int(env.get("WORLD_SIZE", "1")))
     return Report(tuple(findings), numbers, prepared)
 
 
-def _attempt(
-    findings: list[Finding], make: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-) -> T | None:
+def _attempt(findings: list[Finding], make: Callable[[], T]) -> T | None:
     """Make something; an error becomes findings."""
     try:
-        return make(*args, **kwargs)
+        return make()
     except SFTKeyError as error:
         findings += of_error(error)
         return None
 
 
-def _read_frame(recipe: Recipe) -> Renderer:
-    tokenizer = load_tokenizer(recipe.model)
-    return probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+def _add(findings: list[Finding], more: Iterable[Finding]) -> None:
+    """Add findings; an error that comes among them becomes findings, too."""
+    _attempt(findings, lambda: findings.extend(more))
 
 
 def _read_splits(recipe: Recipe) -> Splits:
     need_test = recipe.data.test is not None
-    return load_splits(lenient(recipe.data), recipe.seed, need_test, RowOptions.of(recipe))
+    return load_splits(rows.lenient(recipe.data), recipe.seed, need_test, RowOptions.of(recipe))
 
 
 def _read_rows(
@@ -113,11 +99,11 @@ def _read_rows(
     """Tokenize the rows, and let the oracle judge some of them."""
     findings += judged_findings(renderer, splits.train)
     # What was left out before is a finding already.
-    data = lenient(recipe.data).model_copy(update={"empty_thinking": "drop"})
+    data = rows.lenient(recipe.data).model_copy(update={"empty_thinking": "drop"})
     kind = recipe.model_copy(update={"data": data})
-    prepared = _attempt(findings, prepare_splits, kind, splits, renderer)
+    prepared = _attempt(findings, lambda: prepare_splits(kind, splits, renderer))
     if prepared is not None:
-        findings += noted_findings(prepared.counts["noted"])
+        findings += rows.noted_findings(prepared.counts["noted"])
     return prepared
 
 
@@ -156,19 +142,14 @@ def _numbers(
 
 def with_plan(
     report: Report, recipe: Path, overrides: Sequence[str], gpu: str
-) -> tuple[Report, Fit | None]:
+) -> tuple[Report, Plan | None]:
     """Add what the plan finds to what the gate found; the plan itself where there is one."""
-    from sftkey.checks.findings import Finding, of_error
-    from sftkey.memory_plan.plan import fit
-
-    try:
-        found = fit(recipe, overrides, gpu)
-    except SFTKeyError as error:
-        known = {finding.message for finding in report.findings}
-        new = [each for each in of_error(error) if each.message not in known]
-        return dataclasses.replace(report, findings=(*report.findings, *new)), None
-    findings = [] if found.plan.fits else [Finding(**found.finding())]
-    return dataclasses.replace(report, findings=(*report.findings, *findings)), found
+    new: list[Finding] = []
+    found = _attempt(new, lambda: fit(recipe, overrides, gpu))
+    if found and not found.fits:
+        new.append(Finding("memory", (), found.message, found.hint))
+    new = [each for each in new if each not in report.findings]
+    return dataclasses.replace(report, findings=(*report.findings, *new)), found
 
 
 def check_recipe(recipe: Recipe) -> Report:
@@ -187,32 +168,25 @@ def check_recipe(recipe: Recipe) -> Report:
     >>> report.refusals, report.statistics["stages"]["key"]["steps"]
     ([], 4)
     """
-    from sftkey.checks.findings import of_error, of_rows
-    from sftkey.evaluation.stage import refuse_unready_judge
-
     report = _rows_report(recipe)
-    findings: list[Finding] = []
-    try:
-        refuse_unready_judge(recipe)
-    except SFTKeyError as error:
-        findings += of_error(error)
-    if report.prepared is None:
-        return dataclasses.replace(report, findings=(*report.findings, *findings))
-    try:
-        unread = unreadable_answers(recipe, report.prepared)
-    except SFTKeyError as error:
-        findings += of_error(error)
-    else:
-        for split, rows in unread.items():
-            what = f"{split}: the grader {recipe.eval.grader} can't read the answers of these rows"
-            hint = "choose the eval.grader that fits them: number, choice, exact or math"
-            findings.append(of_rows("references", what, rows, hint, refuses=split == "test"))
-    if not report.refusals and not any(finding.refuses for finding in findings):
-        findings += length_findings(recipe, report.prepared)
-    if not report.refusals and not any(finding.refuses for finding in findings):
-        assert report.prepared is not None
-        findings += rehearsal_findings(recipe, report.prepared)
-    return dataclasses.replace(report, findings=(*report.findings, *findings))
+    findings, prepared = list(report.findings), report.prepared
+    _attempt(findings, lambda: refuse_unready_judge(recipe))
+    if prepared is not None:
+        _add(findings, _reference_findings(recipe, prepared))
+        if not any(finding.refuses for finding in findings):
+            skeleton = _attempt(findings, lambda: skeleton_of(recipe.model))
+            if skeleton is not None:
+                findings += rows.length_findings(recipe, prepared, skeleton)
+                _add(findings, rehearsal_findings(recipe, prepared, skeleton))
+    return dataclasses.replace(report, findings=tuple(findings))
+
+
+def _reference_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
+    """Find rows whose answers can't be graded; they refuse a recipe that is tested on them."""
+    for split, numbers in unreadable_answers(recipe, prepared).items():
+        what = f"{split}: the grader {recipe.eval.grader} can't read the answers of these rows"
+        hint = "choose the eval.grader that fits them: number, choice, exact or math"
+        yield of_rows("references", what, numbers, hint, refuses=split == "test")
 
 
 def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int]]:
@@ -223,8 +197,6 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int
     Raises:
         RecipeError: `math` without the package that does it.
     """
-    from sftkey.evaluation.grading import unreadable
-
     splits = {"test": prepared.test, "validation": prepared.validation_examples}
     if recipe.eval.grader != "math":
         splits["train"] = prepared.train_examples
@@ -233,9 +205,10 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int
         texts = list(dict.fromkeys(each.answer for each in examples))
         unread = unreadable(dict(enumerate(texts)), recipe.eval.grader)
         wrong = {texts[number] for number in unread}
-        rows = (each.index for each in examples if each.answer in wrong)
-        found[split] = list(dict.fromkeys(rows))  # a conversation's turns are one row
-    return {split: rows for split, rows in found.items() if rows}
+        numbers = dict.fromkeys(each.index for each in examples if each.answer in wrong)
+        if numbers:  # a conversation's turns are one row
+            found[split] = list(numbers)
+    return found
 
 
 def require_trainable(recipe: Recipe) -> Prepared:

@@ -18,7 +18,7 @@ from sftkey.data.labels import IGNORED, labels_for
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import TOOLS, Example, Segment
 from sftkey.data.template import TEMPLATE_ERRORS
-from sftkey.data.tokenization import OWN_TAGS, Refusal, Row, tokenize
+from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
 
 SPECIAL_SHARE = 0.02  # of rows whose text holds a special token, which must be refused

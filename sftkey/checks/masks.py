@@ -106,7 +106,11 @@ def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
             rows = _Rows.of(table)
             for stage in recipe.stages:
                 _note_stage_faults(masks, stage, rows, renderer)
-            _note_ids(masks, rows, num_ids, pad)
+            most = max(int(rows.ids.max()), pad)
+            if num_ids is not None and most >= num_ids:
+                what = f"an id of {most}, and the embedding has {num_ids} rows"
+                wrong = rows.count(rows.ids >= num_ids) > 0
+                masks.note("no-embedding", what, wrong | (pad >= num_ids), rows)
             _note_row_faults(masks, rows, closing.ids, renderer)
             tell(f"{len(masks.key_shares)} of {len(dataset)} rows")
     return masks
@@ -138,24 +142,16 @@ def _note_stage_faults(masks: Masks, stage: StageSection, rows: _Rows, renderer:
     masks.note("end-untrained", what, ~end, rows)
 
 
-def _note_ids(masks: Masks, rows: _Rows, num_ids: int | None, pad: int) -> None:
-    """Look for ids, padding's among them, that the model's embedding has no row for."""
-    most = max(int(rows.ids.max()), pad)
-    if num_ids is not None and most >= num_ids:
-        what = f"an id of {most}, and the embedding has {num_ids} rows"
-        wrong = rows.count(rows.ids >= num_ids) > 0
-        masks.note("no-embedding", what, wrong | (pad >= num_ids), rows)
-
-
 def _note_row_faults(
     masks: Masks, rows: _Rows, closing_ids: Sequence[int], renderer: Renderer
 ) -> None:
     """Look for rows whose answer is missing or cut, and measure the key."""
-    masks.note(
-        "no-key", "no token of an answer", rows.count(rows.segments == Segment.ANSWER) == 0, rows
-    )
+    without = rows.count(rows.segments == Segment.ANSWER) == 0
+    masks.note("no-key", "no token of an answer", without, rows)
     closing = _decode(renderer, [closing_ids])[0].lstrip()
-    cut = ~_ends_in(rows, closing_ids)
+    tokens = rows.ends[:, None] - np.arange(len(closing_ids), 0, -1)
+    same = rows.ids[tokens.clip(min=0)] == np.array(closing_ids)
+    cut = ~(same & (tokens >= rows.starts[:, None])).all(1)  # (B,): other ids come last
     places = cut.nonzero()[0]
     longest = len(closing.encode()) + 1
     spans = zip(rows.starts[places], rows.ends[places], strict=True)
@@ -165,13 +161,6 @@ def _note_row_faults(
     masks.note("answer-cut", f"doesn't end in {closing!r}", cut, rows)
     key, completion = (rows.count(np.isin(rows.segments, it)) for it in (KEY, COMPLETION))
     masks.key_shares += (key / completion.clip(min=1)).tolist()
-
-
-def _ends_in(rows: _Rows, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Tell of each row whether these are its last ids, (B,)."""
-    places = rows.ends[:, None] - np.arange(len(ids), 0, -1)
-    same = rows.ids[places.clip(min=0)] == np.array(ids)
-    return np.asarray((same & (places >= rows.starts[:, None])).all(1))
 
 
 def _decode(renderer: Renderer, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -1,14 +1,18 @@
-"""What the gate reads off a recipe alone: open choices, learning rates, the launcher's config."""
+"""What the gate reads off a recipe and its model's configs: open choices, rates, ends of turn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sftkey.checks.findings import Finding
 from sftkey.data.labels import weights_by_segment
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Segment
 from sftkey.models.device import launched_with
+from sftkey.models.facts import published_stops, skeleton_of
+from sftkey.models.source import ADAPTER_CONFIG, find_source, model_source, read_json
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.yaml_io import Keys, dotted
@@ -18,6 +22,11 @@ UNDECIDED = "DECIDE:"  # what `sftkey adapt` writes in the place of a value that
 # 2e-4 of the same example (trl/scripts/sft.py, 1.16).
 USUAL_LEARNING_RATES = {"full fine-tuning": 1e-5, "LoRA": 2e-4}
 FACTOR = 10.0
+# What families call the module that reads tokens, and the one that writes them.
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+HEADS = ("lm_head", "embed_out", "output")
+# Settings of generation that say where texts begin and end, and what changes no token.
+KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache")
 
 
 def recipe_findings(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:
@@ -66,11 +75,9 @@ def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:
             "where each GPU holds them all; or write model.quantization=none",
         )
     if deepspeed or launched_with("FSDP", env):
-        what = (
-            "FSDP and DeepSpeed cut the model up: its answers aren't written or graded in the run"
-        )
+        what = "FSDP and DeepSpeed cut the model up: its answers aren't written or graded"
         hint = f"after it, on one process: sftkey evaluate runs/{recipe.name}"
-        yield Finding("not-graded", (), what, hint, refuses=False)
+        yield Finding("not-graded", (), f"{what} in the run", hint, refuses=False)
 
 
 def _learning_rates(recipe: Recipe) -> Iterator[Finding]:
@@ -82,15 +89,11 @@ def _learning_rates(recipe: Recipe) -> Iterator[Finding]:
         far = FACTOR * 1.001  # a rate that is just ten times off isn't far, however it is rounded
         if usual / far <= rate <= usual * far:
             continue
-        side = "above" if rate > usual else "below"
-        yield Finding(
-            "learning-rate",
-            (),
-            f"stages.{stage.name}: the learning rate {rate:g} lies more than {FACTOR:g} times "
-            f"{side} what {kind} usually takes",
-            f"usual is around {usual:g}: stages.{stage.name}.trainer.learning_rate={usual:g}",
-            refuses=False,
-        )
+        side, where = "above" if rate > usual else "below", f"stages.{stage.name}"
+        far_off = f"lies more than {FACTOR:g} times {side} what {kind} usually takes"
+        what = f"{where}: the learning rate {rate:g} {far_off}"
+        hint = f"usual is around {usual:g}: {where}.trainer.learning_rate={usual:g}"
+        yield Finding("learning-rate", (), what, hint, refuses=False)
 
 
 def _end_untrained(recipe: Recipe) -> Iterator[Finding]:
@@ -103,3 +106,85 @@ def _end_untrained(recipe: Recipe) -> Iterator[Finding]:
             "loss_on: key in the last stage, or weights with `end`; model.adapter goes on from an "
             "adapter that was trained to stop",
         )
+
+
+def stop_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
+    """Find an end of turn that doesn't stop generation, or that a base model never learned.
+
+    A chat template may come with a base model that has never seen its end of turn, and LoRA on the
+    linear layers trains neither its embedding nor its row of the output head.
+
+    Raises:
+        ModelError: The model's config can't be read.
+    """
+    published, verified = published_stops(recipe.model)
+    if not verified:
+        yield not_verified(recipe, renderer)
+    elif set(published).isdisjoint(renderer.end_ids):
+        yield _other_stop(recipe, renderer, published)
+    settings = read_json(model_source(recipe.model), "generation_config.json") or {}
+    aside = sorted(
+        name
+        for name, value in settings.items()
+        if name not in KEPT and not name.startswith("_") and value not in (None, False)
+    )
+    if aside:
+        what = f"generation_config.json sets {', '.join(aside)}; answers here are written without"
+        message = f"{recipe.model.name_or_path}: {what} them"
+        hint = "nothing to do: they are measured alike for every model, and the file is saved on"
+        yield Finding("generation-settings", (), message, f"{hint} as is", refuses=False)
+
+
+def _other_stop(recipe: Recipe, renderer: Renderer, published: Sequence[int]) -> Finding:
+    """Refuse an end of turn that the model may not know, or note that others don't stop there."""
+    name, end = recipe.model.name_or_path, _shown(renderer, renderer.end_id)
+    stops = ", ".join(_shown(renderer, number) for number in published)
+    what = f"{name}: generation stops at {stops}, and what ends a turn here is {end}"
+    known = renderer.kind == "plain" and renderer.end_token == renderer.tokenizer.eos_token
+    tied = not known and getattr(skeleton_of(recipe.model).text, "tie_word_embeddings", False)
+    if known or _row_is_trained(recipe, renderer.end_id, tied):
+        hint = f"other engines need eos_token_id: {[renderer.end_id, *published]}"
+        return Finding("stop-not-published", (), what, hint, refuses=False)
+    what += ": the model may never have learned it, and the recipe doesn't train its row"
+    return Finding("end-not-learned", (), what, _way_out(renderer, published, tied))
+
+
+def not_verified(recipe: Recipe, renderer: Renderer) -> Finding:
+    """Say that nobody has published what stops this model."""
+    end = _shown(renderer, renderer.end_id)
+    what = f"stop not verified: no generation config says whether {end} stops generation"
+    hint = f"other engines need eos_token_id: {renderer.end_id}"
+    message = f"{recipe.model.name_or_path}: {what}"
+    return Finding("stop-not-verified", (), message, hint, refuses=False)
+
+
+def _shown(renderer: Renderer, number: int) -> str:
+    return f"{renderer.tokenizer.convert_ids_to_tokens(number)!r} ({number})"
+
+
+def _row_is_trained(recipe: Recipe, end_id: int, tied: bool) -> bool:
+    """Tell whether the row of the output head that writes the end of turn is trained."""
+    if recipe.lora is None:
+        return True
+    settings = recipe.lora
+    if recipe.model.adapter:
+        source = find_source(recipe.model.adapter, config_file=ADAPTER_CONFIG)
+        settings = {**(read_json(source, ADAPTER_CONFIG) or {}), **settings}
+    indices = settings.get("trainable_token_indices") or {}
+    by_module = indices if isinstance(indices, dict) else {EMBEDDINGS[0]: indices}
+    names = [name for name, ids in by_module.items() if end_id in ids]
+    names += settings.get("modules_to_save") or []
+    carriers = (*EMBEDDINGS, *HEADS) if tied else HEADS
+    return any(name.rpartition(".")[2] in carriers for name in names)
+
+
+def _way_out(renderer: Renderer, published: Sequence[int], tied: bool) -> str:
+    """Say how to end with what the model knows, or how to teach it this end."""
+    row = [renderer.end_id]
+    rows = str(row) if tied else f"{{embed_tokens: {row}, lm_head: {row}}}"
+    train = f"train its row: lora.trainable_token_indices: {rows}"
+    known = [renderer.tokenizer.convert_ids_to_tokens(number) for number in published]
+    if renderer.kind == "chat" and renderer.tokenizer.eos_token in known:
+        return f"response.frame: plain; or {train}"
+    plain = "response.frame: plain, " if renderer.kind == "chat" else ""
+    return f"{plain}response.end: {json.dumps(known[0])}; or {train}"

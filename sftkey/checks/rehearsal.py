@@ -1,48 +1,52 @@
 """A stage tried before it is trained: one step, evaluation, save and reload of a small model.
 
-What upstream refuses, it refuses here: as an error of ours, before any weights are loaded.
+What upstream refuses, or has no use for, is refused here: as an error of ours, before any weights
+are loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from sftkey.checks.findings import Finding, of_error
-from sftkey.checks.settings import (
-    refuse_attention,
-    refuse_idle_optimizer_settings,
-    refuse_missing_trackers,
-    refuse_unknown_metric,
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
 )
-from sftkey.data.collator import row_lengths
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig
+
+from sftkey.checks.findings import Finding
 from sftkey.data.prepare import Prepared
 from sftkey.errors import ModelError, RecipeError, SFTKeyError, first_line
 from sftkey.models.adapters import add_lora, load_adapter, read_adapter_config
 from sftkey.models.device import Device, sharded
-from sftkey.models.facts import skeleton_of
+from sftkey.models.facts import Skeleton
 from sftkey.models.key_adapter import act, context_adapters
-from sftkey.models.loading import check_targets, short_names, target_names
+from sftkey.models.loading import short_names, target_names
 from sftkey.models.lora_names import refuse_unmatched
-from sftkey.models.positions import mixing_length
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs
+from sftkey.training.log import reported_to
 from sftkey.training.stage import make_trainer, save_stage, stage_arguments
-from sftkey.training.trainer import KeyTrainer
 
 NUM_LAYERS = 2
 NUM_ROWS = 2
+DEVICE = Device("cpu", 0, torch.float32)  # whatever this machine has, and the run will
 BASE = {"name_or_path": "rehearsal", "revision": None}
 # What a step of a rehearsal is, whatever the stage is told.
 SHORT: dict[str, Any] = {
@@ -72,45 +76,33 @@ PLAIN = {"r": 2, "target_modules": "all-linear"}
 _PASSED: set[str] = set()  # by what a rehearsal depends on: a study's cells differ in other things
 
 
-def rehearsal_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
-    """Try every stage on a small model, and find what upstream would refuse.
+def rehearsal_findings(recipe: Recipe, prepared: Prepared, skeleton: Skeleton) -> Iterator[Finding]:
+    """Try every stage of a recipe, whose form and rows are sound, on a small model.
 
-    Args:
-        recipe: A recipe whose form and rows are sound.
-        prepared: Its rows.
+    Raises:
+        SFTKeyError: The first thing that upstream would refuse.
     """
-    yield from _of_rows(recipe, prepared)
     sections = {"model", "lora", "trainer", "stages"}
     key = json.dumps(recipe.model_dump(mode="json", include=sections), sort_keys=True, default=str)
     if key in _PASSED:
         return
-    try:
-        device = Device("cpu", 0, torch.float32)  # whatever this machine has, and the run will
-        skeleton = skeleton_of(recipe.model)
-        refuse_missing_trackers(recipe)
-        refuse_attention(recipe, skeleton)
-        recipe = _with_all_settings(recipe, skeleton)
-        rows = prepared.train.select(range(min(NUM_ROWS, len(prepared.train))))
-        found = list(_stages(recipe, skeleton, device, rows, prepared))
-    except SFTKeyError as error:
-        found = list(of_error(error))
+    _refuse_missing_trackers(recipe)
+    _refuse_attention(recipe, skeleton.model)
+    recipe = _with_all_settings(recipe, skeleton.model)
+    rows = prepared.train.select(range(min(NUM_ROWS, len(prepared.train))))
+    found = list(_stages(recipe, skeleton.model, rows, prepared.renderer.tokenizer))
+    yield from found
     if not found:
         _PASSED.add(key)
-    yield from found
 
 
 def _with_all_settings(recipe: Recipe, skeleton: PreTrainedModel) -> Recipe:
     """Look up what `lora`, the stages' too, and an adapter to go on from name in the whole model.
 
-    Returns:
-        The recipe; where it goes on from an adapter, with that adapter's settings as its own.
-
-    Raises:
-        ModelError: Something is named that isn't there, or can't be trained.
+    The recipe that is returned has the adapter's settings as its own.
     """
     own = [stage.lora for stage in recipe.stages if stage.lora is not None]
     for lora in own + ([recipe.lora] if recipe.lora is not None else []):
-        check_targets(skeleton, lora.get("target_modules"))
         refuse_unmatched(skeleton, lora)
     if recipe.model.adapter is None:
         return recipe
@@ -121,96 +113,47 @@ def _with_all_settings(recipe: Recipe, skeleton: PreTrainedModel) -> Recipe:
     return recipe.model_copy(update={"lora": found})
 
 
-def _of_rows(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
-    """Find rows that the model can't read, or not beside others."""
-    try:
-        skeleton = skeleton_of(recipe.model)
-        refuse_mixed_lengths(skeleton, prepared)
-    except SFTKeyError as error:
-        yield from of_error(error)
-
-
-def refuse_mixed_lengths(skeleton: PreTrainedModel, prepared: Prepared) -> None:
-    """Refuse rows so long that they would change the positions of the rows beside them.
-
-    Raises:
-        ModelError: Says from which length on.
-    """
-    limit = mixing_length(skeleton.config)
-    datasets = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
-    longest = max(max(row_lengths(rows)) for rows in datasets)
-    if limit is not None and longest > limit:
-        raise ModelError(
-            skeleton.config.model_type,
-            f"its positions are scaled by a batch's longest row above {limit} tokens, so that a "
-            f"row's loss would depend on the rows beside it; the longest row has {longest}",
-            f"write data.max_length={limit}",
-        )
-
-
 def _stages(
-    recipe: Recipe, skeleton: PreTrainedModel, device: Device, rows: Dataset, prepared: Prepared
+    recipe: Recipe, skeleton: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Finding]:
     """Build what each stage hands to upstream, and take its step."""
     with tempfile.TemporaryDirectory() as folder:
         for stage in recipe.stages:
-            build_arguments(recipe, stage, device, Path(folder))
-        if distributed():
-            return
+            _refuse_arguments(recipe, stage, Path(folder))
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several or sharded():
+            return  # other processes would have to take part in a step
         small = small_model(skeleton)
         if small is None:
             return
+        rehearsal = Rehearsal(skeleton, small, rows, tokenizer)
         for number, stage in enumerate(recipe.stages):
-            place = Path(folder) / str(number)
+            where, place = f"stages.{stage.name}", Path(folder) / str(number)
             try:
-                unmerged = _take(recipe, stage, skeleton, small, rows, prepared, place)
+                unmerged = rehearsal.take(recipe, stage, place)
             except SFTKeyError:
                 raise
             except Exception as error:  # whatever upstream raises is what is looked for
-                if not _plain_works(
-                    recipe, stage, skeleton, small, rows, prepared, place / "plain"
-                ):
-                    what = f"stages.{stage.name}: could not be tried on a small model"
+                if not rehearsal.plain_works(recipe, stage, place / "plain"):
+                    what = f"{where}: could not be tried on a small model"
                     hint = f"its first step will tell; {first_line(error)}"
                     yield Finding("not-rehearsed", (), what, hint, refuses=False)
                     return
                 raise RecipeError(
-                    f"stages.{stage.name}",
+                    where,
                     f"its first step, evaluation or save fails: {_said(error)}",
                     "these settings of `trainer` and `lora` can't be trained; the same stage with "
                     "plain ones can",
                 ) from error
             if unmerged:
-                what = f"stages.{stage.name}: its adapter can't be merged: {unmerged}"
+                what = f"{where}: its adapter can't be merged: {unmerged}"
                 hint = "serve it beside its base; `sftkey merge` would refuse it"
                 yield Finding("not-merged", (), what, hint, refuses=False)
-
-
-def distributed() -> bool:
-    """Tell whether other processes would have to take part in a step."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or sharded()
 
 
 def _said(error: BaseException) -> str:
     """Return what an error of upstream's says, with its kind where the text alone says little."""
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def build_arguments(recipe: Recipe, stage: StageSection, device: Device, folder: Path) -> None:
-    """Build a stage's arguments as the run will.
-
-    Raises:
-        RecipeError: Upstream refuses them.
-    """
-    try:
-        with quiet():
-            arguments = stage_arguments(recipe, stage, device, folder, on_start=True)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if isinstance(error, SFTKeyError):
-            raise
-        where = f"stages.{stage.name}.trainer"
-        raise RecipeError(where, f"trl.SFTConfig refuses it: {_said(error)}") from error
-    refuse_idle_optimizer_settings(arguments, f"stages.{stage.name}.trainer")
 
 
 def small_model(skeleton: PreTrainedModel) -> PreTrainedModel | None:
@@ -248,115 +191,96 @@ def small_model(skeleton: PreTrainedModel) -> PreTrainedModel | None:
     return small
 
 
-def _plain_works(recipe: Recipe, stage: StageSection, *rest: Any) -> bool:
-    """Tell whether the stage's step can be taken at all with settings that say nothing."""
-    lora = None if recipe.lora is None else PLAIN
-    plain = recipe.model_copy(update={"trainer": {}, "lora": lora})
-    of_key = {"trainer": {}, "lora": PLAIN if stage.context == "frozen" else None}
-    try:
-        _take(plain, stage.model_copy(update=of_key), *rest)
-    except Exception:
-        return False
-    return True
+@dataclass(frozen=True)
+class Rehearsal:
+    """What stages are tried with.
 
-
-def _take(
-    recipe: Recipe,
-    stage: StageSection,
-    skeleton: PreTrainedModel,
-    small: PreTrainedModel,
-    rows: Dataset,
-    prepared: Prepared,
-    folder: Path,
-) -> str | None:
-    """Take one step of a stage, evaluate, save a checkpoint and the result, and load both.
-
-    Returns:
-        Why the adapter can't be merged, if it can't.
+    Args:
+        skeleton: The whole model, without weights.
+        small: One of its architecture, with two layers.
+        rows: Some of train.
+        tokenizer: The recipe's.
     """
-    model = _with_adapters(recipe, stage, skeleton, copy.deepcopy(small))
-    trainer_settings = recipe.stage_trainer(stage)
-    told = {"trainer": {**trainer_settings, **SHORT}}
-    short, short_stage = recipe.model_copy(update=told), stage.model_copy(update={"trainer": {}})
-    device = Device("cpu", 0, torch.float32)
-    with quiet(), torch.random.fork_rng(devices=[]):
-        arguments = stage_arguments(short, short_stage, device, folder, on_start=True)
-        trainer = make_trainer(
-            recipe,
-            stage,
-            model=model,
-            args=arguments,
-            tokenizer=prepared.renderer.tokenizer,
-            train_dataset=rows,
-            eval_dataset=rows,
-        )
-        trainer.train()
-        metrics = trainer.evaluate()
-        refuse_unknown_metric(trainer_settings, metrics, stage)
-        save_stage(trainer, folder / "adapter", BASE, write=True)
-        return _reload(recipe, stage, skeleton, small, trainer, folder)
 
+    skeleton: PreTrainedModel
+    small: PreTrainedModel
+    rows: Dataset
+    tokenizer: PreTrainedTokenizerBase
 
-def _with_adapters(
-    recipe: Recipe, stage: StageSection, skeleton: PreTrainedModel, small: PreTrainedModel
-) -> Any:
-    """Put the stage's adapters on a small model, on the modules that they will be on."""
-    model: Any = small
-    if stage.context == "frozen":
-        model.requires_grad_(False)
-        for member in key_adapter_specs(recipe, stage):
-            model = add_lora(
-                model, _of_small(skeleton, small, member.lora), member.seed, member.name
+    def take(self, recipe: Recipe, stage: StageSection, folder: Path) -> str | None:
+        """Take one step of a stage, evaluate, save a checkpoint and the result, and load both.
+
+        Returns:
+            Why the adapter can't be merged, if it can't.
+        """
+        model = self._with_adapters(recipe, stage)
+        settings = recipe.stage_trainer(stage)
+        short = recipe.model_copy(update={"trainer": {**settings, **SHORT}})
+        short_stage = stage.model_copy(update={"trainer": {}})
+        with quiet(), torch.random.fork_rng(devices=[]):
+            trainer = make_trainer(
+                recipe,
+                stage,
+                model=model,
+                args=stage_arguments(short, short_stage, DEVICE, folder, on_start=True),
+                tokenizer=self.tokenizer,
+                train_dataset=self.rows,
+                eval_dataset=self.rows,
             )
-            for name, parameter in model.named_parameters():
-                if f".{member.name}." in name:
-                    parameter.requires_grad = True
-        act(model, context_adapters(model))
-    elif recipe.lora is not None:
-        model = add_lora(model, _of_small(skeleton, small, recipe.lora), recipe.seed)
-    return model
+            trainer.train()
+            _refuse_unknown_metric(settings, trainer.evaluate(), stage)
+            save_stage(trainer, folder / "adapter", BASE, write=True)
+            if (checkpoint := max(folder.glob("checkpoint-*"), default=None)) is not None:
+                trainer._load_from_checkpoint(str(checkpoint))
+            if recipe.lora is None or stage.context == "frozen":
+                return None
+            lora, other = self._lora_of_small(recipe.lora), copy.deepcopy(self.small)
+            adapted = load_adapter(other, folder / "adapter", BASE, lora=lora)
+            try:
+                adapted.merge_and_unload()
+            except Exception as error:  # whatever keeps peft from it
+                return first_line(error)
+            return None
 
+    def plain_works(self, recipe: Recipe, stage: StageSection, folder: Path) -> bool:
+        """Tell whether the stage's step can be taken at all with settings that say nothing."""
+        lora = None if recipe.lora is None else PLAIN
+        plain = recipe.model_copy(update={"trainer": {}, "lora": lora})
+        of_key = {"trainer": {}, "lora": PLAIN if stage.context == "frozen" else None}
+        try:
+            self.take(plain, stage.model_copy(update=of_key), folder)
+        except Exception:
+            return False
+        return True
 
-def _of_small(
-    skeleton: PreTrainedModel, small: PreTrainedModel, lora: dict[str, Any]
-) -> dict[str, Any]:
-    """Say what an adapter of the whole model is on one with two layers: what these have of it."""
-    kept = {key: value for key, value in lora.items() if key not in OF_ALL_LAYERS}
-    targets = lora.get("target_modules")
-    if targets and targets != "all-linear":
-        wanted = short_names(target_names(skeleton, targets))
-        kept["target_modules"] = short_names(target_names(small, wanted)) or "all-linear"
-    for key, named in (
-        ("modules_to_save", small.named_modules()),
-        ("target_parameters", small.named_parameters()),
-    ):
-        if lora.get(key):
-            names = [name for name, _ in named]
-            kept[key] = [each for each in lora[key] if any(n.endswith(each) for n in names)]
-    return kept
+    def _with_adapters(self, recipe: Recipe, stage: StageSection) -> Any:
+        """Return a small model with the stage's adapters, on the modules that they will be on."""
+        model: Any = copy.deepcopy(self.small)
+        if stage.context == "frozen":
+            model.requires_grad_(False)
+            for member in key_adapter_specs(recipe, stage):
+                lora = self._lora_of_small(member.lora)
+                model = add_lora(model, lora, member.seed, member.name)
+            act(model, context_adapters(model))
+        elif recipe.lora is not None:
+            model = add_lora(model, self._lora_of_small(recipe.lora), recipe.seed)
+        return model
 
-
-def _reload(
-    recipe: Recipe,
-    stage: StageSection,
-    skeleton: PreTrainedModel,
-    small: PreTrainedModel,
-    trainer: KeyTrainer,
-    folder: Path,
-) -> str | None:
-    """Load what was written: the checkpoint by its own trainer, the adapter onto another model."""
-    checkpoint = max(folder.glob("checkpoint-*"), default=None)
-    if checkpoint is not None:
-        trainer._load_from_checkpoint(str(checkpoint))
-    if recipe.lora is None or stage.context == "frozen":
-        return None
-    lora = _of_small(skeleton, small, recipe.lora)
-    model = load_adapter(copy.deepcopy(small), folder / "adapter", BASE, lora=lora)
-    try:
-        model.merge_and_unload()
-    except Exception as error:  # whatever keeps peft from it
-        return first_line(error)
-    return None
+    def _lora_of_small(self, lora: dict[str, Any]) -> dict[str, Any]:
+        """Say what an adapter of the whole model is on two layers: what these have of it."""
+        kept = {key: value for key, value in lora.items() if key not in OF_ALL_LAYERS}
+        targets = lora.get("target_modules")
+        if targets and targets != "all-linear":
+            wanted = short_names(target_names(self.skeleton, targets))
+            kept["target_modules"] = short_names(target_names(self.small, wanted)) or "all-linear"
+        for key, named in (
+            ("modules_to_save", self.small.named_modules()),
+            ("target_parameters", self.small.named_parameters()),
+        ):
+            if lora.get(key):
+                names = [name for name, _ in named]
+                kept[key] = [each for each in lora[key] if any(n.endswith(each) for n in names)]
+        return kept
 
 
 @contextlib.contextmanager
@@ -375,3 +299,71 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
+
+
+def _refuse_missing_trackers(recipe: Recipe) -> None:
+    """Refuse trackers whose package is missing."""
+    for stage in recipe.stages:
+        where = f"stages.{stage.name}.trainer.report_to"
+        try:
+            for kind in get_reporting_integration_callbacks(
+                reported_to(recipe.stage_trainer(stage))
+            ):
+                kind()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise RecipeError(where, first_line(error)) from error
+
+
+def _refuse_attention(recipe: Recipe, skeleton: PreTrainedModel) -> None:
+    """Refuse an attention that this model doesn't have, or whose package is missing."""
+    attention = recipe.model.attn_implementation
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(skeleton.config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        what = f"expected one that this model has, on this machine; got {attention!r}"
+        raise ModelError("model.attn_implementation", f"{what}: {first_line(error)}") from error
+
+
+def _refuse_arguments(recipe: Recipe, stage: StageSection, folder: Path) -> None:
+    """Build a stage's arguments as the run will, and refuse what upstream refuses of them."""
+    where = f"stages.{stage.name}.trainer"
+    try:
+        with quiet():
+            arguments = stage_arguments(recipe, stage, DEVICE, folder, on_start=True)
+    except SFTKeyError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise RecipeError(where, f"trl.SFTConfig refuses it: {_said(error)}") from error
+    _refuse_idle_optimizer_settings(arguments, where)
+
+
+def _refuse_idle_optimizer_settings(arguments: SFTConfig, where: str) -> None:
+    """Refuse settings of an optimizer that the one which is built never reads."""
+    defaults = {each.name: each.default for each in dataclasses.fields(SFTConfig)}
+    read = Trainer.get_optimizer_cls_and_kwargs
+    for key in ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(arguments, key) == defaults[key]:
+            continue
+        plain = copy.copy(arguments)
+        setattr(plain, key, defaults[key])
+        try:
+            idle = read(plain) == read(arguments)
+        except (ImportError, ValueError):  # the stage's step tells more of it
+            return
+        if idle:
+            optimizer = OptimizerNames(arguments.optim).value
+            what = f"{key}={getattr(arguments, key)!r}: {optimizer} never reads it"
+            raise RecipeError(where, what, "leave it out, or choose another optimizer")
+
+
+def _refuse_unknown_metric(
+    trainer: dict[str, Any], metrics: dict[str, float], stage: StageSection
+) -> None:
+    """Refuse to choose the best checkpoint by what no evaluation reports: a KeyError, later."""
+    metric = trainer.get("metric_for_best_model")
+    if metric is None or f"eval_{metric.removeprefix('eval_')}" in metrics:
+        return
+    known = ", ".join(name for name in metrics if name.startswith("eval_loss"))
+    where = f"stages.{stage.name}.trainer.metric_for_best_model"
+    raise RecipeError(where, f"expected one of {known}; got {metric!r}")

@@ -1,17 +1,25 @@
-"""What the gate reads off the rows as texts: those left out, and those that lose something."""
+"""What the gate reads off the rows: those left out or that lose something, and their lengths."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from sftkey.checks.findings import Finding, of_rows
+from sftkey.data.collator import packed_rows, row_lengths, stage_rows
+from sftkey.data.prepare import Prepared
 from sftkey.data.refused import left_out, numbered
 from sftkey.data.renderer import Renderer, ids_set_before
 from sftkey.data.template import THINK_TAG, reads_of
 from sftkey.data.tokenization import DROPS_THINKING
-from sftkey.recipe.schema import DataSection
+from sftkey.models.facts import Skeleton, mixing_length
+from sftkey.recipe.schema import DataSection, Recipe
+from sftkey.recipe.stages import num_stage_batches, trainer_setting
 
 SAME_PROMPT = (
     "inference gets the same prompt; give a model.chat_template that keeps it, if it counts"
@@ -46,32 +54,20 @@ def empty_findings(rows: Mapping[str, Sequence[int]]) -> Iterator[Finding]:
 
 def frame_findings(renderer: Renderer) -> Iterator[Finding]:
     """Find thinking that the template writes beside the response's own, and a begin that lacks."""
-    yield from _begin_findings(renderer)
-    if not THINK_TAG.search(renderer.assistant_prefix):
-        return
-    opening = "<think>\n" if "<think>" in renderer.assistant_prefix else ""
-    native = f"response.thinking: {json.dumps([opening, chr(10) + '</think>'])}"
-    switch = "model.chat_template_kwargs: {enable_thinking: false}; or "
-    knows = "enable_thinking" in reads_of(renderer.tokenizer).variables
-    yield Finding(
-        "template-inserts",
-        (),
-        f"the chat template inserts {renderer.assistant_prefix!r} before every answer, beside the "
-        "response's own thinking",
-        f"{switch if knows else ''}the template's own tags, {native}",
-    )
-
-
-def _begin_findings(renderer: Renderer) -> Iterator[Finding]:
-    """Note a template without the token that the tokenizer sets before every other text."""
-    begin = renderer.tokenizer.bos_token_id
-    if renderer.kind == "plain" or begin not in ids_set_before(renderer.tokenizer):
-        return
-    if begin not in renderer.prompt_ids("Q"):
-        token = renderer.tokenizer.bos_token
-        what = f"the chat template doesn't begin with {token!r}, which the tokenizer sets before "
+    tokenizer, prefix = renderer.tokenizer, renderer.assistant_prefix
+    begin, chat = tokenizer.bos_token_id, renderer.kind != "plain"
+    if chat and begin in ids_set_before(tokenizer) and begin not in renderer.prompt_ids("Q"):
+        what = f"the chat template doesn't begin with {tokenizer.bos_token!r}, which the tokenizer"
         hint = "inference gets the same prompt; write it into a model.chat_template, if it counts"
-        yield Finding("no-begin", (), f"{what}a text by itself", hint, refuses=False)
+        yield Finding("no-begin", (), f"{what} sets before a text by itself", hint, refuses=False)
+    if THINK_TAG.search(prefix):
+        opening = "<think>\n" if "<think>" in prefix else ""
+        native = f"response.thinking: {json.dumps([opening, chr(10) + '</think>'])}"
+        switch = "model.chat_template_kwargs: {enable_thinking: false}; or "
+        knows = "enable_thinking" in reads_of(tokenizer).variables
+        what = f"the chat template inserts {prefix!r} before every answer, beside the response's"
+        hint = f"{switch if knows else ''}the template's own tags, {native}"
+        yield Finding("template-inserts", (), f"{what} own thinking", hint)
 
 
 def noted_findings(noted: Mapping[str, Any]) -> Iterator[Finding]:
@@ -82,12 +78,77 @@ def noted_findings(noted: Mapping[str, Any]) -> Iterator[Finding]:
     """
     for where, counted in noted.items():
         drops = where.endswith(DROPS_THINKING)
-        shown = "; ".join(counted.get("examples", ()))
+        code = "template-drops-thinking" if drops else "changed"
+        hint = SAME_PROMPT if drops else "it is trained as it stands in `sftkey show`"
         message = f"{where}: {numbered(counted['rows'], counted['count'])}"
-        yield Finding(
-            "template-drops-thinking" if drops else "changed",
-            tuple(counted["rows"]),
-            f"{message}; {shown}" if shown else message,
-            SAME_PROMPT if drops else "it is trained as it stands in `sftkey show`",
-            refuses=False,
+        message = "; ".join([message, *counted.get("examples", ())])
+        yield Finding(code, tuple(counted["rows"]), message, hint, refuses=False)
+
+
+def length_findings(recipe: Recipe, prepared: Prepared, skeleton: Skeleton) -> Iterator[Finding]:
+    """Find lengths that the model's positions don't fit, and stages of which no batch is left."""
+    yield from _dropped_batches(recipe, prepared, int(os.environ.get("WORLD_SIZE", "1")))
+    yield from _mixed_lengths(skeleton, prepared)
+    yield from _positions(recipe, prepared, skeleton)
+
+
+def _dropped_batches(recipe: Recipe, prepared: Prepared, num_processes: int) -> Iterator[Finding]:
+    """Refuse stages whose only batch `dataloader_drop_last` drops."""
+    for stage in recipe.stages:
+        trainer = recipe.stage_trainer(stage)
+        if not trainer_setting(trainer, "dataloader_drop_last"):
+            continue
+        packs = packed_rows(recipe, prepared.train)
+        num_rows = len(stage_rows(recipe, stage, prepared.train, packs)) * stage.rows_each
+        if num_stage_batches(trainer, num_rows, num_processes):
+            continue
+        size = trainer_setting(trainer, "per_device_train_batch_size") * num_processes
+        what = f"stages.{stage.name}: expected at least {size} rows, a whole batch; got {num_rows}"
+        hint = "dataloader_drop_last drops what fills none: leave it out, or lower the batch size"
+        yield Finding("no-batch", (), what, hint)
+
+
+def _mixed_lengths(skeleton: Skeleton, prepared: Prepared) -> Iterator[Finding]:
+    """Refuse rows so long that they would change the positions of the rows beside them."""
+    limit = mixing_length(skeleton.config)
+    splits = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
+    longest = max(max(row_lengths(rows)) for rows in splits)
+    if limit is not None and longest > limit:
+        what = (
+            f"{skeleton.config.model_type}: its positions are scaled by a batch's longest row "
+            f"above {limit} tokens, so that a row's loss would depend on the rows beside it; the "
+            f"longest row has {longest}"
         )
+        yield Finding("model", (), what, f"write data.max_length={limit}")
+
+
+def _positions(recipe: Recipe, prepared: Prepared, skeleton: Skeleton) -> Iterator[Finding]:
+    """Refuse answers that alone are longer than the model's positions, or run out of learned ones.
+
+    Rotary positions go on beyond what the config names; a table of learned ones ends there.
+    """
+    reach, questions = skeleton.most_tokens, prepared.questions(recipe)
+    if reach is None or not questions:
+        return
+    new = recipe.eval.max_new_tokens
+    longest = 0
+    if has_learned_positions(skeleton.model, reach):
+        prompts = (prepared.renderer.prompt_ids(question.prompt) for question in questions)
+        longest = max(map(len, prompts))
+    if longest + new <= reach:
+        return
+    behind = f" behind the longest question's {longest}" if longest else ""
+    what = f"eval.max_new_tokens: the model has {reach} positions; got {new} new tokens{behind}"
+    hint = f"write eval.max_new_tokens={max(reach - longest, 1)} or fewer"
+    yield Finding("positions", (), what, hint)
+
+
+def has_learned_positions(skeleton: PreTrainedModel, reach: int) -> bool:
+    """Tell whether positions are rows of an embedding, as GPT-2's are (OPT has two rows more)."""
+    words = skeleton.get_input_embeddings()
+    return any(
+        isinstance(module, torch.nn.Embedding)
+        and module is not words
+        and reach <= module.num_embeddings <= reach + 2
+        for module in skeleton.modules()
+    )

@@ -63,7 +63,7 @@ def check(
     else:
         console = stdout_console()
         if found:
-            console.print(rendered_plan(found.plan))
+            console.print(rendered_plan(found))
         console.print(rendered(checked, report))
     if report.refusals:
         sys.exit(2)
@@ -115,23 +115,24 @@ def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) 
     Raises:
         SystemExit: With 2, where it doesn't fit.
     """
+    from sftkey.checks.findings import Finding, Report
     from sftkey.memory_plan.plan import fit
 
     found = fit(recipe, overrides, gpu)
     if as_json:
-        findings = [] if found.plan.fits else [found.finding()]
-        report = {"findings": findings, "statistics": {}, "plan": found.as_json()}
+        refusal = () if found.fits else (Finding("memory", (), found.message, found.hint),)
+        report = {**Report(refusal).as_json(), "plan": found.as_json()}
         print(json.dumps(report, ensure_ascii=False))
     else:
         from rich.text import Text
 
         console = stdout_console()
-        console.print(rendered_plan(found.plan))
-        verdict = "fits" if found.plan.fits else f"doesn't fit: {found.message}"
+        console.print(rendered_plan(found))
+        verdict = "fits" if found.fits else f"doesn't fit: {found.message}"
         console.print(Text(f"{found.name}: {verdict}", "bold"))
-        if not found.plan.fits:
+        if not found.fits:
             console.print(f"    hint: {found.hint}")
-    if not found.plan.fits:
+    if not found.fits:
         sys.exit(2)
 
 

@@ -58,8 +58,7 @@ def ls(
 
 def planned_gib(file: Path) -> float | None:
     """Plan a recipe's peak, and say so; None where its model isn't here, or isn't planned."""
-    from sftkey.memory_plan.peak import peak_bytes
-    from sftkey.memory_plan.plan import GIB
+    from sftkey.memory_plan.plan import GIB, peak_bytes
 
     peak = peak_bytes(load_recipe(file))
     if peak is None:
@@ -109,7 +108,7 @@ def show(
     checked = load_recipe(recipe, overrides or ())
     from rich.console import Console
 
-    from sftkey.checks.stop import not_verified
+    from sftkey.checks.recipe import not_verified
     from sftkey.data.prepare import prepare
     from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
     from sftkey.models.facts import published_stops

@@ -85,7 +85,7 @@ def generate(
         ValueError: There is nothing to stop at, or an empty prompt.
     """
     from sftkey.generation.key_switch import Streamer, write, write_switching
-    from sftkey.models.positions import mixing_length
+    from sftkey.models.facts import mixing_length
 
     if not stop_ids:
         raise ValueError("stop_ids: expected at least the trained end of turn; got none")

@@ -87,14 +87,9 @@ def accumulation(recipe: Recipe, stage: StageSection) -> int:
 
 
 def stage_batch(recipe: Recipe, stage: StageSection, copies: int, rows: int, length: int) -> Batch:
-    """Return a stage's batch of some size, with the keys that go with those of its row.
+    """Return a micro-batch of so many rows of so many tokens, with the keys that go with its own.
 
-    Args:
-        recipe: The stage's.
-        stage: The stage.
-        copies: Of each row, for the adapters of a grid.
-        rows: Of a micro-batch.
-        length: Tokens of each row.
+    `copies` is how often a row is there, for the adapters of a grid.
     """
     short = min(KEY_TOKENS, max(length - 2, 1))
     labelled = length if trained_context(stage.loss_on) else short

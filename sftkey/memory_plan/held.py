@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import Any, Literal
 
-from sftkey.errors import CheckError, ModelError, Problem, first_line
-from sftkey.models.source import model_source
+from sftkey.errors import CheckError, ModelError, Problem
+from sftkey.models.facts import Skeleton, skeleton_of
+from sftkey.models.loading import target_names
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs, lora_setting, trainer_setting
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of state for each trained number; and in how many states of 8 bits a large tensor has it.
@@ -34,15 +30,8 @@ OPTIMIZERS: dict[str, tuple[int, int]] = {
 }
 # Fields of LoraConfig that are counted here, or change nothing in memory.
 COUNTED = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "trainable_token_indices",
-    "alpha_pattern",
-    "use_rslora",
-    "init_lora_weights",
-    "ensure_weight_tying",
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "trainable_token_indices"),
+    *("alpha_pattern", "use_rslora", "init_lora_weights", "ensure_weight_tying"),
 }
 NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers with one absmax; absmaxes with one of their own
 NF4_TABLES = 4 * (16 + 256 + 1)  # of a module: NF4's values, those of the absmaxes, their mean
@@ -97,54 +86,6 @@ class Setting:
         return DTYPE_BYTES[self.compute] == 2
 
 
-@dataclass(frozen=True, eq=False)
-class Skeleton:
-    """A model without weights, which its config describes.
-
-    Args:
-        config: transformers' config.
-        attention: The implementation that the model is built with.
-        name: What errors call it.
-    """
-
-    config: Any
-    attention: str = "sdpa"
-    name: str = "model"
-
-    def build(self, dtype: str = "float32") -> PreTrainedModel:
-        """Build the model on the meta device.
-
-        Raises:
-            ValueError: transformers has no such language model, or not with this attention.
-        """
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        flash = self.attention.startswith("flash")  # its package needn't be here
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config),
-                attn_implementation="sdpa" if flash else self.attention,
-                dtype=getattr(torch, dtype),
-            )
-        return model
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The whole model."""
-        return self.build()
-
-    @property
-    def text(self) -> Any:
-        """The config of the language model."""
-        return self.config.get_text_config()
-
-    @property
-    def most_tokens(self) -> int:
-        """The longest row that its positions reach."""
-        return int(getattr(self.text, "max_position_embeddings", None) or 2**20)
-
-
 @cache
 def linears(
     skeleton: Skeleton, targets: str | tuple[str, ...] = "all-linear"
@@ -155,8 +96,6 @@ def linears(
 
 def named(model: Any, targets: str | tuple[str, ...]) -> list[Any]:
     """Return the modules that `target_modules` names; `all-linear` are those that NF4 packs."""
-    from sftkey.models.loading import target_names
-
     names = target_names(model, targets if isinstance(targets, str) else list(targets))
     return [module for name, module in model.named_modules() if name in names]
 
@@ -170,41 +109,19 @@ def features(module: Any) -> tuple[int, int]:
 
 
 def read_skeleton(section: ModelSection) -> Skeleton:
-    """Read a recipe's model from its config.
+    """Return a recipe's model without weights, with the recipe's attention.
 
     Raises:
-        ModelError: There is no such config, transformers can't build a language model of it, or
-            its weights come quantized.
+        ModelError: There is no such model, transformers can't build it, or its weights come
+            quantized.
     """
-    name = section.name_or_path
-    file = model_source(section).folder / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(name, f"its config.json can't be read: {error}") from error
-    if "quantization_config" in fields:
+    skeleton = skeleton_of(section, section.attn_implementation)
+    if skeleton.quantized is not None:
         raise ModelError(
-            name,
+            section.name_or_path,
             "its memory can't be planned: the weights come quantized",
             "leave --gpu out, or take the unquantized model",
         )
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    kind = fields.get("model_type")
-    try:
-        if kind not in CONFIG_MAPPING:
-            raise ValueError(f"transformers knows no model type {kind}")
-        config = CONFIG_MAPPING[kind].from_json_file(file)  # which may write infinities its own way
-        skeleton = Skeleton(config, section.attn_implementation, name)
-        skeleton.model  # noqa: B018  # built, to see that it can be
-    except (
-        *(ValueError, KeyError, TypeError, AttributeError, ImportError),
-        StrictDataclassError,
-    ) as error:
-        raise ModelError(
-            name, f"its memory can't be planned: {first_line(error)}", "leave --gpu out"
-        ) from error
     return skeleton
 
 

@@ -1,26 +1,29 @@
 """The plan: how much memory each stage of a recipe needs on a GPU, part by part, and what fits.
 
 It is made from the model's config alone. What is held is counted to the byte (`held`), and a step
-of the model is run on torch's meta device to see what a batch needs (`trace`). torch is imported
-where it is used, so that a plan's printing stays light.
+of the model is run on torch's meta device to see what a batch needs (`trace`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sftkey.errors import RecipeError, shown
+from sftkey.errors import RecipeError, SFTKeyError, shown
 from sftkey.memory_plan import held
-from sftkey.memory_plan.batches import KEY_TOKENS, accumulation, batch_rows, stage_batch
-from sftkey.memory_plan.held import Setting, Skeleton, read_skeleton, setting_of
+from sftkey.memory_plan.batches import KEY_TOKENS, Batch, accumulation, batch_rows, stage_batch
+from sftkey.memory_plan.held import Setting, read_skeleton, setting_of
+from sftkey.memory_plan.trace import head_bytes, traced
+from sftkey.models.facts import Skeleton
+from sftkey.models.source import at_hand
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.loss_on import trained_context
-from sftkey.recipe.schema import Recipe, StageSection
+from sftkey.recipe.schema import ModelSection, Recipe, StageSection
 from sftkey.recipe.stages import trainer_setting
 
 GIB = 2**30
@@ -28,7 +31,9 @@ GIB = 2**30
 RESERVED_BYTES = GIB
 MOST_ROWS = 1024
 LENGTH_STEP = 64
+UNBOUNDED = 2**20  # tokens, where the config names no longest row
 SHORTEST = 256  # tokens; shorter rows hold hardly any reasoning
+NONE_FITS = "no change that is known here makes it fit: take a smaller model or a larger GPU"
 EIGHT_BITS = {
     "adamw_torch": "adamw_8bit",
     "adamw_torch_fused": "adamw_8bit",
@@ -38,8 +43,6 @@ EIGHT_BITS = {
 }
 
 Load = Callable[[Sequence[str]], Recipe]
-Fits = Callable[[Recipe], bool]
-Longest = Callable[[Recipe], int]
 Overrides = list[str]
 
 
@@ -54,10 +57,6 @@ class StagePlan:
         stage: The stage.
         skeleton: The model's.
         room: Bytes that the stage may take.
-
-    Raises:
-        CheckError: The recipe asks for something that isn't planned.
-        ModelError: The model can't be run without weights; raised by what traces it.
     """
 
     recipe: Recipe
@@ -91,7 +90,7 @@ class StagePlan:
     @cached_property
     def parts(self) -> dict[str, int]:
         """What each part needs at the peak."""
-        return self.parts_with(self.rows, self.length)
+        return self._parts_with(self.rows, self.length)
 
     @property
     def peak_bytes(self) -> int:
@@ -102,26 +101,27 @@ class StagePlan:
     def longest(self) -> int:
         """Tokens of the longest rows that fit, at so many a batch; 0: none."""
         return LENGTH_STEP * most(
-            lambda n: self.needed(self.rows, n * LENGTH_STEP),
+            lambda n: sum(self._parts_with(self.rows, n * LENGTH_STEP).values()),
             self.room,
-            self.skeleton.most_tokens // LENGTH_STEP,
+            (self.skeleton.most_tokens or UNBOUNDED) // LENGTH_STEP,
             self.length // LENGTH_STEP,
         )
 
     @cached_property
     def most_rows(self) -> int:
         """How many rows of so many tokens fit; 0: none."""
-        return most(lambda rows: self.needed(rows, self.length), self.room, MOST_ROWS, self.rows)
+        return most(
+            lambda rows: sum(self._parts_with(rows, self.length).values()),
+            self.room,
+            MOST_ROWS,
+            self.rows,
+        )
 
-    def parts_with(self, rows: int, length: int) -> dict[str, int]:
+    def _parts_with(self, rows: int, length: int) -> dict[str, int]:
         """Return the bytes of each part at the peak of a batch of some size."""
         copies = max(len(self.setting.ranks), 1)
         batch = stage_batch(self.recipe, self.stage, copies, rows, length)
         return parts_of(self.skeleton, self.setting, batch)
-
-    def needed(self, rows: int, length: int) -> int:
-        """Return the bytes at the peak of a batch of some size."""
-        return sum(self.parts_with(rows, length).values())
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,16 @@ class Plan:
     """What a recipe needs on a GPU.
 
     Args:
+        name: The recipe's.
         gpu_bytes: What the GPU has.
         stages: In their order.
+        changes: Overrides that make it fit; none where it fits, None where no change suffices.
     """
 
+    name: str
     gpu_bytes: int
     stages: tuple[StagePlan, ...]
+    changes: Overrides | None = None
 
     @property
     def fits(self) -> bool:
@@ -159,7 +163,22 @@ class Plan:
                 }
                 for each in self.stages
             },
+            "changes": self.changes,
         }
+
+    @property
+    def message(self) -> str:
+        """Say of a recipe that doesn't fit what it needs."""
+        worst = max(self.stages, key=lambda stage: stage.peak_bytes)
+        return (
+            f"stage {worst.name} needs {gib(worst.peak_bytes)} GiB at its peak, and "
+            f"{gib(RESERVED_BYTES)} GiB are set aside; the GPU has {gib(self.gpu_bytes)} GiB"
+        )
+
+    @property
+    def hint(self) -> str:
+        """Say what to do about it."""
+        return f"write {' '.join(self.changes)}" if self.changes else NONE_FITS
 
 
 def size_bytes(text: str) -> int:
@@ -190,13 +209,29 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, gpu_bytes: int) -> Plan:
         ModelError: The model can't be run without weights.
     """
     room = gpu_bytes - RESERVED_BYTES
-    return Plan(gpu_bytes, tuple(StagePlan(recipe, each, skeleton, room) for each in recipe.stages))
+    stages = tuple(StagePlan(recipe, each, skeleton, room) for each in recipe.stages)
+    return Plan(recipe.name, gpu_bytes, stages)
 
 
-def parts_of(skeleton: Skeleton, setting: Setting, batch: Any) -> dict[str, int]:
-    """Return the bytes of each part at the peak; `batch` is a `trace.Batch`."""
-    from sftkey.memory_plan.trace import head_bytes, traced
+def peak_bytes(recipe: Recipe) -> int | None:
+    """Return what the recipe's largest stage needs on CUDA, beside what is set aside.
 
+    None where the model's config would have to be fetched, or the recipe asks for what isn't
+    planned; `sftkey check RECIPE --gpu SIZE --plan-only` says which.
+    """
+    folder = at_hand(recipe.model)
+    if folder is None:
+        return None
+    attention = recipe.model.attn_implementation
+    try:
+        here = ModelSection(name_or_path=str(folder), attn_implementation=attention)
+        return max(each.peak_bytes for each in make_plan(recipe, read_skeleton(here), 0).stages)
+    except SFTKeyError:
+        return None
+
+
+def parts_of(skeleton: Skeleton, setting: Setting, batch: Batch) -> dict[str, int]:
+    """Return the bytes of each part at the peak."""
     needs, logits = traced(skeleton, setting, batch), head_bytes(skeleton, setting, batch)
     peak = max(needs.kept + logits, needs.peak, needs.reading)
     return {
@@ -252,44 +287,40 @@ def changes_that_fit(load: Load, skeleton: Skeleton, gpu_bytes: int) -> Override
         Overrides; none where it fits as it is, and None where all of them don't suffice.
     """
 
-    def fits(recipe: Recipe) -> bool:
-        return make_plan(recipe, skeleton, gpu_bytes).fits
+    def planned(*taken: Overrides) -> tuple[Recipe, Plan]:
+        recipe = load(list(chain(*taken)))
+        return recipe, make_plan(recipe, skeleton, gpu_bytes)
 
-    def longest(recipe: Recipe) -> int:
-        return min(each.longest for each in make_plan(recipe, skeleton, gpu_bytes).stages)
+    def fits(*taken: Overrides) -> bool:
+        return planned(*taken)[1].fits
 
-    recipe = load([])
-    if fits(recipe):
+    if fits():
         return []
     for kind in KINDS:
-        for overrides in kind(recipe, longest):
-            if fits(load(overrides)):
+        for overrides in kind(*planned()):
+            if fits(overrides):
                 return overrides
     taken: list[Overrides] = []
     for kind in KINDS:
         strongest: Overrides = []
-        for overrides in kind(load(_joined(taken)), longest):
-            if fits(load(_joined([*taken, overrides]))):
-                return _without_idle([*taken, overrides], load, fits)
+        for overrides in kind(*planned(*taken)):
+            if fits(*taken, overrides):
+                return _without_idle([*taken, overrides], fits)
             strongest = overrides
         taken.append(strongest)
     return None
 
 
-def _joined(taken: list[Overrides]) -> Overrides:
-    return [each for overrides in taken for each in overrides]
-
-
-def _without_idle(taken: list[Overrides], load: Load, fits: Fits) -> Overrides:
+def _without_idle(taken: list[Overrides], fits: Callable[..., bool]) -> Overrides:
     """Leave out what isn't needed beside the rest; what changes training most goes first."""
     for overrides in reversed(taken):
         fewer = [each for each in taken if each is not overrides]
-        if fits(load(_joined(fewer))):
+        if fits(*fewer):
             taken = fewer
-    return _joined(taken)
+    return list(chain(*taken))
 
 
-def _checkpointing(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _checkpointing(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Compute activations anew in the backward pass."""
     key = "gradient_checkpointing"
     kept = {
@@ -301,7 +332,7 @@ def _checkpointing(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
         yield _written(recipe, key, kept)
 
 
-def _keys(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _keys(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Let fewer keys go through the model at once."""
     behind = [stage for stage in recipe.stages if stage.context != "exact"]
     tokens = max((stage.key_batch_tokens for stage in behind), default=0) // 2
@@ -313,7 +344,7 @@ def _keys(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
         tokens //= 2
 
 
-def _batches(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _batches(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Take fewer rows at a time, as many in a step."""
     stages = {stage.name: stage for stage in recipe.stages}
     rows = {name: batch_rows(recipe, stage) for name, stage in stages.items()}
@@ -335,7 +366,7 @@ def largest_part(total: int, most: int) -> int:
     return next(count for count in range(min(most, total), 0, -1) if total % count == 0)
 
 
-def _optimizer(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _optimizer(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Hold the optimizer's state in 8 bits."""
     names = {
         stage.name: str(trainer_setting(recipe.stage_trainer(stage), "optim"))
@@ -346,13 +377,13 @@ def _optimizer(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
         yield _written(recipe, "optim", smaller)
 
 
-def _quantization(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _quantization(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Hold the weights in 4 bits, where they aren't trained."""
     if recipe.model.quantization == "none" and recipe.lora is not None:
         yield ["model.quantization=nf4"]
 
 
-def _context(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _context(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Let no gradient through the context of the stages that train the key alone."""
     exact = [
         stage
@@ -364,9 +395,9 @@ def _context(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
         yield detached + [f"stages.{stage.name}.key_batch_tokens={KEY_TOKENS}" for stage in exact]
 
 
-def _length(recipe: Recipe, longest: Longest) -> Iterator[Overrides]:
+def _length(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Take the longest rows that fit."""
-    tokens = longest(recipe)
+    tokens = min(stage.longest for stage in plan.stages)
     if tokens < recipe.data.max_length:
         yield [f"data.max_length={max(tokens, SHORTEST)}"]
 
@@ -382,53 +413,7 @@ def _written(recipe: Recipe, key: str, values: dict[str, Any]) -> Overrides:
     return [f"stages.{name}.trainer.{key}={value}" for name, value in values.items()]
 
 
-NONE_FITS = "no change that is known here makes it fit: take a smaller model or a larger GPU"
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A recipe's plan, and what to write where it doesn't fit.
-
-    Args:
-        name: The recipe's.
-        plan: As the recipe stands.
-        changes: Overrides; none where it fits, None where no change suffices.
-    """
-
-    name: str
-    plan: Plan
-    changes: list[str] | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plan and changes."""
-        return {**self.plan.as_json(), "changes": self.changes}
-
-    @property
-    def message(self) -> str:
-        """Say of a recipe that doesn't fit what it needs."""
-        worst = max(self.plan.stages, key=lambda stage: stage.peak_bytes)
-        return (
-            f"stage {worst.name} needs {gib(worst.peak_bytes)} GiB at its peak, and "
-            f"{gib(RESERVED_BYTES)} GiB are set aside; the GPU has {gib(self.plan.gpu_bytes)} GiB"
-        )
-
-    @property
-    def hint(self) -> str:
-        """Say what to do about it."""
-        return f"write {' '.join(self.changes)}" if self.changes else NONE_FITS
-
-    def finding(self) -> dict[str, Any]:
-        """Return the fields of the gate's finding."""
-        return {
-            "code": "memory",
-            "rows": (),
-            "message": self.message,
-            "hint": self.hint,
-            "refuses": True,
-        }
-
-
-def fit(recipe: Path, overrides: Sequence[str], gpu: str) -> Fit:
+def fit(recipe: Path, overrides: Sequence[str], gpu: str) -> Plan:
     """Plan a recipe on a GPU, and look for what makes it fit.
 
     Raises:
@@ -442,7 +427,7 @@ def fit(recipe: Path, overrides: Sequence[str], gpu: str) -> Fit:
     loaded = load([])
     skeleton = read_skeleton(loaded.model)
     plan = make_plan(loaded, skeleton, size)
-    return Fit(loaded.name, plan, changes_that_fit(load, skeleton, size))
+    return replace(plan, changes=changes_that_fit(load, skeleton, size))
 
 
 def gib(size: int) -> str:

@@ -25,8 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sftkey.activity import activity
 from sftkey.errors import ModelError, first_line
 from sftkey.memory_plan.batches import Batch, Joint
-from sftkey.memory_plan.held import DTYPE_BYTES, Setting, Skeleton, named
+from sftkey.memory_plan.held import DTYPE_BYTES, Setting, named
 from sftkey.memory_plan.meta import META, Adapted, Device, Head, Memory, Nf4
+from sftkey.models.facts import Skeleton
 from sftkey.models.key_pass import ConstantContext, cache_name, checkpointed, shared_keys
 
 # As sftkey.training has it (a test compares); its module imports peft.
@@ -70,10 +71,8 @@ def traced(skeleton: Skeleton, setting: Setting, batch: Batch) -> Trace:
     try:
         return _tracer(skeleton, replace(setting, optimizer="", trained_rows=0)).trace(batch)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(
-            skeleton.name, f"its memory can't be planned: {reason}", "leave --gpu out"
-        ) from error
+        what = f"its memory can't be planned: {type(error).__name__}: {first_line(error)}"
+        raise ModelError(skeleton.name, what, "leave --gpu out") from error
 
 
 @lru_cache(maxsize=16)
@@ -185,6 +184,7 @@ class Tracer:
             return self._behind_context(memory, batch)
 
     def _exact(self, memory: Memory, batch: Batch) -> Trace:
+        """Run whole rows."""
         shape = (batch.rows, batch.length)
         with memory:
             ids = torch.empty(shape, dtype=torch.long, device=META)
@@ -269,8 +269,10 @@ class Tracer:
         members = max(len(self.setting.ranks), 1)
         with memory:
             cache: Any = DynamicCache(config=self.model.config)
-            with torch.no_grad(), Device(self.setting, {}), self._adapters_of_context():
+            self._set_reading(True)
+            with torch.no_grad(), Device(self.setting, {}):
                 reading = self._read(memory, cache, batch, alone.context)
+            self._set_reading(False)
             one = self._all([_cache_bytes(layer) for layer in cache.layers])
             contexts = alone.rows * alone.context
             reading += one * (joint.rows * joint.context - contexts) // contexts
@@ -280,19 +282,13 @@ class Tracer:
             before = [_cache_bytes(layer) for layer in cache.layers]
             start, stop = joint.context, joint.context + joint.keys
             inputs = self._columns(joint.rows * members, start, stop)
-            with self._anew(cache, members):
+            if self.setting.checkpointing:  # computed anew, a layer finds its cache as it was
+                cache.layers = [ConstantContext(layer, members) for layer in cache.layers]
+            again = lambda layer: Device(self.setting, None)  # noqa: E731
+            with shared_keys(), checkpointed(self.model, again, preserve_rng_state=False):
                 kept, peak = self._step(memory, inputs | {cache_name(self.decoder): cache}, before)
             after = [_cache_bytes(layer) for layer in cache.layers]
         return Trace(kept, peak, reading, self._all(after))
-
-    @contextmanager
-    def _anew(self, cache: Any, copies: int) -> Iterator[None]:
-        """Attend to a cache; where layers are checkpointed it stays as it is."""
-        again = lambda layer: Device(self.setting, None)  # noqa: E731
-        if self.setting.checkpointing:
-            cache.layers = [ConstantContext(layer, copies) for layer in cache.layers]
-        with shared_keys(), checkpointed(self.model, again, preserve_rng_state=False):
-            yield
 
     def _read(self, memory: Memory, cache: Any, batch: Batch, context: int) -> int:
         """Read the last piece of the context behind the others, and return the peak.
@@ -314,9 +310,8 @@ class Tracer:
         return max(memory.peaks.values()) + self._beyond(held, after)
 
     def _run(self, rows: int, start: int, stop: int, cache: Any) -> None:
-        self.decoder(
-            **self._columns(rows, start, stop), **{cache_name(self.decoder): cache}, use_cache=True
-        )
+        inputs = self._columns(rows, start, stop) | {cache_name(self.decoder): cache}
+        self.decoder(**inputs, use_cache=True)
 
     def _columns(self, rows: int, start: int, stop: int) -> dict[str, Any]:
         """Return the inputs of some columns behind a cache of those before."""
@@ -327,39 +322,30 @@ class Tracer:
     def _all(self, sizes: list[int]) -> int:
         return sum((more + 1) * size for more, size in zip(self.extra, sizes, strict=True))
 
-    @contextmanager
-    def _adapters_of_context(self) -> Iterator[None]:
-        adapted = [each for each in self.model.modules() if isinstance(each, Adapted)]
-        for each in adapted:
-            each.reading = True
-        yield
-        for each in adapted:
-            each.reading = False
+    def _set_reading(self, reading: bool) -> None:
+        """Say whether a context is read, where a frozen stage's own adapters don't act."""
+        for each in self.model.modules():
+            if isinstance(each, Adapted):
+                each.reading = reading
 
 
 def _join(cache: Any, joint: Joint, copies: int) -> None:
     """Let a cache hold the contexts of a joint pass, each so many times."""
     for layer in cache.layers:
+        columns = joint.context
+        if layer.is_sliding:
+            columns = min(columns, layer.sliding_window - 1)
+            layer.cumulative_length = joint.context
         for name in ("keys", "values"):
             held = getattr(layer, name)
-            _, heads, columns, width = held.shape
-            if layer.is_sliding:
-                columns = min(joint.context, layer.sliding_window - 1)
-            else:
-                columns = joint.context
+            _, heads, _, width = held.shape
             setattr(layer, name, held.new_empty(joint.rows * copies, heads, columns, width))
-        if layer.is_sliding:
-            layer.cumulative_length = joint.context
 
 
 def _cache_bytes(layer: Any) -> int:
     """Return what a layer's cache holds: of a sliding window all that its view was cut from."""
-    storages = {id(each): each for each in map(_storage, (layer.keys, layer.values))}
-    return sum(each.nbytes() for each in storages.values())
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+    storages = [each.untyped_storage() for each in (layer.keys, layer.values)]
+    return sum({id(each): each.nbytes() for each in storages}.values())
 
 
 @contextmanager

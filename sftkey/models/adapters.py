@@ -41,6 +41,7 @@ LOGGER = logging.getLogger("sftkey")
 BASE_FILE, WEIGHTS_FILE = "base.json", "adapter_model.safetensors"
 DEFAULT = "default"  # peft's name of the one adapter that acts on all tokens
 Base = dict[str, str | None]
+LISTS = (list, set, tuple, type(None))
 
 
 def save_adapter(
@@ -120,17 +121,15 @@ def add_lora(
         ModelError: The target modules don't exist, or the settings can't be.
     """
     _check_initialization("lora", lora_setting(lora, "init_lora_weights"))
-    check_targets(without_adapters(model), lora.get("target_modules"))
     refuse_unmatched(without_adapters(model), lora)
     try:
         with torch.random.fork_rng(devices=[]), peft_warnings_logged():
             config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
             # peft draws on the CPU whatever the device; torch.manual_seed would reseed GPUs too.
             torch.default_generator.manual_seed(seed)
-            adapted = _adapted(model, config, name)
+            return _put(config, name, model)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ModelError("lora", first_line(error)) from error
-    return _ready(adapted, name)
 
 
 @contextmanager
@@ -145,18 +144,9 @@ def peft_warnings_logged() -> Iterator[None]:
             LOGGER.info("peft: %s", text.split(". ")[0])
 
 
-def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def without_adapters(model: PreTrainedModel | PeftModel) -> Any:
     """Return the model below its adapters, if it has any."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    found: PreTrainedModel = base
-    return found
-
-
-def _adapted(model: PreTrainedModel | PeftModel, config: LoraConfig, name: str) -> PeftModel:
-    if not isinstance(model, PeftModel):
-        return get_peft_model(model, config, adapter_name=name)
-    model.add_adapter(name, config)
-    return model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _check_initialization(where: str, value: Any) -> None:
@@ -168,13 +158,17 @@ def _check_initialization(where: str, value: Any) -> None:
         )
 
 
-def _ready(adapted: PeftModel, name: str) -> PeftModel:
-    """Make all that is trained float32, and a checkpoint's save ask the hub for nothing.
+def _put(config: LoraConfig, name: str, model: PreTrainedModel | PeftModel) -> PeftModel:
+    """Put an adapter on a model, all that is trained in float32; no save asks the hub for anything.
 
     peft makes copies of whole modules in the base's type, and looks the base up by its name. Its
     head with trained rows hides its bias, which TRL's loss asks for beside the weights.
     """
-    config: Any = adapted.peft_config[name]
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        adapted = model
+    else:
+        adapted = get_peft_model(model, config, adapter_name=name)
     dtype = adapted.get_input_embeddings().weight.dtype
     if config.modules_to_save and dtype != torch.float32:
         raise ModelError(
@@ -183,12 +177,12 @@ def _ready(adapted: PeftModel, name: str) -> PeftModel:
             "train single tokens with trainable_token_indices, or write model.dtype=float32",
         )
     for key, parameter in adapted.named_parameters():
-        ours = parameter.requires_grad or f".{name}." in key  # peft freezes a second adapter
-        if ours and parameter.dtype in (torch.bfloat16, torch.float16):
+        if f".{name}." in key:
+            parameter.requires_grad = True  # peft freezes a second adapter
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     config.base_model_name_or_path = ""
-    base: Any = adapted.get_base_model()
-    head = base.get_output_embeddings()
+    head = without_adapters(adapted).get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         object.__setattr__(head, "bias", head.original_module.bias)  # not registered once more
     return adapted
@@ -227,19 +221,16 @@ def load_adapter(
             raise
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
     with peft_warnings_logged():
-        adapted = _ready(_adapted(model, config, name), name)
+        adapted = _put(config, name, model)
     try:
         result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(source.path, f"its weights don't fit the model: {reason}") from error
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}" in key]
-    unmatched = [*result.unexpected_keys, *missing]
-    if unmatched:
-        raise ModelError(
-            source.path,
-            f"{len(unmatched)} of its weights don't match the model's, such as {unmatched[0]}",
-        )
+    if unmatched := [*result.unexpected_keys, *missing]:
+        what = f"{len(unmatched)} of its weights don't match the model's, such as {unmatched[0]}"
+        raise ModelError(source.path, what)
     if not trainable:
         adapted.requires_grad_(False)
     return adapted
@@ -270,16 +261,9 @@ def read_adapter_config(
     lora: dict[str, Any],
     base: Base | None = None,
 ) -> tuple[Source, LoraConfig]:
-    """Read what a saved adapter is, and refuse what can't be gone on from.
+    """Read what a saved adapter is, and refuse what can't be gone on from, as `load_adapter` does.
 
-    Args:
-        model: As in `load_adapter`; the meta device will do.
-        adapter: As there.
-        lora: As there.
-        base: As there; None: another base isn't looked for.
-
-    Raises:
-        ModelError: As there.
+    The model may be on the meta device; without `base`, another base isn't looked for.
     """
     source = find_source(str(adapter), config_file=ADAPTER_CONFIG)
     try:
@@ -305,34 +289,26 @@ def _check_base(source: Source, config: LoraConfig, base: Base) -> None:
     trained: Base = read_json(record) if record.is_file() else {}
     name = trained.get("name_or_path") or config.base_model_name_or_path
     if not name:
-        raise ModelError(
-            source.path,
-            "doesn't say which base it was trained for",
-            f"write it as base_model_name_or_path into its {ADAPTER_CONFIG}",
-        )
+        hint = f"write it as base_model_name_or_path into its {ADAPTER_CONFIG}"
+        raise ModelError(source.path, "doesn't say which base it was trained for", hint)
+    given = str(base["name_or_path"])
     hashes = [key for key in ("sha256", "fingerprint") if trained.get(key) and base.get(key)]
     if hashes:
         same = trained[hashes[0]] == base[hashes[0]]
     else:
-        same = _last_part(name) == _last_part(str(base["name_or_path"]))
+        last, own = (re.split(r"[/\\]", each.rstrip("/\\"))[-1] for each in (name, given))
+        same = last == own
     if same:
         return
-    if name != base["name_or_path"]:
-        raise ModelError(
-            source.path,
-            f"trained for {name}; model.name_or_path is {base['name_or_path']}",
-            f"write model.name_or_path={name}",
-        )
+    if name != given:
+        what = f"trained for {name}; model.name_or_path is {given}"
+        raise ModelError(source.path, what, f"write model.name_or_path={name}")
     key, revision = hashes[0], trained.get("revision")
     raise ModelError(
         source.path,
         f"trained for other weights of {name}: expected {key} {trained[key]}; got {base[key]}",
         f"write model.revision={revision}" if revision else None,
     )
-
-
-def _last_part(name: str) -> str:
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _check_carried(model: PreTrainedModel, source: Source, config: LoraConfig) -> None:
@@ -347,11 +323,6 @@ def _check_carried(model: PreTrainedModel, source: Source, config: LoraConfig) -
         raise ModelError(source.path, f"target_modules: {what}", error.hint) from error
 
 
-def _as_set(value: Any) -> Any:
-    """Return a list as a set: peft keeps some as sets, whose order is the process's own."""
-    return set(value or ()) if value is None or isinstance(value, list | set | tuple) else value
-
-
 def _check_lora(
     model: PreTrainedModel, source: Source, config: LoraConfig, lora: dict[str, Any]
 ) -> None:
@@ -361,17 +332,13 @@ def _check_lora(
         has = getattr(config, key)
         if key == "init_lora_weights":
             continue
+        # peft keeps some lists as sets, whose order is the process's own.
+        here, there = (set(v or ()) if isinstance(v, LISTS) else v for v in (wanted, has))
         if key == "target_modules" and wanted and has:
             here, there = target_names(model, wanted), target_names(model, has)
-            same = here == there
             wanted, has = f"{wanted} ({len(here)} modules)", f"{short_names(there)} ({len(there)})"
-        else:
-            same = _as_set(wanted) == _as_set(has)
-        if not same:
+        if here != there:
             contradictions.append(f"lora.{key} is {wanted} in the recipe and {has} in the adapter")
     if contradictions:
-        raise ModelError(
-            source.path,
-            "; ".join(contradictions),
-            "write what the adapter has, or leave the key out",
-        )
+        what, hint = "; ".join(contradictions), "write what the adapter has, or leave the key out"
+        raise ModelError(source.path, what, hint)

@@ -1,11 +1,12 @@
-"""What is known of a model without its weights: config, tokenizer, ends, head."""
+"""What is known of a model without its weights: config, modules, tokenizer, ends."""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,43 +14,58 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.errors import ModelError, first_line
-from sftkey.models.loading import linear_modules, load_tokenizer, short_names
+from sftkey.models.loading import linear_modules, load_tokenizer, name_of, short_names
 from sftkey.models.packaged import find_weights
-from sftkey.models.source import Source, model_source, needs_code, read_json
+from sftkey.models.source import UNREADABLE, Source, model_source, needs_code, read_json
 from sftkey.recipe.schema import ModelSection
 
+# Rotary positions that a whole batch scales by its longest row.
+SCALED = ("dynamic", "longrope")
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model as its files describe it.
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A model without weights, as its config describes it.
 
     Args:
-        section: Where it comes from.
-        config: Its config.
-        tokenizer: Its tokenizer, with its chat template if it has one.
-        skeleton: The model on the meta device: every module, no weights.
-        attention: The implementation of attention that it has, `sdpa` if it can.
-        published_stops: The ids that stop generation, by its generation config or else its config.
-        stops_verified: A generation config says so, not the config alone.
+        config: transformers' config.
+        attention: The implementation of attention that the model is built with.
+        name: What errors call it.
     """
 
-    section: ModelSection
     config: Any
-    tokenizer: PreTrainedTokenizerBase
-    skeleton: PreTrainedModel
-    attention: str
-    published_stops: tuple[int, ...]
-    stops_verified: bool
+    attention: str = "sdpa"
+    name: str = "model"
+
+    def build(self, dtype: str = "float32") -> PreTrainedModel:
+        """Build the model on the meta device: every module, no weights.
+
+        Raises:
+            ValueError: transformers has no such language model, or not with this attention.
+        """
+        flash = self.attention.startswith("flash")  # its package needn't be here
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.config),
+                attn_implementation="sdpa" if flash else self.attention,
+                dtype=getattr(torch, dtype),
+            )
+        return model
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The whole model."""
+        return self.build()
 
     @property
-    def model_type(self) -> str:
-        """The architecture's name: `qwen3`, `llama`."""
-        return str(self.config.model_type)
+    def text(self) -> Any:
+        """The config of the language model."""
+        return self.config.get_text_config()
 
     @property
     def most_tokens(self) -> int | None:
         """The longest row that its positions reach, if the config says so."""
-        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.text, "max_position_embeddings", None)
         return most if isinstance(most, int) and most > 0 else None
 
     @property
@@ -61,55 +77,67 @@ class ModelFacts:
         has = settings if isinstance(settings, dict) else vars(settings)
         return str(has.get("quant_method", "unknown"))
 
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as its files describe it.
+
+    Args:
+        section: Where it comes from.
+        skeleton: Its config and its modules, with `sdpa` if it can.
+        tokenizer: Its tokenizer, with its chat template if it has one.
+        published_stops: The ids that stop generation, by its generation config or else its config.
+        stops_verified: A generation config says so, not the config alone.
+    """
+
+    section: ModelSection
+    skeleton: Skeleton
+    tokenizer: PreTrainedTokenizerBase
+    published_stops: tuple[int, ...]
+    stops_verified: bool
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name: `qwen3`, `llama`."""
+        return str(self.skeleton.config.model_type)
+
     @property
     def billions(self) -> float:
         """Parameters, counted on the skeleton."""
-        return sum(each.numel() for each in self.skeleton.parameters()) / 1e9
+        return sum(each.numel() for each in self.skeleton.model.parameters()) / 1e9
 
-    @cached_property
+    @property
     def stacked(self) -> int:
         """How many weights stack the experts' matrices: no module of theirs carries an adapter."""
-        named = self.skeleton.named_parameters()
+        named = self.skeleton.model.named_parameters()
         return sum(each.ndim == 3 and "experts" in name for name, each in named)
 
     def row_of(self, token_id: int) -> list[int] | dict[str, list[int]]:
         """Return peft's `trainable_token_indices` of a token: where it is read and written."""
-        inside, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()
+        model = self.skeleton.model
+        inside, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is None or inside.weight is head.weight:
             return [token_id]  # peft follows the tie
-        names = {id(module): name for name, module in self.skeleton.named_modules()}
-        short = [names[id(module)].rpartition(".")[2] for module in (inside, head)]
-        return {name: [token_id] for name in short}
+        return {name_of(model, each).rpartition(".")[2]: [token_id] for each in (inside, head)}
 
-    @cached_property
+    @property
     def targets(self) -> tuple[str, str]:
         """Return `target_modules` for the linear modules of its language model, and what these are.
 
         peft's `all-linear` is that, except where the model sees or hears, too: there a regular
         expression leaves out what text never goes through.
         """
-        names = linear_modules(self.skeleton)
-        decoder = self._decoder_name()
+        names = linear_modules(self.skeleton.model)
+        decoder = name_of(self.skeleton.model, self.skeleton.model.get_decoder())
         inside = {name for name in names if name.startswith(f"{decoder}.")} or names
-        short = ", ".join(short_names(inside))
         if len(inside) == len(names):
-            return "all-linear", f"{short}: {len(names)} modules"
-        some = "|".join(short_names(inside))
-        others = ", ".join(sorted({_root(name, decoder) for name in names - inside}))
+            return "all-linear", f"{', '.join(short_names(names))}: {len(names)} modules"
+        depth = decoder.count(".") + 1
+        beside = {".".join(name.split(".")[:depth]) for name in names - inside}
         return (
-            rf"{re.escape(decoder)}\..*\.({some})",
-            f"{len(inside)} modules of the language model, none of {others}",
+            rf"{re.escape(decoder)}\..*\.({'|'.join(short_names(inside))})",
+            f"{len(inside)} modules of the language model, none of {', '.join(sorted(beside))}",
         )
-
-    def _decoder_name(self) -> str:
-        decoder = self.skeleton.get_decoder()
-        return next(name for name, module in self.skeleton.named_modules() if module is decoder)
-
-
-def _root(name: str, decoder: str) -> str:
-    """Return the module beside the decoder that a module lies in."""
-    depth = decoder.count(".") + 1
-    return ".".join(name.split(".")[:depth])
 
 
 def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFacts:
@@ -134,24 +162,41 @@ def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFact
     if found:
         file, sha256 = found
         section = section.model_copy(update={"file": file, "sha256": sha256})
-    source = model_source(section)
-    config = read_config(section, source)
-    tokenizer = load_tokenizer(section)
-    skeleton, attention = _skeleton(section, config)
-    stops, verified = published_stops(section)
-    return ModelFacts(section, config, tokenizer, skeleton, attention, stops, verified)
+    skeleton, tokenizer = skeleton_of(section), load_tokenizer(section)
+    return ModelFacts(section, skeleton, tokenizer, *published_stops(section))
 
 
-def skeleton_of(section: ModelSection) -> PreTrainedModel:
-    """Build a recipe's model on the meta device: every module, no weights.
+def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton:
+    """Return a recipe's model without weights; a process builds it once for all that ask.
+
+    Args:
+        section: Where it comes from.
+        attention: What it attends with; None: sdpa, or eager where it has no sdpa.
 
     Raises:
-        ModelError: There is no such model, or transformers doesn't know it.
+        ModelError: There is no such model, or transformers can't build it.
     """
-    return _skeleton(section, read_config(section, model_source(section)))[0]
+    source, reason = model_source(section), ""
+    fields = json.dumps(read_json(source, "config.json"), sort_keys=True)
+    for each in [attention] if attention else ("sdpa", "eager"):
+        try:
+            return _built(section.name_or_path, source, fields, each)
+        except UNREADABLE as error:
+            if isinstance(error, ModelError):
+                raise
+            reason = first_line(error)
+    raise ModelError(section.name_or_path, f"no language model can be built of it: {reason}")
 
 
-def read_config(section: ModelSection, source: Source) -> Any:
+@lru_cache(maxsize=64)
+def _built(name: str, source: Source, fields: str, attention: str) -> Skeleton:
+    """Build a model; `fields` are those of its config, which may have changed in the folder."""
+    skeleton = Skeleton(read_config(name, source), attention, name)
+    skeleton.model  # noqa: B018  # built, to see that it can be
+    return skeleton
+
+
+def read_config(name: str, source: Source) -> Any:
     """Read a model's config.
 
     Raises:
@@ -161,43 +206,25 @@ def read_config(section: ModelSection, source: Source) -> Any:
         return AutoConfig.from_pretrained(
             source.path, revision=source.commit or "main", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         if "auto_map" in (read_json(source, "config.json") or {}):
-            raise needs_code(section.name_or_path, "config.json") from error
-        reason = first_line(error)
-        raise ModelError(
-            section.name_or_path, f"its config.json can't be read: {reason}"
-        ) from error
+            raise needs_code(name, "config.json") from error
+        raise ModelError(name, f"its config.json can't be read: {first_line(error)}") from error
 
 
-def _skeleton(section: ModelSection, config: Any) -> tuple[PreTrainedModel, str]:
-    """Build the model without weights, with the better of two attentions that it can."""
-    reason = ""
-    for attention in ("sdpa", "eager"):
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-        except (ValueError, KeyError, AttributeError, ImportError) as error:
-            reason = first_line(error)
-        else:
-            return model, attention
-    raise ModelError(section.name_or_path, f"no language model can be built of it: {reason}")
+def mixing_length(config: Any) -> int | None:
+    """Return the tokens up to which a row's numbers don't depend on the rows beside it; None: any.
 
-
-def _eos(config: Any) -> Any:
-    found = getattr(config.get_text_config(), "eos_token_id", None)
-    return getattr(config, "eos_token_id", None) if found is None else found
-
-
-def _ids(published: Any) -> Iterator[int]:
-    """Return ids as a list, however they are written."""
-    ids = published if isinstance(published, list) else [published]
-    yield from (number for number in ids if isinstance(number, int))
-
-
-# What families call the module that reads tokens, and the one that writes them.
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-HEADS = ("lm_head", "embed_out", "output")
+    Dynamic NTK scaling and longrope choose the frequencies of a whole batch by its longest row.
+    """
+    text: Any = config.get_text_config()
+    told = getattr(text, "rope_parameters", None) or {}
+    lengths = [
+        each.get("original_max_position_embeddings") or text.max_position_embeddings
+        for each in (told, *told.values())  # one for all layers, or one for each kind of layer
+        if isinstance(each, dict) and any(kind in str(each.get("rope_type")) for kind in SCALED)
+    ]
+    return min(lengths, default=None)
 
 
 def published_stops(section: ModelSection) -> tuple[tuple[int, ...], bool]:
@@ -210,8 +237,16 @@ def published_stops(section: ModelSection) -> tuple[tuple[int, ...], bool]:
     """
     source = model_source(section)
     generation = read_json(source, "generation_config.json") or {}
-    stops = tuple(_ids(generation.get("eos_token_id")))
-    return (stops, True) if stops else (tuple(_ids(_eos(read_config(section, source)))), False)
+    if stops := _ids(generation.get("eos_token_id")):
+        return stops, True
+    config = read_config(section.name_or_path, source)
+    own = getattr(config.get_text_config(), "eos_token_id", None)
+    return _ids(getattr(config, "eos_token_id", None) if own is None else own), False
+
+
+def _ids(published: Any) -> tuple[int, ...]:
+    ids = published if isinstance(published, list) else [published]
+    return tuple(number for number in ids if isinstance(number, int))
 
 
 def num_embeddings(section: ModelSection) -> int | None:
@@ -224,31 +259,3 @@ def num_embeddings(section: ModelSection) -> int | None:
     inner = config.get("text_config")
     size = (inner if isinstance(inner, dict) else config).get("vocab_size")
     return size if isinstance(size, int) else None
-
-
-# Ids that say where texts begin and end, and what changes no token.
-KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache")
-
-
-def settings_left_aside(section: ModelSection) -> list[str]:
-    """Name what a published generation config sets that generation here doesn't follow.
-
-    Raises:
-        ModelError: The model can't be found, or the file read.
-    """
-    published = read_json(model_source(section), "generation_config.json") or {}
-    return sorted(
-        name
-        for name, value in published.items()
-        if name not in KEPT and not name.startswith("_") and value not in (None, False)
-    )
-
-
-def head_is_tied(section: ModelSection) -> bool:
-    """Read whether the output head shares its weights with the input embedding.
-
-    Raises:
-        ModelError: The model's config can't be read.
-    """
-    config = read_config(section, model_source(section))
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))

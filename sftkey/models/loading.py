@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,6 +27,7 @@ from sftkey.errors import ModelError, first_line
 from sftkey.models.device import DTYPES, Device, free_bytes, launched_with, sharded
 from sftkey.models.source import (
     PICKLED,
+    UNREADABLE,
     Source,
     find_source,
     hub_error,
@@ -82,15 +82,18 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             trust_remote_code=False,
             mistral_format=False,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UNREADABLE as error:
         raise _load_error(section, source, "tokenizer", error) from error
+    kind = type(tokenizer).__name__
     if not tokenizer.is_fast:
-        raise ModelError(
-            section.name_or_path,
-            f"{type(tokenizer).__name__} gives no character offsets, which the masks are made from",
-            "take a model that has a tokenizer.json",
-        )
-    _refuse_empty(section, tokenizer)
+        what = f"{kind} gives no character offsets, which the masks are made from"
+        hint = "take a model that has a tokenizer.json"
+        raise ModelError(section.name_or_path, what, hint)
+    ids = tokenizer("Answer: 4", add_special_tokens=False)["input_ids"]
+    if not str(tokenizer.decode(ids, skip_special_tokens=True)).strip():
+        what = f"{kind} knows no letters and digits: it found no vocabulary of its own there"
+        hint = "put the model's tokenizer.json there"
+        raise ModelError(section.name_or_path, f"{what}, and took an empty one", hint)
     if section.chat_template:
         tokenizer.chat_template = read_template(Path(section.chat_template))
     check_template(tokenizer, section.chat_template or section.name_or_path)
@@ -101,8 +104,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 def load_renderer(recipe: Recipe) -> Renderer:
     """Load a recipe's tokenizer, and probe what stands around its responses."""
-    tokenizer = load_tokenizer(recipe.model)
-    return probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    kwargs = recipe.model.chat_template_kwargs
+    return probe_renderer(load_tokenizer(recipe.model), recipe.response, kwargs)
 
 
 def _refuse_code(section: ModelSection, source: Source) -> None:
@@ -120,24 +123,9 @@ def _refuse_code(section: ModelSection, source: Source) -> None:
             package = "sentencepiece" if stream.read(1) == b"\n" else "tiktoken"
         if not find_spec(package):
             install = "sentencepiece protobuf" if package == "sentencepiece" else package
-            raise ModelError(
-                name,
-                f"{file.name} without tokenizer.json is read with the package {package}, which "
-                "isn't installed",
-                f"pip install {install}, or put a tokenizer.json beside it",
-            )
-
-
-def _refuse_empty(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without letters, as transformers makes it where it finds no vocabulary."""
-    ids = tokenizer("Answer: 4", add_special_tokens=False)["input_ids"]
-    if not str(tokenizer.decode(ids, skip_special_tokens=True)).strip():
-        raise ModelError(
-            section.name_or_path,
-            f"{type(tokenizer).__name__} knows no letters and digits: it found no vocabulary of "
-            "its own there, and took an empty one",
-            "put the model's tokenizer.json there",
-        )
+            what = f"{file.name} without tokenizer.json is read with the package {package}"
+            hint = f"pip install {install}, or put a tokenizer.json beside it"
+            raise ModelError(name, f"{what}, which isn't installed", hint)
 
 
 @activity("loading the model")
@@ -175,23 +163,24 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, output_loading_info=True, **settings
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _load_error(section, source, "model", error) from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ModelError(
-            source.path,
-            f"{len(missing)} of the model's weights are not there, such as {missing[0]}",
-        )
+        what = f"{len(missing)} of the model's weights are not there, such as {missing[0]}"
+        raise ModelError(source.path, what)
     if model.generation_config is not None:
         model.generation_config.__class__ = PublishedGenerationConfig
-    if section.quantization == "nf4":
-        _keep_gradients(model)
-        if section.unpack == "auto" and device.kind == "cpu":
-            _unpack(model, device.compute_dtype)
-        return model
-    return model.to(device.torch_device)
+    if section.quantization != "nf4":
+        return model.to(device.torch_device)
+    for _, module in _packed_modules(model):
+        # On a CPU with AVX512-BF16 the first evaluation without gradient would repack weights for
+        # good, for a product that has no gradient: later training would go on with None below.
+        module.support_avx512bf16_for_cpu = False
+    if section.unpack == "auto" and device.kind == "cpu":
+        _unpack(model, device.compute_dtype)
+    return model
 
 
 def _without_safetensors(source: Source) -> ModelError:
@@ -222,16 +211,6 @@ def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _keep_gradients(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking weights on a CPU with AVX512-BF16.
-
-    The first evaluation without gradient would repack them for good, for a product that has no
-    gradient: later training would get None below every quantized layer, and go on.
-    """
-    for _, module in _packed_modules(model):
-        module.support_avx512bf16_for_cpu = False
-
-
 def _unpack(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Unpack NF4 weights once: on a CPU bitsandbytes would unpack each of them at every product.
 
@@ -241,10 +220,10 @@ def _unpack(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    packed = _packed_modules(model)
-    size = sum(each.in_features * each.out_features for _, each in packed) * compute_dtype.itemsize
     if sharded() or model.dtype != compute_dtype:
         return
+    packed = _packed_modules(model)
+    size = sum(each.in_features * each.out_features for _, each in packed) * compute_dtype.itemsize
     needed = f"{size / GIB:.1f} GiB"
     if size > UNPACKED_SHARE * free_bytes():
         LOGGER.info("NF4 weights stay packed: unpacked they would need %s", needed)
@@ -275,8 +254,7 @@ def _load_error(
     of_the_hub = (hub.HfHubHTTPError, hub.LocalEntryNotFoundError)
     if source.commit and isinstance(error.__cause__, of_the_hub):
         return hub_error(section.name_or_path, section.revision, error.__cause__)
-    reason = first_line(error)
-    return ModelError(section.name_or_path, f"its {what} can't be loaded: {reason}")
+    return ModelError(section.name_or_path, f"its {what} can't be loaded: {first_line(error)}")
 
 
 def check_targets(model: PreTrainedModel, targets: Any) -> None:
@@ -285,24 +263,17 @@ def check_targets(model: PreTrainedModel, targets: Any) -> None:
     Raises:
         ModelError: Names what is absent, and the linear modules that there are.
     """
-    names = [targets] if isinstance(targets, str) else sorted(targets or ())
-    linear = ", ".join(short_names(linear_modules(model)))
-    absent = [
-        name for name in names if not target_names(model, name if name is targets else [name])
-    ]
+    one_by_one = [targets] if isinstance(targets, str) else [[each] for each in targets or ()]
+    absent = sorted("".join(each) for each in one_by_one if not target_names(model, each))
+    head = name_of(model, model.get_output_embeddings())
     if absent:
-        raise ModelError(
-            "lora.target_modules",
-            f"the model has no linear module {', '.join(absent)}",
-            f"take from {linear}, or all-linear",
-        )
-    head = _head_name(model)
-    if targets and head in target_names(model, targets):
-        raise ModelError(
-            "lora.target_modules",
-            f"{head} can't carry an adapter: the loss multiplies by its weights themselves",
-            f"take from {linear}, or all-linear",
-        )
+        what = f"the model has no linear module {', '.join(absent)}"
+    elif targets and head in target_names(model, targets):
+        what = f"{head} can't carry an adapter: the loss multiplies by its weights themselves"
+    else:
+        return
+    linear = ", ".join(short_names(linear_modules(model)))
+    raise ModelError("lora.target_modules", what, f"take from {linear}, or all-linear")
 
 
 def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) -> set[str]:
@@ -319,10 +290,10 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
     }
 
 
-def linear_modules(model: torch.nn.Module) -> set[str]:
+def linear_modules(model: Any) -> set[str]:
     """Return the full names of all linear modules but the output head."""
     linear = {name for name, each in _modules(model) if isinstance(each, LINEAR)}
-    return linear - {_head_name(model)}
+    return linear - {name_of(model, model.get_output_embeddings())}
 
 
 def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -332,10 +303,9 @@ def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             yield name.removesuffix(".base_layer"), module
 
 
-def _head_name(model: Any) -> str:
-    """Return the full name of the output head."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), "")
+def name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
+    """Return the full name of a module of a model; nothing where it is none of its own."""
+    return next((name for name, each in model.named_modules() if each is module), "")
 
 
 def short_names(names: set[str]) -> list[str]:

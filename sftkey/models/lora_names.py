@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError, Problem, did_you_mean
-from sftkey.models.loading import short_names, target_names
+from sftkey.models.loading import check_targets, short_names, target_names
 
 NEEDS_TIE = "lora.ensure_weight_tying=true trains both; trainable_token_indices trains single rows"
 
@@ -24,8 +24,9 @@ def refuse_unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> None:
         lora: `peft.LoraConfig`'s fields.
 
     Raises:
-        ModelError: Holds every such name.
+        ModelError: Holds every such name; or those of `target_modules` alone.
     """
+    check_targets(model, lora.get("target_modules"))
     problems = [*_unmatched(model, lora), *_tied(model, lora)]
     if problems:
         raise ModelError("lora", [Problem(key, what) for key, what in problems])

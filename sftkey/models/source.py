@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
@@ -25,6 +26,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "*.safetensors"
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+# What transformers raises of files that it can't make a config, a tokenizer or a model of.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError),
+    *(hub.StrictDataclassError, SafetensorError),
+)
 
 
 @dataclass(frozen=True)
@@ -88,37 +94,26 @@ def _snapshot(repo_id: str, revision: str | None, config_file: str) -> Path:
 
 def hub_error(repo_id: str, revision: str | None, error: BaseException) -> ModelError:
     """Say what the hub's error means and what to do; subclasses stand before their bases."""
-    page = f"https://huggingface.co/{repo_id}"
+    page, hint = f"https://huggingface.co/{repo_id}", None
     match error:
         case hub.GatedRepoError():
-            return ModelError(
-                repo_id,
-                "gated: the hub gives it only to accounts that accepted its licence",
-                f"accept it at {page}, then run `hf auth login`",
-            )
+            what = "gated: the hub gives it only to accounts that accepted its licence"
+            hint = f"accept it at {page}, then run `hf auth login`"
         case hub.RevisionNotFoundError():
-            return ModelError(
-                repo_id,
-                f"model.revision: the hub has no {revision!r} of it",
-                f"its commits stand at {page}/commits",
-            )
+            what = f"model.revision: the hub has no {revision!r} of it"
+            hint = f"its commits stand at {page}/commits"
         case hub.RepositoryNotFoundError():
-            return ModelError(
-                repo_id,
-                "neither a folder here nor found on the hub",
-                "correct the name; if it is private, run `hf auth login`",
-            )
+            what = "neither a folder here nor found on the hub"
+            hint = "correct the name; if it is private, run `hf auth login`"
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
-            return ModelError(
-                repo_id,
-                "not in the hub's cache on this machine, and the hub can't be reached",
-                f"where there is network, run `hf download {repo_id} --local-dir FOLDER`;"
-                " then write the folder in its place",
-            )
+            what = "not in the hub's cache on this machine, and the hub can't be reached"
+            fetch = f"run `hf download {repo_id} --local-dir FOLDER`"
+            hint = f"where there is network, {fetch}; then write the folder in its place"
         case hub.HFValidationError():
-            return ModelError(repo_id, "neither a folder here nor a name that the hub could have")
-    reason = first_line(error)
-    return ModelError(repo_id, f"the hub can't give it: {reason}")
+            what = "neither a folder here nor a name that the hub could have"
+        case _:
+            what = f"the hub can't give it: {first_line(error)}"
+    return ModelError(repo_id, what, hint)
 
 
 def model_source(section: ModelSection) -> Source:
@@ -168,11 +163,9 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
 
 def needs_code(name_or_path: str, file: str) -> ModelError:
     """Say that a folder's own code would have to be run, which is never done."""
-    return ModelError(
-        name_or_path,
-        f"{file} names Python code of its folder (auto_map), and sftkey runs none of it",
-        "take a model whose architecture and tokenizer transformers itself has",
-    )
+    what = f"{file} names Python code of its folder (auto_map), and sftkey runs none of it"
+    hint = "take a model whose architecture and tokenizer transformers itself has"
+    return ModelError(name_or_path, what, hint)
 
 
 def base_identity(section: ModelSection) -> dict[str, str | None]:

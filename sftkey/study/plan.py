@@ -10,8 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sftkey.files import read_json
-from sftkey.memory_plan.peak import peak_bytes
-from sftkey.memory_plan.plan import RESERVED_BYTES, gib
+from sftkey.memory_plan.plan import RESERVED_BYTES, gib, peak_bytes
 from sftkey.recipe.schema import StageSection
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 from sftkey.study.results import FinishedCell

@@ -150,9 +150,6 @@ def _with_key(
     if new:
         for member in key_adapter_specs(recipe, recipe.stages[number]):
             model = add_lora(model, member.lora, member.seed, member.name)
-            for name, parameter in model.named_parameters():
-                if f".{member.name}." in name:
-                    parameter.requires_grad = True
     else:
         folder = ledger.adapter(number - 1)
         refuse_other_context(folder, stands_on(recipe, ledger, number - 1))

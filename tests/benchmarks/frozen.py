@@ -66,9 +66,6 @@ def trainer(sides: Sides, num_adapters: int) -> Any:
     ]
     for member in members:
         model = add_lora(model, lora, 0, member.name)
-        for name, parameter in model.named_parameters():
-            if f".{member.name}." in name:
-                parameter.requires_grad = True
     rows = Batch(1, 16, 4).rows(sides.shape.vocabulary)
     settings = {"args": sides.arguments(), "tokenizer": tokenizer(), "eval_dataset": rows}
     made = FrozenTrainer(members, model=model, loss_on="key", train_dataset=rows, **settings)

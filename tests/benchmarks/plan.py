@@ -32,8 +32,9 @@ from transformers import AutoConfig
 
 from sftkey.data.collator import KeyCollator
 from sftkey.memory_plan import trace
-from sftkey.memory_plan.held import Kind, Setting, Skeleton
+from sftkey.memory_plan.held import Kind, Setting
 from sftkey.memory_plan.plan import parts_of
+from sftkey.models.facts import Skeleton
 
 HELD_OUT_SHAPE, HELD_OUT_LENGTH = "1b", 1024
 LENGTHS = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}

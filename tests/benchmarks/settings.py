@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from sftkey.checks import rehearsal
 from sftkey.checks.gate import check_recipe
+from sftkey.models.facts import skeleton_of
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import read_rows
 from tests.checks.test_rehearsal import NAMES, SOUND, refused
@@ -52,7 +53,7 @@ def seconds(file: Path) -> None:
     prepared = read_rows(recipe)
     rehearsal._PASSED.clear()
     start = time.perf_counter()
-    findings = list(rehearsal.rehearsal_findings(recipe, prepared))
+    findings = list(rehearsal.rehearsal_findings(recipe, prepared, skeleton_of(recipe.model)))
     taken = time.perf_counter() - start
     print(f"{recipe.model.name_or_path}: {taken:.1f} s, {len(findings)} findings")
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sftkey.checks.gate import check_recipe
-from sftkey.checks.lengths import has_learned_positions
+from sftkey.checks.rows import has_learned_positions
 from sftkey.recipe.load import load_recipe
 
 

@@ -186,7 +186,7 @@ def test_a_family_that_can_not_be_cut_is_not_refused(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("of the small model's own")
 
-    monkeypatch.setattr(rehearsal, "_with_adapters", fail)
+    monkeypatch.setattr(rehearsal.Rehearsal, "_with_adapters", fail)
     report = check_recipe(load_recipe(tiny_recipe(), ("trainer.learning_rate=0.00123",)))
     assert [(each.code, each.refuses) for each in report.findings] == [("not-rehearsed", False)]
 

@@ -19,7 +19,6 @@ from sftkey.adapt.adapt import adapt
 from sftkey.commands.check import check
 from sftkey.errors import CheckError, ModelError, RecipeError
 from sftkey.memory_plan.held import (
-    Skeleton,
     adapter_bytes,
     constant_bytes,
     optimizer_bytes,
@@ -29,6 +28,7 @@ from sftkey.memory_plan.held import (
 )
 from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, make_plan, size_bytes
 from sftkey.models.device import Device
+from sftkey.models.facts import Skeleton
 from sftkey.models.loading import load_model
 from sftkey.recipe.collection import RECIPES, recipe_files
 from sftkey.recipe.load import load_recipe
@@ -166,8 +166,10 @@ def test_a_plan_needs_a_size() -> None:
     [
         (
             {"model_type": "nobodys"},
-            "its memory can't be planned: transformers knows no model type nobodys\n"
-            "hint: leave --gpu out",
+            "its config.json can't be read: The checkpoint you are trying to load has model type "
+            "`nobodys` but Transformers does not recognize this architecture. This could be "
+            "because of an issue with the checkpoint, or because your version of Transformers is "
+            "out of date.",
         ),
         (
             {"quantization_config": {"quant_method": "awq"}},
@@ -190,7 +192,7 @@ def test_a_broken_config_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError) as caught:
         fit(RECIPE, [f"model.name_or_path={folder}"], "24GB")
     assert str(caught.value) == (
-        f"{folder}: its config.json can't be read: Expecting property name enclosed in double "
+        f"{folder}/config.json: expected JSON; got Expecting property name enclosed in double "
         "quotes: line 1 column 2 (char 1)"
     )
 

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftkey.memory_plan import trace
 from sftkey.memory_plan.batches import joint_pass
-from sftkey.memory_plan.held import Setting, Skeleton, gradient_bytes
+from sftkey.memory_plan.held import Setting, gradient_bytes
 from sftkey.memory_plan.plan import most, parts_of
 from sftkey.memory_plan.trace import Batch, Tracer, traced
+from sftkey.models.facts import Skeleton
 from sftkey.recipe.schema import KEY_BATCH_TOKENS
 from sftkey.training import detached, losses
 

@@ -11,7 +11,7 @@ import pytest
 from sftkey.errors import ModelError
 from sftkey.models import facts as model_facts
 from sftkey.models import source
-from sftkey.models.facts import ModelFacts, read_facts
+from sftkey.models.facts import ModelFacts, published_stops, read_facts, skeleton_of
 from sftkey.recipe.schema import ModelSection
 from tests.support.model_folders import model_folder
 from tests.support.tokenizers import CHATML, made
@@ -36,15 +36,15 @@ def test_a_model_as_large_as_they_come_needs_no_weights(tmp_path: Path) -> None:
         vocab_size=128256,
     )
     assert 70 < large.billions < 71
-    assert {each.device.type for each in large.skeleton.parameters()} == {"meta"}
+    assert {each.device.type for each in large.skeleton.model.parameters()} == {"meta"}
     assert large.targets == ("all-linear", f"{LINEAR}: 560 modules")
 
 
 def test_what_the_config_says(tmp_path: Path) -> None:
     """Architecture, positions, attention; nothing is quantized."""
     small = facts(tmp_path)
-    assert (small.model_type, small.most_tokens) == ("llama", 512)
-    assert (small.attention, small.quantized, small.stacked) == ("sdpa", None, 0)
+    assert (small.model_type, small.skeleton.most_tokens) == ("llama", 512)
+    assert (small.skeleton.attention, small.skeleton.quantized, small.stacked) == ("sdpa", None, 0)
 
 
 def test_stops_come_from_the_generation_config(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_experts_are_no_modules(tmp_path: Path) -> None:
         head_dim=8,
         quantization_config={"quant_method": "mxfp4"},
     )
-    assert (experts.attention, experts.quantized) == ("eager", "mxfp4")
+    assert (experts.skeleton.attention, experts.skeleton.quantized) == ("eager", "mxfp4")
     assert experts.targets == ("all-linear", "k_proj, o_proj, q_proj, v_proj: 8 modules")
     assert experts.stacked > 0
 
@@ -128,6 +128,33 @@ def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     for file in tmp_path.glob("*token*"):
         file.unlink()
     assert error(folder) == f"{folder}: no tokenizer there; expected tokenizer.json"
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+@pytest.mark.parametrize("fields", [{"hidden_size": "many"}, {"layer_types": ["odd"]}])
+def test_a_config_with_a_field_of_another_type_is_refused(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whoever reads it first."""
+    folder = model_folder(tmp_path, made("look_ahead"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    section = ModelSection(name_or_path=folder)
+    for read in (skeleton_of, published_stops):
+        with pytest.raises(ModelError) as raised:
+            read(section)
+        assert str(raised.value).startswith(f"{folder}: its ")
+
+
+def test_a_skeleton_is_built_once_for_a_config(tmp_path: Path) -> None:
+    """Whoever asks, and anew where the config has changed."""
+    folder = model_folder(tmp_path, made("look_ahead"))
+    section = ModelSection(name_or_path=folder)
+    first = skeleton_of(section)
+    assert skeleton_of(section, "sdpa") is read_facts(folder).skeleton is first
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert skeleton_of(section).config.num_hidden_layers == 1
 
 
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
