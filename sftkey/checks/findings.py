@@ -57,7 +57,7 @@ class Report:
         return [finding for finding in self.findings if finding.refuses]
 
     def as_json(self) -> dict[str, Any]:
-        """Return findings and statistics as DESIGN.md says."""
+        """Return findings and statistics for `--json`."""
         return {
             "findings": [asdict(finding) for finding in self.findings],
             "statistics": self.statistics,

@@ -131,15 +131,13 @@ def _note_stage_faults(masks: Masks, stage: StageSection, rows: _Rows, renderer:
     """Look for rows of which a stage trains nothing, or not the end of turn."""
     ids, segments = torch.from_numpy(rows.ids), torch.from_numpy(rows.segments)
     labels = labels_for(ids, segments, stage.loss_on)[0].numpy()
-    where = f"stages.{stage.name}"
+    where, last = f"stages.{stage.name}", rows.ends - 1
     nothing = rows.count(labels != IGNORED) == 0
     masks.note("nothing-trained", f"{where}: trains no token", nothing, rows)
-    last = rows.ends - 1
-    end = rows.ids[last] == renderer.end_id
-    if weights_by_segment(stage.loss_on)[Segment.END]:
-        end &= labels[last] == renderer.end_id
+    trains_end = weights_by_segment(stage.loss_on)[Segment.END]
+    ends = (labels if trains_end else rows.ids)[last]  # a label is its token's own id
     what = f"{where}: doesn't train {renderer.end_token!r} as the last token"
-    masks.note("end-untrained", what, ~end, rows)
+    masks.note("end-untrained", what, ends != renderer.end_id, rows)
 
 
 def _note_row_faults(

@@ -67,13 +67,12 @@ def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:
     deepspeed = launched_with("DEEPSPEED", env)
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if deepspeed and stage == "3" and recipe.model.quantization == "nf4":
-        yield Finding(
-            "launcher",
-            (),
-            "model.quantization: ZeRO-3 can't shard nf4 weights",
+        what = "model.quantization: ZeRO-3 can't shard nf4 weights"
+        hint = (
             "launch with accelerate_configs/fsdp2.yaml, which does, or with deepspeed_zero2.yaml, "
-            "where each GPU holds them all; or write model.quantization=none",
+            "where each GPU holds them all; or write model.quantization=none"
         )
+        yield Finding("launcher", (), what, hint)
     if deepspeed or launched_with("FSDP", env):
         what = "FSDP and DeepSpeed cut the model up: its answers aren't written or graded"
         hint = f"after it, on one process: sftkey evaluate runs/{recipe.name}"

@@ -206,7 +206,7 @@ class Adapted(nn.Module):
         return functional.dropout(inputs, p=0.1, training=True) if self.dropout else inputs
 
     def _grid(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Run each adapter of a grid on its own copy of the rows, as sftkey.training.joining."""
+        """Run each adapter of a grid on its own copy of the rows, as key_adapter.joining."""
         most = max(lora[0].out_features for lora in self.trained)
         count, (wide_in, wide_out) = len(self.trained), features(self.base)
         first, second = self.trained[0][0].weight, self.trained[0][1].weight
