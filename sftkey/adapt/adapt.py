@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sftkey.adapt.data import choose_data, measure, own_notes
+from sftkey.adapt.data import DataChoice, choose_data, measure
 from sftkey.adapt.frame import choose_frame
+from sftkey.adapt.own import own_notes
 from sftkey.adapt.write import OWN_TOKENS, Choices, head, sections
 from sftkey.checks.mask_proof import Proof, prove
 from sftkey.checks.recipe import UNDECIDED, undecided
+from sftkey.data.examples import USUAL, RowOptions
 from sftkey.data.preview import row_tokens
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Response
@@ -54,7 +56,7 @@ def find_nearest(recipe: Recipe, model_type: str, files: Iterable[Path]) -> Near
     Args:
         recipe: The new one.
         model_type: The architecture's name in its config.
-        files: The recipes to look through.
+        files: The others.
     """
     families = {_family(model_type), _family(recipe.model.name_or_path)}
 
@@ -110,8 +112,7 @@ class Adapted:
         text: The recipe's YAML.
         recipe: The same, read.
         model_type: The architecture's name.
-        renderer: None where the user must decide something first.
-        proof: Of the masks in this frame.
+        proof: Of the masks in this frame; None where the user must decide something first.
         example: The first row of the data (or a made one) as `preview.preview_rows` gives it.
         notes: What the user should know of how the data is read.
     """
@@ -119,7 +120,6 @@ class Adapted:
     text: str
     recipe: Recipe
     model_type: str
-    renderer: Renderer | None
     proof: Proof | None
     example: list[dict[str, Any]]
     notes: list[str]
@@ -153,28 +153,27 @@ def adapt(
     facts = read_facts(name_or_path, other.model if other else None)
     choice = choose_frame(facts.tokenizer, facts.published_stops)
     renderer, seed = choice.renderer, other.seed if other else SEED
-    data = choose_data(source, seed, choice.section.frame == "plain") if source else None
+    data = DataChoice({})
+    if source:
+        options = RowOptions.of(other) if other else USUAL
+        data = choose_data(source, seed, choice.section.frame == "plain", renderer, options)
     lengths = None
-    if data is not None and data.examples and renderer is not None:
+    if data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
         lengths = measure(data.examples, renderer, facts.skeleton.most_tokens, thinking)
     cuda = bool(gpu) or has_cuda()
     choices = Choices(
         facts, choice, data, lengths, other, named, source, seed, path, gpu, cuda=cuda
     )
-    text = write_recipe(head(choices), sections(choices))
-    recipe = _read(text)
+    text, recipe = _written(choices)
     if gpu:
         stages = make_plan(recipe, read_skeleton(facts.section), gpu_bytes).stages
         most = min(stage.most_rows for stage in stages)
-        choices = replace(choices, most_rows=most)
-        text = write_recipe(head(choices), sections(choices))
-        recipe = _read(text)
-    notes = [*(data.notes if data else []), *([NO_CUDA] if choices.stays_whole else [])]
-    if data is not None and data.own:
-        notes = [*own_notes(Response.from_section(choice.section)), *notes]
+        text, recipe = _written(replace(choices, most_rows=most))
+    notes = own_notes(Response.from_section(choice.section)) if data.own else []
+    notes += [*data.notes, *([NO_CUDA] if choices.stays_whole else [])]
     if renderer is None:
-        return Adapted(text, recipe, facts.model_type, None, None, [], notes)
+        return Adapted(text, recipe, facts.model_type, None, [], notes)
     proof = prove(renderer, NUM_PROOF_ROWS, seed)
     if proof.wrong:
         raise FrameError(
@@ -183,26 +182,23 @@ def adapt(
             f"{proof.wrong[0].what}",
             "nothing was written; it is a bug of sftkey, please report it with the model's name",
         )
-    examples = data.examples if data and data.examples else [MADE]
-    example = list(_preview(examples, renderer, recipe))[:1]
-    return Adapted(text, recipe, facts.model_type, renderer, proof, example, notes)
+    example = _preview(data.examples[0] if data.examples else MADE, renderer, recipe)
+    return Adapted(text, recipe, facts.model_type, proof, example, notes)
 
 
-def _read(text: str) -> Recipe:
-    """Read a recipe back, as training will."""
+def _written(choices: Choices) -> tuple[str, Recipe]:
+    """Write the recipe, and read it back as training will."""
+    text = write_recipe(head(choices), sections(choices))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
-        return load_recipe(file)
+        return text, load_recipe(file)
 
 
-def _preview(
-    examples: list[Example], renderer: Renderer, recipe: Recipe
-) -> Iterator[dict[str, Any]]:
-    """Show the first example that becomes a row, as the collator makes it for each stage."""
-    for example in examples:
-        (row,) = tokenize([example], renderer)
-        if isinstance(row, Row):
-            (tokens,) = row_tokens([row], recipe, renderer.tokenizer)
-            yield {"index": example.index, "split": "train", "tokens": tokens}
-            return
+def _preview(example: Example, renderer: Renderer, recipe: Recipe) -> list[dict[str, Any]]:
+    """Show an example, if it becomes a row, as the collator makes it for each stage."""
+    (row,) = tokenize([example], renderer)
+    if not isinstance(row, Row):
+        return []
+    (tokens,) = row_tokens([row], recipe, renderer.tokenizer)
+    return [{"index": example.index, "split": "train", "tokens": tokens}]

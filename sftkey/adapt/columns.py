@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftkey.data.examples import columns_of, make_rule
+from sftkey.data.examples import RawRow, Template, columns_of, make_rule
 from sftkey.data.messages import ROLE_KEYS, read_messages
 from sftkey.data.values import RowError, parsed_json
 
@@ -35,8 +35,6 @@ ABOUT |= {"correctness", "finish", "license", "version", "difficulty", "level", 
 WHOSE = {"model", "original"}
 # No blank, and no script that writes without blanks.
 WORD = re.compile(r"[!-~]*\Z")
-NOTHING: tuple[Any, ...] = (None, "", [], {})
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Table:
         columns: All columns; inside a column of objects they are called `data[question]`.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[RawRow]
     columns: Sequence[str]
     seen: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -60,14 +58,11 @@ class Table:
 
     def is_text(self, column: str) -> bool:
         """Tell whether it holds texts or numbers, and not only empty ones."""
-        values = [value for value in self.values(column) if value not in (None, "")]
-        return bool(values) and all(isinstance(value, str | int | float) for value in values)
+        return _are_texts(self.values(column))
 
     def is_written(self, column: str) -> bool:
         """Tell whether its values are texts or numbers as they stand, be it JSON: `[1, 2]`."""
-        values = [row.get(column) for row in self.rows]
-        values = [value for value in values if value not in (None, "")]
-        return bool(values) and all(isinstance(value, str | int | float) for value in values)
+        return _are_texts([row.get(column) for row in self.rows])
 
     def is_messages(self, column: str) -> bool:
         """Tell whether it holds lists of messages."""
@@ -105,6 +100,14 @@ class Table:
         """Return a column's texts as they stand; what is null is empty."""
         values = (row.get(column) for row in self.rows)
         return ["" if value is None else str(value) for value in values]
+
+    def wholes(self, columns: Sequence[str]) -> list[str]:
+        """Return what each row's texts of some columns are together, a line each."""
+        return list(map("\n".join, zip(*map(self.texts, columns), strict=True)))
+
+    def asked(self, template: str) -> list[str]:
+        """Return the columns of a template."""
+        return Template(template, self.columns).columns
 
     def is_words(self, column: str) -> bool:
         """Tell whether each text is one word at most: a number, name, date, link or hash."""
@@ -145,6 +148,11 @@ class Table:
                 flat |= {f"{column}[{key}]": item for key, item in pairs} or {column: value}
             rows.append(flat)
         return Table(rows, columns_of(rows))
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    values = [value for value in values if value not in (None, "")]
+    return bool(values) and all(isinstance(value, str | int | float) for value in values)
 
 
 def plain(column: str) -> str:

@@ -4,53 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
-from sftkey.adapt.columns import (
-    ANSWER,
-    BOX,
-    ENOUGH,
-    HAS_TAG,
-    NOTHING,
-    OPTIONS,
-    RESPONSE,
-    THINKING,
-    Table,
-    find_rule,
-    is_about,
-    plain,
-)
-from sftkey.adapt.prompt import single_options
-from sftkey.adapt.readings import (
-    MOST_ANSWER,
-    Reading,
-    answer_columns,
-    answer_fields,
-    chat_fields,
-    decide,
-    last_answer,
-    prompt_and_chats,
-    read,
-    system_field,
-    unread_system,
-    why_not,
-)
+from sftkey.activity import activity
+from sftkey.adapt.columns import ENOUGH, Table
+from sftkey.adapt.own import read_answers_only
+from sftkey.adapt.readings import Reading, decide, read, why_not
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import Loaded, columns_of, think_tags
-from sftkey.data.messages import SYSTEM
+from sftkey.data.examples import USUAL, Loaded, RawRow, RowOptions, Unsplit, columns_of
+from sftkey.data.refused import left_out
 from sftkey.data.renderer import Renderer
-from sftkey.data.response import Example, Response, Segment
-from sftkey.data.sources import BUILT_IN, has_splits, load_rows, with_defaults
+from sftkey.data.response import Example, Segment
+from sftkey.data.sources import BUILT_IN, has_splits, load_examples, load_rows, with_defaults
 from sftkey.data.splits import MOST_EMPTY
-from sftkey.data.tokenization import Row, tokenize
+from sftkey.data.tokenization import Row, tokenize, tokenize_batches
 from sftkey.errors import DataError
 from sftkey.evaluation.grading import unreadable
 from sftkey.recipe.schema import DataSection
-from sftkey.training.own_thinking import NUM_PROBED
 
-TEMPLATES = ("source", "prompt", "thinking", "answer", "response")
 NUM_ODD = 3  # rows that are printed
 SHOWN = 40  # characters of each of their ends
 MOST_ROWS = 10_000  # are tokenized for their lengths
@@ -84,56 +59,129 @@ class DataChoice:
         return [key for key, value in self.fields.items() if str(value).startswith(UNDECIDED)]
 
 
-def choose_data(source: str, seed: int, plain: bool) -> DataChoice:
+def choose_data(
+    source: str,
+    seed: int,
+    plain: bool,
+    renderer: Renderer | None = None,
+    options: RowOptions = USUAL,
+) -> DataChoice:
     """Guess how the rows of a source are read, and which of them are held out.
 
     Args:
         source: A built-in name, a hub id, a file or a folder.
         seed: Of the recipe.
         plain: The frame is plain: prompts are texts, and end with a line.
+        renderer: Rows that it can't tokenize are left out, or asked about where they are many.
+        options: What the recipe says of its rows elsewhere.
 
     Raises:
         DataError: The source can't be read.
     """
     rows = load_rows(DataSection(source=source), seed, "train")
-    fields: dict[str, Any] = {}
-    why = {"source": "built in: sftkey knows its columns"}
-    notes: list[str] = []
-    own = False
+    choice = DataChoice({"source": source}, {"source": "built in: sftkey knows its columns"})
     if source not in BUILT_IN:
-        reading, table, own = _decide(source, rows)
-        fields = reading.fields
+        reading, table, own = _decide(rows)
         why, notes = _told(reading, table)
         notes = [*why_not(table), *notes] if own else notes
-    choice = DataChoice({"source": source, **fields}, why, notes=notes, own=own)
+        choice = DataChoice({"source": source, **reading.fields}, why, notes=notes, own=own)
     if plain:
         _make_plain(choice)
     if choice.undecided:
         return choice
-    loaded = read(source, rows, choice.fields | {"source": source}, reasoning=not own)
-    if len(loaded.unsplit) > (1 - ENOUGH) * len(rows) or not loaded.examples:
-        reason = loaded.unsplit[0].reason
-        ask = f"{UNDECIDED} {len(loaded.unsplit)} of {len(rows)} rows can't be read ({reason}); "
-        choice.fields["thinking"] = f"{ask}mend them, or write this out with unsplit_rows: drop"
+    options = replace(options, reasoning=not choice.own)
+    loaded = {"train": read(rows, choice.fields, options)}
+    loaded |= _own_splits(choice, seed, options)
+    usable = {split: _in_frame(each, renderer) for split, each in loaded.items()}
+    _leave_out(choice, usable)
+    if choice.undecided:
         return choice
-    if loaded.unsplit:
+    drops_empty = not choice.own and _leave_out_empty(choice, loaded.values())
+    if options.turns == "last":
+        choice.notes.extend(_untrained_turns(loaded["train"].examples))
+    examples = usable["train"].examples
+    choice.examples.extend(each for each in examples if not (drops_empty and _is_empty(each)))
+    _hold_out(choice, loaded, len(choice.examples))
+    return choice
+
+
+def _is_empty(example: Example) -> bool:
+    return not example.thinking.strip()
+
+
+def _own_splits(choice: DataChoice, seed: int, options: RowOptions) -> dict[str, Loaded]:
+    """Read the splits `validation` and `test`, where there are such and they are like train."""
+    data, found = DataSection(**choice.fields), {}
+    for name in ("validation", "test") if has_splits(data) else ():
+        with suppress(DataError):
+            loaded = load_examples(data, seed, name, options)
+            if choice.own or not all(map(_is_empty, loaded.examples)):
+                found[name] = loaded
+    return found
+
+
+@activity("tokenizing the rows")
+def _in_frame(loaded: Loaded, renderer: Renderer | None) -> Loaded:
+    """Count the examples that the frame can't carry among the rows that can't be used."""
+    if renderer is None:
+        return loaded
+    usable = Loaded([], list(loaded.unsplit))
+    rows = chain.from_iterable(tokenize_batches(loaded.examples, renderer))
+    for example, row in zip(loaded.examples, rows, strict=True):
+        if isinstance(row, Row):
+            usable.examples.append(example)
+        else:
+            usable.unsplit.append(Unsplit(row.index, row.reason, row.code))
+    usable.unsplit.sort(key=lambda each: each.index)
+    return usable
+
+
+def _leave_out(choice: DataChoice, usable: Mapping[str, Loaded]) -> None:
+    """Let the rows drop that can't be used; where they are many, ask for the source again."""
+    unused = [(split, each) for split, loaded in usable.items() for each in loaded.unsplit]
+    num_rows = {split: len(each.examples) + len(each.unsplit) for split, each in usable.items()}
+    many = (len(each.unsplit) > (1 - ENOUGH) * num_rows[split] for split, each in usable.items())
+    if any(many) or not usable["train"].examples:
+        choice.fields["source"] = _ask_for_rows(choice.fields["source"], unused)
+    elif unused:
+        said = f"{len(unused)} of {sum(num_rows.values())} rows"
         choice.fields["unsplit_rows"] = "drop"
-        reason = loaded.unsplit[0].reason
-        why["unsplit_rows"] = f"{len(loaded.unsplit)} of {len(rows)} rows, at first: {reason}"
-    notes += _counted(loaded, rows, own)
-    examples = loaded.examples
-    empty = [example for example in examples if not example.thinking.strip()]
-    if not own and len(empty) > MOST_EMPTY * len(examples):
+        choice.why["unsplit_rows"] = f"{said}, at first: {unused[0][1].reason}"
+        choice.notes.append(f"{said} are left out:")
+        for split, each in unused[:NUM_ODD]:
+            place = f"row {each.index}" + ("" if split == "train" else f" of {split}")
+            choice.notes.append(f"  {place}: {each.reason}")
+
+
+def _ask_for_rows(source: str, unused: Sequence[tuple[str, Unsplit]]) -> str:
+    """Name the rows that can't be used, why, and what can be done, as the gate would."""
+    alike: dict[str, dict[str, Any]] = {}
+    for split, each in unused:
+        entry = alike.setdefault(f"{split}: {each.reason}", {"code": each.code, "rows": []})
+        entry["rows"].append(each.index)
+    counted = {where: {**each, "count": len(each["rows"])} for where, each in alike.items()}
+    found = list(left_out(DataSection(source=source), counted))
+    asks = [f"{each.split}: {each.what}" for each in found]
+    asks += dict.fromkeys(each.hint for each in found if each.hint)
+    return f"{UNDECIDED} {source}, of which rows can't be used; {'; '.join(asks)}"
+
+
+def _leave_out_empty(choice: DataChoice, loaded: Iterable[Loaded]) -> bool:
+    """Count the empty thinkings; where the gate wouldn't let them through, let them drop."""
+    counts = [(sum(map(_is_empty, each.examples)), len(each.examples)) for each in loaded]
+    num_empty, num_examples = map(sum, zip(*counts, strict=True))
+    many = any(num > MOST_EMPTY * of for num, of in counts)
+    if num_empty:
+        choice.notes.append(f"{num_empty} of {num_examples} thinkings are empty")
+    if many:
         choice.fields["empty_thinking"] = "drop"
-        why["empty_thinking"] = f"{len(empty)} of {len(examples)} rows; keep trains them, too"
-        examples = [example for example in examples if example.thinking.strip()]
-    _hold_out(choice, seed, len(examples))
-    return DataChoice(choice.fields, why, examples, notes, own)
+        choice.why["empty_thinking"] = f"{num_empty} of {num_examples} rows; keep trains them, too"
+    return many
 
 
-def _decide(source: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Reading, Table, bool]:
+def _decide(rows: Sequence[RawRow]) -> tuple[Reading, Table, bool]:
     """Find the reading of rows, and whether it reads answers alone: nothing else is left to ask."""
-    reading, table = decide(source, rows)
+    reading, table = decide(rows)
     if str(reading.fields.get("thinking", "")).startswith(UNDECIDED):
         whole = Table(rows, columns_of(rows))
         for each in (whole, whole.flattened()):
@@ -145,7 +193,7 @@ def _decide(source: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Reading, Ta
 
 def _make_plain(choice: DataChoice) -> None:
     """Fit the fields to a plain frame, which takes texts alone."""
-    data = DataSection(**{k: v for k, v in choice.fields.items() if k in TEMPLATES})
+    data = DataSection(**choice.fields)
     if data.prompt is None and data.source not in BUILT_IN:
         choice.fields["prompt"] = f"{UNDECIDED} one text; the plain frame takes no messages"
     if "system_column" in choice.fields:
@@ -199,26 +247,16 @@ def _excerpt(value: Any) -> str:
     return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} … {text[-SHOWN:]}"
 
 
-def _counted(loaded: Loaded, rows: Sequence[Mapping[str, Any]], own: bool) -> list[str]:
-    """Say what is left out, how many thinkings are empty, and which turns aren't trained."""
-    notes = []
-    if loaded.unsplit:
-        notes.append(f"{len(loaded.unsplit)} of {len(rows)} rows are left out:")
-        notes += [f"  row {each.index}: {each.reason}" for each in loaded.unsplit[:NUM_ODD]]
-    empty = sum(not example.thinking.strip() for example in loaded.examples)
-    if empty and not own:
-        notes.append(f"{empty} of {len(loaded.examples)} thinkings are empty")
+def _untrained_turns(examples: Sequence[Example]) -> list[str]:
+    """Say how many answers stand in prompts, and aren't trained."""
     turns = sum(
         message["role"] == "assistant"
-        for example in loaded.examples
+        for example in examples
         if not isinstance(example.prompt, str)
         for message in example.prompt
     )
-    if turns:
-        notes.append(
-            f"{turns} earlier assistant turns aren't trained; `response.turns: all` trains them"
-        )
-    return notes
+    what = f"{turns} earlier assistant turns aren't trained; `response.turns: all` trains them"
+    return [what] if turns else []
 
 
 def plain_prompt(data: DataSection) -> tuple[str, str]:
@@ -228,12 +266,11 @@ def plain_prompt(data: DataSection) -> tuple[str, str]:
     return prompt, "a plain text, in which the answer begins on a line of its own"
 
 
-def _hold_out(choice: DataChoice, seed: int, num_examples: int) -> None:
+def _hold_out(choice: DataChoice, own_splits: Container[str], num_examples: int) -> None:
     """Hold rows out for validation and test: splits of these names, else a tenth of train each."""
-    source = choice.fields["source"]
     count = min(MOST_HELD_OUT, num_examples // 10)
     for name in ("validation", "test"):
-        if has_splits(DataSection(source=source)) and _has_split(source, seed, name):
+        if name in own_splits:
             choice.fields[name] = name
         elif count:
             choice.fields[name] = count
@@ -241,14 +278,6 @@ def _hold_out(choice: DataChoice, seed: int, num_examples: int) -> None:
     if count:
         choice.fields["overlap"] = "drop"
         choice.why["overlap"] = "a training row whose question is asked later is left out"
-
-
-def _has_split(source: str, seed: int, name: str) -> bool:
-    try:
-        load_rows(DataSection(source=source), seed, name)
-    except DataError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -316,107 +345,3 @@ def choose_grader(examples: Sequence[Example]) -> tuple[str, str]:
         which = "many" if formulas > len(answers) / 5 else "some"
         return "math", f'{which} answers are formulas; needs: python -m pip install "sftkey[math]"'
     return "exact", "the answers are texts, compared as such"
-
-
-SENTENCES = re.compile(r"[.!?:;]\s+\S|\n")
-
-
-def read_answers_only(table: Table) -> dict[str, Any] | None:
-    """Return the fields that read prompt and answer, if nothing in the rows can be a reasoning.
-
-    Args:
-        table: All rows: a reasoning that only the last one holds is one.
-    """
-    prompt, chats = prompt_and_chats(table)
-    if (prompt is not None and prompt.startswith(UNDECIDED)) or unread_system(table):
-        return None
-    if len(chats) == 1:
-        return _conversation(table, chats[0], prompt)
-    return None if chats or prompt is None else _columns(table, prompt)
-
-
-def _columns(table: Table, prompt: str) -> dict[str, Any] | None:
-    """Read a column of short answers, or one of texts whose think block is always empty."""
-    asked = re.findall(r"\{([^{}:]+)[:}]", prompt)
-    answers = answer_columns(table, prompt)
-    responses = [name for name in table.called(RESPONSE) if name not in asked]
-    named = answers or [name for name in responses if table.is_written(name)]
-    if len(named) != 1:
-        return None
-    texts, blocks = _without_empty_blocks(table.texts(named[0]))
-    if not _is_short(texts, bool(answers)):
-        return None
-    # Of several columns of answers all say the same, else there would be several left.
-    same = [name for name in table.called(ANSWER) if answers and table.is_written(name)]
-    known = {*asked, *named, *same, *table.called(SYSTEM), *single_options(table).values()}
-    known |= set(table.called(OPTIONS))
-    wholes = list(map("\n".join, zip(*map(table.texts, asked), strict=True)))
-    if any(_may_reason(table, name, wholes) for name in table.columns if name not in known):
-        return None
-    answer = {"response": named[0], **blocks} if blocks else answer_fields(table, named[0])
-    return {"prompt": prompt, **system_field(table), **answer}
-
-
-def _conversation(table: Table, column: str, prompt: str | None) -> dict[str, Any] | None:
-    """Read a column of conversations whose last answers are short."""
-    read = table.messages(column)
-    last = [last_answer(chat) for chat in read]
-    if any(turn.keys() - {"role", "content", "reasoning_content", "train"} for turn in last):
-        return None
-    texts, blocks = _without_empty_blocks([turn["content"] for turn in last])
-    thought = any(turn.get("reasoning_content", "").strip() for turn in last)
-    if thought or not _is_short(texts, is_answer=False):
-        return None
-    fields = chat_fields(table, column, prompt)
-    asked = re.findall(r"\{([^{}:]+)[:}]", fields.get("prompt", ""))
-    wholes = ["\n".join(message["content"] for message in chat) for chat in read]
-    known = {column, *asked, *table.called(SYSTEM)}
-    if any(_may_reason(table, name, wholes) for name in table.columns if name not in known):
-        return None
-    return {**fields, **system_field(table), **blocks}
-
-
-def _without_empty_blocks(texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Remove the think block of texts that all have one, and an empty one; return its rule, too."""
-    parts = [think_tags(text) for text in texts]
-    behind = [part[1] for part in parts if isinstance(part, tuple) and not part[0]]
-    if texts and len(behind) == len(texts):
-        return behind, {"split_rule": "think_tags"}
-    return list(texts), {}
-
-
-def _is_short(texts: Sequence[str], is_answer: bool) -> bool:
-    """Tell whether texts are answers alone; what is called a response may be two sentences."""
-    if max(map(len, texts)) > MOST_ANSWER or find_rule(texts).share:
-        return False
-    if any(BOX.search(text) or HAS_TAG.search(text) or "####" in text for text in texts):
-        return False
-    return not any("\n" in text if is_answer else SENTENCES.search(text) for text in texts)
-
-
-def _may_reason(table: Table, column: str, wholes: Sequence[str]) -> bool:
-    """Tell whether a column could be read as a reasoning, beside the whole text of each row."""
-    values = [value for value in table.values(column) if value not in NOTHING]
-    if not any(str(value).strip() for value in values):
-        return False
-    if column in table.called(THINKING) or not table.is_written(column):
-        return True
-    texts = table.texts(column)
-    stands = all(text in whole for text, whole in zip(texts, wholes, strict=True))
-    if stands or table.is_words(column):
-        return False
-    about = is_about(plain(column), THINKING) and max(map(len, texts)) <= MOST_ANSWER
-    return not about and table.num_kinds(column) * 20 >= len(set(wholes))
-
-
-def own_notes(response: Response) -> list[str]:
-    """Say why the recipe lets the model write the reasoning, what that means, and what else is."""
-    tags = [response.thinking_open.strip(), response.thinking_close.strip()]
-    written = " … ".join(filter(None, tags))
-    return [
-        "no column holds a reasoning: the model writes its own (`thinking: own`), and the key "
-        "behind it is trained alone",
-        f"so the model must think already, in {written}: train asks it {NUM_PROBED} questions "
-        "first, and refuses it if fewer than half of its thinkings are valid. Else give the rows a "
-        "column of reasoning, or name a file of thinkings in `own.file`",
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,10 @@ CHANNELS = ResponseSection(
 TAGS = ResponseSection()
 # Thinkings and answers that end and begin as real ones do.
 SEAMS = [("So 3 * 4 = 12", "12"), ("It is done.", "Yes."), ("x)", "\\frac{1}{2}"), ("", "B")]
+THINKS = {  # by the template's `enable_thinking`
+    True: "thinking is on, or the prompt would end it at once",
+    False: "thinking is off: the tags are others",
+}
 DATE = "26 Jul 2024"  # what Llama 3's templates write where nobody gives a date
 
 
@@ -89,8 +93,8 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
         if "strftime_now" in template and not date:
             turns += "; it writes today's date into prompts, and nothing fixes it"
         whys = {"frame": turns, "thinking": why, "answer": seam}
-        said = [_thinks(thinks), reason]
-        whys["chat_template_kwargs"] = "; ".join(part for part in said if part)
+        said = [THINKS.get(thinks.get("enable_thinking"), ""), reason]
+        whys["chat_template_kwargs"] = "; ".join(filter(None, said))
         return FrameChoice(section, kwargs, renderer, whys)
     assert failed is not None  # there is always a candidate
     if _is_borrowed(tokenizer, date):
@@ -134,14 +138,6 @@ def _written_tags(tokenizer: PreTrainedTokenizerBase) -> ResponseSection | None:
     if not (text.startswith(prompt) and found and answer and opening.strip() and closing.strip()):
         return None
     return ResponseSection(thinking=(opening, closing), answer=(between[len(closing) :], ""))
-
-
-def _thinks(kwargs: Mapping[str, Any]) -> str:
-    if not kwargs:
-        return ""
-    if kwargs["enable_thinking"]:
-        return "thinking is on, or the prompt would end it at once"
-    return "thinking is off: the tags are others"
 
 
 def _date(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[dict[str, Any], str]:
@@ -257,9 +253,7 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     facts = read_facts(name_or_path)
     choice = choose_frame(facts.tokenizer, facts.published_stops)
     data = choose_data(source, seed, choice.section.frame == "plain")
-    open_choices = choice.undecided | {
-        f"data.{key}": str(data.fields[key]) for key in data.undecided
-    }
+    open_choices = choice.undecided | {f"data.{key}": data.fields[key] for key in data.undecided}
     if open_choices or choice.renderer is None:
         what = [
             Problem(key, f"to be decided: {value.removeprefix(UNDECIDED).strip()}")

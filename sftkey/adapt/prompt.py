@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sftkey.adapt.columns import ANSWER, CONTEXT, ENOUGH, NOTHING, OPTIONS, PROMPT, Table, plain
+from sftkey.adapt.columns import ANSWER, CONTEXT, ENOUGH, OPTIONS, PROMPT, Table, plain
 from sftkey.checks.recipe import UNDECIDED
+from sftkey.data.messages import SAYS_NOTHING
 from sftkey.data.values import options_in
 
 # Columns that hold one option each.
@@ -22,16 +23,16 @@ def prompt_of(table: Table) -> str | None:
         asked = [name for name in asked if table.num_kinds(name) * 2 > len(table.rows)]
         asked += [name for name in table.columns if _only_asks(table, name)]
         return f"{{{asked[0]}}}" if asked else None
-    found = [each for each in table.called(PROMPT) if _holds_something(table, each)]
+    found = [each for each in table.called(PROMPT) if table.is_messages(each)]
+    if found:
+        return f"{{{found[0]}}}"
+    found = [each for each in table.called(PROMPT) if table.is_text(each)]
     if not found:
         return None
-    chats = [column for column in found if table.is_messages(column)]
-    if chats:
-        return f"{{{chats[0]}}}"
     question = _question(table, found)
     if question.startswith(UNDECIDED):
         return question
-    columns = re.findall(r"\{([^{}]+)\}", question)
+    columns = table.asked(question)
     if any(OPEN_TAG.search(text) for text in table.texts(columns[-1])):
         return (
             f"{UNDECIDED} the prompts in {columns[-1]} end with a tag, which belongs to the "
@@ -57,7 +58,7 @@ def _unread_context(table: Table) -> str:
     found = [name for name in table.called(CONTEXT) if not table.is_text(name)]
     found += [name for name in table.columns if plain(name.partition("[")[0]) in CONTEXT]
     for name in found:
-        kinds = {type(value).__name__ for value in table.values(name) if value not in NOTHING}
+        kinds = {type(value).__name__ for value in table.values(name) if value not in SAYS_NOTHING}
         if kinds and (not table.is_text(name) or "[" in name):
             return (
                 f"{UNDECIDED} {name} holds a {' or '.join(sorted(kinds))}, which no template "
@@ -69,7 +70,7 @@ def _unread_context(table: Table) -> str:
 
 def _often_null(table: Table, prompt: str) -> str:
     """Ask for a column of the prompt that too many rows have no value of."""
-    for name in re.findall(r"\{([^{}:]+)[:}]", prompt):
+    for name in table.asked(prompt):
         num = sum(value is None for value in table.values(name))
         if num > (1 - ENOUGH) * len(table.rows):
             return (
@@ -84,10 +85,6 @@ def _only_asks(table: Table, column: str) -> bool:
     chats = table.messages(column) if table.is_messages(column) else []
     roles = [[message["role"] for message in chat] for chat in chats]
     return bool(roles) and all("assistant" not in each and each[-1:] == ["user"] for each in roles)
-
-
-def _holds_something(table: Table, column: str) -> bool:
-    return table.is_messages(column) or table.is_text(column)
 
 
 def _question(table: Table, found: Sequence[str]) -> str:
@@ -109,7 +106,7 @@ def _question(table: Table, found: Sequence[str]) -> str:
 
 def inside(table: Table, column: str, columns: Sequence[str]) -> bool:
     """Tell whether a column's texts stand in those of the other columns already."""
-    wholes = ["\n".join(texts) for texts in zip(*map(table.texts, columns), strict=True)]
+    wholes = table.wholes(columns)
     return all(text in whole for text, whole in zip(table.texts(column), wholes, strict=True))
 
 
@@ -136,14 +133,14 @@ def _options(table: Table, columns: Sequence[str]) -> str:
     """Write the options below the question, unless it has them already."""
     for column in table.called(OPTIONS):
         values = table.values(column)
-        if column in columns or all(value in NOTHING for value in values):
+        if column in columns or all(value in SAYS_NOTHING for value in values):
             continue
         if all(isinstance(value, str) for value in values):
             if any(value.lstrip().startswith(("[", "{")) for value in values):
                 return f"{UNDECIDED} the options in {column} are no list and no JSON; mend the rows"
             return "" if inside(table, column, columns) else f"\n{{{column}}}"
-        wholes = ["\n".join(texts) for texts in zip(*map(table.texts, columns), strict=True)]
-        if not all(_stand_in(value, whole) for value, whole in zip(values, wholes, strict=True)):
+        pairs = zip(values, table.wholes(columns), strict=True)
+        if not all(_stand_in(value, whole) for value, whole in pairs):
             return f"\n{{{column}:letters}}"
     return "".join(f"\n{label}) {{{column}}}" for label, column in single_options(table).items())
 

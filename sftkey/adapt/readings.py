@@ -11,20 +11,26 @@ from sftkey.adapt.columns import (
     ANSWER,
     EMPTY,
     ENOUGH,
-    NOTHING,
     OPENING,
     PROMPT,
     RESPONSE,
     THINKING,
     Fit,
-    Row,
     Table,
     find_rule,
 )
 from sftkey.adapt.prompt import options_of, prompt_of
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import Loaded, RowOptions, columns_of, make_examples, make_rule
-from sftkey.data.messages import SYSTEM
+from sftkey.data.examples import (
+    USUAL,
+    Loaded,
+    RawRow,
+    RowOptions,
+    columns_of,
+    make_examples,
+    make_rule,
+)
+from sftkey.data.messages import SAYS_NOTHING, SYSTEM
 from sftkey.data.response import Example
 from sftkey.data.sources import with_defaults
 from sftkey.data.values import PLACES
@@ -56,18 +62,13 @@ class Reading:
         return ", ".join(f"{key}: {value}" for key, value in shown.items())
 
 
-def decide(source: str, rows: Sequence[Row]) -> tuple[Reading, Table]:
-    """Find the reading of rows; in it stands what the user must decide.
-
-    Args:
-        source: Named in the section.
-        rows: All rows.
-    """
+def decide(rows: Sequence[RawRow]) -> tuple[Reading, Table]:
+    """Find the reading of all rows by the first; in it stands what the user must decide."""
     table = Table(rows[:NUM_SEEN], columns_of(rows))
-    reading = _decide(source, table)
+    reading = _decide(table)
     inner = table.flattened()
     if inner.columns != table.columns and _num_asked(reading):
-        other = _decide(source, inner)
+        other = _decide(inner)
         if _num_asked(other) < _num_asked(reading):
             return other, inner
     return reading, table
@@ -77,9 +78,8 @@ def _num_asked(reading: Reading) -> int:
     return sum(str(value).startswith(UNDECIDED) for value in reading.fields.values())
 
 
-def _decide(source: str, table: Table) -> Reading:
+def _decide(table: Table) -> Reading:
     """Find the reading of a table's rows."""
-    some = table.rows
     prompt, chats = prompt_and_chats(table)
     listed = f"the columns are {', '.join(table.columns)}"
     if prompt is None and not chats:
@@ -95,13 +95,13 @@ def _decide(source: str, table: Table) -> Reading:
         readings += _columns(table, prompt if whole else f"{{{table.called(PROMPT)[0]}}}")
     readings += _conversations(table, chats, prompt)
     readings = [Reading({**system, **r.fields}, r.explicit, r.fit) for r in readings]
-    good = _different(source, some, _best(readings))
+    good = _different(table.rows, _best(readings))
     asked = {"prompt": prompt} if prompt is not None and prompt.startswith(UNDECIDED) else {}
     asked |= unread_system(table)
     if len(good) == 1:
         asked |= _counted_from(table, good[0].fields.get("answer", ""))
         return Reading({**good[0].fields, **asked}, good[0].explicit, good[0].fit)
-    asks = _asked(table, readings, listed, prompt or "", _near(source, some, readings))
+    asks = _asked(table, readings, listed, prompt or "", _near(table.rows, readings))
     if len(good) > 1:
         ways = "; or ".join(map(str, good[:4]))
         asks = dict.fromkeys(("thinking", "answer"), f"{UNDECIDED} which is meant: {ways}")
@@ -115,12 +115,10 @@ def _is_list(table: Table, column: str) -> bool:
     return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
 
 
-def read(
-    source: str, rows: Sequence[Row], fields: dict[str, Any], reasoning: bool = True
-) -> Loaded:
+def read(rows: Sequence[RawRow], fields: dict[str, Any], options: RowOptions = USUAL) -> Loaded:
     """Make the examples that a reading gives; without reasoning theirs may be empty."""
-    data = with_defaults(DataSection(**{"source": source, **fields}))
-    return make_examples(rows, data, RowOptions(reasoning=reasoning))
+    data = with_defaults(DataSection(**{"source": "rows", **fields}))
+    return make_examples(rows, data, options)
 
 
 def prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
@@ -146,7 +144,7 @@ def system_field(table: Table) -> dict[str, str]:
 def unread_system(table: Table) -> dict[str, str]:
     """Ask for system messages that are no text."""
     for column in table.called(SYSTEM):
-        values = [value for value in table.values(column) if value not in NOTHING]
+        values = [value for value in table.values(column) if value not in SAYS_NOTHING]
         if any(not isinstance(value, str) for value in values) and not system_field(table):
             what = f"{column} holds no text; make it one in the rows, or leave this line out"
             return {"system_column": f"{UNDECIDED} {what}"}
@@ -160,11 +158,11 @@ def _best(readings: Sequence[Reading]) -> list[Reading]:
     return explicit or good
 
 
-def _different(source: str, rows: Sequence[Row], readings: Sequence[Reading]) -> list[Reading]:
+def _different(rows: Sequence[RawRow], readings: Sequence[Reading]) -> list[Reading]:
     """Keep one of the readings that give the same examples, and none that gives too few."""
     found: dict[tuple[Any, ...], Reading] = {}
     for reading in readings:
-        loaded = read(source, rows, reading.fields)
+        loaded = read(rows, reading.fields)
         thought = sum(bool(each.thinking.strip()) for each in loaded.examples)
         if thought < ENOUGH * len(rows):
             continue
@@ -327,13 +325,13 @@ def _first_places(table: Table, column: str) -> list[str]:
     ]
 
 
-def _near(source: str, rows: Sequence[Row], readings: Sequence[Reading]) -> list[str]:
+def _near(rows: Sequence[RawRow], readings: Sequence[Reading]) -> list[str]:
     """Say of readings that fit how many rows they read nevertheless, where these are too few."""
     said = []
     for reading in readings:
         if reading.fit is not None and not reading.fit.good:
             continue
-        loaded = read(source, rows, reading.fields)
+        loaded = read(rows, reading.fields)
         if loaded.unsplit:
             reads = f"{reading} reads {len(loaded.examples)} of {len(rows)} rows"
             said.append(f"{reads}, in others: {loaded.unsplit[0].reason}")
@@ -381,7 +379,7 @@ def why_not(table: Table) -> Iterator[str]:
     """Say what keeps columns, and keys of messages, that are called a reasoning from being one."""
     num_rows = len(table.rows)
     for name in table.called(THINKING):
-        values = [value for value in table.values(name) if value not in NOTHING]
+        values = [value for value in table.values(name) if value not in SAYS_NOTHING]
         kinds = sorted({type(value).__name__ for value in values})
         if not values:
             yield f"{name}: empty in all rows"

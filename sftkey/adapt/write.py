@@ -27,7 +27,7 @@ class Choices:
     Args:
         facts: The model.
         frame: How responses stand in its template, and why.
-        data: How the data is read; None without data of its own.
+        data: How the data is read; empty without data of its own.
         lengths: What the data needs; None where it can't be told.
         other: The recipe that this one is like.
         like: How the user named that one.
@@ -41,7 +41,7 @@ class Choices:
 
     facts: ModelFacts
     frame: FrameChoice
-    data: DataChoice | None
+    data: DataChoice
     lengths: Lengths | None
     other: Recipe | None
     like: str
@@ -56,11 +56,6 @@ class Choices:
     def as_other(self) -> str:
         """The reason for what was taken over."""
         return f"as in {self.like}"
-
-    @property
-    def own(self) -> bool:
-        """No column holds a reasoning, so the model writes its own."""
-        return self.data is not None and self.data.own
 
     @property
     def full(self) -> bool:
@@ -118,8 +113,6 @@ ONE_ROW = "one row at a time, until you know what fits your GPU; more in place o
 OWN_TOKENS = 2048  # are left for the thinking that a model writes itself
 LARGE = 13  # billions of parameters, above which QLoRA halves its rate
 HALF_OF_QLORA = "half of what QLoRA takes (arXiv 2305.14314); not tuned: choose on validation rows"
-# In the order of the recipe's reference.
-DATA_KEYS = tuple(DataSection.model_fields)
 
 
 def head(choices: Choices) -> Iterator[str]:
@@ -127,15 +120,11 @@ def head(choices: Choices) -> Iterator[str]:
     facts, model = choices.facts, choices.facts.section.name_or_path
     data = f", {choices.as_other}" if choices.other else ""
     data = f" on {choices.source}" if choices.source else data
-    size = _size(facts.billions)
+    count, unit = (facts.billions, "B") if facts.billions >= 1 else (1000 * facts.billions, "M")
+    size = f"{count:.1f}{unit}" if count < 10 else f"{count:.0f}{unit}"
     yield f"{model} ({facts.model_type}, {size} parameters){data}: stage by stage."
     yield f"Run:  accelerate launch -m sftkey.train {choices.path}"
     yield "Written by `sftkey adapt` from the model's config and tokenizer; no weights were read."
-
-
-def _size(billions: float) -> str:
-    count, unit = (billions, "B") if billions >= 1 else (1000 * billions, "M")
-    return f"{count:.1f}{unit}" if count < 10 else f"{count:.0f}{unit}"
 
 
 def sections(choices: Choices) -> Iterator[WrittenSection]:
@@ -213,7 +202,7 @@ def _taken_over(values: dict[str, Any], choices: Choices) -> Iterator[Line]:
 def _data(choices: Choices) -> Iterator[Line]:
     other, data = choices.other, choices.data
     why: dict[str, str] = {}
-    if data is not None:
+    if data.fields:
         fields, why = data.fields, data.why
     elif other is not None:
         fields, why = _others_data(other, choices)
@@ -222,7 +211,7 @@ def _data(choices: Choices) -> Iterator[Line]:
             "source": f"{UNDECIDED} a data set: a built-in name, a hub id, a file or a folder"
         }
         why = {"source": "no --data was given"}
-    for key in DATA_KEYS:
+    for key in DataSection.model_fields:  # in the order of the recipe's reference
         if key in fields:
             yield Line(key, fields[key], why.get(key, ""))
     yield Line("max_length", *_max_length(choices))
@@ -303,7 +292,7 @@ def _why_at_once(choices: Choices) -> str:
 
 def _stages(choices: Choices) -> Iterator[Line]:
     others = choices.other.stages if choices.other else ()
-    if choices.own and not (others and all(stage.thinking == "own" for stage in others)):
+    if choices.data.own and not (others and all(stage.thinking == "own" for stage in others)):
         written = {"name": "key", "loss_on": "key", "thinking": "own"}
         if choices.end_is_known and not choices.full:
             written["context"] = "frozen"  # whose adapter leaves the thinking as it is
@@ -321,20 +310,19 @@ def _stages(choices: Choices) -> Iterator[Line]:
 def _eval(choices: Choices) -> Iterator[Line]:
     if choices.other:
         given = choices.other.eval.model_dump(exclude_defaults=True)
-        if choices.own:
+        if choices.data.own:
             least = choices.lengths.max_new_tokens if choices.lengths else OWN_TOKENS
             given["max_new_tokens"] = max(choices.other.eval.max_new_tokens, least)
         yield from _taken_over(given, choices)
         return
-    examples = choices.data.examples if choices.data else []
-    held_out = choices.data.fields.get("test") if choices.data else None
+    examples, held_out = choices.data.examples, choices.data.fields.get("test")
     yield Line("num_questions", held_out if isinstance(held_out, int) else 200)
     if choices.lengths is not None:
         why = "99.5% of the data's completions are no longer"
-        if choices.own:
+        if choices.data.own:
             why = "the model's own thinking and the answer; a thinking that is cut is dropped"
         yield Line("max_new_tokens", choices.lengths.max_new_tokens, why)
     else:
-        yield Line("max_new_tokens", OWN_TOKENS if choices.own else 512)
+        yield Line("max_new_tokens", OWN_TOKENS if choices.data.own else 512)
     grader, why = choose_grader(examples) if examples else ("exact", "no answer was seen")
     yield Line("grader", grader, why)
