@@ -98,12 +98,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
                 yield "GPUs: none"
         else:
             shown = " ".join(value) if isinstance(value, list) else value
+            if value is None or isinstance(value, bool):
+                shown = {None: "none", True: "yes", False: "no"}[value]
             unit = " GiB" if name.endswith("_gib") else ""
-            yield f"{name.removesuffix('_gib').replace('_', ' ')}: {_word(shown)}{unit}"
-
-
-def _word(value: Any) -> str:
-    return {None: "none", True: "yes", False: "no"}.get(value, str(value))
+            yield f"{name.removesuffix('_gib').replace('_', ' ')}: {shown}{unit}"
 
 
 def _version(package: str) -> str | None:

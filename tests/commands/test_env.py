@@ -52,3 +52,8 @@ def test_a_gpu_and_a_missing_package_are_written_out() -> None:
         "mps: no",
     ]
     assert list(lines({"gpus": []})) == ["GPUs: none"]
+
+
+def test_a_number_is_no_word() -> None:
+    """One core is 1, and a full disk has 0.0 GiB left."""
+    assert list(lines({"cores": 1, "free_disk_gib": 0.0})) == ["cores: 1", "free disk: 0.0 GiB"]
