@@ -13,7 +13,7 @@ from typing import Any
 from sftkey.adapt.data import DataChoice, choose_data, measure
 from sftkey.adapt.frame import choose_frame
 from sftkey.adapt.own import own_notes
-from sftkey.adapt.write import OWN_TOKENS, Choices, head, sections
+from sftkey.adapt.write import OWN_TOKENS, Choices, head, last_part, sections
 from sftkey.checks.mask_proof import Proof, prove
 from sftkey.checks.recipe import UNDECIDED, undecided
 from sftkey.data.examples import USUAL, RowOptions
@@ -53,16 +53,13 @@ class Nearest:
 def find_nearest(recipe: Recipe, model_type: str, files: Iterable[Path]) -> Nearest | None:
     """Find the recipe of the nearest model: of the same family, then with the same frame and tags.
 
-    Args:
-        recipe: The new one.
-        model_type: The architecture's name in its config.
-        files: The others.
+    `model_type` is the architecture's name in the config of the new recipe's model.
     """
     families = {_family(model_type), _family(recipe.model.name_or_path)}
 
     def likeness(pair: tuple[Path, Recipe]) -> tuple[bool, bool, float]:
         other = pair[1]
-        here, there = _last(recipe.model.name_or_path), _last(other.model.name_or_path)
+        here, there = (last_part(each.model.name_or_path).lower() for each in (recipe, other))
         return (
             _family(other.model.name_or_path) in families,
             other.response == recipe.response,
@@ -76,13 +73,9 @@ def find_nearest(recipe: Recipe, model_type: str, files: Iterable[Path]) -> Near
     return Nearest(file, likeness((file, other))[0], _differences(other, recipe))
 
 
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
-
-
 def _family(name: str) -> str:
     """Return the letters that a name begins with: `qwen` of Qwen2.5-1.5B and of qwen2_moe."""
-    match = re.match("[a-z]+", _last(name).removeprefix("pypi:").removeprefix("meta-"))
+    match = re.match("[a-z]+", last_part(name).lower().removeprefix("meta-"))
     return match[0] if match else ""
 
 

@@ -85,9 +85,13 @@ class Table:
         return read
 
     def unreadable(self, column: str) -> str:
-        """Say why the messages of a column can't be read; nothing where some can."""
-        reason = ""
-        for value in self.values(column):
+        """Say why a column's lists of messages can't be read; nothing where some can be."""
+        values, reason = self.values(column), ""
+        if not any(
+            isinstance(each, list) and each and isinstance(each[0], dict) for each in values
+        ):
+            return ""
+        for value in values:
             try:
                 read_messages(value)
             except RowError as error:

@@ -187,7 +187,7 @@ def _decide(rows: Sequence[RawRow]) -> tuple[Reading, Table, bool]:
         for each in (whole, whole.flattened()):
             fields = read_answers_only(each)
             if fields is not None:
-                return Reading(fields, explicit=False), each, True
+                return Reading(fields), each, True
     return reading, table, False
 
 
@@ -207,8 +207,6 @@ def _make_plain(choice: DataChoice) -> None:
 
 def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
     """Say which columns aren't used, how many rows a rule splits, and which of them are odd."""
-    used = "\n".join(str(value) for value in reading.fields.values())
-    rest = [name for name in table.columns if not _uses(name, reading, used)]
     why: dict[str, str] = {}
     notes = []
     if reading.fields.get("prompt"):
@@ -216,6 +214,8 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
     elif reading.fields.get("response", "messages"):
         why["source"] = "it holds conversations"
     asked = any(str(value).startswith(UNDECIDED) for value in reading.fields.values())
+    used = [] if asked else _used(table, reading.fields)
+    rest = [name for name in table.columns if name not in used]
     if rest and not asked:
         notes.append(f"columns that aren't used: {', '.join(rest)}")
     column = reading.fields.get("response", "" if "prompt" in reading.fields else "messages")
@@ -236,10 +236,12 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
     return why, notes
 
 
-def _uses(name: str, reading: Reading, used: str) -> bool:
-    chat = not {"prompt", "response"} & reading.fields.keys() and name == "messages"
-    named = name in (reading.fields.get("response"), reading.fields.get("system_column"))
-    return chat or named or re.search(rf"\{{{re.escape(name)}[}}\[:!]", used) is not None
+def _used(table: Table, fields: Mapping[str, str]) -> list[str]:
+    """List the columns that a reading names, or reads by itself."""
+    templates = [fields[key] for key in ("prompt", "thinking", "answer") if key in fields]
+    named = [fields[key] for key in ("response", "system_column") if key in fields]
+    chat = [] if {"prompt", "response"} & fields.keys() else ["messages"]
+    return [*chain.from_iterable(map(table.asked, templates)), *named, *chat]
 
 
 def _excerpt(value: Any) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from sftkey.adapt.data import DataChoice, choose_data, choose_grader, measure
 from sftkey.checks.mask_proof import Oracle, trained
@@ -27,10 +29,6 @@ from sftkey.errors import FrameError, Problem, RecipeError
 from sftkey.models.facts import ModelFacts, read_facts
 from sftkey.recipe.schema import DataSection, ModelSection, ResponseSection
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 THINK = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
 OPENED = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))
 CHANNELS = ResponseSection(
@@ -40,7 +38,7 @@ CHANNELS = ResponseSection(
 TAGS = ResponseSection()
 # Thinkings and answers that end and begin as real ones do.
 SEAMS = [("So 3 * 4 = 12", "12"), ("It is done.", "Yes."), ("x)", "\\frac{1}{2}"), ("", "B")]
-THINKS = {  # by the template's `enable_thinking`
+THINKS: dict[bool | None, str] = {  # by the template's `enable_thinking`
     True: "thinking is on, or the prompt would end it at once",
     False: "thinking is off: the tags are others",
 }
@@ -71,10 +69,7 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
 
     The template's own tags for thinking come first, since the model has learned them; then the
     default ones. Of the writings of a pair of tags the first is taken that no token straddles.
-
-    Args:
-        tokenizer: With its chat template, if it has one.
-        stops: The published ids that stop generation.
+    `stops` are the published ids that stop generation.
     """
     if not tokenizer.chat_template:
         return _plain(tokenizer, stops, "the tokenizer has no chat template")
@@ -84,11 +79,10 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
     for section, thinks, why in _candidates(tokenizer, template):
         kwargs = thinks | date
         try:
-            renderer = probe_renderer(tokenizer, section, kwargs)
+            section, renderer, seam = _clean(tokenizer, section, kwargs)
         except FrameError as error:
             failed = error
             continue
-        section, renderer, seam = _clean(tokenizer, section, kwargs, renderer)
         turns = f"the chat template's turns, which end with {renderer.end_token}"
         if "strftime_now" in template and not date:
             turns += "; it writes today's date into prompts, and nothing fixes it"
@@ -174,19 +168,20 @@ def _plain(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], why: str)
         known = ", ".join(special) or "none"
         undecided = {"response.end": f"{UNDECIDED} the special token that ends a text; of {known}"}
         return FrameChoice(section, {}, None, whys, undecided)
-    renderer = probe_renderer(tokenizer, section)
-    section, renderer, seam = _clean(tokenizer, section, {}, renderer)
+    section, renderer, seam = _clean(tokenizer, section, {})
     whys |= {"thinking": "the model has no thinking tags of its own", "answer": seam}
     return FrameChoice(section, {}, renderer, whys)
 
 
 def _clean(
-    tokenizer: PreTrainedTokenizerBase,
-    section: ResponseSection,
-    kwargs: dict[str, Any],
-    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase, section: ResponseSection, kwargs: dict[str, Any]
 ) -> tuple[ResponseSection, Renderer, str]:
-    """Take the first writing of these tags that no token straddles; the text stays the same."""
+    """Probe these tags in the first writing that no token straddles; the text stays the same.
+
+    Raises:
+        FrameError: The tokenizer or its template can't carry them.
+    """
+    renderer = probe_renderer(tokenizer, section, kwargs)
     if _is_clean(renderer):
         return section, renderer, "no token straddles the end of the thinking"
     opening = section.answer[0]

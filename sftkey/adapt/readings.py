@@ -53,7 +53,7 @@ class Reading:
     """
 
     fields: dict[str, Any]
-    explicit: bool
+    explicit: bool = False
     fit: Fit | None = None
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ def _decide(table: Table) -> Reading:
     if prompt is None and not chats:
         ask = f'{UNDECIDED} a template, such as "{{{table.columns[0]}}}"; {listed}'
         broken = [(name, table.unreadable(name)) for name in table.columns]
-        ask += "".join(f"; {name}: {why}" for name, why in broken if why and _is_list(table, name))
-        return Reading({"prompt": ask, **_asked(table, [], listed, "")}, explicit=False)
+        ask += "".join(f"; {name}: {why}" for name, why in broken if why)
+        return Reading({"prompt": ask, **_asked(table, [], listed, "")})
     system = system_field(table)
     readings: list[Reading] = []
     if prompt is not None:
@@ -106,13 +106,8 @@ def _decide(table: Table) -> Reading:
         ways = "; or ".join(map(str, good[:4]))
         asks = dict.fromkeys(("thinking", "answer"), f"{UNDECIDED} which is meant: {ways}")
     if prompt is None:
-        return Reading({**system, **asked, "thinking": asks["thinking"]}, explicit=False)
-    return Reading({"prompt": prompt, **system, **asked, **asks}, explicit=False)
-
-
-def _is_list(table: Table, column: str) -> bool:
-    values = table.values(column)
-    return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
+        return Reading({**system, **asked, "thinking": asks["thinking"]})
+    return Reading({"prompt": prompt, **system, **asked, **asks})
 
 
 def read(rows: Sequence[RawRow], fields: dict[str, Any], options: RowOptions = USUAL) -> Loaded:
@@ -208,7 +203,8 @@ def last_answer(chat: Sequence[dict[str, str]]) -> dict[str, str]:
 def _columns(table: Table, prompt: str) -> Iterator[Reading]:
     """Read a column each for thinking and answer, or one column with a rule."""
     base = {} if prompt == "{prompt}" and "prompt" not in table.columns else {"prompt": prompt}
-    free = [name for name in table.columns if f"{{{name}" not in prompt and table.is_text(name)]
+    asked = table.asked(prompt)
+    free = [name for name in table.columns if name not in asked and table.is_text(name)]
     answers = answer_columns(table, prompt)
     beside = answers[0] if answers else free[0] if free else ""
     thoughts = [
@@ -253,8 +249,8 @@ def _is_label(table: Table, column: str, beside: str) -> bool:
 
 def answer_columns(table: Table, prompt: str) -> list[str]:
     """Find the columns of answers; an option's text and its letter or place are one answer."""
-    found = [name for name in table.called(ANSWER) if f"{{{name}" not in prompt]
-    found = [name for name in found if table.is_written(name)]
+    asked = table.asked(prompt)
+    found = [name for name in table.called(ANSWER) if name not in asked and table.is_written(name)]
     options = options_of(table)
     if not options or not found:
         return found
@@ -359,8 +355,9 @@ def _asked(
             f"`{key}: drop` would leave such rows out; {listed}"
         )
     elif len(answers) == 1 and max(map(len, table.texts(answers[0]))) <= MOST_ANSWER:
-        ways = [name for name in table.columns if f"{{{name}" not in prompt and _long(table, name)]
-        given = " or ".join(f'"{{{name}}}"' for name in ways if name not in answers)
+        known = [*table.asked(prompt), *answers]
+        ways = [name for name in table.columns if name not in known and _long(table, name)]
+        given = " or ".join(f'"{{{name}}}"' for name in ways)
         given = f"{given or 'none looks so'}; {listed}; {OWN_WAY}"
         return {
             "thinking": f"{UNDECIDED} {reason}the reasoning's column: {given}",

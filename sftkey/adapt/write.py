@@ -76,7 +76,7 @@ class Choices:
         named = [str(self.facts.section.name_or_path), self.source or ""]
         if not self.source and self.other:
             named[1] = self.other.data.task or self.other.data.source
-        return "-".join(filter(None, (_slug(_last(each)) for each in named)))
+        return "-".join(filter(None, (_slug(last_part(each)) for each in named)))
 
     @property
     def end_is_known(self) -> bool:
@@ -97,7 +97,8 @@ class Choices:
         return f"the model stops at {tokens}, and may never have learned this one"
 
 
-def _last(name: str) -> str:
+def last_part(name: str) -> str:
+    """Return what a model or data set is called, without its place, package sign and endings."""
     last = name.rstrip("/").rpartition("/")[2].removeprefix("pypi:")
     while is_data_file(last):
         last = last.rpartition(".")[0]

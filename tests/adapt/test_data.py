@@ -54,6 +54,10 @@ def turns(content: str, **more: str) -> list[dict[str, str]]:
             {"prompt": "{question}", "thinking": "{model_reasoning}", "answer": "{ground_truth}"},
         ),
         (
+            {"cot_prompt": "Q", "cot": "c", "answer": "7"},
+            {"prompt": "{cot_prompt}", "thinking": "{cot}", "answer": "{answer}"},
+        ),
+        (
             {"question": "Q", "answer": "c\n#### 7"},
             {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"},
         ),
