@@ -11,7 +11,7 @@ import typer
 from sftkey.commands.arguments import LastStage, RunArgument
 from sftkey.commands.terminal import set_up
 from sftkey.errors import RunError, did_you_mean
-from sftkey.sharing.stage import SharedStage, refuse_frozen, shared_stage
+from sftkey.sharing.stage import refuse_frozen, shared_stage
 
 ENGINES = ("gguf", "ollama", "vllm", "vllm-lora", "lm-eval")
 
@@ -67,37 +67,22 @@ def export(
     from sftkey.sharing.merging import write_model
 
     if to == "lm-eval":
-        from sftkey.sharing.export import write_task
-
-        print(write_task(shared, output))
+        print(exports.write_task(shared, output))
     elif to == "vllm-lora":
         print(exports.write_vllm_lora(shared, output))
     elif to == "vllm":
         write_model(shared.recipe, shared.weights, output)
         print(exports.vllm_command(output, shared.recipe))
-    else:
-        _by_converter(shared, to, output, llama_cpp, outtype)
-
-
-def _by_converter(
-    shared: SharedStage, engine: str, output: Path, llama_cpp: Path | None, outtype: str
-) -> None:
-    """Write GGUF, or an Ollama model of it."""
-    from sftkey.sharing import export as exports
-
-    if llama_cpp is None:
-        raise RunError(
-            "--llama-cpp",
-            f"expected a checkout of llama.cpp for --to {engine}; got none",
-            "git clone https://github.com/ggml-org/llama.cpp, and name that folder",
-        )
-    if engine == "gguf":
+    elif llama_cpp is None:
+        what = f"expected a checkout of llama.cpp for --to {to}; got none"
+        raise RunError("--llama-cpp", what, exports.CLONE)
+    elif to == "gguf":
         exports.write_gguf(shared, llama_cpp, output, outtype)
         print(output)
-        return
-    exports.write_ollama(shared, llama_cpp, output, outtype)
-    print(f"{output}: in this folder, the command below makes the model", file=sys.stderr)
-    print(f"ollama create {shared.recipe.name} -f Modelfile")
+    else:
+        exports.write_ollama(shared, llama_cpp, output, outtype)
+        print(f"{output}: in this folder, the command below makes the model", file=sys.stderr)
+        print(f"ollama create {shared.recipe.name} -f Modelfile")
 
 
 def card(run: RunArgument, stage: LastStage = None) -> None:

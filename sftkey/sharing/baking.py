@@ -174,10 +174,7 @@ def baked_generation_config(
 ) -> GenerationConfig:
     """Return a generation config that answers as the run's evaluation did.
 
-    Args:
-        published: The base model's, of which the ends and the first token are taken.
-        renderer: The run's: its end of turn stops, beside the published ones.
-        recipe: The run's: longest response and temperature.
+    Ends and first token are the published ones of the base, beside the run's own end of turn.
     """
     settings = recipe.eval
     config = generation_config(

@@ -27,11 +27,7 @@ def hub_id(name: str) -> str | None:
 
 
 def model_card(stage: SharedStage) -> str:
-    """Return a stage's model card, with its metadata for the hub.
-
-    Args:
-        stage: A trained one. Where its answers aren't graded, the card says so.
-    """
+    """Return a trained stage's model card, with its metadata for the hub."""
     results = {each.stage: each for each in read_graded(stage.run)}
     data = ModelCardData(
         base_model=hub_id(stage.recipe.model.name_or_path),

@@ -23,6 +23,7 @@ from sftkey.sharing.merging import write_model
 from sftkey.sharing.stage import SharedStage, asked_questions, refuse_existing
 
 CONVERTER = "convert_hf_to_gguf.py"
+CLONE = "git clone https://github.com/ggml-org/llama.cpp, and name that folder"
 QUESTION = "question7d30"
 STDERR = 2  # the descriptor: stdout is for data
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes
@@ -30,24 +31,15 @@ NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices")  # vLLM'
 
 
 def converter_command(checkout: Path, folder: Path, file: Path, outtype: str) -> list[str]:
-    """Return the command that converts a model folder, with llama.cpp's own converter.
-
-    Args:
-        checkout: Of llama.cpp.
-        folder: The model's.
-        file: Where the GGUF goes.
-        outtype: The converter's: `auto`, `f32`, `f16`, `bf16`, `q8_0`, for some.
+    """Return the command that converts a model's folder to a GGUF file, with llama.cpp's converter.
 
     Raises:
         RunError: The checkout has no converter.
     """
     script = checkout / CONVERTER
     if not script.is_file():
-        raise RunError(
-            str(checkout),
-            f"expected a checkout of llama.cpp; it holds no {CONVERTER}",
-            "git clone https://github.com/ggml-org/llama.cpp, and name that folder",
-        )
+        what = f"expected a checkout of llama.cpp; it holds no {CONVERTER}"
+        raise RunError(str(checkout), what, CLONE)
     options = ["--outfile", str(file.absolute()), "--outtype", outtype]
     return [sys.executable, str(script), str(folder.absolute()), *options]
 
@@ -59,7 +51,7 @@ def write_gguf(stage: SharedStage, checkout: Path, file: Path, outtype: str = "a
         stage: Not a frozen one.
         checkout: Of llama.cpp.
         file: A new file; it appears when it is whole.
-        outtype: As in `converter_command`.
+        outtype: The converter's: `auto`, `f32`, `f16`, `bf16`, `q8_0`, for some.
 
     Raises:
         RunError: The file exists, the checkout is none, or the converter fails.
@@ -89,13 +81,7 @@ def _convert(command: list[str]) -> None:
 
 
 def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str = "auto") -> None:
-    """Write a folder with `model.gguf` and the Modelfile that makes an Ollama model of it.
-
-    Args:
-        stage: As in `write_gguf`.
-        checkout: As in `write_gguf`.
-        folder: A new folder.
-        outtype: As in `write_gguf`.
+    """Write a new folder with `model.gguf` and the Modelfile that makes an Ollama model of it.
 
     Raises:
         RunError: As in `write_gguf`, or the prompt can't stand in a Modelfile.
@@ -118,7 +104,8 @@ def modelfile(renderer: Renderer, recipe: Recipe) -> str:
     bos = renderer.tokenizer.bos_token
     if bos and renderer.tokenizer("a")["input_ids"][0] == renderer.tokenizer.bos_token_id:
         prompt = prompt.removeprefix(bos)  # the engine sets it by itself
-    template = "{{ .Prompt }}".join(map(_in_go, prompt.split(QUESTION))) + "{{ .Response }}"
+    parts = (part.replace("{{", '{{ "{{" }}') for part in prompt.split(QUESTION))
+    template = "{{ .Prompt }}".join(parts) + "{{ .Response }}"  # Go's, where braces mean something
     if '"""' in template:
         raise RunError(recipe.name, 'a Modelfile can\'t hold a prompt with """', "export --to gguf")
     sampling = {"temperature": settings.temperature, "repeat_penalty": 1.0}
@@ -131,11 +118,6 @@ def modelfile(renderer: Renderer, recipe: Recipe) -> str:
     lines = [f"PARAMETER {name} {value}" for name, value in sampling.items()]
     lines.append(f"PARAMETER stop {json.dumps(renderer.end_token, ensure_ascii=False)}")
     return "\n".join(["FROM ./model.gguf", f'TEMPLATE """{template}"""', *lines, ""])
-
-
-def _in_go(text: str) -> str:
-    """Write a text into a template of Go's, where braces have a meaning."""
-    return text.replace("{{", '{{ "{{" }}')
 
 
 def vllm_command(folder: Path, recipe: Recipe) -> str:
@@ -155,10 +137,6 @@ def _sampling(recipe: Recipe) -> list[str]:
 
 def write_vllm_lora(stage: SharedStage, folder: Path) -> str:
     """Write the chat template and generation config that vLLM needs beside base and adapter.
-
-    Args:
-        stage: Not a frozen one, with an adapter that vLLM takes.
-        folder: A new folder.
 
     Returns:
         The command that serves the adapter under the run's name.
@@ -211,11 +189,7 @@ def _lora_rank(stage: SharedStage) -> int:
 
 
 def write_task(stage: SharedStage, folder: Path) -> str:
-    """Write a task folder: the same prompts to the token, the same verdicts.
-
-    Args:
-        stage: Its run's test questions are written.
-        folder: A new folder.
+    """Write a task folder of a run's test questions: the same prompts to the token, and verdicts.
 
     Returns:
         The command that evaluates the stage with it.
@@ -282,18 +256,16 @@ metadata: {{version: 1.0}}
 
 
 def _command(stage: SharedStage, name: str, folder: Path) -> str:
+    """Return the command that evaluates a stage with its task."""
+    base, weights = model_source(stage.recipe.model).path, stage.weights
+    model = f"pretrained={base},peft={weights}"
+    if stage.recipe.lora is None:
+        model = f"pretrained={weights},tokenizer={base}"
     return shlex.join(
         [
-            *("lm_eval", "--model", "hf", "--model_args", _model(stage.recipe, stage.weights)),
+            *("lm_eval", "--model", "hf", "--model_args", model),
             *("--tasks", name, "--include_path", str(folder)),
             *("--batch_size", str(stage.recipe.eval.batch_size), "--log_samples"),
             *("--output_path", f"{folder}-results"),
         ]
     )
-
-
-def _model(recipe: Recipe, weights: Path) -> str:
-    """Name the model as the harness reads it."""
-    if recipe.lora is None:
-        return f"pretrained={weights},tokenizer={model_source(recipe.model).path}"
-    return f"pretrained={model_source(recipe.model).path},peft={weights}"

@@ -14,7 +14,7 @@ from sftkey.data.response import Example
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import grade_texts, read_generations
 from sftkey.evaluation.comparison import Comparison, compare
-from sftkey.evaluation.results import StageResult, read_result, score, write_result
+from sftkey.evaluation.results import read_result, score, write_result
 from sftkey.generation.generate import generate_to_file
 from sftkey.models.device import choose_device
 from sftkey.models.loading import load_model, load_tokenizer
@@ -43,11 +43,7 @@ class FolderResult:
 
 
 def grade_folder(
-    run: Path,
-    recipe: Recipe,
-    number: int,
-    folder: Path,
-    report: Callable[[int, int], None] | None = None,
+    run: Path, recipe: Recipe, number: int, folder: Path, report: Callable[[int, int], None]
 ) -> FolderResult:
     """Let a model folder answer a run's test questions, as a server of the folder would.
 
@@ -59,7 +55,7 @@ def grade_folder(
         run: The run's folder.
         recipe: The run's.
         number: The place of the stage that it is compared with, the first being 1; 0 is the base.
-        folder: Weights, tokenizer and config.
+        folder: The model's: weights, tokenizer and config.
         report: Called with the number of finished answers and that of all.
 
     Raises:
@@ -75,10 +71,8 @@ def grade_folder(
     prepared, questions = asked_questions(run, recipe)
     answers = _answers(recipe, run, folder, questions, report)
     keys = [example.key for example in questions]
-    written, before = (
-        read_generations(answers, keys),
-        read_generations(ledger.generations(stage), keys),
-    )
+    written = read_generations(answers, keys)
+    before = read_generations(ledger.generations(stage), keys)
     renderer = prepared.renderer
     result = score(
         recipe,
@@ -88,18 +82,11 @@ def grade_folder(
         settings={"model": str(folder)},
     )
     write_result(answers.parent, result.model_copy(update={"stage": answers.stem}))
-    equal = sum(written[key].text == before[key].text for key in keys)
-    return FolderResult(
-        _compared(run, recipe, folder, read_result(graded), result), equal, len(keys)
-    )
-
-
-def _compared(
-    run: Path, recipe: Recipe, folder: Path, before: StageResult, after: StageResult
-) -> Comparison:
-    """Compare the two by names that say where each comes from, and how the weights were held."""
+    # Names that say where each comes from, and how the run held its weights.
     held = "" if recipe.model.quantization == "none" else f" in {recipe.model.quantization}"
-    return compare({f"{run}{held}": [before], str(folder): [after]})
+    comparison = compare({f"{run}{held}": [read_result(graded)], str(folder): [result]})
+    equal = sum(written[key].text == before[key].text for key in keys)
+    return FolderResult(comparison, equal, len(keys))
 
 
 def _answers(
@@ -107,7 +94,7 @@ def _answers(
     run: Path,
     folder: Path,
     questions: list[Example],
-    report: Callable[[int, int], None] | None,
+    report: Callable[[int, int], None],
 ) -> Path:
     """Write what is missing of the folder's answers; returns their file."""
     section = recipe.model.model_copy(

@@ -42,8 +42,16 @@ class Merged:
     dtype: str
 
 
+@activity("writing the model")
 def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
-    """Write a stage's model as a folder: merged, or copied where it was trained whole.
+    """Write a stage's model as a folder that answers as the run measured it.
+
+    An adapter is merged into its base; a model that was trained whole is copied. The folder's chat
+    template and generation config say what the recipe said beside the weights: system message, the
+    text around a question, variables of the template, stop tokens, longest response.
+
+    The base is loaded without quantization, in the type it was published in, on the CPU: merged
+    into quantized weights, the adapter would be quantized with them.
 
     Args:
         recipe: The run's.
@@ -57,34 +65,26 @@ def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
         RunError: The folder exists, or the merged model isn't base and adapter.
         ModelError: The weights can't be loaded.
     """
+    refuse_existing(output)  # what may refuse comes before any weights are loaded
+    renderer = load_renderer(recipe)
+    template = baked_template(renderer, recipe.data)
+    section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
+    device, found = Device("cpu", 0, torch.float32), None
     if recipe.lora is None:
-        write_whole(recipe, weights, output)
-        return None
-    return merge(recipe, weights, output)
+        model: Any = load_model(section, device, folder=weights)
+    else:
+        model, found = _merged(load_model(section, device).eval(), weights, recipe, renderer)
+    config = baked_generation_config(model.generation_config, renderer, recipe)
+    model.generation_config = config
+    with appearing(output, model.get_memory_footprint()) as saving:
+        model.save_pretrained(saving)
+        with_template(renderer.tokenizer, template).save_pretrained(saving)
+    return found
 
 
 @activity("merging")
-def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
-    """Write the base with an adapter merged into it, so that it answers as the run measured it.
-
-    Its chat template and generation config say what the recipe said beside the weights: system
-    message, the text around a question, variables of the template, stop tokens, longest response.
-
-    The base is loaded without quantization, in the type it was published in, on the CPU: merged
-    into quantized weights, the adapter would be quantized with them.
-
-    Args:
-        recipe: The run's.
-        adapter: What one of its stages wrote.
-        output: A new folder; it appears when it is whole.
-
-    Raises:
-        RunError: The folder exists, or the merged model isn't base and adapter.
-        ModelError: The base or the adapter can't be loaded.
-    """
-    renderer, template = _read(recipe, output)
-    section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
-    base = load_model(section, Device("cpu", 0, torch.float32)).eval()
+def _merged(base: Any, adapter: Path, recipe: Recipe, renderer: Renderer) -> tuple[Any, Merged]:
+    """Merge an adapter into its base, and compare what that does to the logits of a probe."""
     probe = torch.tensor([renderer.encode([renderer.response.render("2 + 2 = 4", "4")])[0].ids])
     plain = _logits(base, probe)
     model: Any = load_adapter(base, adapter, base_identity(recipe.model), trainable=False)
@@ -97,33 +97,7 @@ def merge(recipe: Recipe, adapter: Path, output: Path) -> Merged:
         dtype=str(merged.dtype).removeprefix("torch."),
     )
     _check(found, adapter)
-    _save(merged, renderer, recipe, template, output)
-    return found
-
-
-def write_whole(recipe: Recipe, weights: Path, output: Path) -> None:
-    """Write a model that was trained whole, so that it answers as the run measured it.
-
-    Args:
-        recipe: The run's, without `lora`.
-        weights: What one of its stages wrote.
-        output: As in `merge`.
-
-    Raises:
-        RunError: The folder exists.
-        ModelError: The weights can't be loaded.
-    """
-    renderer, template = _read(recipe, output)
-    section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
-    model = load_model(section, Device("cpu", 0, torch.float32), folder=weights)
-    _save(model, renderer, recipe, template, output)
-
-
-def _read(recipe: Recipe, output: Path) -> tuple[Renderer, str]:
-    """Read all that may refuse before weights are loaded: folder, tokenizer, chat template."""
-    refuse_existing(output)
-    renderer = load_renderer(recipe)
-    return renderer, baked_template(renderer, recipe.data)
+    return merged, found
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -175,12 +149,3 @@ def _check(found: Merged, adapter: Path) -> None:
             f"{found.effect:.3g}",
             "serve the adapter beside its base; nothing was written",
         )
-
-
-def _save(model: Any, renderer: Renderer, recipe: Recipe, template: str, output: Path) -> None:
-    """Write the folder; it appears when it is whole."""
-    published = model.generation_config
-    model.generation_config = baked_generation_config(published, renderer, recipe)
-    with appearing(output, model.get_memory_footprint()) as saving:
-        model.save_pretrained(saving)
-        with_template(renderer.tokenizer, template).save_pretrained(saving)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
 from sftkey.errors import RunError, first_line
 from sftkey.models.adapters import WEIGHTS_FILE
@@ -27,8 +27,8 @@ def push(stage: SharedStage, repo: str, *, private: bool = False, merged: bool =
 
     Args:
         stage: A trained one.
-        repo: `owner/name`; made if there is none.
-        private: Make it a private one.
+        repo: `owner/name`; made, as a `private` one or not, if there is none.
+        private: Whether others can't see it.
         merged: The model with the adapter merged into it, and not the adapter.
 
     Raises:
@@ -45,14 +45,14 @@ def push(stage: SharedStage, repo: str, *, private: bool = False, merged: bool =
         )
     with TemporaryDirectory(prefix="sftkey-push-") as place:
         folder = Path(place) / "model"
-        write_files(stage, folder, merged)
+        _write_files(stage, folder, merged)
         try:
             api = HfApi()
             api.create_repo(repo, private=private, exist_ok=True)
             done = api.upload_folder(
                 repo_id=repo, folder_path=folder, commit_message=f"{recipe.name}, {stage.name}"
             )
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        except (HfHubHTTPError, OSError, ValueError) as error:
             raise RunError(
                 repo,
                 f"the hub doesn't take it: {first_line(error)}",
@@ -61,18 +61,8 @@ def push(stage: SharedStage, repo: str, *, private: bool = False, merged: bool =
     return str(done.commit_url)
 
 
-def write_files(stage: SharedStage, folder: Path, merged: bool = False) -> None:
-    """Write the files of a repository.
-
-    Args:
-        stage: As in `push`.
-        folder: A new folder.
-        merged: As in `push`.
-
-    Raises:
-        RunError: The merge failed.
-        ModelError: The weights can't be loaded.
-    """
+def _write_files(stage: SharedStage, folder: Path, merged: bool) -> None:
+    """Write the files of a repository into a new folder."""
     recipe = stage.recipe
     if merged or recipe.lora is None:
         write_model(recipe, stage.weights, folder)

@@ -11,6 +11,7 @@ from sftkey.adapt import adapt as adapting
 from sftkey.adapt.data import choose_data
 from sftkey.checks.gate import check_recipe
 from sftkey.commands.adapt import adapt
+from sftkey.data.examples import RowOptions
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from tests.support.model_folders import model_folder, sums, write_rows
@@ -120,7 +121,7 @@ def test_turns_of_another_recipe_are_read_as_it_trains_them(here: Path) -> None:
     """Of `turns: all` earlier answers are rows, too, and nothing says that they aren't trained."""
     turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>c</think>7"}]
     source = write_rows(here / "rows.jsonl", [{"messages": turn * 2}] * 9)
-    every = choose_data(source, seed=0, plain=False, turns="all")
+    every = choose_data(source, seed=0, plain=False, options=RowOptions("all"))
     assert (len(every.examples), every.notes) == (18, ["data.split_rule splits 9 of 9 rows"])
     last = choose_data(source, seed=0, plain=False)
     said = "9 earlier assistant turns aren't trained; `response.turns: all` trains them"
