@@ -16,8 +16,7 @@ import typer
 from sftkey import __version__
 from sftkey.commands.adapt import adapt
 from sftkey.commands.ask import chat, generate
-from sftkey.commands.check import check
-from sftkey.commands.diagnose import diagnose
+from sftkey.commands.check import check, diagnose
 from sftkey.commands.env import env
 from sftkey.commands.recipes import cp, ls, prompts, show
 from sftkey.commands.results import compare, errors, evaluate, report
@@ -65,10 +64,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "sftkey train smollm2-135m/demo",
         "sftkey train my.yaml name=slower trainer.learning_rate=5e-5",
     ),
-    check: (
-        "sftkey check my.yaml",
-        "sftkey check qwen3-8b/gsm8k --gpu 24GB --plan-only",
-    ),
+    check: ("sftkey check my.yaml", "sftkey check qwen3-8b/gsm8k --gpu 24GB --plan-only"),
     ls: ("sftkey ls", "sftkey ls --plan", "sftkey ls --json"),
     cp: ("sftkey cp qwen3-8b/gsm8k my.yaml",),
     show: (
@@ -104,10 +100,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     card: ("sftkey card runs/mine",),
     push: ("sftkey push runs/mine me/mine --private",),
-    prompts: (
-        "sftkey prompts my.yaml --split validation",
-        "sftkey prompts runs/mine",
-    ),
+    prompts: ("sftkey prompts my.yaml --split validation", "sftkey prompts runs/mine"),
     env: ("sftkey env",),
 }
 

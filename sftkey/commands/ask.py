@@ -66,8 +66,7 @@ def chat(
     folder: RunArgument,
     stage: Answering = None,
     stages: Annotated[
-        bool,
-        typer.Option("--stages", help="Let base and all stages answer; a model each is held."),
+        bool, typer.Option("--stages", help="Let base and all stages answer; a model each is held.")
     ] = False,
     thinking: Annotated[
         bool, typer.Option("--thinking", help="Show the thinkings, not the answers alone.")
@@ -121,37 +120,26 @@ def _answer(
     max_new_tokens: int | None,
 ) -> Reply | None:
     """Print an answer while it is written; Ctrl-C ends it, and nothing is returned."""
-    screen = _Screen(Response.from_section(run.recipe.response), thinking)
+    response, printed = Response.from_section(run.recipe.response), ""
+
+    def show(text: str, whole: bool = False) -> None:
+        """Print what is new and can be read."""
+        nonlocal printed
+        ready = readable(text, response, thinking, whole)
+        if new := ready[len(printed) :]:
+            print(new, end="", flush=True)
+            said()
+            printed = ready
+
     try:
-        reply = run.ask(question, stage, max_new_tokens, turns=turns, on_text=screen.show)
+        reply = run.ask(question, stage, max_new_tokens, turns=turns, on_text=show)
     except KeyboardInterrupt:
         print("\nstopped; the question is forgotten", file=sys.stderr)
         return None
-    screen.show(reply.text, whole=True)
+    show(reply.text, whole=True)
     print(flush=True)
     say_what_is_missing(run.recipe, reply, max_new_tokens)
     return reply
-
-
-class _Screen:
-    """Prints of a growing text what is new and can be read.
-
-    Args:
-        response: The tags.
-        thinking: Show the thinking.
-    """
-
-    def __init__(self, response: Response, thinking: bool) -> None:
-        self.response, self.thinking = response, thinking
-        self.printed = ""
-
-    def show(self, text: str, whole: bool = False) -> None:
-        """Print what has come to a text; `whole` where nothing comes any more."""
-        ready = readable(text, self.response, self.thinking, whole)
-        if new := ready[len(self.printed) :]:
-            print(new, end="", flush=True)
-            said()
-            self.printed = ready
 
 
 def readable(text: str, response: Response, thinking: bool, whole: bool = False) -> str:

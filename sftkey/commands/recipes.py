@@ -17,8 +17,6 @@ from sftkey.recipe.load import load_recipe
 from sftkey.recipe.yaml_io import write_new
 from sftkey.training.run_folder import run_recipe
 
-COLUMNS = ("model", "data", "method", "stages", "GPU memory")
-PLANNED = "planned"
 HOW_TO_PLAN = (
     "planned GPU memory: sftkey ls --plan, of models on this machine; "
     "of one recipe: sftkey check RECIPE --gpu 24GB --plan-only"
@@ -38,8 +36,7 @@ RecipeOrRun = Annotated[
 def ls(
     as_json: AsJSON = False,
     plan: Annotated[
-        bool,
-        typer.Option("--plan", help="Plan the GPU memory of recipes whose model is here."),
+        bool, typer.Option("--plan", help="Plan the GPU memory of recipes whose model is here.")
     ] = False,
 ) -> None:
     """List the recipes that come with sftkey."""
@@ -71,8 +68,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the recipes as a table that no pipe cuts and no terminal breaks."""
     from sftkey.tables import FittedTable
 
-    planned = [PLANNED] if any("planned_gib" in row for row in rows) else []
-    table = FittedTable("recipe", [*COLUMNS, *planned], left=True)
+    columns = ["model", "data", "method", "stages", "GPU memory"]
+    columns += ["planned"] if any("planned_gib" in row for row in rows) else []
+    table = FittedTable("recipe", columns, left=True)
     for row in rows:
         memory = [
             "" if row[key] is None else f"{row[key]:g} GiB"
@@ -139,8 +137,7 @@ def prompts(
         typer.Option(metavar="NAME", help="train (default), validation or test (a run's default)."),
     ] = None,
     stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With this stage's own.hint in the prompts."),
+        str | None, typer.Option(metavar="NAME", help="With this stage's own.hint in the prompts.")
     ] = None,
 ) -> None:
     """Write prompts as text and token ids, for another engine."""
@@ -165,10 +162,11 @@ def prompts(
     }[split or ("test" if run else "train")]
     hinted = stage is not None and named[stage].own_thinking.hint
     for example in rows:
-        asked, renderer = (with_hint(example) if hinted else example).prompt, prepared.renderer
-        prompt = {
-            "prompt": renderer.prompt_text(asked),
-            "prompt_ids": renderer.prompt_ids(asked),
+        asked = (with_hint(example) if hinted else example).prompt
+        row = {
+            "index": example.index,
+            "turn": example.turn,
+            "prompt": prepared.renderer.prompt_text(asked),
+            "prompt_ids": prepared.renderer.prompt_ids(asked),
         }
-        row = {"index": example.index, "turn": example.turn, **prompt}
         print(json.dumps(row, ensure_ascii=False))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sftkey.commands.arguments import Alpha, AsJSON, RunArgument
+from sftkey.commands.arguments import Alpha, Answering, AsJSON, RunArgument
 from sftkey.commands.terminal import quiet_libraries, say, set_up, stdout_console
 from sftkey.errors import RunError
 from sftkey.pipeline import TrainedRun, evaluate_run, evaluated_recipe, report_run
@@ -57,14 +57,8 @@ def evaluate(
         raise failures[0]
 
 
-def evaluate_folder(folder: Path, model: Path, stage: str | None = None) -> None:
-    """Grade a model folder on a run's questions, and print the difference to the run's own stage.
-
-    Args:
-        folder: A run folder.
-        model: A model folder, as `sftkey merge` writes it.
-        stage: The stage that the model is compared with; default the last one that is trained.
-    """
+def evaluate_folder(folder: Path, model: Path, stage: str | None) -> None:
+    """Grade a model folder on a run's questions; print what differs from the run's own stage."""
     recipe = run_recipe(folder)
     number = trained_stage(folder, recipe, stage)
     set_up()
@@ -102,10 +96,7 @@ def print_table(run: TrainedRun, alpha: float | None = None) -> None:
 
 def errors(
     folder: RunArgument,
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The stage that answered, or base; default the last."),
-    ] = None,
+    stage: Answering = None,
     kind: Annotated[
         str | None,
         typer.Option(metavar="KIND", help="Only wrong, unparsed, truncated or invalid ones."),

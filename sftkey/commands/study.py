@@ -97,12 +97,9 @@ def write_figures(checked: Study, folder: Path) -> StudyResults:
 
 
 def write_report(checked: Study, recipes: Path, folder: Path) -> None:
-    """Write the pictures, `report.md` and `report.html`, and print the report.
+    """Write the pictures, `report.md` and `report.html` of the cells in a folder; print the report.
 
-    Args:
-        checked: The study.
-        recipes: The folder of its file, from which its recipes are named.
-        folder: Where its cells are.
+    The study names its recipes from the folder `recipes`.
     """
     from sftkey.study.page import write_page
     from sftkey.study.pictures import draw_pictures, stage_weights

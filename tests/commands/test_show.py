@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sftkey.checks.gate import check_recipe
-from sftkey.commands.diagnose import diagnose
+from sftkey.commands.check import diagnose
 from sftkey.commands.recipes import show
 from sftkey.commands.train import train
 from sftkey.errors import CheckError, DataError

@@ -9,7 +9,7 @@ import pytest
 
 import sftkey.sharing.folder
 from sftkey.cli import main
-from sftkey.commands.results import evaluate, evaluate_folder
+from sftkey.commands.results import evaluate
 from sftkey.commands.sharing import merge
 from sftkey.errors import RunError
 from tests.support.runs import STAGES, made_run
@@ -52,7 +52,7 @@ def test_a_merged_folder_answers_as_its_stage(
     (written,) = (run / "evaluation" / "models").glob("*.json")
     assert json.loads(written.read_text())["num_questions"] == 6
     monkeypatch.delattr(sftkey.sharing.folder, "load_model")  # the answers lie there
-    evaluate_folder(run, tmp_path / "merged")
+    evaluate(run, model=tmp_path / "merged")
     evaluate(run)  # the run's own table doesn't take the folder for a stage
     assert "merged" not in capsys.readouterr().out.rpartition("stage")[2]
 
@@ -65,7 +65,7 @@ def test_the_folders_own_template_is_asked(
     template = tmp_path / "merged" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>assistant", "<|im_start|>model"))
     capsys.readouterr()
-    evaluate_folder(run, tmp_path / "merged", stage="completion")
+    evaluate(run, model=tmp_path / "merged", stage="completion")
     assert not capsys.readouterr().out.endswith("to 6 of 6.\n")
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, tiny_folder: Path) -
     """A stage without graded answers, and two kinds of answers at once."""
     folder, _ = made_run(tmp_path, tiny_folder, num_trained=1)
     with pytest.raises(RunError) as raised:
-        evaluate_folder(folder, tiny_folder)
+        evaluate(folder, model=tiny_folder)
     assert str(raised.value) == (
         f"{folder}: completion has no graded answers, which the folder's are compared with\n"
         f"hint: sftkey evaluate {folder}"
