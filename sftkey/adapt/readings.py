@@ -11,6 +11,7 @@ from sftkey.adapt.columns import (
     ANSWER,
     EMPTY,
     ENOUGH,
+    NUM_SEEN,
     OPENING,
     PROMPT,
     RESPONSE,
@@ -36,7 +37,6 @@ from sftkey.data.sources import with_defaults
 from sftkey.data.values import PLACES
 from sftkey.recipe.schema import DataSection
 
-NUM_SEEN = 1000
 NUM_TRIED = 20  # rows of a column in which tags are looked for
 MOST_ANSWER = 40  # characters; a longer text may hold reasoning, too
 OWN_WAY = "if rows hold no reasoning: no data.thinking, and `thinking: own` in every stage"
