@@ -15,13 +15,14 @@ from sftkey.adapt.columns import ENOUGH, Table
 from sftkey.adapt.own import read_answers_only
 from sftkey.adapt.readings import Reading, decide, read, why_not
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import USUAL, Loaded, RawRow, RowOptions, Unsplit, columns_of
+from sftkey.data.examples import USUAL, Loaded, RawRow, RowOptions, columns_of
 from sftkey.data.refused import left_out
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_examples, load_rows, with_defaults
 from sftkey.data.splits import MOST_EMPTY
 from sftkey.data.tokenization import Row, tokenize, tokenize_batches
+from sftkey.data.values import Refusal
 from sftkey.errors import DataError
 from sftkey.evaluation.grading import unreadable
 from sftkey.recipe.schema import DataSection
@@ -131,7 +132,7 @@ def _in_frame(loaded: Loaded, renderer: Renderer | None) -> Loaded:
         if isinstance(row, Row):
             usable.examples.append(example)
         else:
-            usable.unsplit.append(Unsplit(row.index, row.reason, row.code))
+            usable.unsplit.append(row)
     usable.unsplit.sort(key=lambda each: each.index)
     return usable
 
@@ -153,7 +154,7 @@ def _leave_out(choice: DataChoice, usable: Mapping[str, Loaded]) -> None:
             choice.notes.append(f"  {place}: {each.reason}")
 
 
-def _ask_for_rows(source: str, unused: Sequence[tuple[str, Unsplit]]) -> str:
+def _ask_for_rows(source: str, unused: Sequence[tuple[str, Refusal]]) -> str:
     """Name the rows that can't be used, why, and what can be done, as the gate would."""
     alike: dict[str, dict[str, Any]] = {}
     for split, each in unused:

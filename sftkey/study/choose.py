@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -25,7 +26,7 @@ from sftkey.study.cells import remove_checkpoints, take_over
 from sftkey.study.schema import Choice, has_weight
 from sftkey.study.tasks import Picked, StudyRows, Task, arm_recipe, hashed
 from sftkey.training.lock import lock_run
-from sftkey.training.run import Run, release_memory, start
+from sftkey.training.run import Run, start
 from sftkey.training.run_folder import open_run
 
 ChoiceFigures = dict[str, float | None]  # of a value that was tried
@@ -188,7 +189,7 @@ class StudyChoices:
                 if not waiting:
                     self.run.note(f"{where}: waiting for another process: {error.problems[0]}")
                 waiting = True
-            release_memory()  # and the locks of dropped runs, which the other may wait for
+            gc.collect()  # and the locks of dropped runs, which the other may wait for
             time.sleep(WAIT_SECONDS)
         return None
 
