@@ -168,7 +168,23 @@ def table(comparison: Comparison) -> FittedTable:
     headers += [f"think.\n{unit}", "points more, p\n[95%]"]
     grid = FittedTable("run, stage" if several else "stage", headers)
     for row in comparison.rows:
-        grid.add([row.name, *_cells(row)])
+        result, gain = row.result, ""
+        unstopped, thinking = result.num_never_stopped, result.mean_thinking_length
+        if found := row.difference:
+            points = f"{100 * found.difference:+.1f}, {p_text(found.p)}"
+            gain = f"{points}\n{points_text(found.interval)}"
+        cells = [
+            row.name,
+            str(result.num_questions),
+            "{:.3f}\n[{:.3f}, {:.3f}]".format(result.acc, *result.acc_interval),
+            f"{result.fmt:.3f}",
+            f"{row.score:.3f}",
+            str(result.num_unparsed),
+            "?" if unstopped is None else str(unstopped),
+            "-" if thinking is None else f"{thinking:.1f}",
+            gain,
+        ]
+        grid.add(cells)
     return grid
 
 
@@ -291,20 +307,3 @@ def _unlike(rows: Sequence[StageRow]) -> list[str]:
         if len(values) > 1:
             unlike.append(f"The rows differ in {key} too: {', '.join(values)}.")
     return unlike
-
-
-def _cells(row: StageRow) -> list[str]:
-    result, gain = row.result, ""
-    unstopped, thinking = result.num_never_stopped, result.mean_thinking_length
-    if found := row.difference:
-        gain = f"{100 * found.difference:+.1f}, {p_text(found.p)}\n{points_text(found.interval)}"
-    return [
-        str(result.num_questions),
-        "{:.3f}\n[{:.3f}, {:.3f}]".format(result.acc, *result.acc_interval),
-        f"{result.fmt:.3f}",
-        f"{row.score:.3f}",
-        str(result.num_unparsed),
-        "?" if unstopped is None else str(unstopped),
-        "-" if thinking is None else f"{thinking:.1f}",
-        gain,
-    ]

@@ -64,8 +64,7 @@ def grade(answer: str | None, reference: str, grader: str) -> Grade:
         raise ValueError(f"grader: expected number, choice, exact or math; got {grader!r}")
     if answer is None:
         return Grade(False, None)
-    right, read = graders[grader](cleaned(answer), cleaned(reference))
-    return Grade(right, read)
+    return Grade(*graders[grader](cleaned(answer), cleaned(reference)))
 
 
 def read_untagged(text: str, reference: str, response: Response, grader: str) -> Untagged:

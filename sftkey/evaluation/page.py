@@ -233,11 +233,8 @@ def _questions(folder: Path, comparison: Comparison | None) -> Iterator[Question
 class Chart:
     """The losses of a stage, in pixels of an SVG of `WIDTH` x `HEIGHT`.
 
-    Args:
-        name: The stage's.
-        lines: Segment, whether it is measured before and after the stage, and the points.
-        x_ticks: Place and step.
-        y_ticks: Place and loss.
+    A line has its segment, whether it is measured before and after the stage, and points; a tick
+    its place, and a step or a loss.
     """
 
     name: str

@@ -162,17 +162,11 @@ def score(
     loss_name: str = VALIDATION_LOSS,
     judge: Flags | None = None,
 ) -> StageResult:
-    """Return the figures of one stage of a run, or of `base`.
+    """Return the figures of a stage of a run, or of `base`, from what `grade_texts` returns.
 
-    Args:
-        recipe: The run's.
-        renderer: The run's.
-        stage: The stage's name.
-        texts: What it wrote, as `grade_texts` gives it.
-        settings: Kept with the result beside the recipe's, so that a comparison can tell.
-        thinking_loss: The thinking's loss before and after the stage.
-        loss_name: What that loss is called: not every run has validation rows.
-        judge: The second grader, if there is one.
+    `settings` are kept with the result beside the recipe's, so that a comparison can tell.
+    `thinking_loss` is the thinking's before and after the stage; not every run has validation rows,
+    so it has a name. `judge` is the second grader, if there is one.
 
     Raises:
         DataError: There is no question.
@@ -187,13 +181,11 @@ def score(
     return StageResult(
         stage=stage,
         position=position,
-        num_conversations=num_conversations([question.index for question in questions]),
         **figures,
         alpha=section.alpha,
         score=score_of(figures["acc"], figures["fmt"], section.alpha),
         mean_thinking_length=_mean_length(texts, renderer.tokenizer),
         thinking_unit="tokens",
-        **_of_thinkings(questions),
         thinking_loss=thinking_loss,
         loss_name=loss_name,
         judge=judge_figures(questions),
@@ -256,25 +248,22 @@ def answer_figures(questions: Sequence[Question]) -> dict[str, Any]:
         [getattr(each, name) for each in questions] for name in ("correct", "strict")
     )
     unstopped = [not each.stopped for each in questions if each.stopped is not None]
+    right = [each.thinking_right for each in questions if each.thinking_right is not None]
+    follows = [each.follows for each in questions if each.follows is not None]
     return {
         "num_questions": num,
+        "num_conversations": num_conversations(rows),
         "acc": sum(correct) / num,
         "acc_interval": share_interval(correct, rows),
         "fmt": sum(strict) / num,
         "fmt_interval": share_interval(strict, rows),
         "num_unparsed": sum(not each.parsed for each in questions),
         "num_never_stopped": sum(unstopped) if len(unstopped) == num else None,
+        "num_thinking_judged": len(right),
+        "num_thinking_right": sum(right),
+        "num_judged_following": len(follows) or None,
+        "num_following": sum(follows) if follows else None,
     }
-
-
-def _of_thinkings(questions: Sequence[Question]) -> dict[str, Any]:
-    """Return what the flags of the thinkings add up to, as far as a rule could tell them."""
-    right = [each.thinking_right for each in questions if each.thinking_right is not None]
-    follows = [each.follows for each in questions if each.follows is not None]
-    counts = {"num_thinking_judged": len(right), "num_thinking_right": sum(right)}
-    if follows:
-        counts |= {"num_judged_following": len(follows), "num_following": sum(follows)}
-    return counts
 
 
 def _mean_length(texts: Sequence[GradedText], tokenizer: PreTrainedTokenizerBase) -> float | None:

@@ -69,10 +69,8 @@ def stated(text: str) -> str:
 
 def concluded(text: str) -> str | None:
     """Find what stands behind the last `so`, `therefore` or `in total`; None without one."""
-    end = None
-    for match in _CONCLUSION.finditer(text):
-        end = match.end()
-    return None if end is None else text[end:]
+    found = list(_CONCLUSION.finditer(text))
+    return text[found[-1].end() :] if found else None
 
 
 class _Box(NamedTuple):

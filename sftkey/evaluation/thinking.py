@@ -137,12 +137,13 @@ def _steps(text: str, words: bool) -> list[Step]:
             clause = sign.sub(ascii_sign, clause)
         tokens = (_WORD if words else _TOKEN).findall(clause)
         if words or any(token[-1].isdigit() for token in tokens):
-            steps.append(tuple(map(_same_form, tokens)))
+            # 1,200 and 1200.0 are one number.
+            forms = (
+                str(Fraction(token.replace(",", ""))) if token[-1].isdigit() else token
+                for token in tokens
+            )
+            steps.append(tuple(forms))
     return [step for step in steps if step]
-
-
-def _same_form(token: str) -> str:
-    return str(Fraction(token.replace(",", ""))) if token[-1].isdigit() else token
 
 
 MOST_CHOICES = 26
@@ -163,17 +164,17 @@ def follow_thinkings(
     [True]
     """
     told = [example for example in examples if example.thinking.strip()]
+    follows: Callable[[str, str], bool] | None = None
     if grader == "number":
-        follows: Callable[[str, str], bool] = arrives
+        follows = arrives
     elif grader == "choice" and len({normalize(each.answer) for each in told}) <= MOST_CHOICES:
         choices = list(dict.fromkeys(example.answer.strip() for example in told))
 
         def follows(thinking: str, answer: str) -> bool:
             named = last_named(thinking, choices)
             return named is not None and grade(answer, named, grader).right
-    else:
-        return [None] * len(examples)
-    if not references_keep(follows, examples):
+
+    if follows is None or not references_keep(follows, examples):
         return [None] * len(examples)
     return [
         None

@@ -144,7 +144,15 @@ def thinking_table(rows: Iterable[tuple[str, StageResult, ThinkingChange]]) -> F
     ]
     grid = FittedTable("thinking\nafter", headers)
     for name, result, change in rows:
-        cells = [name, *_change_cells(result, change)]
+        judged, identical, flips = result.num_thinking_judged, change.num_identical, change.turned
+        cells = [
+            name,
+            "" if identical is None else f"{identical}/{change.num_questions}",
+            f"{result.num_thinking_right}/{judged}" if judged else "?",
+            str(flips.num_made_wrong) if flips else "",
+            str(flips.num_made_right) if flips else "",
+            "{:.4f} -> {:.4f}".format(*change.loss) if change.loss else "",
+        ]
         if told:
             judged = result.num_judged_following
             cells.append(f"{result.num_following}/{judged}" if judged else "?")
@@ -167,14 +175,3 @@ def turned(pairs: Iterable[tuple[Question, Question]]) -> Turned | None:
 
 def _shown(told: Turned) -> str:
     return f"{told.num_made_wrong} right ones turned wrong, {told.num_made_right} wrong right"
-
-
-def _change_cells(result: StageResult, change: ThinkingChange) -> list[str]:
-    judged, identical, told = result.num_thinking_judged, change.num_identical, change.turned
-    return [
-        "" if identical is None else f"{identical}/{change.num_questions}",
-        f"{result.num_thinking_right}/{judged}" if judged else "?",
-        str(told.num_made_wrong) if told else "",
-        str(told.num_made_right) if told else "",
-        "{:.4f} -> {:.4f}".format(*change.loss) if change.loss else "",
-    ]

@@ -50,7 +50,9 @@ def take_over(ledger: Ledger, prepared: Prepared) -> None:
         if giver is None:
             return
         theirs = giver.stages[number]
-        _link_folder(giver.stage_folder(number), ledger.stage_folder(number))
+        ignore = shutil.ignore_patterns(CHECKPOINTS, ".*")
+        with appearing(ledger.stage_folder(number)) as making:
+            shutil.copytree(giver.stage_folder(number), making, copy_function=link, ignore=ignore)
         answers, own = giver.generations(theirs.name), ledger.generations(record.name)
         asked_alike = giver.recipe.eval == ledger.recipe.eval and _same(giver, rows, ["test"])
         if answers.exists() and not own.exists() and asked_alike:
@@ -94,12 +96,6 @@ def _others(folder: Path) -> Iterator[Ledger]:
 @lru_cache(maxsize=256)
 def _recipe(file: Path) -> Recipe:
     return load_recipe(file)
-
-
-def _link_folder(source: Path, folder: Path) -> None:
-    ignore = shutil.ignore_patterns(CHECKPOINTS, ".*")
-    with appearing(folder) as making:
-        shutil.copytree(source, making, copy_function=link, ignore=ignore)
 
 
 def link(source: str | Path, target: str | Path) -> None:

@@ -49,9 +49,7 @@ class StudyChoices:
     def of(self, arm: str, choose: bool = True) -> Picked:
         """Return what is chosen for an arm's stages.
 
-        Args:
-            arm: One of the study's.
-            choose: Train what this takes; otherwise what isn't chosen yet is left open.
+        What isn't chosen yet is trained for; without `choose` it is left open.
         """
         choice, num_stages = self.run.study.choose, len(self.run.study.strategy(arm).stages)
         picked: Picked = []
@@ -95,6 +93,8 @@ class StudyChoices:
             for folder in self._runs.glob("*"):
                 with suppress(RunLocked), lock_run(folder):  # others choose for other arms
                     shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # it isn't empty, or isn't there
+                self._runs.rmdir()
         return stages
 
     def _key(self, arm: str, number: int) -> str:
@@ -174,7 +174,9 @@ class StudyChoices:
         finite = [each for each in tried if each["loss"] is not None]
         if not finite and names:
             raise RunError(f"{self.task}, {what}", "the loss diverged with every value")
-        best = min(finite, key=_rank) if finite else tried[0]
+        # The most right answers first; what is chosen by a loss has none.
+        finite.sort(key=lambda each: (-(each.get("acc") or 0.0), each["loss"] or 0.0))
+        best = finite[0] if finite else tried[0]
         return {name: value for name in names if (value := best[name]) is not None}
 
     def _try_in_turn(
@@ -254,13 +256,6 @@ def widened(
     return points
 
 
-def _rank(tried: ChoiceFigures) -> tuple[float, float]:
-    """Sort the best first; what was chosen by a loss has no Acc."""
-    loss = tried["loss"]
-    assert loss is not None
-    return -(tried.get("acc") or 0.0), loss
-
-
 def accuracy(run: Run) -> float:
     """Return Acc, by the rule, of what the last stage answered."""
     questions, stage = run.answers.questions, run.recipe.stages[-1].name
@@ -274,7 +269,8 @@ def validation_loss(losses: dict[str, float], prepared: Prepared, by: str) -> fl
     """Return the mean loss a token over the segments of `by`, from the means of all segments."""
     weights, tokens = weights_by_segment(by), prepared.counts["tokens"]["validation"]
     counted = {
-        segment.name.lower(): tokens[segment.name] for segment in Segment if weights[segment]
+        segment.name.lower(): tokens[segment.name]
+        for segment in Segment
+        if weights[segment] and tokens[segment.name]
     }
-    counted = {name: count for name, count in counted.items() if count}
     return sum(losses[name] * count for name, count in counted.items()) / sum(counted.values())

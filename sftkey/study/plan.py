@@ -88,11 +88,7 @@ def _by_time(
 
 
 class Pace:
-    """How fast the finished cells were.
-
-    Args:
-        records: Their files' contents.
-    """
+    """How fast the finished cells were, by their files' contents."""
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
@@ -141,12 +137,7 @@ def to_choose(run: StudyRun) -> list[str]:
 
 
 def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> RenderableType:
-    """Return the plan as a table and sentences.
-
-    Args:
-        planned: The cells.
-        notes: What has to be chosen first, and what such a study can show.
-    """
+    """Return the plan as a table and sentences, with notes on choices, memory and promises."""
     table = FittedTable("task, arm, seed", ("stages and their steps", "tokens", "time"))
     for each in planned:
         cell, stages = each.cell, ", ".join(map(_stage, each.stages))

@@ -21,12 +21,8 @@ def report(
 ) -> str:
     """Return `report.md`.
 
-    Args:
-        results: The study's.
-        pictures: Files beside the report; if there are none, it says how to get them. None:
-            nothing is said of pictures.
-        title: Its head.
-        alpha: Adds Score to the tables, alpha * Acc + (1 - alpha) * Fmt.
+    `pictures` are files beside it; of none it says how to get them, and with None nothing is said.
+    `alpha` adds Score to the tables, alpha * Acc + (1 - alpha) * Fmt.
     """
     lines = [f"# {title}", ""]
     for task in results.tasks:

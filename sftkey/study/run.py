@@ -39,8 +39,7 @@ class StudyRun(StudyRows):
     def cells(self, choose: bool = True) -> Iterator[Cell]:
         """Return all cells in the order in which they are run: one that others start from is first.
 
-        Args:
-            choose: Choose what is still to be chosen; otherwise it is as in the recipes.
+        What isn't chosen yet is chosen first; without `choose` it is as in the recipes.
         """
         choices = {task: self.choices(task) for task in self.tasks}
         for seed in self.study.seeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import PureWindowsPath
@@ -136,7 +136,11 @@ def summarize(
     tasks = {task: list(group) for task, group in groupby(cells, key=lambda cell: cell.task)}
     figures: list[ArmFigures] = []
     for group in tasks.values():
-        figures += _task(group, control, arms, primary)
+        by_arm = _by_arm(group, arms)
+        differences = _differences(by_arm, control, primary)
+        figures += filter(None, [_base(group)])
+        for name, of_arm in by_arm.items():
+            figures.append(_arm(of_arm, by_arm, by_arm.get(control, []), differences.get(name)))
     return StudyResults(
         tasks=tuple(tasks),
         control=control,
@@ -200,17 +204,6 @@ def _by_arm(cells: Cells, order: Sequence[str] = ()) -> dict[str, Cells]:
     there = [cell.arm for cell in cells]
     names = [name for name in dict.fromkeys((*order, *there)) if name in there]
     return {name: [cell for cell in cells if cell.arm == name] for name in names}
-
-
-def _task(
-    cells: Cells, control: str, order: Sequence[str], primary: str | None
-) -> Iterator[ArmFigures]:
-    by_arm = _by_arm(cells, order)
-    differences = _differences(by_arm, control, primary)
-    if base := _base(cells):
-        yield base
-    for name, group in by_arm.items():
-        yield _arm(group, by_arm, by_arm.get(control, []), differences.get(name))
 
 
 def _tables(by_arm: Mapping[str, Cells], control: str) -> dict[str, tuple[Any, Any, bool]]:

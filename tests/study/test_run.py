@@ -563,10 +563,12 @@ def test_runs_of_choices_that_another_process_works_on_stay(
     runs = [tmp_path / "runs/small/choices/task" / name for name in "ab"]
     for folder in runs:
         folder.mkdir(parents=True)
-    lock = FileLock(runs[1] / ".lock")
-    with lock:
+    with FileLock(runs[1] / ".lock"):
         run.choices(run.tasks[0]).of("sft_twice")
     assert [folder.exists() for folder in runs] == [False, True]
+    (tmp_path / "runs/small/choices/task.json").unlink()
+    run.choices(run.tasks[0]).of("sft_twice")
+    assert not runs[0].parent.exists()
 
 
 def test_a_weight_is_chosen_where_a_stage_has_one(
