@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.study.tasks import Cell
+from sftkey.study.tasks import Cell, hashed
 from sftkey.training.log import read_log
 from sftkey.training.rows import TRAINS, fingerprints, made_from
 from sftkey.training.run import BASE, Run
@@ -114,8 +113,12 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash a resolved recipe as its run folder holds it."""
-    return sha256(recipe.to_yaml().encode()).hexdigest()
+    """Hash what a recipe says beside defaults, so that a key which is new to a cell changes none.
+
+    How many answers are written at a time is no part of it: it depends on the machine's memory.
+    """
+    left_out = {"eval": {"batch_size"}}
+    return hashed(recipe.model_dump(mode="json", exclude_defaults=True, exclude=left_out))
 
 
 def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import remove_checkpoints, take_over
 from sftkey.study.schema import Choice, has_weight
 from sftkey.study.tasks import Picked, StudyRows, Task, arm_recipe, hashed
-from sftkey.training.lock import lock_run
 from sftkey.training.run import Run, start
-from sftkey.training.run_folder import open_run
+from sftkey.training.run_folder import lock_run, open_run
 
 ChoiceFigures = dict[str, float | None]  # of a value that was tried
 Grid = dict[str, tuple[float, ...]]

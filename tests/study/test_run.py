@@ -21,7 +21,7 @@ from sftkey.files import write_json
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.stages import num_stage_steps
-from sftkey.study.cells import take_over
+from sftkey.study.cells import recipe_hash, take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.schema import STRATEGIES, load_study, strategy_recipe
@@ -275,6 +275,34 @@ def test_a_finished_cell_of_another_recipe_is_refused(
     run.with_name("away").rename(run)
     cell = "runs/small/cells/task/sft_twice/seed-1.json"
     assert str(caught.value) == f"{cell}: this cell is of another recipe" + hint
+
+
+def test_a_key_that_a_cell_did_not_know_changes_nothing() -> None:
+    """A later release's key at its default leaves the hash as it was; another value doesn't."""
+    recipe = load_recipe(RECIPES / "smollm2-135m" / "orders.yaml")
+    old = recipe_hash(recipe)
+    packed = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"unpack": "never"})}
+    )
+    assert "unpack" not in recipe.model_dump(exclude_defaults=True)["model"]
+    assert recipe_hash(packed) != old
+    fewer = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"batch_size": 1})})
+    assert recipe_hash(fewer) == old
+
+
+@pytest.mark.parametrize("study_name", ["orders", "answers-only"])
+def test_committed_cells_are_of_todays_recipes(
+    study_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they lie in runs/, `sftkey study` goes on from them and trains none again."""
+    here = RECIPES / "smollm2-135m"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(here / "results" / study_name, tmp_path / "runs" / f"smollm2-135m-{study_name}")
+    file = here / f"study-{study_name}.yaml"
+    run = study_run(load_study(file), file)
+    cells = list(run.cells(choose=False))
+    assert len(cells) >= 12
+    assert [cell.name for cell in cells if not run.finished(cell)] == []
 
 
 def test_the_plan_counts_what_is_left(

@@ -12,13 +12,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sftkey.data.returned import OWN_TAGS
-
 from sftkey.checks.mask_proof import SYSTEM, Proof, hard_examples, judge
 from sftkey.data.renderer import Renderer, probe_renderer
 from sftkey.data.response import TOOLS, Example
 from sftkey.data.template import reads_of
-from sftkey.data.tokenization import Row, tokenize
+from sftkey.data.tokenization import OWN_TAGS, Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.recipe.collection import RECIPES, recipe_files
 from sftkey.recipe.load import load_recipe
