@@ -41,7 +41,7 @@ def ls(
 ) -> None:
     """List the recipes that come with sftkey."""
     files = list(recipe_files(RECIPES))
-    rows = [describe(file) for file in files]
+    rows = [describe(file, RECIPES) for file in files]
     if plan:
         for file, row in zip(files, rows, strict=True):
             row["planned_gib"] = planned_gib(file)
@@ -60,7 +60,7 @@ def planned_gib(file: Path) -> float | None:
     peak = peak_bytes(load_recipe(file))
     if peak is None:
         return None
-    say(f"{short_name(file)}: planned")
+    say(f"{short_name(file, RECIPES)}: planned")
     return round(peak / GIB, 2)
 
 

@@ -60,11 +60,11 @@ def find_recipe(target: Path, folder: Path = RECIPES) -> Path:
     raise RecipeError(str(target), what, "`sftkey ls` shows the recipes that there are")
 
 
-def describe(file: Path) -> dict[str, Any]:
+def describe(file: Path, folder: Path = RECIPES) -> dict[str, Any]:
     """Read what `ls` shows of a recipe; `gpu_memory_gib` is None until it has been measured."""
     recipe = load_recipe(file)
     return {
-        "recipe": short_name(file),
+        "recipe": short_name(file, folder),
         "file": shortest(file),
         "name": recipe.name,
         "model": recipe.model.name_or_path,
