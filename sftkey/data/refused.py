@@ -22,7 +22,7 @@ class Allowed:
 
 # By the code of the rows' refusal; `unsplit_rows` decides on all others.
 DROP = "data.unsplit_rows: drop leaves them out"
-UNSPLIT = Allowed("unsplit_rows", f"mend these rows; {DROP}")
+UNSPLIT = Allowed("unsplit_rows", f"rows count from 0; mend these rows; {DROP}")
 OTHERS = {
     "empty-thinking": Allowed(
         "empty_thinking",
@@ -37,7 +37,7 @@ OTHERS = {
     "template": Allowed(
         "unsplit_rows", f"mend these messages, or choose another model.chat_template; {DROP}"
     ),
-    "overlap": Allowed("overlap", "data.overlap: drop leaves these rows out"),
+    "overlap": Allowed("overlap", "rows count from 0; data.overlap: drop leaves these rows out"),
     "too-long": Allowed(
         "too_long",
         "raise data.max_length; data.too_long: drop leaves these rows out, trim_thinking shortens "
@@ -108,7 +108,7 @@ def refuse_left_out(data: DataSection, dropped: Mapping[str, Any]) -> None:
     if refused:
         problems = [Problem(each.split, each.what) for each in refused]
         hints = dict.fromkeys(each.hint for each in refused if each.hint)
-        raise DataError(data.source, problems, "; ".join(["rows count from 0", *hints]))
+        raise DataError(data.source, problems, "; ".join(hints))
 
 
 def numbered(rows: Sequence[int], count: int | None = None) -> str:

@@ -163,7 +163,7 @@ BAD_ROWS_FOUND = [
         "overlap",
         (0, 12),
         "train: prompt also in test: 2 rows, 0, 12",
-        "data.overlap: drop leaves these rows out",
+        "rows count from 0; data.overlap: drop leaves these rows out",
     ),
     (
         "special-token-text",
