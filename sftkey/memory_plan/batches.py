@@ -76,16 +76,6 @@ def joint_pass(batch: Batch, micro_batches: int, copies: int, most_tokens: int) 
     )
 
 
-def batch_rows(recipe: Recipe, stage: StageSection) -> int:
-    """Return the rows of a stage's batch."""
-    return int(trainer_setting(recipe.stage_trainer(stage), "per_device_train_batch_size"))
-
-
-def accumulation(recipe: Recipe, stage: StageSection) -> int:
-    """Return the micro-batches of a stage's step."""
-    return int(trainer_setting(recipe.stage_trainer(stage), "gradient_accumulation_steps"))
-
-
 def stage_batch(recipe: Recipe, stage: StageSection, copies: int, rows: int, length: int) -> Batch:
     """Return a micro-batch of so many rows of so many tokens, with the keys that go with its own.
 
@@ -97,5 +87,6 @@ def stage_batch(recipe: Recipe, stage: StageSection, copies: int, rows: int, len
     batch = Batch(rows, length, labelled, rows > 1 or packed)
     if stage.context == "exact":
         return batch
-    joint = joint_pass(batch, accumulation(recipe, stage), copies, stage.key_batch_tokens)
+    accumulated = trainer_setting(recipe.stage_trainer(stage), "gradient_accumulation_steps")
+    joint = joint_pass(batch, accumulated, copies, stage.key_batch_tokens)
     return replace(batch, padded=joint.rows > 1, joint=joint)

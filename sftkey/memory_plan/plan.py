@@ -16,7 +16,7 @@ from typing import Any
 
 from sftkey.errors import RecipeError, SFTKeyError, shown
 from sftkey.memory_plan import held
-from sftkey.memory_plan.batches import KEY_TOKENS, Batch, accumulation, batch_rows, stage_batch
+from sftkey.memory_plan.batches import KEY_TOKENS, Batch, stage_batch
 from sftkey.memory_plan.held import Setting, read_skeleton, setting_of
 from sftkey.memory_plan.trace import head_bytes, traced
 from sftkey.models.facts import Skeleton
@@ -80,7 +80,8 @@ class StagePlan:
     @property
     def rows(self) -> int:
         """Rows of a batch."""
-        return batch_rows(self.recipe, self.stage)
+        trainer = self.recipe.stage_trainer(self.stage)
+        return int(trainer_setting(trainer, "per_device_train_batch_size"))
 
     @property
     def length(self) -> int:
@@ -323,11 +324,7 @@ def _without_idle(taken: list[Overrides], fits: Callable[..., bool]) -> Override
 def _checkpointing(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Compute activations anew in the backward pass."""
     key = "gradient_checkpointing"
-    kept = {
-        stage.name: "true"
-        for stage in recipe.stages
-        if not trainer_setting(recipe.stage_trainer(stage), key)
-    }
+    kept = {name: "true" for name, anew in _by_stage(recipe, key).items() if not anew}
     if kept:
         yield _written(recipe, key, kept)
 
@@ -346,18 +343,14 @@ def _keys(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
 
 def _batches(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Take fewer rows at a time, as many in a step."""
-    stages = {stage.name: stage for stage in recipe.stages}
-    rows = {name: batch_rows(recipe, stage) for name, stage in stages.items()}
-    total = {name: rows[name] * accumulation(recipe, stage) for name, stage in stages.items()}
-    before = rows
+    size, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
+    before = rows = _by_stage(recipe, size)
+    total = {name: n * rows[name] for name, n in _by_stage(recipe, accumulated).items()}
     for most in range(max(rows.values()) - 1, 0, -1):
         fewer = {name: min(rows[name], largest_part(total[name], most)) for name in rows}
         if fewer != before:
             steps = {name: total[name] // fewer[name] for name in rows}
-            yield [
-                *_written(recipe, "per_device_train_batch_size", fewer),
-                *_written(recipe, "gradient_accumulation_steps", steps),
-            ]
+            yield [*_written(recipe, size, fewer), *_written(recipe, accumulated, steps)]
         before = fewer
 
 
@@ -368,10 +361,7 @@ def largest_part(total: int, most: int) -> int:
 
 def _optimizer(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Hold the optimizer's state in 8 bits."""
-    names = {
-        stage.name: str(trainer_setting(recipe.stage_trainer(stage), "optim"))
-        for stage in recipe.stages
-    }
+    names = _by_stage(recipe, "optim")
     if any(name in EIGHT_BITS for name in names.values()):
         smaller = {stage: EIGHT_BITS.get(name, name) for stage, name in names.items()}
         yield _written(recipe, "optim", smaller)
@@ -403,6 +393,11 @@ def _length(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
 
 
 KINDS = (_checkpointing, _keys, _batches, _optimizer, _quantization, _context, _length)
+
+
+def _by_stage(recipe: Recipe, key: str) -> dict[str, Any]:
+    """Return a trainer's setting of each stage, by the stages' names."""
+    return {each.name: trainer_setting(recipe.stage_trainer(each), key) for each in recipe.stages}
 
 
 def _written(recipe: Recipe, key: str, values: dict[str, Any]) -> Overrides:
