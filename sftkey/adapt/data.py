@@ -16,7 +16,7 @@ from sftkey.adapt.own import read_answers_only
 from sftkey.adapt.readings import Reading, decide, read, why_not
 from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import USUAL, Loaded, RawRow, RowOptions, columns_of
-from sftkey.data.refused import left_out
+from sftkey.data.refused import count_row, left_out
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.sources import BUILT_IN, has_splits, load_examples, load_rows, with_defaults
@@ -156,11 +156,9 @@ def _leave_out(choice: DataChoice, usable: Mapping[str, Loaded]) -> None:
 
 def _ask_for_rows(source: str, unused: Sequence[tuple[str, Refusal]]) -> str:
     """Name the rows that can't be used, why, and what can be done, as the gate would."""
-    alike: dict[str, dict[str, Any]] = {}
+    counted: dict[str, Any] = {}
     for split, each in unused:
-        entry = alike.setdefault(f"{split}: {each.reason}", {"code": each.code, "rows": []})
-        entry["rows"].append(each.index)
-    counted = {where: {**each, "count": len(each["rows"])} for where, each in alike.items()}
+        count_row(counted, f"{split}: {each.reason}", each.index, each.code)
     found = list(left_out(DataSection(source=source), counted))
     asks = [f"{each.split}: {each.what}" for each in found]
     asks += dict.fromkeys(each.hint for each in found if each.hint)
