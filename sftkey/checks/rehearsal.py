@@ -87,7 +87,7 @@ def rehearsal_findings(recipe: Recipe, prepared: Prepared, skeleton: Skeleton) -
     if key in _PASSED:
         return
     _refuse_missing_trackers(recipe)
-    _refuse_attention(recipe, skeleton.model)
+    _refuse_attention(recipe, skeleton)
     recipe = _with_all_settings(recipe, skeleton.model)
     rows = prepared.train.select(range(min(NUM_ROWS, len(prepared.train))))
     found = list(_stages(recipe, skeleton.model, rows, prepared.renderer.tokenizer))
@@ -314,9 +314,11 @@ def _refuse_missing_trackers(recipe: Recipe) -> None:
             raise RecipeError(where, first_line(error)) from error
 
 
-def _refuse_attention(recipe: Recipe, skeleton: PreTrainedModel) -> None:
+def _refuse_attention(recipe: Recipe, skeleton: Skeleton) -> None:
     """Refuse an attention that this model doesn't have, or whose package is missing."""
     attention = recipe.model.attn_implementation
+    if attention == skeleton.attention:
+        return  # it is built with this one
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(skeleton.config, attn_implementation=attention)
