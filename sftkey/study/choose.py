@@ -51,9 +51,10 @@ class StudyChoices:
         What isn't chosen yet is trained for; without `choose` it is left open.
         """
         choice, num_stages = self.run.study.choose, len(self.run.study.strategy(arm).stages)
+        if choice is None:
+            return [{} for _ in range(num_stages)]
         picked: Picked = []
-        for number in range(num_stages) if choice else ():
-            assert choice is not None
+        for number in range(num_stages):
             key = self._key(arm, number)
             stages = self._record(choice)["stages"]
             if key not in stages:

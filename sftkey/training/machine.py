@@ -23,6 +23,7 @@ from sftkey.training.run_folder import Ledger
 from sftkey.training.stage import DEFAULTS
 
 CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
+MANY, A_FEW = 2**20, 2**16  # bytes beside the weights: a tokenizer; the states of trainer and dice
 # What gloo, NCCL and torch's own store say when they wait in vain for another process.
 LOST = re.compile(r"gloo|nccl|closed by peer|Connection reset|Broken pipe|timed out|timeout", re.I)
 
@@ -65,9 +66,6 @@ def explained_faults(folder: Path) -> Iterator[None]:
                 "processes wait",
             ) from error
         raise
-
-
-MANY, A_FEW = 2**20, 2**16  # bytes beside the weights: a tokenizer; the states of trainer and dice
 
 
 @dataclass(frozen=True)
