@@ -133,7 +133,7 @@ def normalize(text: str) -> str:
             start, end = start + 1, end - 1
         else:
             break
-    return text[start:end]
+    return text[start:end].strip()  # a blank may be all that stood in quotes
 
 
 _OPENING = re.compile(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import doctest
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sftkey.evaluation import statement as module
@@ -95,6 +95,7 @@ def test_exact_compares(answer: str, reference: str, right: bool) -> None:
     assert grade(answer, reference, "exact").right is right
 
 
+@example("「 」")
 @given(st.text() | st.text(st.sampled_from(" .!?*'\"$n5⁵’。「」")))
 def test_normalize_again_changes_nothing(text: str) -> None:
     """A normalized text is its own normal form."""
