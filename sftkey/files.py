@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from platform import node
 from typing import Any
@@ -51,14 +51,24 @@ def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Rename, after moving a folder of this name away: no folder can be replaced at once."""
-    if path.is_dir():
-        old = temporary.with_name(f"{temporary.name}.old")
-        path.rename(old)
-        temporary.rename(path)
-        remove(old)
-    else:
-        temporary.replace(path)
+    """Rename, after moving a folder of this name away: none can be replaced at once.
+
+    Where several processes put the same, the last one wins.
+    """
+    old = temporary.with_name(f"{temporary.name}.old")
+    while True:
+        if path.is_dir():
+            remove(old)
+            with suppress(FileNotFoundError):  # another process has moved it away
+                path.rename(old)
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
+                raise
+            continue  # another process has put its own there
+        break
+    remove(old)
     sync(path.parent)
 
 

@@ -136,12 +136,12 @@ def _read(folder: Path) -> tuple[Dataset, CachedRows] | None:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if file_hash(folder / ROWS) != about.pop("sha256"):
             return None
-        outcome = CachedRows(**about)
+        outcome, rows = CachedRows(**about), Dataset.from_file(str(folder / ROWS))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     with suppress(OSError):  # somebody else's cache, which this process only reads
         os.utime(folder / ABOUT)
-    return Dataset.from_file(str(folder / ROWS)), outcome
+    return rows, outcome
 
 
 def _make(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +75,30 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     alive.write_text("half")
     write_text(file, "whole")
     assert {each.name for each in tmp_path.iterdir()} == {"ledger.json", alive.name}
+
+
+REPLACING = """
+import os, sys
+from pathlib import Path
+from sftkey.files import appearing
+for _ in range(2):
+    os.fork()
+for _ in range(100):
+    with appearing(Path(sys.argv[1])) as making:
+        making.mkdir()
+        (making / "whole").write_text("1")
+os.write(1, b"done ")
+os._exit(0)
+"""
+
+
+@pytest.mark.fault("a second process, a dead one's lock")
+def test_processes_may_replace_a_folder_at_the_same_time(tmp_path: Path) -> None:
+    """No name and no folder is free from one call to the next; the last process wins."""
+    program = [sys.executable, "-c", REPLACING, str(tmp_path / "folder")]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.stdout == "done " * 4, done.stderr
+    assert files.files_below(tmp_path) == [tmp_path / "folder" / "whole"]
 
 
 @pytest.mark.fault("disk full")
