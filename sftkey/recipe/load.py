@@ -169,7 +169,9 @@ def _finding(
         return keys, "missing"
     if kind == "missing":  # the second of a pair of tags
         return keys[:-1], f"expected two items; got {shown(got)}"
-    quotes = " (text is written in quotes)" if isinstance(got, int | float) else ""
+    # A number, or a template that names a column and was read as a mapping.
+    unquoted = isinstance(got, int | float) or (isinstance(got, dict) and {*got.values()} == {None})
+    quotes = " (text is written in quotes)" if unquoted else ""
     if kind not in _EXPECTED:  # what pydantic finds by itself
         return keys, f"{details['msg']}; got {shown(got)}"
     expected = _EXPECTED[kind].format(**context)

@@ -640,6 +640,10 @@ RULE = (
         ("seed=[1", "expected YAML after `=`; got expected ',' or ']', but got '<stream end>'"),
         ("seed.x=1", "expected a whole number; got {'x': 1}"),
         ("name.x=1", "expected a mapping at name; got 'tiny'"),
+        (
+            "data.thinking={why}",
+            "expected text; got {'why': None} (text is written in quotes)",
+        ),
         ("stages.ky.loss_on=key", "no stage `ky`; did you mean `key`?"),
         ("stages.2.loss_on=key", "no stage `2`; the stages are completion, key"),
         ("trainer={max_steps: 1, max_steps: 2}", "trainer.max_steps: this key stands twice"),
