@@ -21,7 +21,7 @@ from sftkey.data.preview import row_tokens
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Response
 from sftkey.data.tokenization import Row, tokenize
-from sftkey.errors import FrameError
+from sftkey.errors import FrameError, RecipeError
 from sftkey.memory_plan.held import read_skeleton
 from sftkey.memory_plan.plan import make_plan, size_bytes
 from sftkey.models.device import has_cuda
@@ -127,7 +127,13 @@ class Adapted:
 
 
 def adapt(
-    name_or_path: str, path: Path, like: Path | None, source: str | None, gpu: str | None = None
+    name_or_path: str,
+    path: Path,
+    like: Path | None,
+    source: str | None,
+    gpu: str | None = None,
+    *,
+    one_stage: bool = False,
 ) -> Adapted:
     """Make a recipe for a model.
 
@@ -137,9 +143,11 @@ def adapt(
         like: A recipe whose data, stages and settings are taken over.
         source: The data: a built-in name, a hub id, a file or a folder.
         gpu: The size of the GPU that it is for.
+        one_stage: In place of the paper's two stages one, with five-fold weight on the key.
 
     Raises:
-        SFTKeyError: The model, the data or the other recipe can't be read.
+        SFTKeyError: The model, the data or the other recipe can't be read, or have other stages
+            than one over a reasoning.
     """
     gpu_bytes = size_bytes(gpu) if gpu else 0
     other, named = (load_recipe(like), short_name(like)) if like else (None, "")
@@ -150,14 +158,17 @@ def adapt(
     if source:
         options = RowOptions.of(other) if other else USUAL
         data = choose_data(source, seed, choice.section.frame == "plain", renderer, options)
+    if one_stage and (other or data.own):
+        got = f"the stages of {named}" if other else "stages behind the model's own thinking"
+        what = f"expected data with a reasoning and no other recipe; got {got}"
+        raise RecipeError("--one-stage", what, "leave it out")
     lengths = None
     if data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
         lengths = measure(data.examples, renderer, facts.skeleton.most_tokens, thinking)
     cuda = bool(gpu) or has_cuda()
-    choices = Choices(
-        facts, choice, data, lengths, other, named, source, seed, path, gpu, cuda=cuda
-    )
+    more = {"cuda": cuda, "one_stage": one_stage}
+    choices = Choices(facts, choice, data, lengths, other, named, source, seed, path, gpu, **more)
     text, recipe = _written(choices)
     if gpu:
         stages = make_plan(recipe, read_skeleton(facts.section), gpu_bytes).stages

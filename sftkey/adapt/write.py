@@ -16,7 +16,7 @@ from sftkey.data.sources import with_defaults
 from sftkey.memory_plan.plan import largest_part
 from sftkey.models.facts import ModelFacts
 from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
-from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.stages import KEY_WEIGHT, trainer_setting
 from sftkey.recipe.yaml_io import Line, WrittenSection
 
 
@@ -37,6 +37,7 @@ class Choices:
         gpu: The size of the GPU's memory, as the user wrote it; None: unknown.
         most_rows: How many rows fit it at once, by the plan.
         cuda: The recipe is for a GPU that has CUDA: the user's, or this machine's.
+        one_stage: With weight on the key, in place of the paper's two.
     """
 
     facts: ModelFacts
@@ -51,6 +52,7 @@ class Choices:
     gpu: str | None = None
     most_rows: int = 1
     cuda: bool = True
+    one_stage: bool = False
 
     @property
     def as_other(self) -> str:
@@ -112,6 +114,8 @@ def _slug(text: str) -> str:
 ROWS_A_STEP = 16
 ONE_ROW = "one row at a time, until you know what fits your GPU; more in place of accumulation"
 OWN_TOKENS = 2048  # are left for the thinking that a model writes itself
+EPOCHS, KEY_EPOCHS = 2, 1  # of the two stages
+AS_LONG = "as many epochs as the paper's two stages; with five-fold weight on the key"
 LARGE = 13  # billions of parameters, above which QLoRA halves its rate
 HALF_OF_QLORA = "half of what QLoRA takes (arXiv 2305.14314); not tuned: choose on validation rows"
 
@@ -278,7 +282,7 @@ def _trainer(choices: Choices) -> Iterator[Line]:
         return
     large = choices.facts.billions > LARGE
     yield Line("learning_rate", 5e-5 if large else 1e-4, HALF_OF_QLORA)
-    yield Line("num_train_epochs", 2)
+    yield Line("num_train_epochs", EPOCHS)
     yield Line("warmup_steps", 0.05, "below 1: a share of all steps")
     yield Line("logging_steps", 10)
 
@@ -303,9 +307,14 @@ def _stages(choices: Choices) -> Iterator[Line]:
         for stage in choices.other.stages:
             yield Line("", stage.model_dump(mode="json", exclude_defaults=True))
         return
+    if choices.one_stage:
+        trainer = {"num_train_epochs": EPOCHS + KEY_EPOCHS}
+        weights = {"completion": 1.0, "key": KEY_WEIGHT}
+        yield Line("", {"name": "weighted", "loss_on": weights, "trainer": trainer}, AS_LONG)
+        return
     yield Line("", {"name": "completion", "loss_on": "completion"})
-    trainer = {"learning_rate": 2e-5, "num_train_epochs": 1}
-    yield Line("", {"name": "key", "loss_on": "key", "trainer": trainer}, "the key is short")
+    settings = {"learning_rate": 2e-5, "num_train_epochs": KEY_EPOCHS}
+    yield Line("", {"name": "key", "loss_on": "key", "trainer": settings}, "the key is short")
 
 
 def _eval(choices: Choices) -> Iterator[Line]:

@@ -41,6 +41,13 @@ def adapt(
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
     ] = None,
     gpu: GPU = None,
+    one_stage: Annotated[
+        bool,
+        typer.Option(
+            "--one-stage",
+            help="Write one stage with five-fold weight on the key in place of the paper's two.",
+        ),
+    ] = False,
 ) -> None:
     """Write a recipe for a model and prove its masks."""
     if output is not None:
@@ -50,7 +57,9 @@ def adapt(
     from sftkey.adapt.adapt import adapt as make_recipe
 
     quiet_libraries()
-    adapted = make_recipe(model, output or Path("recipe.yaml"), like, data, gpu)
+    adapted = make_recipe(
+        model, output or Path("recipe.yaml"), like, data, gpu, one_stage=one_stage
+    )
     if output is None:  # the recipe alone on stdout
         sys.stdout.write(adapted.text)
         _report(adapted, Console(stderr=True, markup=False, highlight=False))

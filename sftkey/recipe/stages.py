@@ -13,7 +13,7 @@ from sftkey.recipe.upstream import lora_config_fields, sft_config_fields
 if TYPE_CHECKING:
     from sftkey.recipe.schema import Recipe, StageSection
 
-
+KEY_WEIGHT = 5.0  # of the key in one stage over the whole completion, where none is chosen
 STEP_SETTINGS = (
     *("max_steps", "num_train_epochs"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),

@@ -14,20 +14,19 @@ from sftkey.errors import RecipeError, did_you_mean
 from sftkey.recipe import yaml_io as yaml_source
 from sftkey.recipe.load import found_by_models, load_recipe
 from sftkey.recipe.schema import Count, Number, Recipe, RunName, Text
-from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.stages import KEY_WEIGHT, trainer_setting
 from sftkey.recipe.yaml_io import Keys
 
 Stage = Mapping[str, Any]
 
 COMPLETION: Stage = {"name": "completion", "loss_on": "completion"}
 KEY: Stage = {"name": "key", "loss_on": "key"}
-WEIGHT = 5.0  # of the key in `weighted`, where none is chosen
-WEIGHTED: Stage = {"name": "weighted", "loss_on": {"completion": 1.0, "key": WEIGHT}}
+WEIGHTED: Stage = {"name": "weighted", "loss_on": {"completion": 1.0, "key": KEY_WEIGHT}}
 BALANCED: Stage = {"name": "balanced", "loss_on": {"completion": 1.0, "key": 1.0}, "balanced": True}
 ANNEALED: Stage = {
     "name": "annealed",
     "loss_on": {"completion": 1.0, "key": 1.0},
-    "anneal": {"key": WEIGHT},
+    "anneal": {"key": KEY_WEIGHT},
 }
 AGAIN: Stage = {"name": "again", "loss_on": "completion"}
 KL = 1.0  # in `sftkey_kl`, where none is chosen

@@ -192,6 +192,22 @@ def test_columns_left_to_the_user_are_refused_by_the_gate(here: Path) -> None:
     assert len(others) == 2  # thinking and answer, said at once
 
 
+def test_one_stage_in_place_of_two_trains_as_long(here: Path) -> None:
+    """Its loss is on the whole completion, five-fold on the key; other stages leave no place."""
+    two = written(made("look_ahead", CHATML), ["</s>"])
+    epochs = [two.stage_trainer(stage)["num_train_epochs"] for stage in two.stages]
+    adapt("model", data="rows.jsonl", output=Path("one.yaml"), one_stage=True)
+    one = load_recipe("one.yaml")
+    assert [stage.loss_on for stage in one.stages] == [{"completion": 1.0, "key": 5.0}]
+    assert one.stage_trainer(one.stages[0])["num_train_epochs"] == sum(epochs)
+    assert refusals(one) == []
+    with pytest.raises(RecipeError, match="got the stages of q"):
+        adapt("model", like=Path("q.yaml"), one_stage=True)
+    write_rows(here / "rows.jsonl", [{"question": "Q", "answer": "7"}] * 9)
+    with pytest.raises(RecipeError, match="got stages behind the model's own thinking"):
+        adapt("model", data="rows.jsonl", one_stage=True)
+
+
 OWN = {"name": "key", "loss_on": "key", "thinking": "own"}
 
 
