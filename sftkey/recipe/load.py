@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sftkey.errors import RecipeError, did_you_mean, shown
 from sftkey.recipe import yaml_io
-from sftkey.recipe.rules import REFUSED_TRAINER_KEYS, check_together, check_upstream
+from sftkey.recipe.rules import REFUSED_TRAINER_KEYS, Finding, check_together, check_upstream
 from sftkey.recipe.schema import (
     DataSection,
     EvalSection,
@@ -25,7 +25,9 @@ from sftkey.recipe.schema import (
     Section,
     StageSection,
 )
-from sftkey.recipe.yaml_io import Keys
+from sftkey.recipe.yaml_io import Keys, RecipeSource
+
+T = TypeVar("T", bound=Section)
 
 
 def load_recipe(
@@ -51,15 +53,7 @@ def load_recipe(
     for name, section in (replaced or {}).items():
         yaml_io.replace(source, name, section)
     findings = [*check_upstream(source.data), *check_together(_with_defaults(source.data))]
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(source.data)
-    except ValidationError as error:
-        findings += found_by_models(error, _known_keys)
-    problems = source.problems + [source.problem(*finding) for finding in findings]
-    if recipe is None or problems:
-        raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
-    return recipe
+    return read_as(Recipe, source, path, findings, _known_keys)
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
@@ -139,18 +133,41 @@ _EXPECTED = {
 }
 
 
-def found_by_models(
-    error: ValidationError, known_keys: Callable[[Keys], Iterable[str]]
-) -> list[tuple[Keys, str]]:
-    """Turn pydantic's errors into our words; `known_keys` gives those beside an unknown one."""
-    # Of a list whose only item is wrong pydantic says, besides, that it is too short.
-    wrong = [each for each in error.errors() if not (each["type"] == "too_short" and each["input"])]
-    return [_finding(details, known_keys) for details in wrong]
+def read_as(
+    kind: type[T],
+    source: RecipeSource,
+    path: str | Path,
+    findings: Sequence[Finding],
+    known_keys: Callable[[Keys], Iterable[str]],
+) -> T:
+    """Return what a file says as a model of this kind.
+
+    Args:
+        kind: The whole file's: a recipe, or a study.
+        source: What was read of the file.
+        path: The file.
+        findings: What no field can tell alone.
+        known_keys: Gives the keys beside an unknown one.
+
+    Raises:
+        RecipeError: With every problem: of the writing, those found, and the fields'.
+    """
+    model, found = None, list(findings)
+    try:
+        model = kind.model_validate(source.data)
+    except ValidationError as error:
+        for details in error.errors():
+            # Of a list whose only item is wrong pydantic says, besides, that it is too short.
+            if not (details["type"] == "too_short" and details["input"]):
+                found.append(_finding(details, known_keys))
+    problems = source.problems + [source.problem(*each) for each in found]
+    if model is None or problems:
+        raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
+    return model
 
 
-def _finding(
-    details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]]
-) -> tuple[Keys, str]:
+def _finding(details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]]) -> Finding:
+    """Turn an error of pydantic's into our words."""
     kind, keys, got = details["type"], details["loc"], details["input"]
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
@@ -170,7 +187,8 @@ def _finding(
     if kind == "missing":  # the second of a pair of tags
         return keys[:-1], f"expected two items; got {shown(got)}"
     # A number, or a template that names a column and was read as a mapping.
-    unquoted = isinstance(got, int | float) or (isinstance(got, dict) and {*got.values()} == {None})
+    braces = isinstance(got, dict) and got and all(each is None for each in got.values())
+    unquoted = braces or isinstance(got, int | float)
     quotes = " (text is written in quotes)" if unquoted else ""
     if kind not in _EXPECTED:  # what pydantic finds by itself
         return keys, f"{details['msg']}; got {shown(got)}"

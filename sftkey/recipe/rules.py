@@ -8,6 +8,7 @@ from typing import Any
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe.loss_on import SEGMENTS, annealed, loss_weights, trained_context
 from sftkey.recipe.schema import KEY_BATCH_TOKENS
+from sftkey.recipe.stages import lora_setting, trainer_setting
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.yaml_io import Keys
 
@@ -67,13 +68,13 @@ REFUSED_TRAINER_KEYS = {
     ),
 }
 METRICS = ("loss", *(f"loss_{segment}" for segment in SEGMENTS))
-# What does nothing beside another key that isn't so.
-_EVALUATES = ("eval_strategy", ("steps", "epoch"), "no")
-NEEDED = {
-    "eval_delay": _EVALUATES,
-    "eval_steps": ("eval_strategy", ("steps",), "no"),
-    "gradient_checkpointing_kwargs": ("gradient_checkpointing", (True,), True),
-    "dataloader_persistent_workers": ("dataloader_num_workers", range(1, 1024), 0),
+# What does nothing beside another key of such a value.
+IDLE_BESIDE: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "eval_delay": ("eval_strategy", ("no",)),
+    "eval_steps": ("eval_strategy", ("no", "epoch")),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", (False,)),
+    "dataloader_persistent_workers": ("dataloader_num_workers", (0,)),
+    "layers_pattern": ("layers_to_transform", (None,)),
 }
 # Refused where they ask for something: false asks for nothing.
 REFUSED_WHERE_TRUE = {
@@ -141,10 +142,8 @@ def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
     ]
     for keys, section in places:
         lora = section.get("lora")
-        named = lora if isinstance(lora, dict) else {}
-        if named.get("layers_pattern") and named.get("layers_to_transform") is None:
-            what = "does nothing without layers_to_transform: write that, or leave this out"
-            yield (*keys, "lora", "layers_pattern"), what
+        for key, what in _idle(lora if isinstance(lora, dict) else {}, lora_setting):
+            yield (*keys, "lora", key), what
         refused = REFUSED_LORA_KEYS | UNSERVED_LORA_KEYS
         refused |= REFUSED_KEY_LORA_KEYS if keys else {}
         yield from _check_settings(lora, (*keys, "lora"), refused, lora_config_fields())
@@ -175,6 +174,18 @@ def _check_settings(
                     raise ValueError(f"expected {expected}; got {shown(value)}")
             except ValueError as error:
                 yield (*keys, key), str(error)
+
+
+def _idle(
+    settings: dict[str, Any], setting: Callable[[dict[str, Any], str], Any]
+) -> Iterator[tuple[str, str]]:
+    """Find what does nothing beside another setting, which `setting` reads or knows the default of.
+
+    The settings are those of a trainer or of an adapter.
+    """
+    for key, (other, idle) in IDLE_BESIDE.items():
+        if settings.get(key) and (told := setting(settings, other)) in idle:
+            yield key, f"does nothing where {other} is {shown(told)}: change that, or leave it out"
 
 
 def check_together(data: dict[str, Any]) -> Iterator[Finding]:
@@ -209,11 +220,10 @@ def _check_trainer(
     if trainer.get("data_seed") is not None and grouped:
         what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
         yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
-    for key, (other, sound, default) in NEEDED.items():
-        if trainer.get(key) and trainer.get(other, default) not in sound:
-            told = shown(trainer.get(other, default))
-            yield place(key), f"does nothing where {other} is {told}: change that, or leave it out"
-    if trainer.get("save_strategy") == "best" and trainer.get("eval_strategy", "no") == "no":
+    for key, what in _idle(trainer, trainer_setting):
+        yield place(key), what
+    evaluates = trainer_setting(trainer, "eval_strategy") != "no"
+    if trainer.get("save_strategy") == "best" and not evaluates:
         what = "without evaluations none is the best, and no checkpoint is saved"
         yield place("save_strategy"), f"{what}; write eval_strategy: steps or epoch"
     if trainer.get("load_best_model_at_end") is True and early:
@@ -221,7 +231,7 @@ def _check_trainer(
         yield place("load_best_model_at_end"), what
     elif trainer.get("load_best_model_at_end") is True:
         for key in ("eval_strategy", "save_strategy"):
-            if trainer.get(key, "no" if key == "eval_strategy" else "steps") == "no":
+            if trainer_setting(trainer, key) == "no":
                 what = "the best checkpoint is one of those saved, by the losses of evaluations"
                 yield place("load_best_model_at_end"), f"{what}; write {key}: steps or epoch"
     metric = trainer.get("metric_for_best_model")

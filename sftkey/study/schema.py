@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from sftkey.errors import RecipeError, did_you_mean
-from sftkey.recipe import yaml_io as yaml_source
-from sftkey.recipe.load import found_by_models, load_recipe
-from sftkey.recipe.schema import Count, Number, Recipe, RunName, Text
+from sftkey.recipe.load import load_recipe, read_as
+from sftkey.recipe.rules import Finding
+from sftkey.recipe.schema import Count, Number, Recipe, RunName, Section, Text
 from sftkey.recipe.stages import KEY_WEIGHT, trainer_setting
-from sftkey.recipe.yaml_io import Keys
+from sftkey.recipe.yaml_io import Keys, RecipeSource
+from sftkey.recipe.yaml_io import read as read_yaml
 
 Stage = Mapping[str, Any]
 
@@ -192,13 +192,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[Number, Field(gt=0)]
 
 
-class StudySection(BaseModel):
-    """A part of the file, as strict as a recipe's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class OwnStrategy(StudySection):
+class OwnStrategy(Section):
     """A strategy that isn't built in; its stages stand as in a recipe."""
 
     stages: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)]
@@ -210,7 +204,7 @@ class OwnStrategy(StudySection):
     """Changes to the recipe in this arm, as on the command line."""
 
 
-class StudyRecipe(StudySection):
+class StudyRecipe(Section):
     """A task: a recipe, with changes where several tasks share its file."""
 
     recipe: Text
@@ -226,7 +220,7 @@ def task_name(file: str, name: str | None) -> str:
     return name or Path(file).stem
 
 
-class Choice(StudySection):
+class Choice(Section):
     """What is chosen on the validation rows, for every stage of every arm from the same values.
 
     There is one run a value. A loss is measured behind the reference's thinking, so it doesn't see
@@ -254,7 +248,7 @@ class Choice(StudySection):
     with the lowest validation loss of the `key` or of the `completion`."""
 
 
-class Study(StudySection):
+class Study(Section):
     """Arms times seeds over one or more recipes."""
 
     name: RunName
@@ -279,7 +273,7 @@ class Study(StudySection):
     arms: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     """What is compared: names of built-in strategies, or of those below `strategies`, or one of
     your own as it stands: `{name: mine, stages: [...]}`."""
-    strategies: dict[RunName, OwnStrategy] = {}
+    strategies: dict[RunName, OwnStrategy] = {}  # noqa: RUF012 (pydantic copies it)
     """Strategies of your own, by name."""
     overrides: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Changes to all recipes, as on the command line."""
@@ -310,22 +304,14 @@ def load_study(path: Path) -> Study:
     Raises:
         RecipeError: With every problem of the file.
     """
-    source = yaml_source.read(path)
+    source = read_yaml(path)
     _name_arms(source)
     for number, recipe in enumerate(recipes := _listed(source.data, "recipes")):
         recipes[number] = {"recipe": recipe} if isinstance(recipe, str) else recipe
-    study, findings = None, list(_check(source.data))
-    try:
-        study = Study.model_validate(source.data)
-    except ValidationError as error:
-        findings += found_by_models(error, _known_keys)
-    problems = source.problems + [source.problem(*each) for each in findings]
-    if study is None or problems:
-        raise RecipeError(str(path), sorted(problems, key=lambda each: each.line or math.inf))
-    return study
+    return read_as(Study, source, path, list(_check(source.data)), _known_keys)
 
 
-def _name_arms(source: yaml_source.RecipeSource) -> None:
+def _name_arms(source: RecipeSource) -> None:
     """Move arms that are written out under `arms` to `strategies`, where they have a name."""
     own = source.data.get("strategies", {})
     for number, arm in enumerate(_listed(source.data, "arms")):
@@ -340,12 +326,12 @@ def _name_arms(source: yaml_source.RecipeSource) -> None:
 
 
 def _known_keys(keys: Keys) -> Iterable[str]:
-    sections: dict[str | int, type[StudySection]]
+    sections: dict[str | int, type[Section]]
     sections = {"recipes": StudyRecipe, "strategies": OwnStrategy, "choose": Choice}
     return (sections[keys[0]] if len(keys) > 1 else Study).model_fields
 
 
-def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
+def _check(data: dict[str, Any]) -> Iterator[Finding]:
     """Check what no field can tell alone; what has the wrong type is left to the models."""
     arms, seeds, recipes = (_listed(data, key) for key in ("arms", "seeds", "recipes"))
     own = data.get("strategies")
@@ -377,7 +363,7 @@ def _check(data: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
 
 def _check_phases(
     data: dict[str, Any], arms: Sequence[Any], seeds: Sequence[Any]
-) -> Iterator[tuple[Keys, str]]:
+) -> Iterator[Finding]:
     """Check that the study's phases fit together."""
     confirm, screen = _listed(data, "confirm"), data.get("screen")
     if screen is not None and screen in seeds:
@@ -395,7 +381,7 @@ def _check_phases(
 
 def _check_choice(
     choose: dict[str, Any], arms: Sequence[Any], own: Mapping[Any, Any]
-) -> Iterator[tuple[Keys, str]]:
+) -> Iterator[Finding]:
     if not any(choose.get(name) for name in ("learning_rate", "weight", "kl")):
         what = "expected values of learning_rate, weight or kl to choose from; got none"
         yield ("choose",), what
@@ -410,7 +396,7 @@ def _check_choice(
         yield ("choose", "kl"), "no stage of the arms has a `kl`, as the arm `sftkey_kl` does"
 
 
-def _same_tasks(recipes: Sequence[Any]) -> Iterator[tuple[Keys, str]]:
+def _same_tasks(recipes: Sequence[Any]) -> Iterator[Finding]:
     """Check that each task has a name of its own: its folders and records have it."""
     names: list[str] = []
     for number, recipe in enumerate(recipes):
@@ -429,7 +415,7 @@ def _listed(data: dict[str, Any], key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _twice(key: str, values: Sequence[Any]) -> Iterator[tuple[Keys, str]]:
+def _twice(key: str, values: Sequence[Any]) -> Iterator[Finding]:
     for number, value in enumerate(values):
         if value in values[:number]:
             yield (key, number), f"`{value}` stands twice"

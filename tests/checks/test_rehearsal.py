@@ -72,7 +72,7 @@ NAMES = {
     "trainer.batch_eval_metrics=true": "sftkey validates by segment itself",
     "trainer={optim: sgd, adam_beta1: 0.5}": "adam_beta1=0.5: sgd never reads it",
     "trainer={optim: adamw_torch, optim_args: rank=4}": "'rank=4': adamw_torch never reads it",
-    "lora.layers_pattern=h": "does nothing without layers_to_transform",
+    "lora.layers_pattern=h": "does nothing where layers_to_transform is nothing",
     "lora.use_qalora=true": "it acts on GPTQ's layers",
     "model.attn_implementation=flash_attn": "expected one that this model has, on this machine",
     "trainer.optim=galore_adamw": "galore_torch",
