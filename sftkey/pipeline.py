@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sftkey.activity import activity
 from sftkey.errors import JudgeError, RunError, SFTKeyError
 from sftkey.recipe.schema import Recipe
-from sftkey.training.run_folder import BASE, Ledger, run_recipe, trained_stage
+from sftkey.training.run_folder import Ledger, known_stages, run_recipe, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
@@ -160,18 +160,14 @@ class TrainedRun:
 
     def _model(self, number: int) -> tuple[Any, Any]:
         """Load the model after so many stages, and its renderer."""
-        from sftkey.models.device import choose_device
         from sftkey.models.loading import load_renderer
-        from sftkey.training.stage_model import load_stage
+        from sftkey.training.stage_model import load_left
 
         if number not in self._loaded:
             if not self.keeps_models:  # two at once may be too much for the device
                 self._loaded.clear()
-            recipe = self.recipe
-            renderer = load_renderer(recipe)
-            device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
-            ledger = Ledger(self.folder, recipe, main=False)
-            model = load_stage(recipe, ledger, device, renderer, number)
+            renderer = load_renderer(self.recipe)
+            model = load_left(self.recipe, self.folder, renderer, number)
             self._loaded[number] = model, renderer
         return self._loaded[number]
 
@@ -291,9 +287,7 @@ def evaluated_recipe(folder: Path, generations: Path | None, stage: str | None) 
         RunError: The folder is no run, or `generations` and `stage` don't fit it or each other.
     """
     recipe = run_recipe(folder)
-    names = [BASE, *(each.name for each in recipe.stages)]
-    if stage is not None and stage not in names:
-        raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {stage!r}")
+    names = known_stages(folder, recipe, stage)
     if (generations is None) != (stage is None):
         raise RunError(
             str(folder),

@@ -17,7 +17,8 @@ from sftkey.data.response import Response
 from sftkey.errors import RunError
 from sftkey.pipeline import Reply, TrainedRun, open_run
 from sftkey.recipe.schema import Recipe
-from sftkey.training.run_folder import BASE, trained_stage
+from sftkey.recipe.stages import BASE
+from sftkey.training.run_folder import trained_stage
 
 FORGET = "/new"
 

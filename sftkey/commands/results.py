@@ -15,7 +15,7 @@ from sftkey.commands.arguments import Alpha, Answering, AsJSON, RunArgument
 from sftkey.commands.terminal import quiet_libraries, say, set_up, stdout_console
 from sftkey.errors import RunError
 from sftkey.pipeline import TrainedRun, evaluate_run, evaluated_recipe, report_run
-from sftkey.training.run_folder import BASE, run_recipe, trained_stage
+from sftkey.training.run_folder import known_stages, run_recipe, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.evaluation.answers import GradedAnswer
@@ -116,9 +116,7 @@ def errors(
     """Show a stage's wrong answers beside question and reference."""
     from sftkey.evaluation.answers import chosen, read_answers
 
-    names = [BASE, *(each.name for each in run_recipe(folder).stages)]
-    if stage is not None and stage not in names:
-        raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {stage!r}")
+    names = known_stages(folder, run_recipe(folder), stage)
     graded = [name for name in names if (folder / "evaluation" / f"{name}.json").exists()]
     name = stage or (graded or names)[-1]
     answers = read_answers(folder, name)

@@ -15,7 +15,8 @@ from sftkey.files import read_json, write_json
 from sftkey.recipe.collection import find_recipe, short_names
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import EvalSection, Recipe
-from sftkey.training.run_folder import BASE, Ledger, trained_stage
+from sftkey.recipe.stages import BASE, stage_names
+from sftkey.training.run_folder import Ledger, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
@@ -109,9 +110,8 @@ def _chosen(
 def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows: int) -> Subject:
     """Load the model of a recipe before its stages, or as one of a run's left it."""
     from sftkey.data.prepare import prepare
-    from sftkey.models.device import choose_device
     from sftkey.models.loading import load_tokenizer
-    from sftkey.training.stage_model import load_stage
+    from sftkey.training.stage_model import load_left
 
     prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
     if prepared.validation is None:
@@ -126,10 +126,7 @@ def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows:
             "expected rows with a reasoning, which the model's own is compared with; got answers",
             "`sftkey evaluate` says how many thinkings are valid and how many answers are right",
         )
-    device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
-    ledger = Ledger(folder, recipe, main=False)
-    model = load_stage(recipe, ledger, device, prepared.renderer, number)
-    name = recipe.stages[number - 1].name if number else BASE
+    model, name = load_left(recipe, folder, prepared.renderer, number), stage_names(recipe)[number]
     return validation_subject(target, name, model, recipe, prepared, num_rows)
 
 

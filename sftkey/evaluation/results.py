@@ -28,6 +28,7 @@ from sftkey.evaluation.thinking import (
     thinking_hash,
 )
 from sftkey.files import refuse_irregular, write_text
+from sftkey.recipe.stages import stage_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +175,7 @@ def score(
     if not texts:
         raise DataError("test rows", "expected at least one question; got none")
     section, examples = recipe.eval, [each.example for each in texts]
-    position = ["base", *(each.name for each in recipe.stages)].index(stage)
+    position = stage_names(recipe).index(stage)
     flags = judge(examples, [each.parsed.answer for each in texts]) if judge else None
     questions = _questions(recipe, renderer.response, texts, flags or {}, untagged=position == 0)
     figures = answer_figures(questions)

@@ -15,6 +15,7 @@ from sftkey.evaluation.judge import Judge, open_client
 from sftkey.evaluation.results import StageResult, read_result, score, write_result
 from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
 from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import BASE, stage_names
 
 if TYPE_CHECKING:
     from sftkey.training.run import Run
@@ -101,9 +102,9 @@ def thinking_losses(run: Run, stage: str) -> tuple[float, float] | None:
 
 def note_thinking(run: Run, stage: str) -> None:
     """Say in the log what a stage did to the thinking, and how to mend what it harmed."""
-    if stage == "base" or not run.ledger.main:
+    if stage == BASE or not run.ledger.main:
         return
-    names = ["base", *(each.name for each in run.recipe.stages)]
+    names = stage_names(run.recipe)
     if after := _result(run, stage):
         change = thinking_change(_result(run, names[names.index(stage) - 1]), after)
     else:  # nothing was asked, or will be later

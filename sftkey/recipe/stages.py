@@ -13,7 +13,15 @@ from sftkey.recipe.upstream import lora_config_fields, sft_config_fields
 if TYPE_CHECKING:
     from sftkey.recipe.schema import Recipe, StageSection
 
+BASE = "base"  # the model before all stages, beside the stages' names
 KEY_WEIGHT = 5.0  # of the key in one stage over the whole completion, where none is chosen
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """Return `base` and the names of the stages, in their order."""
+    return [BASE, *(stage.name for stage in recipe.stages)]
+
+
 STEP_SETTINGS = (
     *("max_steps", "num_train_epochs"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),

@@ -20,9 +20,10 @@ from sftkey.models.device import choose_device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import fingerprint
 from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import stage_names
 from sftkey.sharing.baking import asked_ids
 from sftkey.sharing.stage import asked_questions
-from sftkey.training.run_folder import BASE, Ledger
+from sftkey.training.run_folder import Ledger
 
 DESCRIBED = ("generation_config.json", "chat_template.jinja", "tokenizer_config.json")
 
@@ -63,7 +64,7 @@ def grade_folder(
         ModelError: The folder holds no model.
     """
     ledger = Ledger(run, recipe, main=False)
-    stage = BASE if number == 0 else recipe.stages[number - 1].name
+    stage = stage_names(recipe)[number]
     graded = run / "evaluation" / f"{stage}.json"
     if not graded.exists():
         what = f"{stage} has no graded answers, which the folder's are compared with"

@@ -26,10 +26,11 @@ from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import BASE
 from sftkey.study.tasks import Cell, hashed
 from sftkey.training.log import read_log
 from sftkey.training.rows import TRAINS, fingerprints, made_from
-from sftkey.training.run import BASE, Run
+from sftkey.training.run import Run
 from sftkey.training.run_folder import Ledger, prefix_key
 
 CHECKPOINTS = "checkpoints"

@@ -14,9 +14,9 @@ from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.page import render
 from sftkey.evaluation.results import Question
 from sftkey.files import write_text
+from sftkey.recipe.stages import BASE
 from sftkey.study import report
 from sftkey.study.results import FinishedCell, StudyResults
-from sftkey.study.summary import BASE
 from sftkey.study.tasks import StudyFolder, run_name
 
 MOST_QUESTIONS = 6000  # on a page, which then has some megabytes

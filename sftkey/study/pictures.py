@@ -10,6 +10,7 @@ from typing import Any
 
 from sftkey.evaluation.page import SEGMENT_COLOURS, bare, empty_figure
 from sftkey.recipe.loss_on import loss_weights
+from sftkey.recipe.stages import BASE
 from sftkey.study.results import ArmFigures, StudyResults
 from sftkey.study.schema import Study
 from sftkey.study.tasks import arm_recipe, tasks_of
@@ -59,7 +60,7 @@ def _looks(results: StudyResults, arm: str) -> tuple[str, str]:
     if arm == results.control:
         return BLACK, "s"
     names = list(dict.fromkeys(each.name for each in results.arms))
-    place = [name for name in names if name not in ("base", results.control)].index(arm)
+    place = [name for name in names if name not in (BASE, results.control)].index(arm)
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
 
 

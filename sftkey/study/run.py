@@ -11,10 +11,11 @@ from pathlib import Path
 from sftkey.errors import DataError, RunError, RunLocked
 from sftkey.evaluation.grading import grade
 from sftkey.files import read_json, write_json, write_text
+from sftkey.recipe.stages import BASE
 from sftkey.study.cells import cell_record, link, recipe_hash, remove_checkpoints, take_over
 from sftkey.study.choose import StudyChoices
 from sftkey.study.tasks import Cell, Picked, StudyRows, Task, arm_recipe, hashed, rows_key
-from sftkey.training.run import BASE, Run, start
+from sftkey.training.run import Run, start
 from sftkey.training.run_folder import open_run, refuse_changed
 
 OTHER_STUDY = (

@@ -15,6 +15,7 @@ from sftkey.evaluation.results import answer_figures
 from sftkey.evaluation.statistics import CHANCE, by_conversation, num_conversations
 from sftkey.evaluation.thinking import valid_change
 from sftkey.evaluation.thinking_change import turned
+from sftkey.recipe.stages import BASE
 from sftkey.study.rates import buckets, rates, share
 from sftkey.study.results import (
     Answered,
@@ -118,7 +119,6 @@ def _means(by_stage: dict[str, list[dict[str, float]]]) -> Shares:
     }
 
 
-BASE = "base"
 ANSWER_FLAGS = ("correct", "strict")
 
 

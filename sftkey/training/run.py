@@ -30,7 +30,7 @@ from sftkey.files import explained_full_disk, write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
-from sftkey.recipe.stages import num_stage_steps
+from sftkey.recipe.stages import BASE, num_stage_steps
 from sftkey.training import callbacks, soundness
 from sftkey.training.answers import Answers
 from sftkey.training.frozen import FrozenTrainer
@@ -39,7 +39,7 @@ from sftkey.training.losses import own_losses
 from sftkey.training.machine import explained_faults, patience, require_disk
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
 from sftkey.training.rows import ALL, require_same_rows
-from sftkey.training.run_folder import BASE, Ledger, open_run
+from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.stage import (
     gradient_norms,
     make_trainer,

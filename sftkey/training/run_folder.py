@@ -27,8 +27,8 @@ from sftkey.files import (
 )
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
+from sftkey.recipe.stages import BASE, stage_names
 
-BASE = "base"  # the model before all stages, beside the stages' names
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
 LOCK, HOLDER = ".lock", ".running.json"
 
@@ -399,6 +399,18 @@ def run_recipe(folder: Path) -> Recipe:
     return load_recipe(folder / RECIPE)
 
 
+def known_stages(folder: Path, recipe: Recipe, name: str | None) -> list[str]:
+    """Return what `--stage` may name of a run, `base` first.
+
+    Raises:
+        RunError: The name that was given is none of them.
+    """
+    names = stage_names(recipe)
+    if name is not None and name not in names:
+        raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {name!r}")
+    return names
+
+
 def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
     """Return the place of a trained stage, the first being 1; 0 is the base model.
 
@@ -407,9 +419,7 @@ def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
     Raises:
         RunError: There is no such stage, or it isn't trained.
     """
-    names = [BASE, *(stage.name for stage in recipe.stages)]
-    if name is not None and name not in names:
-        raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {name!r}")
+    names = known_stages(folder, recipe, name)
     records = Ledger(folder, recipe, main=False).stages
     trained = [BASE, *(record.name for record in records if record.status == "trained")]
     train = f"sftkey train {folder / RECIPE}"

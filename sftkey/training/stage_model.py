@@ -14,7 +14,7 @@ from sftkey.errors import ModelError, RunError
 from sftkey.files import read_json
 from sftkey.generation.generate import inferring
 from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter, without_adapters
-from sftkey.models.device import Device
+from sftkey.models.device import Device, choose_device
 from sftkey.models.key_adapter import KEY, act, context_adapters
 from sftkey.models.loading import load_model
 from sftkey.models.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
@@ -119,6 +119,14 @@ def load_stage(
     if before is None:
         return add_lora(model, recipe.lora or {}, recipe.seed)
     return load_adapter(model, before, base, lora=recipe.lora)
+
+
+def load_left(
+    recipe: Recipe, folder: Path, renderer: Renderer, number: int
+) -> PreTrainedModel | PeftModel:
+    """Load the model that so many stages of a run have left, where its recipe computes."""
+    device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
+    return load_stage(recipe, Ledger(folder, recipe, main=False), device, renderer, number)
 
 
 def require_same_base(ledger: Ledger, base: Base) -> None:
