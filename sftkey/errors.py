@@ -21,6 +21,15 @@ class Problem:
         return f"{place}: {self.what}" if place else self.what
 
 
+MOST_PROBLEMS = 20  # an error names so many rows, and counts the others
+
+
+def shortened(problems: list[Problem]) -> list[Problem]:
+    """Keep the first problems and count the others."""
+    left = len(problems) - MOST_PROBLEMS
+    return [*problems[:MOST_PROBLEMS], *([Problem("", f"and {left} more")] if left > 0 else [])]
+
+
 class Told(BaseException):
     """What ends a command in the one form, whether it is an error or a signal's wish."""
 

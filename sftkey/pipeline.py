@@ -155,7 +155,7 @@ class TrainedRun:
         )
         with activity("answering"):
             _, generation = next(written)
-        parsed = renderer.response.parse(generation.text.removeprefix(renderer.assistant_prefix))
+        parsed = renderer.parse(generation.text)
         return Reply(parsed.thinking, parsed.answer, generation.text, bool(generation.stopped))
 
     def _model(self, number: int) -> tuple[Any, Any]:

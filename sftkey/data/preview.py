@@ -12,7 +12,7 @@ from rich.text import Text
 from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import IGNORED, weights_by_segment
 from sftkey.data.prepare import Prepared
-from sftkey.data.response import Example, Segment
+from sftkey.data.response import Example, Segment, decoded
 from sftkey.data.sources import with_defaults
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.recipe.schema import Recipe
@@ -134,14 +134,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
     A character of several tokens stands at the last of them; the others add nothing.
     """
-
-    def decode(tokens: Sequence[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(tokenizer.decode(list(tokens), **options))
-
     texts, start, done = [], 0, 0  # ids[start:done] give the context that ids[done:] decode in
     for stop in range(1, len(ids) + 1):
-        before, after = decode(ids[start:done]), decode(ids[start:stop])
+        before, after = (decoded(tokenizer, ids[start:end]) for end in (done, stop))
         whole = not after.endswith("\ufffd") or stop == len(ids)
         texts.append(after[len(before) :] if whole else "")
         if whole:

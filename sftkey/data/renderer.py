@@ -9,7 +9,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftkey.data.response import TOOLS, Response
+from sftkey.data.response import TOOLS, Parsed, Response
 from sftkey.data.template import (
     TEMPLATE_ERRORS,
     Probe,
@@ -157,6 +157,14 @@ class Renderer:
         """Return the ids to set before a prompt: none where its text begins with them already."""
         bos = self.tokenizer.bos_token
         return () if bos and prompt_text.startswith(bos) else self.bos_ids
+
+    def bare(self, text: str) -> str:
+        """Return what was written behind a prompt, without what template and engine put around."""
+        return text.removeprefix(self.assistant_prefix).removesuffix(self.end)
+
+    def parse(self, text: str) -> Parsed:
+        """Find thinking and answer in what was written behind a prompt."""
+        return self.response.parse(self.bare(text))
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts as they are: nothing is added, cut or padded."""

@@ -6,12 +6,15 @@ is. It needs neither torch nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from sftkey.recipe.schema import ResponseSection
 
 
@@ -86,6 +89,12 @@ class Example:
         turns = [turn for turn in self.prompt if turn["role"] != "system"]
         named = [f"{turn['role']}: {turn['content']}" for turn in turns]
         return str(turns[0]["content"]) if len(turns) == 1 else "\n\n".join(named)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of tokens as it is: special ones stand in it, and no blank is tidied away."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(list(ids), **options))
 
 
 @dataclass(frozen=True)

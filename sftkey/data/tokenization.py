@@ -13,7 +13,7 @@ from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.data.renderer import Renderer
-from sftkey.data.response import Example, Parsed, Segment
+from sftkey.data.response import Example, Parsed, Segment, decoded
 from sftkey.data.template import num_dropped_thinkings
 from sftkey.data.values import Refusal, RowError
 from sftkey.errors import FrameError
@@ -287,10 +287,10 @@ def change_of(example: Example, ids: list[int], renderer: Renderer) -> Change | 
     """
     written = renderer.response.render(example.thinking, example.answer)
     whole = renderer.assistant_prefix + written + renderer.end
-    decoded = whole if renderer.spells(ids, whole) else renderer.decode_behind(ids)
-    who = OWN_TAGS if _same(decoded, whole) else "the tokenizer changes"
-    if decoded.strip() != whole.strip():  # as the tokenizer writes it, be it NFC alone
-        inner = decoded.strip().removesuffix(renderer.end.strip())
+    read = whole if renderer.spells(ids, whole) else renderer.decode_behind(ids)
+    who = OWN_TAGS if _same(read, whole) else "the tokenizer changes"
+    if read.strip() != whole.strip():  # as the tokenizer writes it, be it NFC alone
+        inner = read.strip().removesuffix(renderer.end.strip())
         written = inner.removeprefix(renderer.assistant_prefix.strip())
     return _difference(example, renderer.response.parse(written), who)
 
@@ -327,12 +327,13 @@ def _apart(
 
     SentencePiece sets a blank before a text: behind an anchor, which is cut off again, it doesn't.
     """
-    wanted = {_decode(prompt_ids, renderer) + text.rest}
-    wanted |= {_decode(whole_ids, renderer)} if whole_ids else set()
+    tokenizer = renderer.tokenizer
+    wanted = {decoded(tokenizer, prompt_ids) + text.rest}
+    wanted |= {decoded(tokenizer, whole_ids)} if whole_ids else set()
     for anchor in ("", renderer.end_token, "\n", "x"):
         head, both = renderer.encode([anchor, anchor + text.rest])
         ids = both.ids[len(head.ids) :]
-        if [*head.ids, *ids] == both.ids and _decode([*prompt_ids, *ids], renderer) in wanted:
+        if [*head.ids, *ids] == both.ids and decoded(tokenizer, [*prompt_ids, *ids]) in wanted:
             return Tokens(ids, both, len(head.ids), len(anchor))
     return None
 
@@ -366,11 +367,6 @@ def _check_swallowing(
         if span[1] - span[0] != lengths[ids[place]]:
             token = renderer.tokenizer.convert_ids_to_tokens(ids[place])
             raise RowError(f"the token {token!r} swallows white space beside it", "end-of-turn")
-
-
-def _decode(ids: Sequence[int], renderer: Renderer) -> str:
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return str(renderer.tokenizer.decode(list(ids), **options))
 
 
 def fit(

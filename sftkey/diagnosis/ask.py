@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from sftkey.activity import activity, tell
 from sftkey.data.labels import IGNORED
 from sftkey.data.renderer import Renderer, stop_ids
-from sftkey.data.response import Example, Segment
+from sftkey.data.response import Example, Segment, decoded
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.rule import CONDITIONS, Outcome
 from sftkey.errors import FrameError
@@ -30,7 +30,7 @@ from sftkey.recipe.schema import EvalSection
 from sftkey.training.detached import Aligned, align
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 BATCH_TOKENS = 4096  # padding counted
@@ -258,14 +258,7 @@ def num_thinking_tokens(ids: Sequence[int], renderer: Renderer) -> int | None:
     """
     response = renderer.response
     switch = Switch((), response.thinking_close, response.answer_open, renderer.assistant_prefix)
-    text = _text(renderer.tokenizer, ids)
-    end = switch.thinking_end(text)
-    if end is None:
-        return None
-    num_tokens = len(ids)
-    while num_tokens and _text(renderer.tokenizer, ids[: num_tokens - 1]).startswith(text[:end]):
-        num_tokens -= 1
-    return num_tokens
+    return switch.num_thinking_tokens(renderer.tokenizer, ids)
 
 
 def _outcome(
@@ -278,8 +271,8 @@ def _outcome(
 ) -> Outcome:
     """Judge a whole response: what stood before the generation, and what was generated."""
     ids = [*before.before[len(asked.prompt) :], *generation.ids]
-    text = _text(renderer.tokenizer, ids).removeprefix(renderer.assistant_prefix)
-    verdict = grade(renderer.response.parse(text).answer, asked.answer, grader)
+    written = decoded(renderer.tokenizer, ids)
+    verdict = grade(renderer.parse(written).answer, asked.answer, grader)
     return Outcome(
         right=verdict.right,
         parsed=verdict.read is not None,
@@ -287,7 +280,3 @@ def _outcome(
         nats=nats,
         num_tokens=len(before.key or asked.reference.key),
     )
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

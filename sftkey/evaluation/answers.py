@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sftkey.data.response import Example, Parsed, QuestionKey
-from sftkey.errors import DataError, Problem, RunError
-from sftkey.evaluation.grading import Grade, grade, shortened
+from sftkey.errors import DataError, Problem, RunError, shortened
+from sftkey.evaluation.grading import Grade, grade
 from sftkey.files import write_text
-from sftkey.generation.generate import Generation, by_row, key_of
+from sftkey.generation.generate import Generation, by_row, key_of, read_row
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Renderer
@@ -51,7 +50,8 @@ def read_generations(
             continue
         where = ""
         try:
-            index, turn, generation = _row(line)
+            row = read_row(line)
+            index, turn = row["index"], row.get("turn")
             where, keys = f"index {index}", asked.get(index, [])
             if turn is None and len(keys) > 1:
                 hint = _OF_ONE_TURN
@@ -64,7 +64,7 @@ def read_generations(
         except ValueError as error:
             problems.append(Problem(where, str(error), number))
         else:
-            generations[key], first_lines[key] = generation, number
+            generations[key], first_lines[key] = Generation.of(row), number
     what = "expected a generation; got none"
     missing = (key for key in expected if key not in generations)
     problems += [Problem(_named(key, asked), what) for key in missing]
@@ -82,30 +82,6 @@ _OF_ONE_TURN = (
 def _named(key: QuestionKey, asked: Mapping[int, Sequence[QuestionKey]]) -> str:
     turn = f", turn {key.turn}" if key.turn or len(asked.get(key.row, ())) > 1 else ""
     return f"index {key.row}{turn}"
-
-
-_FIELDS = {
-    "index": ((int,), "an integer"),
-    "turn": ((int, type(None)), "an integer"),
-    "text": ((str,), "a text"),
-    "num_tokens": ((int, type(None)), "an integer"),
-    "stopped": ((bool, type(None)), "true or false"),
-}
-
-
-def _row(line: bytes) -> tuple[int, int | None, Generation]:
-    """Check one row; a ValueError's text says what was expected."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # also of bytes that are no UTF-8
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object; got {line[:60].decode(errors='replace')!r}")
-    for key, (types, name) in _FIELDS.items():
-        if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
-            raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
-    generation = Generation(row["text"], row.get("num_tokens"), row.get("stopped"))
-    return row["index"], row.get("turn"), generation
 
 
 @dataclass(frozen=True)
@@ -133,7 +109,7 @@ def grade_texts(
     found = []
     for example in sorted(examples, key=lambda each: each.key):
         written = generations[example.key]
-        text = written.text.removeprefix(renderer.assistant_prefix).removesuffix(renderer.end)
+        text = renderer.bare(written.text)
         parsed = renderer.response.parse(text)
         verdict = grade(parsed.answer, example.answer, recipe.eval.grader)
         found.append(GradedText(example, written, text, parsed, verdict))

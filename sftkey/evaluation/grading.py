@@ -13,12 +13,11 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from sftkey.data.response import Response
-from sftkey.errors import Problem, RecipeError
+from sftkey.errors import RecipeError
 from sftkey.evaluation.numbers import Stated, same_numbers, stated_numbers
 from sftkey.evaluation.statement import cleaned, concluded, normalize, stated, unwrapped
 
 Untagged = Literal["right", "wrong", "unread"]
-MAX_PROBLEMS = 20  # an error names so many rows, and counts the others
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,6 @@ def unreadable(references: Mapping[int, str], grader: str) -> list[int]:
         RecipeError: `math` without the package that does it.
     """
     return [row for row, text in references.items() if not grade(text, text, grader)]
-
-
-def shortened(problems: list[Problem]) -> list[Problem]:
-    """Keep the first problems and count the others."""
-    left = len(problems) - MAX_PROBLEMS
-    return [*problems[:MAX_PROBLEMS], *([Problem("", f"and {left} more")] if left > 0 else [])]
 
 
 def read_number(text: str) -> Stated | None:

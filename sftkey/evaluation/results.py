@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey.data.response import Example, QuestionKey, Response
-from sftkey.errors import DataError, Problem, RunError
+from sftkey.errors import DataError, Problem, RunError, shortened
 from sftkey.evaluation.answers import GradedText
-from sftkey.evaluation.grading import Untagged, read_untagged, shortened
+from sftkey.evaluation.grading import Untagged, read_untagged
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import num_conversations, score_of, share_interval
 from sftkey.evaluation.thinking import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.activity import activity, tell
-from sftkey.data.response import QuestionKey
+from sftkey.data.response import QuestionKey, decoded
 from sftkey.errors import Problem, RunError
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ class Generation:
     stopped: bool | None = None  # whether the model ended it by itself, before `max_new_tokens`
     # Its tokens, where the model wrote it just now: no file has them.
     ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Generation:
+        """Return what a row of a file holds, as `read_row` has read it."""
+        return cls(row["text"], row.get("num_tokens"), row.get("stopped"))
 
 
 def generate(
@@ -201,6 +206,33 @@ def key_of(asked: Sequence[Key], turn: int | None) -> Key | None:
     return asked[0] if asked else None
 
 
+_FIELDS = {
+    "index": ((int,), "an integer"),
+    "turn": ((int, type(None)), "an integer"),
+    "text": ((str,), "a text"),
+    "num_tokens": ((int, type(None)), "an integer"),
+    "stopped": ((bool, type(None)), "true or false"),
+}
+
+
+def read_row(line: bytes) -> dict[str, Any]:
+    """Read a line of a file of generations, a run's own or what another engine wrote.
+
+    Raises:
+        ValueError: It says what was expected in the line.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # also of bytes that are no UTF-8
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object; got {line[:60].decode(errors='replace')!r}")
+    for key, (types, name) in _FIELDS.items():
+        if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
+            raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
+    return row
+
+
 def generated_in(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, Generation]:
     """Read the generations of these prompts, after cutting off an unfinished last line.
 
@@ -214,29 +246,20 @@ def generated_in(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, 
         rows.truncate(written.rfind(b"\n") + 1)
     done, asked = {}, by_row(prompts)
     for number, line in enumerate(written.split(b"\n")[:-1], start=1):
+        where = ""
         try:
-            row = json.loads(line)
-            index, num_tokens = row["index"], row["prompt_tokens"]
-            generation = Generation(row["text"], row["num_tokens"], row["stopped"])
-            turn = row.get("turn")
-        except (ValueError, KeyError, TypeError):
-            what = f"expected a generation; got {line[:60].decode(errors='replace')!r}"
-            raise _not_ours(file, number, what) from None
-        try:
-            key = key_of(asked.get(index, []), turn)
+            row = read_row(line)
+            where, num_tokens = f"row {row['index']}", row.get("prompt_tokens")
+            key = key_of(asked.get(row["index"], []), row.get("turn"))
             if key is not None and num_tokens != (asks := len(prompts[key])):
                 what = f"expected a generation after a prompt of {asks} tokens; got {num_tokens}"
                 raise ValueError(what)
         except ValueError as error:
-            raise _not_ours(file, number, f"row {index}: {error}") from None
+            hint = "move the file aside; then all of it is generated again"
+            raise RunError(str(file), [Problem(where, str(error), number)], hint) from None
         if key is not None:  # else of a longer evaluation: nothing to do with it
-            done[key] = generation
+            done[key] = Generation.of(row)
     return done
-
-
-def _not_ours(file: Path, line: int, what: str) -> RunError:
-    hint = "move the file aside; then all of it is generated again"
-    return RunError(str(file), [Problem("", what, line)], hint)
 
 
 def generation_config(
@@ -292,8 +315,7 @@ def _generation(
 ) -> Generation:
     """Cut a row at its first stop; what stands after it is padding."""
     end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
-    text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-    return Generation(text, end, end < len(ids), tuple(ids[:end]))
+    return Generation(decoded(tokenizer, ids[:end]), end, end < len(ids), tuple(ids[:end]))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sftkey.data.response import decoded
 from sftkey.errors import FrameError
 from sftkey.models.adapters import without_adapters
 from sftkey.models.key_adapter import KEY, acting, context_adapters, key_adapters
@@ -83,6 +84,22 @@ class Switch:
             return end + len(behind)
         return None if behind.startswith(text[end:]) else end
 
+    def num_thinking_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    ) -> int | None:
+        """Count the tokens up to the one that holds the thinking's last character.
+
+        It may hold others behind it. None while the end isn't known.
+        """
+        text = decoded(tokenizer, ids)
+        end = self.thinking_end(text)
+        if end is None:
+            return None
+        num_tokens = len(ids)
+        while num_tokens and decoded(tokenizer, ids[: num_tokens - 1]).startswith(text[:end]):
+            num_tokens -= 1
+        return num_tokens
+
 
 def find_switch(
     model: PreTrainedModel | PeftModel, renderer: Renderer, *, thinking_given: bool = False
@@ -124,24 +141,12 @@ class StopAtThinkingEnd(StoppingCriteria):
         for row, ids in enumerate(recent):
             if row in self._stopped or row in self.num_tokens:
                 continue
-            if self.switch.marker in self._text(ids):  # only then is all of it read
-                self._find_end(row, input_ids[row, self.length :].tolist())
+            if self.switch.marker in decoded(self.tokenizer, ids):  # only then is all of it read
+                whole = input_ids[row, self.length :].tolist()
+                if (end := self.switch.num_thinking_tokens(self.tokenizer, whole)) is not None:
+                    self.num_tokens[row] = end
         ended = [row in self.num_tokens for row in range(len(recent))]
         return torch.tensor(ended, device=input_ids.device)
-
-    def _find_end(self, row: int, ids: list[int]) -> None:
-        """Find the token that holds the thinking's last character; it may hold others behind it."""
-        text = self._text(ids)
-        end = self.switch.thinking_end(text)
-        if end is None:
-            return
-        num_tokens = len(ids)
-        while num_tokens and self._text(ids[: num_tokens - 1]).startswith(text[:end]):
-            num_tokens -= 1
-        self.num_tokens[row] = num_tokens
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 class Streamer:
@@ -179,8 +184,7 @@ class Streamer:
         self._in_prompt = True
 
     def _pass_on(self) -> None:
-        text = str(self.tokenizer.decode(self.ids, clean_up_tokenization_spaces=False))
-        self.on_text(text.rstrip(UNFINISHED))
+        self.on_text(decoded(self.tokenizer, self.ids).rstrip(UNFINISHED))
 
 
 def write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import time
@@ -22,9 +21,9 @@ from sftkey.data.prepare import NUM_WITHOUT_VALIDATION, Prepared
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.row_cache import tokenized_rows
-from sftkey.errors import DataError, Problem
+from sftkey.errors import DataError, Problem, shortened
 from sftkey.files import write_json
-from sftkey.generation.generate import Generation, by_row, generated_in, key_of
+from sftkey.generation.generate import Generation, by_row, generated_in, key_of, read_row
 from sftkey.generation.key_switch import Switch
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.answers import write_parts
@@ -117,34 +116,35 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
     seen: Counter[int] = Counter()
     problems = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(str(file), f"can't be read: {error}", "see stages.own.file") from error
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        what = f"can't be read: {error.strerror}"
+        raise DataError(str(file), what, "see stages.own.file") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            if not isinstance(row["text"], str):
-                raise TypeError("`text` is no text")
+            row = read_row(line)
             place = places[_asked_key(row, asked)]
             prompt = row.get("prompt")
             if prompt not in (None, prepared.renderer.prompt_text(examples[place].prompt)):
                 raise ValueError(f"row {row['index']}: its `prompt` is another than the recipe's")
             if seen[place] >= stage.own_thinking.samples:
                 raise ValueError(f"row {row['index']} comes more often than own.samples says")
-            written[seen[place] * len(examples) + place] = Generation(row["text"])
+            written[seen[place] * len(examples) + place] = Generation.of(row)
             seen[place] += 1
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            problems.append(Problem("", f"{type(error).__name__}: {error}", number))
+        except ValueError as error:
+            problems.append(Problem("", str(error), number))
     if problems:
-        shown = problems[:20]
         what = f"expected `index` and `text` in each line; {len(problems)} lines can't be used"
-        raise DataError(str(file), [Problem("", what), *shown], "write it anew: sftkey prompts")
+        told = [Problem("", what), *shortened(problems)]
+        raise DataError(str(file), told, "write it anew: sftkey prompts")
     return written
 
 
 def _asked_key(row: Mapping[str, Any], asked: Mapping[int, Sequence[QuestionKey]]) -> QuestionKey:
     """Find the training question that a line answers; without a turn it is the row's first."""
-    index, turn = row["index"], row.get("turn", 0)
+    index, turn = row["index"], row.get("turn") or 0
     if index not in asked:
         raise ValueError(f"row {index} is no row of train")
     key = key_of(asked[index], turn)
@@ -161,7 +161,7 @@ def require_valid(
     Raises:
         DataError: Fewer than half of them are: the model doesn't think.
     """
-    thinkings = {key: _parsed(prepared.renderer, each).thinking for key, each in written.items()}
+    thinkings = {key: prepared.renderer.parse(each.text).thinking for key, each in written.items()}
     valid = {key: each for key, each in thinkings.items() if each and each.strip()}
     if len(valid) >= LEAST_VALID * len(written):
         return valid
@@ -187,14 +187,10 @@ def count_right(
 ) -> int:
     """Count the examples, by their place, whose written answer is right."""
     right = [
-        grade(_parsed(renderer, each).answer, examples[place].answer, grader)
+        grade(renderer.parse(each.text).answer, examples[place].answer, grader)
         for place, each in written.items()
     ]
     return sum(map(bool, right))
-
-
-def _parsed(renderer: Renderer, written: Generation) -> Any:
-    return renderer.response.parse(written.text.removeprefix(renderer.assistant_prefix))
 
 
 def own_examples(
@@ -219,7 +215,7 @@ def own_examples(
     valid: dict[int, list[tuple[str, bool]]] = {}
     for key in sorted(written):
         place = key % len(examples)
-        parsed = _parsed(prepared.renderer, written[key])
+        parsed = prepared.renderer.parse(written[key].text)
         if parsed.thinking is None:
             counts["not closed"] += 1
         elif not parsed.thinking.strip():

@@ -267,13 +267,14 @@ def test_all_faults_of_a_file_of_generations_are_told_at_once(tmp_path: Path) ->
         '{"index": 2, "text": null}',
         '{"index": 2, "text": "e", "stopped": "yes"}',
         '{"index": 2, "text": "e", "num_tokens": 1.5}',
+        "[" * 100_000,
     ]
     file.write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
         read_generations(file, asked(1, 2, 3))
     assert str(caught.value) == "\n".join(
         [
-            f"{file}: 11 problems",
+            f"{file}: 12 problems",
             "  line 2, index 1: expected once; it stands in line 1 already",
             "  line 3, index 9: expected the index of one of the 3 questions",
             "  line 4: expected a JSON object; got 'torn {'",
@@ -283,6 +284,7 @@ def test_all_faults_of_a_file_of_generations_are_told_at_once(tmp_path: Path) ->
             "  line 8: text: expected a text; got None",
             "  line 9: stopped: expected true or false; got 'yes'",
             "  line 10: num_tokens: expected an integer; got 1.5",
+            f"  line 11: expected a JSON object; got '{'[' * 60}'",
             "  index 2: expected a generation; got none",
             "  index 3: expected a generation; got none",
             HINT,

@@ -374,12 +374,13 @@ def test_a_batch_that_was_torn_is_made_again_without_writing_a_row_twice(
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("never JSON", "line 1: expected a generation; got 'never JSON'"),
-        ("[3]", "line 1: expected a generation; got '[3]'"),
-        ('{"index": 0}', "line 1: expected a generation; got '{\"index\": 0}'"),
+        ("never JSON", "line 1: expected a JSON object; got 'never JSON'"),
+        ("[3]", "line 1: expected a JSON object; got '[3]'"),
+        ("[" * 100_000, f"line 1: expected a JSON object; got '{'[' * 60}'"),
+        ('{"index": 0}', "line 1: text: expected a text; got None"),
         (
             '{"index": 0, "prompt_tokens": 5, "text": "", "num_tokens": 0, "stopped": true}',
-            "line 1: row 0: expected a generation after a prompt of 1 tokens; got 5",
+            "line 1, row 0: expected a generation after a prompt of 1 tokens; got 5",
         ),
     ],
 )

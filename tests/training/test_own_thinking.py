@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sftkey.data.prepare import Prepared
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.diagnosis.run import refuse_empty_thinking
 from sftkey.errors import DataError, RecipeError, RunError
@@ -17,10 +18,11 @@ from sftkey.evaluation.grading import grade
 from sftkey.generation import key_switch as writing
 from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
-from sftkey.recipe.schema import OwnThinking, StageSection
+from sftkey.recipe.schema import OwnThinking, ResponseSection, StageSection
 from sftkey.training import own_thinking
-from sftkey.training.own_thinking import Writer, own_examples
+from sftkey.training.own_thinking import Writer, count_right, own_examples
 from sftkey.training.run import read_rows, start
+from tests.support.tokenizers import CHATML, made
 from tests.training.test_run import Killed
 
 MakeRecipe = Callable[..., Path]
@@ -189,6 +191,14 @@ def test_nothing_kept_is_refused(
         "stages.key: thinking: own leaves no row to train on: no thinking was closed and kept\n"
         "hint: write own.keep: all, or train an earlier stage for longer"
     )
+
+
+def test_what_stands_around_an_answer_is_no_part_of_it() -> None:
+    """Another engine may keep the end of turn, where no tag closes the answer."""
+    section = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
+    renderer = Renderer.read(made("look_ahead", CHATML), section)
+    written = {0: Generation(f"<think>\nso\n</think>\n\n4{renderer.end}")}
+    assert count_right(renderer, [Example("2 + 2?", "so", "4")], written, "exact", grade) == 1
 
 
 @pytest.mark.fault("a kill")

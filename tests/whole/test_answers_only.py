@@ -355,15 +355,20 @@ def test_another_engine_writes(
         run.prepared.train_examples[0].prompt
     )
     rows = [
-        {"index": each["index"], "prompt": each["prompt"], "text": thought(f"so {each['index']}")}
+        {
+            "index": each["index"],
+            "prompt": each["prompt"],
+            "text": thought(f"so\u2028{each['index']}"),
+        }
         for each in asked
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    lines = [json.dumps(row, ensure_ascii=False) for row in [*rows, rows[0]]]
+    file.write_text("\n".join([*lines, "", ""]), encoding="utf-8")
     written = own_thinking.read_thinkings(file, recipe.stages[0], run.prepared)
     used, counts = own_examples(recipe.stages[0], run.prepared, written, "exact", grade)
     assert (counts["written"], counts["used"]) == (25, 25)
     assert {each.index for each in used} == {each["index"] for each in asked}
-    assert all(each.thinking == f"so {each.index}" for each in used)
+    assert all(each.thinking == f"so\u2028{each.index}" for each in used)
     wrong = [
         {**rows[0], "index": 999},
         {**rows[1], "prompt": "other"},
@@ -374,6 +379,7 @@ def test_another_engine_writes(
     with pytest.raises(DataError) as error:
         own_thinking.read_thinkings(file, recipe.stages[0], run.prepared)
     assert [each.line for each in error.value.problems] == [None, 1, 2, 3, 6, 7]
+    assert error.value.problems[3].what == "text: expected a text; got None"
 
 
 def test_rejection_sampling_trains_the_whole_completion(recipe_over: Any) -> None:
