@@ -146,6 +146,16 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def text_hash(text: str) -> str:
+    """Return the sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def value_hash(value: Any) -> str:
+    """Return the sha256 of plain data, the same in whatever order its keys stand."""
+    return text_hash(json.dumps(value, sort_keys=True))
+
+
 def free_bytes(path: Path) -> int:
     """Return the bytes that are free where a folder lies or will lie."""
     there = next(each for each in (path, *path.absolute().parents) if each.exists())

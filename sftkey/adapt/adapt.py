@@ -23,7 +23,7 @@ from sftkey.data.response import Example, Response
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError, RecipeError
 from sftkey.memory_plan.held import read_skeleton
-from sftkey.memory_plan.plan import make_plan, size_bytes
+from sftkey.memory_plan.plan import gpu_size, make_plan
 from sftkey.models.device import has_cuda
 from sftkey.models.facts import read_facts
 from sftkey.recipe.collection import short_name
@@ -149,7 +149,7 @@ def adapt(
         SFTKeyError: The model, the data or the other recipe can't be read, or have other stages
             than one over a reasoning.
     """
-    gpu_bytes = size_bytes(gpu) if gpu else 0
+    gpu_bytes = gpu_size(gpu) if gpu else 0
     other, named = (load_recipe(like), short_name(like)) if like else (None, "")
     facts = read_facts(name_or_path, other.model if other else None)
     choice = choose_frame(facts.tokenizer, facts.published_stops)

@@ -13,7 +13,7 @@ import typer
 
 from sftkey.commands.arguments import GPU, AsJSON, Overrides, RecipeArgument, recipe_names
 from sftkey.commands.terminal import set_up, stdout_console
-from sftkey.diagnosis.run import NUM_ROWS, _chosen, look
+from sftkey.diagnosis.run import NUM_ROWS, choose_subject, look
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
@@ -38,9 +38,9 @@ def check(
     if plan_only and gpu is None:
         raise RecipeError("--plan-only", "expected --gpu SIZE beside it", "write --gpu 24GB")
     if gpu is not None:
-        from sftkey.memory_plan.plan import size_bytes
+        from sftkey.memory_plan.plan import gpu_size
 
-        size_bytes(gpu)  # before any row is read
+        gpu_size(gpu)  # before any row is read
     changes = overrides or ()
     try:
         checked = load_recipe(recipe, changes)
@@ -185,7 +185,7 @@ def diagnose(
     as_json: AsJSON = False,
 ) -> None:
     """Tell what limits a model's answers, and what could mend it."""
-    load = _chosen(target, overrides or (), data, stage, num_rows)
+    load = choose_subject(target, overrides or (), data, stage, num_rows)
     set_up()
     from sftkey.diagnosis.rule import as_json as plain
     from sftkey.diagnosis.rule import render

@@ -77,10 +77,17 @@ def diagnose_model(
     return look(_foreign(model, data, num_rows))
 
 
-def _chosen(
+def choose_subject(
     target: str, overrides: Sequence[str], data: str | None, stage: str | None, num_rows: int
 ) -> Callable[[], Subject]:
-    """Tell a run, a recipe and a model apart; their form is checked before torch is imported."""
+    """Tell a run, a recipe and a model apart, and return what loads it, with its rows.
+
+    Their form is checked here, before torch is imported.
+
+    Raises:
+        RecipeError: The target is none of them, or the other arguments don't go with it.
+        RunError: The run has no such stage, or hasn't trained it.
+    """
     names = short_names()
     folder = find_recipe(Path(target)) if target in names and data is None else Path(target)
     is_run = (folder / "recipe.yaml").is_file()

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sftkey.data.response import Example, QuestionKey
 from sftkey.errors import JudgeError, RecipeError, first_line
-from sftkey.files import cache_folder
+from sftkey.files import cache_folder, text_hash, value_hash
 from sftkey.recipe.schema import JudgeSection
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class Verdicts:
     """
 
     def __init__(self, base_url: str, model: str) -> None:
-        name = _sha256(json.dumps([base_url, model]))
+        name = value_hash([base_url, model])
         self.file = cache_folder() / "verdicts" / f"{name}.jsonl"
         self._lock = Lock()
         self._known: dict[str, bool] = {}
@@ -107,7 +106,7 @@ class Verdicts:
 
     def get(self, prompt: str) -> bool | None:
         """Return the verdict on a prompt; None where there is none."""
-        return self._known.get(_sha256(prompt))
+        return self._known.get(text_hash(prompt))
 
     def keep(self, prompt: str, right: bool) -> None:
         """Write a verdict; threads may do so at once.
@@ -115,7 +114,7 @@ class Verdicts:
         Raises:
             JudgeError: The cache can't be written.
         """
-        key = _sha256(prompt)
+        key = text_hash(prompt)
         try:
             with self._lock:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,10 +134,6 @@ def _row(line: str) -> dict[str, bool]:
         return {row["prompt_sha256"]: row["right"]} if isinstance(row["right"], bool) else {}
     except (ValueError, TypeError, KeyError):
         return {}
-
-
-def _sha256(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
 
 
 PROMPT = """\

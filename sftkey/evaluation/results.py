@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -27,7 +26,7 @@ from sftkey.evaluation.thinking import (
     thinking_form,
     thinking_hash,
 )
-from sftkey.files import refuse_irregular, write_text
+from sftkey.files import refuse_irregular, text_hash, write_text
 from sftkey.recipe.stages import stage_names
 
 if TYPE_CHECKING:
@@ -329,4 +328,4 @@ def read_graded(run_folder: Path) -> list[StageResult]:
 def _fingerprint(examples: Sequence[Example]) -> str:
     """Hash what makes questions the same: their rows, prompts and reference answers."""
     rows = [(example.index, example.prompt, example.answer) for example in examples]
-    return sha256(json.dumps(rows).encode()).hexdigest()
+    return text_hash(json.dumps(rows))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from hashlib import sha256
 from typing import Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +22,7 @@ from sftkey.evaluation.statistics import (
     share_interval,
     two_sided_p,
 )
+from sftkey.files import text_hash
 from sftkey.tables import FittedTable
 
 ARRIVING = 0.9  # from this share of references on, thinkings of a task end in its answers
@@ -110,7 +110,7 @@ def thinking_hash(text: str, response: Response) -> str:
     tags = (response.thinking_close.strip(), response.answer_open.strip())
     end = next((tag for tag in tags if tag), None)
     thinking = text.partition(end)[0] if end else text
-    return sha256(thinking.strip().encode()).hexdigest()[:16]
+    return text_hash(thinking.strip())[:16]
 
 
 def _has_steps(written: str | None, reference: str, words: bool) -> bool | None:

@@ -9,6 +9,12 @@ from sftkey.recipe.schema import CONTEXT_OF_KEY, Recipe, StageSection
 from sftkey.recipe.stages import trainer_setting
 
 KEY_TOKENS = 128  # of a row's key, where no data were read
+# How training cuts up what goes through a model, or its head, at once.
+CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
+TILE_LOGITS = 2**20  # on a CPU: so many logits at once stay in its cache (4 MiB in float32)
+TILE_ROWS = 4096  # TRL's tiles hold so many tokens at most
+NARROWEST_TILE, WIDEST_TILE = 256, 32768  # entries of the vocabulary
+BESIDE_LOGITS = 2**24  # at once of what is computed beside the losses (64 MiB in float32)
 
 
 @dataclass(frozen=True)

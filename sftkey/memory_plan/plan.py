@@ -6,7 +6,6 @@ of the model is run on torch's meta device to see what a batch needs (`trace`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ from sftkey.models.source import at_hand
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.loss_on import trained_context
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
-from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.stages import size_bytes, trainer_setting
 
 GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.
@@ -182,24 +181,23 @@ class Plan:
         return f"write {' '.join(self.changes)}" if self.changes else NONE_FITS
 
 
-def size_bytes(text: str) -> int:
+def gpu_size(text: str) -> int:
     """Read the size of a GPU's memory: `24GB` is what a card is sold as, and that is 24 GiB.
 
     Raises:
         RecipeError: It is no such size.
 
-    >>> size_bytes("24GB") == size_bytes("24GiB") == 24 * 2**30
+    >>> gpu_size("24GB") == gpu_size("24GiB") == 24 * 2**30
     True
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB)", text.strip(), re.IGNORECASE)
-    size = float(found[1]) * GIB if found else 0
+    size = size_bytes(text) or 0
     if size <= RESERVED_BYTES:
         raise RecipeError(
             "--gpu",
             f"expected a size of memory above 1 GiB; got {shown(text)}",
             "write --gpu 24GB, for one; a GB is 2^30 bytes here, as on a card's label",
         )
-    return round(size)
+    return size
 
 
 def make_plan(recipe: Recipe, skeleton: Skeleton, gpu_bytes: int) -> Plan:
@@ -414,7 +412,7 @@ def fit(recipe: Path, overrides: Sequence[str], gpu: str) -> Plan:
     Raises:
         SFTKeyError: The size, the recipe or its model can't be read, or aren't planned.
     """
-    size = size_bytes(gpu)
+    size = gpu_size(gpu)
 
     def load(more: Sequence[str]) -> Recipe:
         return load_recipe(recipe, [*overrides, *more])

@@ -26,7 +26,7 @@ from typing import BinaryIO
 from packaging.requirements import Requirement
 
 from sftkey.errors import ModelError
-from sftkey.files import CHUNK_BYTES, appearing, cache_folder, file_hash
+from sftkey.files import CHUNK_BYTES, appearing, cache_folder, file_hash, text_hash
 from sftkey.recipe.schema import ModelSection
 
 LOGGER = logging.getLogger("sftkey")
@@ -51,8 +51,7 @@ def converted_folder(section: ModelSection) -> Path:
         return cache_folder() / "models" / f"{name}-{version}-{str(section.sha256)[:12]}"
     file = _own_file(section)
     about = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    digest = hashlib.sha256(about.encode()).hexdigest()
-    return cache_folder() / "models" / f"{file.stem}-{digest[:12]}"
+    return cache_folder() / "models" / f"{file.stem}-{text_hash(about)[:12]}"
 
 
 def gguf_folder(section: ModelSection) -> Path:

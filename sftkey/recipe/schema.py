@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe import yaml_io
 from sftkey.recipe.loss_on import checked_loss, checked_loss_on, checked_weights
+from sftkey.recipe.stages import size_bytes
 from sftkey.recipe.upstream import as_number
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)", re.IGNORECASE)
 KEY_BATCH_TOKENS = 2048  # 6% of 32k tokens, whose keys and values are 1.8 GiB on a Qwen2.5-7B
 CONTEXT_OF_KEY = 16  # for each token of a key, so many of context are held at most
 SPLIT_RULES = ("think_tags", "boxed", "hash_marks")
@@ -58,7 +58,7 @@ def _context_cache(value: Any) -> Any:
     """Check a word or a size; YAML reads a bare `off` as false."""
     if value is False:
         return "off"
-    if isinstance(value, str) and (value in ("auto", "off") or SIZE.fullmatch(value)):
+    if isinstance(value, str) and (value in ("auto", "off") or size_bytes(value)):
         return value
     raise ValueError(f"expected auto, off or a size, 20GB say; got {shown(value)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +21,16 @@ KEY_WEIGHT = 5.0  # of the key in one stage over the whole completion, where non
 def stage_names(recipe: Recipe) -> list[str]:
     """Return `base` and the names of the stages, in their order."""
     return [BASE, *(stage.name for stage in recipe.stages)]
+
+
+def size_bytes(text: str) -> int | None:
+    """Read a size of memory or files, where a GB is 2^30 bytes; None of another text.
+
+    >>> size_bytes("1.5GB"), size_bytes("12 mib"), size_bytes("12")
+    (1610612736, 12582912, None)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(M|G)i?B\s*", text, re.IGNORECASE)
+    return round(float(found[1]) * (2**20 if found[2] in "mM" else 2**30)) if found else None
 
 
 STEP_SETTINGS = (

@@ -23,11 +23,11 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import SFTKeyError
 from sftkey.evaluation.results import StageResult, read_result
-from sftkey.files import appearing
+from sftkey.files import appearing, value_hash
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import BASE
-from sftkey.study.tasks import Cell, hashed
+from sftkey.study.tasks import Cell
 from sftkey.training.log import read_log
 from sftkey.training.rows import TRAINS, fingerprints, made_from
 from sftkey.training.run import Run
@@ -119,7 +119,7 @@ def recipe_hash(recipe: Recipe) -> str:
     How many answers are written at a time is no part of it: it depends on the machine's memory.
     """
     left_out = {"eval": {"batch_size"}}
-    return hashed(recipe.model_dump(mode="json", exclude_defaults=True, exclude=left_out))
+    return value_hash(recipe.model_dump(mode="json", exclude_defaults=True, exclude=left_out))
 
 
 def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from sftkey.data.response import Segment
 from sftkey.errors import DataError, DivergedError, RunError, RunLocked
 from sftkey.evaluation.answers import grade_texts, read_generations
 from sftkey.evaluation.grading import grade
-from sftkey.files import read_json, write_json
+from sftkey.files import read_json, value_hash, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.study.cells import remove_checkpoints, take_over
 from sftkey.study.schema import Choice, has_weight
-from sftkey.study.tasks import Picked, StudyRows, Task, arm_recipe, hashed
+from sftkey.study.tasks import Picked, StudyRows, Task, arm_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.run_folder import lock_run, open_run
 
@@ -107,7 +107,7 @@ class StudyChoices:
             strategy.matched and last,
             has_weight(strategy.stages[number]),
         ]
-        return hashed([way, rest])[:16]
+        return value_hash([way, rest])[:16]
 
     def _grids(self, choice: Choice) -> dict[str, Grid]:
         """Return the grid of each stage of all arms, by its key."""
@@ -201,7 +201,7 @@ class StudyChoices:
         matched = self.run.matched(self.task, arm, choice.seed, choice.num_rows)
         laid = [{**values, **more} for values, more in zip(picked, matched, strict=False)]
         recipe = arm_recipe(self.run.study, self.task, arm, choice.seed, laid, num_stages)
-        folder = self._runs / hashed([self._key(arm, num_stages - 1), picked])[:16]
+        folder = self._runs / value_hash([self._key(arm, num_stages - 1), picked])[:16]
         ledger, rows = open_run(recipe, folder), partial(self._few_rows, choice)
         take_over(ledger, rows(recipe))
         run = start(recipe, folder, read=rows, grade=grade)

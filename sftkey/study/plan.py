@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sftkey.files import read_json
+from sftkey.files import read_json, value_hash
 from sftkey.memory_plan.plan import RESERVED_BYTES, gib, peak_bytes
 from sftkey.recipe.schema import StageSection
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
@@ -17,7 +17,7 @@ from sftkey.study.results import FinishedCell
 from sftkey.study.run import StudyRun
 from sftkey.study.seeds import MOST_SEEDS, seeds_needed
 from sftkey.study.summary import stated, supposed_of
-from sftkey.study.tasks import Cell, hashed
+from sftkey.study.tasks import Cell
 from sftkey.tables import FittedTable
 from sftkey.training.run_folder import prefix_key
 
@@ -70,7 +70,7 @@ def plan(run: StudyRun) -> list[PlannedCell]:
         done = cell in finished
         seconds = 0.0 if done else pace.seconds(cell, stages)
         asked = prepared.questions(cell.recipe)
-        questions = hashed([(each.index, each.prompt, each.answer) for each in asked])
+        questions = value_hash([(each.index, each.prompt, each.answer) for each in asked])
         planned.append(PlannedCell(cell, done, tuple(stages), seconds, len(asked), questions))
     return planned
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sftkey.errors import DataError, RunError, RunLocked
 from sftkey.evaluation.grading import grade
-from sftkey.files import read_json, write_json, write_text
+from sftkey.files import read_json, value_hash, write_json, write_text
 from sftkey.recipe.stages import BASE
 from sftkey.study.cells import cell_record, link, recipe_hash, remove_checkpoints, take_over
 from sftkey.study.choose import StudyChoices
-from sftkey.study.tasks import Cell, Picked, StudyRows, Task, arm_recipe, hashed, rows_key
+from sftkey.study.tasks import Cell, Picked, StudyRows, Task, arm_recipe, rows_key
 from sftkey.training.run import Run, start
 from sftkey.training.run_folder import open_run, refuse_changed
 
@@ -171,4 +171,4 @@ class StudyRun(StudyRows):
             "settings": {**settings, "seed": run.recipe.seed if settings["temperature"] else 0},
             "model": run.recipe.model.model_dump(mode="json"),
         }
-        return self.folder.runs(cell.task) / f"base-{hashed(asked)[:12]}.jsonl"
+        return self.folder.runs(cell.task) / f"base-{value_hash(asked)[:12]}.jsonl"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.errors import DataError, RecipeError
+from sftkey.files import value_hash
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, trainer_setting
 from sftkey.study.schema import Study, strategy_recipe, task_name
@@ -127,14 +125,9 @@ class StudyFolder:
         return (self.chosen or self.root) / "choices" / f"{task}.json"
 
 
-def hashed(value: Any) -> str:
-    """Hash plain data."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def rows_key(recipe: Recipe) -> str:
     """Return what two recipes share that make the same rows."""
-    return hashed(recipe.model_dump(mode="json", include={"seed", "model", "data", "response"}))
+    return value_hash(recipe.model_dump(mode="json", include={"seed", "model", "data", "response"}))
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
 from sftkey.generation.generate import inferring
+from sftkey.memory_plan.batches import CHUNK_TOKENS
 from sftkey.models.adapters import without_adapters
 from sftkey.models.key_adapter import joining
 from sftkey.models.key_pass import (
@@ -30,7 +31,6 @@ from sftkey.models.key_pass import (
     shared_keys,
 )
 
-CHUNK_TOKENS = 4096  # of a batch's context in one pass; what a pass computes is freed after it
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 

@@ -20,8 +20,7 @@ from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.files import free_bytes
 from sftkey.models.key_adapter import act, context_adapters
-from sftkey.recipe.schema import SIZE
-from sftkey.recipe.stages import KeyAdapterSpec
+from sftkey.recipe.stages import KeyAdapterSpec, size_bytes
 from sftkey.training.context_cache import ContextCache, bytes_a_token
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import GroupedByLength, KeyTrainer
@@ -61,17 +60,6 @@ class SameBatches(Sampler[int]):
         for number in order.tolist():
             yield from self.rows[number * size : (number + 1) * size]
         yield from self.rows[num_whole * size :]
-
-
-def size_bytes(text: str) -> int:
-    """Read a size of files.
-
-    >>> size_bytes("1.5GB")
-    1610612736
-    """
-    found = SIZE.fullmatch(text)
-    assert found, text  # the recipe's schema has seen to it
-    return int(float(found[1]) * (2**20 if found[2][0] in "mM" else 2**30))
 
 
 def behind_cache(
@@ -190,7 +178,7 @@ class FrozenTrainer(KeyTrainer):
             a_token = bytes_a_token(self._peft_model)
         size = a_token * sum(row_lengths(rows))
         auto = self._cache_setting == "auto"
-        limit = int(free_bytes(folder) * FREE_SHARE) if auto else size_bytes(self._cache_setting)
+        limit = size_bytes(self._cache_setting) or int(free_bytes(folder) * FREE_SHARE)
         what = f"{a_token / 1024:.0f} KiB a token, {size / 2**30:.2f} GiB of contexts"
         if auto and size > limit:
             LOGGER.info("contexts are read anew in each epoch: %s are too much for the disk", what)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,9 @@ from trl.trainer import utils as trl_utils
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.errors import RecipeError
+from sftkey.files import text_hash
 from sftkey.generation.generate import inferring
+from sftkey.memory_plan import batches
 from sftkey.models.adapters import without_adapters
 from sftkey.models.key_adapter import key_adapters
 from sftkey.recipe.schema import Recipe
@@ -35,10 +36,6 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 Weighting = Callable[..., torch.Tensor]
 NUM_LIKELIEST = 20  # tokens that an entropy is taken over
 MOST_ENTROPY = 3.0  # nats of 20 tokens: ln 20, rounded
-TILE_LOGITS = 2**20  # on a CPU: so many logits at once stay in its cache (4 MiB in float32)
-TILE_ROWS = 4096  # TRL's tiles hold so many tokens at most
-NARROWEST_TILE, WIDEST_TILE = 256, 32768  # entries of the vocabulary
-BESIDE_LOGITS = 2**24  # at once of what is computed beside the losses (64 MiB in float32)
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,14 @@ def token_losses(
 
 
 def joint_losses(
-    model: torch.nn.Module, batches: Sequence[dict[str, Any]], context: Context
+    model: torch.nn.Module, inputs: Sequence[dict[str, Any]], context: Context
 ) -> list[torch.Tensor]:
     """Return of each micro-batch what `token_losses` returns, but for rounding.
 
     Their contexts are read one after another, and all keys go through the model in one pass. The
     context is `detached` or `frozen`; `beside` stands in the first one's inputs.
     """
-    first, *others = batches
+    first, *others = inputs
     losses: list[torch.Tensor] = model(**first, token_losses=context, others=others)
     return losses
 
@@ -238,7 +235,7 @@ def in_tiles(
         num_logits: What one row takes: a tile has so many rows that `BESIDE_LOGITS` hold them.
         rows: `(N, …)` each.
     """
-    size = max(BESIDE_LOGITS // num_logits, 1)
+    size = max(batches.BESIDE_LOGITS // num_logits, 1)
     tiles = zip(*(each.split(size) for each in rows), strict=True)
     found = [checkpoint(compute, *tile, use_reentrant=False) for tile in tiles]
     return torch.cat(found)
@@ -249,8 +246,9 @@ def _tiles_for(num_tokens: int, device: torch.device) -> Iterator[None]:
     """Narrow TRL's tiles of logits to what a CPU's cache holds; it looks at each call."""
     width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     if device.type == "cpu":
-        rows = max(min(num_tokens, TILE_ROWS), 1)
-        narrow = min(max(TILE_LOGITS // rows, NARROWEST_TILE), WIDEST_TILE)
+        rows = max(min(num_tokens, batches.TILE_ROWS), 1)
+        narrow = max(batches.TILE_LOGITS // rows, batches.NARROWEST_TILE)
+        narrow = min(narrow, batches.WIDEST_TILE)
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = narrow
     try:
         yield
@@ -331,7 +329,7 @@ def own_losses(recipe: Recipe) -> dict[str, str]:
         if stage.loss not in BUILT_IN:
             weighting = find_weighting(stage.loss)
             source = inspect.getsource(inspect.getmodule(weighting) or Any)
-            found[stage.loss] = sha256(source.encode()).hexdigest()
+            found[stage.loss] = text_hash(source)
     return found
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from hashlib import sha256
 from typing import Any
 
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example
 from sftkey.errors import Problem, RunError
-from sftkey.files import read_json, write_json
+from sftkey.files import read_json, text_hash, value_hash, write_json
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import ROWS, Ledger, put_back
 
@@ -21,10 +19,7 @@ ALL = (*TRAINS, "test")
 
 def row_hashes(rows: Sequence[Example]) -> list[str]:
     """Return a hash of each row: its prompt, reasoning and answer, and its place in the source."""
-    return [
-        sha256(repr((row.prompt, row.thinking, row.answer, *row.key)).encode()).hexdigest()[:16]
-        for row in rows
-    ]
+    return [text_hash(repr((row.prompt, row.thinking, row.answer, *row.key)))[:16] for row in rows]
 
 
 def made_from(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
@@ -34,13 +29,13 @@ def made_from(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
         "train": row_hashes(prepared.train_examples),
         "validation": row_hashes(prepared.validation_examples),
         "test": row_hashes(prepared.questions(recipe)),
-        "template": [sha256(repr(template).encode()).hexdigest()[:16]],
+        "template": [text_hash(repr(template))[:16]],
     }
 
 
 def fingerprints(rows: Mapping[str, Any]) -> dict[str, str]:
     """Return a hash of each split's rows, from what `made_from` returns."""
-    return {name: sha256(json.dumps(each).encode()).hexdigest() for name, each in rows.items()}
+    return {name: value_hash(each) for name, each in rows.items()}
 
 
 def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from platform import node
 from typing import Any
@@ -22,6 +20,8 @@ from sftkey.files import (
     free_name,
     read_json,
     refuse_irregular,
+    text_hash,
+    value_hash,
     write_json,
     write_text,
 )
@@ -137,7 +137,7 @@ class Ledger:
             "rows": self.rows,
             "files": self.files,
         }
-        content["sha256"] = _content_hash(content)
+        content["sha256"] = value_hash(content)
         for name in (LEDGER, COPY):
             write_json(self.folder / name, content)
 
@@ -204,10 +204,6 @@ def put_back(folder: Path) -> str:
     )
 
 
-def _content_hash(content: dict[str, Any]) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def read_ledger(folder: Path) -> dict[str, Any] | None:
     """Read the ledger of a run, or its copy; None where no run has begun.
 
@@ -218,7 +214,7 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
         try:
             content = read_json(folder / name)
             known = content.pop("sha256", None)
-            if known == _content_hash(content) or (known is None and "files" not in content):
+            if known == value_hash(content) or (known is None and "files" not in content):
                 content["stages"] = STAGES.validate_python(content["stages"])
                 for part in ("facts", "rows", "files"):
                     MAPPING.validate_python(content.setdefault(part, {}))
@@ -273,7 +269,7 @@ def _opened(recipe: Recipe, folder: Path) -> Ledger:
     for name in ("stages", "evaluation"):
         (folder / name).mkdir(exist_ok=True)
     text, file = recipe.to_yaml(), folder / RECIPE
-    same = ledger.files.get(RECIPE) == sha256(text.encode()).hexdigest()
+    same = ledger.files.get(RECIPE) == text_hash(text)
     changed = file.exists() and not same and (begun := load_recipe(file)) != recipe
     if changed:
         keep_stages(ledger, begun)
@@ -321,7 +317,7 @@ def prefix_key(recipe: Recipe, num_stages: int) -> str:
         {**stage.model_dump(mode="json"), "trainer": recipe.stage_trainer(stage)}
         for stage in recipe.stages[:num_stages]
     ]
-    return _content_hash({**shared, "stages": stages})
+    return value_hash({**shared, "stages": stages})
 
 
 def keep_stages(ledger: Ledger, begun: Recipe) -> None:
@@ -352,7 +348,7 @@ def keep_stages(ledger: Ledger, begun: Recipe) -> None:
     ledger.stages = ledger.stages[:kept] + [StageRecord(name) for name in names[kept:]]
     if "end" in ledger.facts:
         ledger.facts["end"] = {"adapter": ledger._name(ledger.adapter(kept - 1))}
-    ledger.files[RECIPE] = sha256(recipe.to_yaml().encode()).hexdigest()
+    ledger.files[RECIPE] = text_hash(recipe.to_yaml())
     ledger.save()  # before the recipe: a kill between the two is mended by the same command
     anew = f"trained anew: {', '.join(names[kept:])}" if names[kept:] else "no stage follows"
     ledger.notes.append(f"the recipe has changed ({', '.join(changed)})")

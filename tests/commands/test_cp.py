@@ -86,7 +86,7 @@ def test_diagnose_takes_a_short_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from sftkey.errors import RecipeError
 
     monkeypatch.setattr(run, "_of_recipe", lambda target, recipe, *rest: (target, recipe.name))
-    subject: Any = run._chosen(NAME, (), None, None, 9)()
+    subject: Any = run.choose_subject(NAME, (), None, None, 9)()
     assert subject == (NAME, "qwen3-8b-gsm8k")
     with pytest.raises(RecipeError, match="did you mean `qwen3-8b/gsm8k`"):
-        run._chosen("qwen3-8b/gsm8", (), None, None, 9)
+        run.choose_subject("qwen3-8b/gsm8", (), None, None, 9)

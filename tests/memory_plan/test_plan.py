@@ -26,7 +26,7 @@ from sftkey.memory_plan.held import (
     setting_of,
     weight_bytes,
 )
-from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, make_plan, size_bytes
+from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, gpu_size, make_plan
 from sftkey.models.device import Device
 from sftkey.models.facts import Skeleton
 from sftkey.models.loading import load_model
@@ -138,7 +138,7 @@ def test_8b_in_nf4_is_counted_by_hand(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["24GB", "24GiB", "24 gb", "24.0GB"])
 def test_a_gb_is_that_of_a_label(text: str) -> None:
     """A card that is sold with 24 GB has 24 GiB."""
-    assert size_bytes(text) == 24 * GIB
+    assert gpu_size(text) == 24 * GIB
 
 
 @pytest.mark.parametrize("text", ["24", "24MB", "-3GB", "0GB", "big", "1GB"])
@@ -225,7 +225,7 @@ def test_adapters_in_some_layers_are_counted_there(folder: Path) -> None:
 
 def test_what_fits_is_the_most(folder: Path) -> None:
     """The longest rows and the largest batch fit as planned, and a little more doesn't."""
-    load, size = loader(folder), size_bytes("12GB")
+    load, size = loader(folder), gpu_size("12GB")
     recipe, skeleton = load(), skeleton_8b()
     for stage in make_plan(recipe, skeleton, size).stages:
         rows, longest = stage.most_rows, stage.longest
@@ -264,7 +264,7 @@ CHANGES: dict[str, tuple[str, list[str], list[str]]] = {
 def test_the_change_is_the_simplest_that_suffices(name: str, folder: Path) -> None:
     """It is written as overrides, and with them the recipe fits by its own plan."""
     gpu, overrides, expected = CHANGES[name]
-    load, size = loader(folder, *overrides), size_bytes(gpu)
+    load, size = loader(folder, *overrides), gpu_size(gpu)
     skeleton = skeleton_8b()
     found = changes_that_fit(load, skeleton, size)
     assert found == expected
@@ -284,7 +284,7 @@ def test_where_nothing_suffices_there_is_no_change(
 def test_several_changes_where_one_does_not_suffice(folder: Path) -> None:
     """None of them can be left out."""
     given = ["model.quantization=none", "trainer.per_device_train_batch_size=32"]
-    load, size = loader(folder, *given, "data.max_length=4096"), size_bytes("12GB")
+    load, size = loader(folder, *given, "data.max_length=4096"), gpu_size("12GB")
     skeleton = skeleton_8b()
     found = changes_that_fit(load, skeleton, size)
     assert found is not None

@@ -23,7 +23,6 @@ from sftkey.memory_plan.plan import most, parts_of
 from sftkey.memory_plan.trace import Batch, Tracer, traced
 from sftkey.models.facts import Skeleton
 from sftkey.recipe.schema import KEY_BATCH_TOKENS
-from sftkey.training import detached, losses
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -309,12 +308,3 @@ def test_what_fits_is_found() -> None:
             for start in (1, 7, 40, 60):
                 assert most(needed, room, 40, start) == expected
     assert most(lambda n: n, 1, 1, 8) == 1
-
-
-def test_tiles_are_those_of_the_losses() -> None:
-    """The plan repeats sizes of the training's, whose import would cost it seconds."""
-    assert trace.TILE_LOGITS == losses.TILE_LOGITS
-    assert trace.BESIDE_LOGITS == losses.BESIDE_LOGITS
-    assert trace.TILE_ROWS == losses.TILE_ROWS
-    assert trace.WIDEST_TILE == losses.WIDEST_TILE
-    assert trace.CONTEXT_TOKENS == detached.CHUNK_TOKENS
