@@ -29,7 +29,7 @@ from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import BASE
 from sftkey.study.tasks import Cell
 from sftkey.training.log import read_log
-from sftkey.training.rows import TRAINS, fingerprints, made_from
+from sftkey.training.made_from import TRAINS, fingerprints, made_from
 from sftkey.training.run import Run
 from sftkey.training.run_folder import Ledger, prefix_key
 

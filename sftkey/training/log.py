@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from sftkey.activity import tell
 from sftkey.errors import DivergedError
 from sftkey.files import write_text
+from sftkey.training.made_from import rounded_by
 from sftkey.training.run_folder import Ledger
 from sftkey.training.soundness import check_behind_cache, check_handoff, keep_losses, not_finite
 
@@ -160,8 +161,6 @@ def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     return lines
 
 
-# What a run's figures depend on beside its recipe and the versions of its libraries.
-SURROUNDINGS = ("device", "compute_dtype", "world_size")
 # How far a stage's first losses may lie from the last ones before it, nats a token.
 TOLERANCE, TOLERANCE_OF_HALF = 1e-4, 1e-3
 
@@ -258,9 +257,7 @@ class StageLog(TrainerCallback):
         at = {0: "start", state.max_steps: "end"}.get(state.global_step, str(state.global_step))
         at = "end" if self._ended else at
         self.record.validation[at] = losses
-        # What decides how these losses are rounded.
-        around = {name: self.ledger.facts.get(name) for name in (*SURROUNDINGS, "versions")}
-        self.record.read_as = {"rows": args.eval_batch_size, **around}
+        self.record.read_as = rounded_by(self.ledger.facts, args.eval_batch_size)
         self.ledger.save()
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.progress.note(f"{self.record.name} at {at}: {self.loss_name} {shown}")

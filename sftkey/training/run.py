@@ -6,9 +6,8 @@ import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -34,11 +33,10 @@ from sftkey.recipe.stages import BASE, num_stage_steps
 from sftkey.training import callbacks, soundness
 from sftkey.training.answers import Answers
 from sftkey.training.frozen import FrozenTrainer
-from sftkey.training.log import SURROUNDINGS, RunProgress, StageLog, Trackers, TrackStage, read_log
-from sftkey.training.losses import own_losses
+from sftkey.training.log import RunProgress, StageLog, Trackers, TrackStage, read_log
 from sftkey.training.machine import explained_faults, patience, require_disk
+from sftkey.training.made_from import ALL, changed_facts, require_same_rows, surroundings
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
-from sftkey.training.rows import ALL, require_same_rows
 from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.stage import (
     gradient_norms,
@@ -49,8 +47,6 @@ from sftkey.training.stage import (
 )
 from sftkey.training.stage_model import load_stage, stands_on
 from sftkey.training.trainer import KeyTrainer
-
-PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
 class StageReport(Protocol):
@@ -307,28 +303,6 @@ def start(
         progress.note(line)
     more = packs, reports, measures_gradients
     return Run(recipe, ledger, device, prepared, progress, grade, *more)
-
-
-def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:
-    """Return what a run's figures depend on beside its recipe, as the ledger keeps it."""
-    return {
-        "device": device.kind,
-        "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
-        "world_size": PartialState().num_processes,
-        "versions": {name: version(name) for name in PACKAGES},
-        "own_losses": own_losses(recipe),
-    }
-
-
-def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say in a line which versions, device or number of processes a run goes on with."""
-    was, are = ({**each, **each.get("versions", {})} for each in (before, now))
-    differing = [
-        f"{name} {was[name]} -> {are[name]}"
-        for name in (*SURROUNDINGS, *PACKAGES)
-        if name in was and was[name] != are[name]
-    ]
-    return [f"goes on in other surroundings: {', '.join(differing)}"] if differing else []
 
 
 def make_progress(

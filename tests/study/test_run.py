@@ -26,7 +26,7 @@ from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
 from sftkey.study.schema import STRATEGIES, load_study, strategy_recipe
 from sftkey.study.tasks import StudyFolder, arm_recipe, matched_steps, tasks_of
-from sftkey.training.rows import fingerprints, made_from
+from sftkey.training.made_from import fingerprints, made_from
 from sftkey.training.run import read_rows
 from sftkey.training.run_folder import open_run, prefix_key
 from sftkey.training.trainer import KeyTrainer

@@ -19,7 +19,8 @@ from sftkey.evaluation.grading import grade
 from sftkey.evaluation.stage import grade_stage
 from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
-from sftkey.training.run import Run, changed_facts, start
+from sftkey.training.made_from import changed_facts
+from sftkey.training.run import Run, start
 from sftkey.training.run_folder import lock_run, read_ledger
 from sftkey.training.stage_model import require_same_base
 from tests.support.tiny import made_rows, write_recipe

@@ -1,16 +1,21 @@
-"""What a run was made from: a fingerprint of its rows, kept in the run folder."""
+"""What a run was made from: its rows, as fingerprints in the run folder, and what computed it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
+
+from accelerate import PartialState
 
 from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example
 from sftkey.errors import Problem, RunError
 from sftkey.files import read_json, text_hash, value_hash, write_json
+from sftkey.models.device import Device
 from sftkey.recipe.schema import Recipe
+from sftkey.training.losses import own_losses
 from sftkey.training.run_folder import ROWS, Ledger, put_back
 
 TRAINS = ("train", "validation", "template")
@@ -102,3 +107,35 @@ def _difference(name: str, before: list[str] | None, now: list[str]) -> str:
         return "the same rows stand in another order than when this run began"
     rows = "1 row differs" if num == 1 else f"{num} rows differ"
     return f"{rows} from those that this run began with ({len(before)} then, {len(now)} now)"
+
+
+# What a run's figures depend on beside its recipe, its rows and the versions of its libraries.
+SURROUNDINGS = ("device", "compute_dtype", "world_size")
+PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+
+
+def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:
+    """Return what a run's figures depend on beside its recipe, as the ledger keeps it."""
+    return {
+        "device": device.kind,
+        "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
+        "world_size": PartialState().num_processes,
+        "versions": {name: version(name) for name in PACKAGES},
+        "own_losses": own_losses(recipe),
+    }
+
+
+def changed_facts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say in a line which versions, device or number of processes a run goes on with."""
+    was, are = ({**each, **each.get("versions", {})} for each in (before, now))
+    differing = [
+        f"{name} {was[name]} -> {are[name]}"
+        for name in (*SURROUNDINGS, *PACKAGES)
+        if name in was and was[name] != are[name]
+    ]
+    return [f"goes on in other surroundings: {', '.join(differing)}"] if differing else []
+
+
+def rounded_by(facts: dict[str, Any], batch_rows: int) -> dict[str, Any]:
+    """Return what decides how losses are rounded that were read in batches of so many rows."""
+    return {"rows": batch_rows, **{name: facts.get(name) for name in (*SURROUNDINGS, "versions")}}
