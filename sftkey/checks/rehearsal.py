@@ -37,8 +37,7 @@ from sftkey.models.adapters import add_lora, load_adapter, read_adapter_config
 from sftkey.models.device import Device, sharded
 from sftkey.models.facts import Skeleton
 from sftkey.models.key_adapter import act, context_adapters
-from sftkey.models.loading import short_names, target_names
-from sftkey.models.lora_names import refuse_unmatched
+from sftkey.models.lora_names import refuse_unmatched, short_names, target_names
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs
 from sftkey.training.log import reported_to

@@ -139,7 +139,6 @@ def errors(
 
 def rendered(answer: GradedAnswer) -> str:
     """Return an answer for a terminal."""
-    turn = f", turn {answer.turn}" if answer.turn else ""
     read = f" (read as {answer.read})" if answer.read not in (None, answer.got) else ""
     parts = {
         "question": answer.question,
@@ -148,7 +147,7 @@ def rendered(answer: GradedAnswer) -> str:
         "thinking": answer.thinking,
         "text": answer.text,
     }
-    lines = [f"row {answer.index}{turn}: {', '.join(answer.kinds)}"]
+    lines = [f"{answer.key}: {', '.join(answer.kinds)}"]
     for name, text in parts.items():
         if text is None:
             continue

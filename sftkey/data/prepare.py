@@ -100,9 +100,13 @@ class Prepared:
 
     def questions(self, recipe: Recipe) -> list[Example]:
         """Return the test rows that are asked: always the same ones, drawn by the recipe's seed."""
-        count = min(recipe.eval.num_questions, len(self.test))
-        drawn = random.Random(recipe.seed).sample(range(len(self.test)), count)
-        return [self.test[number] for number in sorted(drawn)]
+        places = drawn(len(self.test), recipe.eval.num_questions, recipe.seed)
+        return [self.test[place] for place in places]
+
+
+def drawn(num_all: int, count: int, seed: int | str) -> list[int]:
+    """Draw so many of the places from 0, or take all of fewer; in their order."""
+    return sorted(random.Random(seed).sample(range(num_all), min(count, num_all)))
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool = True) -> Prepared:

@@ -46,6 +46,9 @@ class QuestionKey(NamedTuple):
     row: int
     turn: int = 0
 
+    def __str__(self) -> str:
+        return f"row {self.row}" + (f", turn {self.turn}" if self.turn else "")
+
 
 @dataclass(frozen=True)
 class Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,6 +140,7 @@ def validation_subject(
     target: str, stage: str, model: Any, recipe: Recipe, prepared: Prepared, num_rows: int
 ) -> Subject:
     """Ask a model some of a recipe's validation rows, always the same ones."""
+    from sftkey.data.prepare import drawn
     from sftkey.diagnosis.ask import asked_rows
 
     examples, rows = prepared.validation_examples, prepared.validation
@@ -151,14 +151,10 @@ def validation_subject(
     return Subject(target, stage, model, renderer, cut, recipe.eval)
 
 
-def drawn(num_all: int, num_rows: int, seed: int) -> list[int]:
-    """Draw so many rows, or take all of fewer; in their order."""
-    return sorted(random.Random(seed).sample(range(num_all), min(num_rows, num_all)))
-
-
 def _foreign(target: str, data: str, num_rows: int) -> Subject:
     """Load a model that no recipe describes; what is chosen for it is said."""
     from sftkey.adapt.frame import read_foreign
+    from sftkey.data.prepare import drawn
     from sftkey.diagnosis.ask import asked_rows
     from sftkey.models.device import choose_device
     from sftkey.models.loading import load_model

@@ -120,7 +120,21 @@ Kind = Literal["wrong", "unparsed", "truncated", "invalid"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class GradedAnswer(BaseModel):
+class OfQuestion(BaseModel):
+    """What is known of one question, by its row and turn."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    turn: int
+
+    @property
+    def key(self) -> QuestionKey:
+        """Row and turn."""
+        return QuestionKey(self.index, self.turn)
+
+
+class GradedAnswer(OfQuestion):
     """One answer, for people to read.
 
     `question` is without the system message, `expected` the reference's answer, `got` the text of
@@ -131,10 +145,6 @@ class GradedAnswer(BaseModel):
     less than thinking and answer in their tags. The last two may be right.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    index: int
-    turn: int
     question: str
     expected: str
     got: str | None

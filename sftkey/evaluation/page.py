@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sftkey import __version__
 from sftkey.data.prepare import Prepared
 from sftkey.data.preview import preview_rows
+from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import GradedAnswer, read_answers
 from sftkey.evaluation.comparison import Comparison, compare_runs, sentences
@@ -215,18 +216,17 @@ class QuestionAnswers:
 
 def _questions(folder: Path, comparison: Comparison | None) -> Iterator[QuestionAnswers]:
     """Yield the questions in their order; none of runs whose answers weren't kept with them."""
-    by_stage: dict[str, dict[tuple[int, int], GradedAnswer]] = {}
+    by_stage: dict[str, dict[QuestionKey, GradedAnswer]] = {}
     for row in comparison.rows if comparison else ():
         try:
             answers = read_answers(folder, row.result.stage)
         except RunError:  # of an older version, or broken: the page says how to get them
             continue
-        by_stage[row.result.stage] = {(each.index, each.turn): each for each in answers}
+        by_stage[row.result.stage] = {each.key: each for each in answers}
     for key in sorted({key for answers in by_stage.values() for key in answers}):
         found = {stage: answers[key] for stage, answers in by_stage.items() if key in answers}
         first = next(iter(found.values()))
-        name = f"row {first.index}" + (f", turn {first.turn}" if first.turn else "")
-        yield QuestionAnswers(first.question, first.expected, name, found)
+        yield QuestionAnswers(first.question, first.expected, str(key), found)
 
 
 @dataclass(frozen=True)

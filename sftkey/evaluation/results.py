@@ -13,7 +13,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.errors import DataError, Problem, RunError, shortened
-from sftkey.evaluation.answers import GradedText
+from sftkey.evaluation.answers import GradedText, OfQuestion
 from sftkey.evaluation.grading import Untagged, read_untagged
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import num_conversations, score_of, share_interval
@@ -41,7 +41,7 @@ T = TypeVar("T")
 Judged = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 
 
-class Question(BaseModel):
+class Question(OfQuestion):
     """How one question was answered; it holds nothing of the question itself.
 
     `thinking_right` is None where no rule can say, and both of the thinking are in results that
@@ -50,9 +50,6 @@ class Question(BaseModel):
     that it wrote without the tags; it isn't counted in `correct`.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    index: int
     turn: int = 0  # of a conversation whose turns are all asked
     correct: bool
     strict: bool  # thinking, answer and nothing else
@@ -83,7 +80,7 @@ def each_once(questions: Q) -> Q:
     Before turns were told apart, each turn of a conversation was graded with the answers to
     another one.
     """
-    if len({(each.index, each.turn) for each in questions}) < len(questions):
+    if len({each.key for each in questions}) < len(questions):
         what = "an older version wrote this, which took the turns of a conversation for one another"
         raise ValueError(what)
     return questions

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sftkey.errors import CheckError, ModelError, Problem
 from sftkey.models.facts import Skeleton, skeleton_of
-from sftkey.models.loading import target_names
+from sftkey.models.lora_names import target_names
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs, lora_setting, trainer_setting
 

@@ -32,8 +32,12 @@ from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError, RunError, first_line
 from sftkey.files import appearing, read_json
-from sftkey.models.loading import check_targets, short_names, target_names
-from sftkey.models.lora_names import refuse_unmatched
+from sftkey.models.lora_names import (
+    check_targets,
+    refuse_unmatched,
+    short_names,
+    target_names,
+)
 from sftkey.models.source import ADAPTER_CONFIG, Source, find_source
 from sftkey.recipe.stages import lora_setting
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.errors import ModelError, first_line
-from sftkey.models.loading import linear_modules, load_tokenizer, name_of, short_names
+from sftkey.models.loading import load_tokenizer
+from sftkey.models.lora_names import linear_modules, name_of, short_names
 from sftkey.models.packaged import find_weights
 from sftkey.models.source import UNREADABLE, Source, model_source, needs_code, read_json
 from sftkey.recipe.schema import ModelSection

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 from sftkey.activity import activity
 from sftkey.data.renderer import Renderer, probe_renderer
@@ -44,9 +41,6 @@ GIB = 2**30
 # What transformers makes a tokenizer of where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 UNPACKED_SHARE = 0.5  # of the free memory; the other half is for the steps
-
-LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
-CARRIERS = (*LINEAR, torch.nn.Embedding)
 
 
 class PublishedGenerationConfig(GenerationConfig):
@@ -255,59 +249,3 @@ def _load_error(
     if source.commit and isinstance(error.__cause__, of_the_hub):
         return hub_error(section.name_or_path, section.revision, error.__cause__)
     return ModelError(section.name_or_path, f"its {what} can't be loaded: {first_line(error)}")
-
-
-def check_targets(model: PreTrainedModel, targets: Any) -> None:
-    """Refuse targets that match nothing (peft goes on if others do), and the output head.
-
-    Raises:
-        ModelError: Names what is absent, and the linear modules that there are.
-    """
-    one_by_one = [targets] if isinstance(targets, str) else [[each] for each in targets or ()]
-    absent = sorted("".join(each) for each in one_by_one if not target_names(model, each))
-    head = name_of(model, model.get_output_embeddings())
-    if absent:
-        what = f"the model has no linear module {', '.join(absent)}"
-    elif targets and head in target_names(model, targets):
-        what = f"{head} can't carry an adapter: the loss multiplies by its weights themselves"
-    else:
-        return
-    linear = ", ".join(short_names(linear_modules(model)))
-    raise ModelError("lora.target_modules", what, f"take from {linear}, or all-linear")
-
-
-def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) -> set[str]:
-    """Return the full names of the modules that peft would put an adapter on."""
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return linear_modules(model)
-    names = {name for name, each in _modules(model) if isinstance(each, CARRIERS)}
-    if isinstance(targets, str):
-        return {name for name in names if re.fullmatch(targets, name)}
-    return {
-        name
-        for name in names
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
-
-
-def linear_modules(model: Any) -> set[str]:
-    """Return the full names of all linear modules but the output head."""
-    linear = {name for name, each in _modules(model) if isinstance(each, LINEAR)}
-    return linear - {name_of(model, model.get_output_embeddings())}
-
-
-def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Return the modules under the names that they have without adapters."""
-    for name, module in model.named_modules():
-        if ".lora_" not in name:
-            yield name.removesuffix(".base_layer"), module
-
-
-def name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
-    """Return the full name of a module of a model; nothing where it is none of its own."""
-    return next((name for name, each in model.named_modules() if each is module), "")
-
-
-def short_names(names: set[str]) -> list[str]:
-    """Return the last parts of full module names, each once."""
-    return sorted({name.rpartition(".")[2] for name in names})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.page import render
@@ -135,18 +136,17 @@ def _questions(
     for group in sets.values():
         seeds = sorted({cell.seed for cell in group})
         of_seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
-        asked: dict[tuple[int, int], dict[str, list[Question]]]  # by row and turn, and by arm
+        asked: dict[QuestionKey, dict[str, list[Question]]]  # and by arm
         asked = defaultdict(lambda: defaultdict(list))
         based = next((cell.base.questions for cell in group if cell.base), ())
         for arm, questions in [*((cell.arm, cell.questions) for cell in group), (BASE, based)]:
             for question in questions:
-                asked[question.index, question.turn][arm].append(question)
+                asked[question.key][arm].append(question)
         texts = _texts(folder, group)
-        for (index, turn), by_arm in asked.items():
-            name = f"row {index}" + (f", turn {turn}" if turn else "")
+        for key, by_arm in asked.items():
             yield QuestionVerdicts(
-                (of_seeds if len(sets) > 1 else "") + name,
-                texts.get((index, turn), ""),
+                f"{of_seeds if len(sets) > 1 else ''}{key}",
+                texts.get(key, ""),
                 {arm: _verdict(by_arm[arm]) for arm in arms},
                 control,
             )
@@ -157,13 +157,13 @@ def _verdict(asked: Sequence[Question]) -> Verdict:
     return Verdict(sum(question.correct for question in asked), len(asked), unparsed)
 
 
-def _texts(folder: Path, cells: Sequence[FinishedCell]) -> dict[tuple[int, int], str]:
-    """Return the questions by row and turn, from the first of the cells' runs that has them."""
+def _texts(folder: Path, cells: Sequence[FinishedCell]) -> dict[QuestionKey, str]:
+    """Return the questions, from the first of the cells' runs that has them."""
     for cell in cells:
         run = StudyFolder(folder).runs(cell.task) / run_name(cell.arm, cell.seed)
         try:
             answers = read_answers(run, cell.stages[-1])
         except RunError:  # a copied folder has cells alone
             continue
-        return {(each.index, each.turn): each.question for each in answers}
+        return {each.key: each.question for each in answers}
     return {}

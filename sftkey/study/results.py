@@ -279,7 +279,7 @@ def paired(
     others = {cell.seed: cell for cell in control}
     pairs = [(cell, others[cell.seed]) for cell in arm if cell.seed in others]
     for cell, other in pairs:
-        asked = [[(each.index, each.turn) for each in side.questions] for side in (cell, other)]
+        asked = [[each.key for each in side.questions] for side in (cell, other)]
         if asked[0] != asked[1] or cell.questions_sha256 != other.questions_sha256:
             raise RunError(
                 f"{cell.task}, seed {cell.seed}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sftkey.data.prepare import NUM_WITHOUT_VALIDATION, Prepared
+from sftkey.data.prepare import NUM_WITHOUT_VALIDATION, Prepared, drawn
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.row_cache import tokenized_rows
@@ -253,9 +252,8 @@ def with_references(
     if not pool:
         what = "own.mix: expected rows with a reasoning; got none"
         raise DataError(f"stages.{stage.name}", what, "leave own.mix out")
-    count = min(round(mix / (1 - mix) * len(used)), len(pool))
-    drawn = random.Random(f"{seed} {stage.name}").sample(range(len(pool)), count)
-    return [*used, *(pool[place] for place in sorted(drawn))]
+    places = drawn(len(pool), round(mix / (1 - mix) * len(used)), f"{seed} {stage.name}")
+    return [*used, *(pool[place] for place in places)]
 
 
 def own_rows(

@@ -13,7 +13,7 @@ import pytest
 import sftkey.diagnosis.ask
 from sftkey.cli import main
 from sftkey.commands.train import train
-from sftkey.diagnosis.run import drawn
+from sftkey.data.prepare import drawn
 from tests.support.tiny import made_rows, train_tiny
 
 MakeRecipe = Callable[..., Path]
