@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sftkey.adapt.data import DataChoice, choose_data, choose_grader, measure
 from sftkey.checks.mask_proof import Oracle, trained
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Response, Segment
 from sftkey.data.sources import load_examples
 from sftkey.data.template import (
@@ -181,7 +181,7 @@ def _clean(
     Raises:
         FrameError: The tokenizer or its template can't carry them.
     """
-    renderer = probe_renderer(tokenizer, section, kwargs)
+    renderer = Renderer.read(tokenizer, section, kwargs)
     if _is_clean(renderer):
         return section, renderer, "no token straddles the end of the thinking"
     opening = section.answer[0]
@@ -191,7 +191,7 @@ def _clean(
         "answer": (opening[len(blank) :], section.answer[1]),
     }
     other = section.model_copy(update=update)
-    moved = probe_renderer(tokenizer, other, kwargs) if blank else renderer
+    moved = Renderer.read(tokenizer, other, kwargs) if blank else renderer
     if blank and _is_clean(moved):
         why = "the line's end goes with the thinking: this tokenizer joins it to the tag before"
         return other, moved, why
@@ -295,4 +295,4 @@ def _with_tags_of(
     if data.fields.get("split_rule") != "think_tags" or choice.section.thinking != TAGS.thinking:
         return renderer
     kept = {"frame": choice.section.frame, "end": choice.section.end}
-    return probe_renderer(facts.tokenizer, THINK.model_copy(update=kept), choice.kwargs)
+    return Renderer.read(facts.tokenizer, THINK.model_copy(update=kept), choice.kwargs)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.refused import count_row, numbered, refuse_left_out, refuse_none_left
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.row_cache import SCHEMA, CachedRows, tokenized_rows
 from sftkey.data.splits import Splits, load_splits
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
             the recipe doesn't let such rows drop, or no rows are left.
         FrameError: The tokenizer or its template can't carry the response.
     """
-    renderer = probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    renderer = Renderer.read(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
     splits = load_splits(recipe.data, recipe.seed, need_test, RowOptions.of(recipe))
     return prepare_splits(recipe, splits, renderer)
 

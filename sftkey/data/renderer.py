@@ -95,7 +95,7 @@ class Renderer:
         response: ResponseSection | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Renderer:
-        """Return the renderer of a tokenizer and its chat template.
+        """Find out what stands between prompt and completion, and what ends a turn.
 
         Args:
             tokenizer: A fast tokenizer.
@@ -105,7 +105,28 @@ class Renderer:
         Raises:
             FrameError: The tokenizer or its template can't carry the response.
         """
-        return probe_renderer(tokenizer, response or ResponseSection(), chat_template_kwargs)
+        section, kwargs = response or ResponseSection(), dict(chat_template_kwargs or {})
+        tags = Response.from_section(section)
+        if not tokenizer.is_fast:
+            raise FrameError(
+                name_of(tokenizer),
+                "expected a fast tokenizer, got a slow one, which doesn't say where its tokens "
+                "stand",
+                hint="put a tokenizer.json beside the model, or choose a model that has one",
+            )
+        if section.frame == "plain":
+            if kwargs:
+                what = "response.frame: plain renders no chat template; got "
+                what += "model.chat_template_kwargs"
+                raise FrameError(name_of(tokenizer), what, "leave them out")
+            end = section.end or tokenizer.eos_token or ""
+            found = cls(tokenizer, tags, "", end, _plain_end(tokenizer, end), {}, "plain")
+            return _checked(replace(found, bos_ids=ids_set_before(tokenizer)))
+        probe = probe_template(tokenizer, tags, kwargs)
+        end, token = _end_of_turn(tokenizer, probe)
+        number = special_ids(tokenizer)[token]
+        found = cls(tokenizer, tags, probe.assistant_prefix, end, number, kwargs)
+        return _checked(replace(found, header=probe.header, tail=probe.tail))
 
     def prompt_text(self, prompt: str | Sequence[Mapping[str, str]]) -> str:
         """Return the text that inference feeds, up to where the model begins to write.
@@ -305,38 +326,6 @@ class Renderer:
         backend.no_truncation()
         backend.no_padding()
         return backend
-
-
-def probe_renderer(
-    tokenizer: PreTrainedTokenizerBase,
-    section: ResponseSection,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Renderer:
-    """Find out what stands between prompt and completion, and what ends the turn.
-
-    Raises:
-        FrameError: The tokenizer or its template can't carry the response.
-    """
-    response = Response.from_section(section)
-    if not tokenizer.is_fast:
-        raise FrameError(
-            name_of(tokenizer),
-            "expected a fast tokenizer, got a slow one, which doesn't say where its tokens stand",
-            hint="put a tokenizer.json beside the model, or choose a model that has one",
-        )
-    kwargs = dict(chat_template_kwargs or {})
-    if section.frame == "plain":
-        if kwargs:
-            what = "response.frame: plain renders no chat template; got model.chat_template_kwargs"
-            raise FrameError(name_of(tokenizer), what, "leave them out")
-        end = section.end or tokenizer.eos_token or ""
-        plain = Renderer(tokenizer, response, "", end, _plain_end(tokenizer, end), {}, "plain")
-        return _checked(replace(plain, bos_ids=ids_set_before(tokenizer)))
-    probe = probe_template(tokenizer, response, kwargs)
-    end, token = _end_of_turn(tokenizer, probe)
-    number = special_ids(tokenizer)[token]
-    chat = Renderer(tokenizer, response, probe.assistant_prefix, end, number, kwargs)
-    return _checked(replace(chat, header=probe.header, tail=probe.tail))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str, str]:

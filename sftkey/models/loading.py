@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sftkey.activity import activity
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.errors import ModelError, first_line
 from sftkey.models.device import DTYPES, Device, free_bytes, launched_with, sharded
 from sftkey.models.source import (
@@ -99,7 +99,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 def load_renderer(recipe: Recipe) -> Renderer:
     """Load a recipe's tokenizer, and probe what stands around its responses."""
     kwargs = recipe.model.chat_template_kwargs
-    return probe_renderer(load_tokenizer(recipe.model), recipe.response, kwargs)
+    return Renderer.read(load_tokenizer(recipe.model), recipe.response, kwargs)
 
 
 def _refuse_code(section: ModelSection, source: Source) -> None:

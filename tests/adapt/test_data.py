@@ -10,7 +10,7 @@ import pytest
 from sftkey.adapt.data import choose_data, choose_grader, measure
 from sftkey.adapt.readings import OWN_WAY
 from sftkey.data import sources
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import DataError
@@ -426,7 +426,7 @@ def test_a_built_in_name_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def renderer() -> Renderer:
     """Return a frame."""
-    return probe_renderer(made("look_ahead", CHATML), ResponseSection())
+    return Renderer.read(made("look_ahead", CHATML), ResponseSection())
 
 
 def lengths_of(

@@ -85,11 +85,11 @@ def call(folder: Path, num_rows: int) -> Job:
 
 def framed(folder: Path, source: dict[str, Any]) -> tuple[Any, Any]:
     """Return a recipe with its renderer."""
-    from sftkey.data.renderer import probe_renderer
+    from sftkey.data.renderer import Renderer
     from sftkey.models.loading import load_tokenizer
 
     recipe = recipe_of(folder, source)
-    return recipe, probe_renderer(load_tokenizer(recipe.model), recipe.response)
+    return recipe, Renderer.read(load_tokenizer(recipe.model), recipe.response)
 
 
 def check(folder: Path, num_rows: int) -> Job:

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.row_cache import tokenized_rows
 from sftkey.recipe.schema import ResponseSection
@@ -148,7 +148,7 @@ class Preparations:
     def __init__(self, examples: Sequence[Example], folder: Path) -> None:
         self.examples, self.folder = examples, folder
         self.tokenizer = made_tokenizer(examples[:1000])
-        self.renderer: Renderer = probe_renderer(self.tokenizer, ResponseSection())
+        self.renderer: Renderer = Renderer.read(self.tokenizer, ResponseSection())
         self.rows = Dataset.from_list([self._as_messages(example) for example in examples])
         self.trainer = SFTTrainer(
             made_model(SHAPES["toy"], "cpu"),

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sftkey.checks import mask_proof as proof
 from sftkey.checks.mask_proof import Oracle, hard_examples, judge, prove
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import OWN_TAGS, Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
@@ -41,7 +41,7 @@ OF_THE_FRAME = {
 def framed(kind: str = "byte_level", name: str = "chatml") -> Renderer:
     """Probe a made tokenizer with one of the frames."""
     template, section = FRAMES[name]
-    return probe_renderer(made(kind, template), section)
+    return Renderer.read(made(kind, template), section)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,7 +245,7 @@ def test_refusals_for_each_reason_are_confirmed() -> None:
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, lstrip=True)], special_tokens=True)
     section = ResponseSection(frame="plain", end="<|end|>", answer=("", ""))
-    renderer = probe_renderer(tokenizer, section)
+    renderer = Renderer.read(tokenizer, section)
     odd: Any = ({"role": "critic", "content": "x"}, {"role": "user", "content": "Q"})
     swallowed = "the end of turn '<|end|>' swallows white space before it"
     raised = "the chat template raises on a prompt of critic, user: only user and assistant"
@@ -276,7 +276,7 @@ def test_blank_that_the_tokenizer_sets_behind_a_special_token_is_no_loss() -> No
     backend = Tokenizer.from_str(json.dumps(state))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     section = ResponseSection(frame="plain")
-    renderer, example = probe_renderer(tokenizer, section), Example("Q[/INST]", "x", "7", 0)
+    renderer, example = Renderer.read(tokenizer, section), Example("Q[/INST]", "x", "7", 0)
     (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
     assert "Q[/INST] <Thinking>" in tokenizer.decode(row.input_ids)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from sftkey.checks.masks import id_findings, read_masks
 from sftkey.data.labels import COMPLETION, KEY
 from sftkey.data.prepare import dataset_of
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.recipe.schema import ResponseSection, StageSection
 from tests.support.tokenizers import CHATML, made
@@ -30,7 +30,7 @@ def padded() -> Renderer:
     tokenizer = copy.deepcopy(made("byte_level", CHATML))
     tokenizer.add_tokens([AddedToken("<legs>")])
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    return probe_renderer(tokenizer, ResponseSection())
+    return Renderer.read(tokenizer, ResponseSection())
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from sftkey.data import collator as module
 from sftkey.data.collator import KeyCollator
 from sftkey.data.labels import PADDING
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import RecipeError
@@ -25,7 +25,7 @@ WEIGHTS = {"thinking": 0.25, "key": 1.0}
 @pytest.fixture
 def rows(tiny_tokenizer: Any) -> list[dict[str, Any]]:
     """Return three rows of unequal lengths; the tokenizer pads with the end of turn."""
-    renderer = probe_renderer(tiny_tokenizer, ResponseSection())
+    renderer = Renderer.read(tiny_tokenizer, ResponseSection())
     thinkings = ("1 + 1 = 2", "", "1 + 1 = 2, and 2 + 1 = 3")
     made = tokenize([Example("Count.", text, "3", n) for n, text in enumerate(thinkings)], renderer)
     return [vars(row) for row in made if isinstance(row, Row)]

@@ -17,7 +17,7 @@ from sftkey.data.preview import (
     statistics,
     token_texts,
 )
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.recipe.load import load_recipe
@@ -103,7 +103,7 @@ def test_tokens_say_what_each_stage_trains(made_recipe: Any, tiny_tokenizer: Any
 @given(prompt=TEXT, answer=TEXT)
 def test_token_texts_join_to_the_row(kind: str, prompt: str, answer: str) -> None:
     """No character is lost, doubled or broken, though some have several tokens."""
-    renderer = probe_renderer(made(kind, CHATML), ResponseSection())
+    renderer = Renderer.read(made(kind, CHATML), ResponseSection())
     (row,) = tokenize([Example(f"Q{prompt}", "", answer, 0)], renderer)
     if not isinstance(row, Row):  # the response's tags stand inside the answer
         assert row.code == "not-returned"

@@ -8,7 +8,7 @@ import pytest
 import trl
 from hypothesis import given, settings
 
-from sftkey.data.renderer import Renderer, probe_renderer, stop_ids
+from sftkey.data.renderer import Renderer, stop_ids
 from sftkey.data.response import Example, Segment
 from sftkey.data.template import read_template
 from sftkey.data.tokenization import Row, tokenize
@@ -77,7 +77,7 @@ def test_families(
 ) -> None:
     """Each family's template gives its bridge and end, and rows begin with inference's ids."""
     tokenizer = standing_in(template)
-    renderer = probe_renderer(tokenizer, section, kwargs)
+    renderer = Renderer.read(tokenizer, section, kwargs)
     assert (renderer.assistant_prefix, renderer.end) == (assistant_prefix, end)
     ends = tokenizer.encode(end, add_special_tokens=False)
     assert (renderer.end_id, renderer.end_ids) == (ends[-1], ends)
@@ -98,7 +98,7 @@ def test_every_template_of_trl_is_framed_or_refused() -> None:
     names = {path.stem for path in TEMPLATES.glob("*.jinja") if "_training" not in path.stem}
     for name in sorted(names):
         try:
-            probe_renderer(standing_in(name), OWN)
+            Renderer.read(standing_in(name), OWN)
         except FrameError:
             refused.add(name)
     assert len(names) > 30
@@ -119,7 +119,7 @@ def test_every_template_of_trl_is_framed_or_refused() -> None:
 def refusal(tokenizer: Any, section: ResponseSection = OWN, **kwargs: Any) -> str:
     """Return the text of the error with which a frame is refused."""
     with pytest.raises(FrameError) as raised:
-        probe_renderer(tokenizer, section, kwargs)
+        Renderer.read(tokenizer, section, kwargs)
     return str(raised.value)
 
 
@@ -248,7 +248,7 @@ def test_system_message_that_the_template_drops_is_refused() -> None:
     template = CHATML.replace(
         "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
     )
-    renderer = probe_renderer(made("look_ahead", template), OWN)
+    renderer = Renderer.read(made("look_ahead", template), OWN)
     with pytest.raises(FrameError) as raised:
         renderer.prompt_text(SYSTEM)
     assert str(raised.value) == (
@@ -259,7 +259,7 @@ def test_system_message_that_the_template_drops_is_refused() -> None:
 
 def test_system_message_and_earlier_turns_stand_in_the_prompt() -> None:
     """A conversation is rendered as the template renders it."""
-    renderer = probe_renderer(made("look_ahead", CHATML), OWN)
+    renderer = Renderer.read(made("look_ahead", CHATML), OWN)
     turns = ({"role": "assistant", "content": "A"}, {"role": "user", "content": "R"})
     assert renderer.prompt_text((*SYSTEM, *turns)) == (
         "<|im_start|>system\nBe brief.\n<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
@@ -269,14 +269,14 @@ def test_system_message_and_earlier_turns_stand_in_the_prompt() -> None:
 
 def test_blank_before_the_answer_is_the_bridge() -> None:
     """Llama-2's template sets a blank that is no part of the prompt."""
-    renderer = probe_renderer(made("unigram", LLAMA2), OWN)
+    renderer = Renderer.read(made("unigram", LLAMA2), OWN)
     assert (renderer.assistant_prefix, renderer.end) == (" ", "</s>")
     assert renderer.prompt_text("Q") == "<s>[INST] Q [/INST]"
 
 
 def test_opening_is_left_to_the_prompt() -> None:
     """With an empty opening tag the template's empty block makes way."""
-    renderer = probe_renderer(made("look_ahead", OPENED), OPENED_THINK)
+    renderer = Renderer.read(made("look_ahead", OPENED), OPENED_THINK)
     assert renderer.assistant_prefix == ""
     assert renderer.prompt_text("Q").endswith("<think>\n")
 
@@ -284,7 +284,7 @@ def test_opening_is_left_to_the_prompt() -> None:
 def test_plain_takes_the_prompt_as_it_is() -> None:
     """A base model's frame is the prompt, and a real end-of-text token."""
     tokenizer = made("unigram")
-    renderer = probe_renderer(tokenizer, ResponseSection(frame="plain"))
+    renderer = Renderer.read(tokenizer, ResponseSection(frame="plain"))
     assert (renderer.kind, renderer.assistant_prefix, renderer.end) == ("plain", "", "</s>")
     assert renderer.prompt_text("Q \n") == "Q \n"
     assert renderer.prompt_ids("Q \n") == tokenizer("Q \n")["input_ids"]
@@ -293,7 +293,7 @@ def test_plain_takes_the_prompt_as_it_is() -> None:
 
 def test_plain_end_is_the_recipes() -> None:
     """`response.end` names another end-of-text token."""
-    renderer = probe_renderer(made("look_ahead"), ResponseSection(frame="plain", end="<|im_end|>"))
+    renderer = Renderer.read(made("look_ahead"), ResponseSection(frame="plain", end="<|im_end|>"))
     assert (renderer.end, renderer.end_id) == ("<|im_end|>", 4)
 
 
@@ -308,7 +308,7 @@ def test_plain_end_that_is_no_special_token_is_refused() -> None:
 
 def test_plain_refuses_chat_messages() -> None:
     """Without a template nobody knows how to write roles."""
-    renderer = probe_renderer(made("look_ahead"), ResponseSection(frame="plain"))
+    renderer = Renderer.read(made("look_ahead"), ResponseSection(frame="plain"))
     with pytest.raises(FrameError) as raised:
         renderer.prompt_text(SYSTEM)
     assert str(raised.value) == (
@@ -322,7 +322,7 @@ def test_plain_refuses_chat_messages() -> None:
 )
 def test_trained_end_stops_generation_first(published: Any, expected: list[int]) -> None:
     """What was trained to end a turn stops generation, and what the model's makers published."""
-    renderer: Renderer = probe_renderer(made("look_ahead", CHATML), OWN)
+    renderer: Renderer = Renderer.read(made("look_ahead", CHATML), OWN)
     assert renderer.end_id == 4
     assert stop_ids(renderer, published) == expected
 
@@ -363,7 +363,7 @@ def test_ids_of_a_prompt_are_those_of_its_text_alone(
     kind: str, template: str, section: ResponseSection, prompt: str, rest: str
 ) -> None:
     """However they are found: by the last special token of the header, or on their own."""
-    renderer = probe_renderer(made(kind, template), section)
+    renderer = Renderer.read(made(kind, template), section)
     text = renderer.prompt_text(f"Q{prompt}")
     ((ids, whole, _),) = renderer.encode_rows([text], [text + rest])
     assert ids == renderer.encode([text])[0].ids

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.recipe.schema import ResponseSection
 from tests.support.tokenizers import CHATML, SPECIAL, made
 
@@ -21,7 +21,7 @@ def framed(kind: str) -> Renderer:
     """Probe a made tokenizer with two added tokens, one of which no byte-level sign writes."""
     tokenizer = copy.deepcopy(made(kind, CHATML))
     tokenizer.add_tokens([AddedToken("legs here"), AddedToken("三")])
-    return probe_renderer(tokenizer, ResponseSection())
+    return Renderer.read(tokenizer, ResponseSection())
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "look_ahead"])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sftkey.data import row_cache
 from sftkey.data import row_cache as content
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.row_cache import SCHEMA, CachedRows, content_key, tokenized_rows
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
@@ -39,7 +39,7 @@ EXAMPLES = [
 @pytest.fixture
 def renderer() -> Renderer:
     """Return a frame over a made tokenizer."""
-    return probe_renderer(made("look_ahead", CHATML), ResponseSection())
+    return Renderer.read(made("look_ahead", CHATML), ResponseSection())
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_rows_are_those_of_tokenizing_all_at_once(
 ) -> None:
     """Batches, Arrow and JSON change nothing: not a row, not a refusal, not a count."""
     monkeypatch.setattr("sftkey.data.tokenization.BATCH_SIZE", 2)
-    probed = probe_renderer(made(kind, CHATML), ResponseSection())
+    probed = Renderer.read(made(kind, CHATML), ResponseSection())
     examples = [Example(f"Q{p}", 2 * t, a, 2 * n) for n, (p, t, a) in enumerate(texts)]
     whole = tokenize(examples, probed)
     fitted = fit(whole, examples, probed, max_length, trim)
@@ -130,7 +130,7 @@ def test_second_start_reads(renderer: Renderer, folder: Path, made_batches: list
 
 def with_template(template: str) -> Renderer:
     """Probe a template."""
-    return probe_renderer(made("look_ahead", template), ResponseSection())
+    return Renderer.read(made("look_ahead", template), ResponseSection())
 
 
 def test_other_content_is_another_entry(renderer: Renderer) -> None:
@@ -153,14 +153,14 @@ def test_other_content_is_another_entry(renderer: Renderer) -> None:
         content_key(EXAMPLES, with_template(CHATML.replace("<|im_s", "<s><|im_s")), SETTINGS),
         content_key(EXAMPLES, with_template("{# a remark #}" + CHATML), SETTINGS),
         content_key(EXAMPLES, replace(renderer, chat_template_kwargs={"a": 1}), SETTINGS),
-        content_key(EXAMPLES, probe_renderer(made("look_ahead", CHATML), response), SETTINGS),
+        content_key(EXAMPLES, Renderer.read(made("look_ahead", CHATML), response), SETTINGS),
         content_key(
-            EXAMPLES, probe_renderer(made("byte_level", CHATML), ResponseSection()), SETTINGS
+            EXAMPLES, Renderer.read(made("byte_level", CHATML), ResponseSection()), SETTINGS
         ),
-        content_key(EXAMPLES, probe_renderer(added, ResponseSection()), SETTINGS),
+        content_key(EXAMPLES, Renderer.read(added, ResponseSection()), SETTINGS),
         content_key(
             EXAMPLES[:3],
-            probe_renderer(renderer.tokenizer, ResponseSection(frame="plain")),
+            Renderer.read(renderer.tokenizer, ResponseSection(frame="plain")),
             SETTINGS,
         ),
     ]
@@ -168,7 +168,7 @@ def test_other_content_is_another_entry(renderer: Renderer) -> None:
     again = KINDS["look_ahead"]()
     again.chat_template = CHATML
     again(["a", "a b c"], padding=True)  # leaves its padding in the backend
-    assert content_key(list(EXAMPLES), probe_renderer(again, ResponseSection()), SETTINGS) == key
+    assert content_key(list(EXAMPLES), Renderer.read(again, ResponseSection()), SETTINGS) == key
 
 
 def test_another_version_is_another_entry(
@@ -351,9 +351,9 @@ sys.path.insert(0, {root!r})
 from tests.data.test_row_cache import EXAMPLES, contents
 from tests.support.tokenizers import CHATML, made
 from sftkey.data.row_cache import tokenized_rows
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.recipe.schema import ResponseSection
-renderer = probe_renderer(made("look_ahead", CHATML), ResponseSection())
+renderer = Renderer.read(made("look_ahead", CHATML), ResponseSection())
 for _ in range(2):
     os.fork()
 rows = contents(tokenized_rows(EXAMPLES * 400, renderer, 60, trim=False))[0]

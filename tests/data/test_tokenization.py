@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sftkey.checks.mask_proof import Oracle
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
@@ -33,7 +33,7 @@ FRAMES = {
 def framed(kind: str, renderer: str) -> Renderer:
     """Probe a made tokenizer with one of the frames."""
     template, section = FRAMES[renderer]
-    return probe_renderer(made(kind, template), section)
+    return Renderer.read(made(kind, template), section)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +74,7 @@ def test_straddling_token_stays_out_of_the_key() -> None:
 def test_blank_that_straddles_counts_though_offsets_leave_it_out() -> None:
     """A token whose leading blank is the thinking's last character is THINKING."""
     section = ResponseSection(thinking=("", " "), answer=("have ", ""))
-    renderer = probe_renderer(made("look_ahead", CHATML), section)
+    renderer = Renderer.read(made("look_ahead", CHATML), section)
     (row,) = tokenize([Example("Q", "x", "together?", 0)], renderer)
     assert isinstance(row, Row)
     thinking = [text for text, segment in texts_of(row, renderer) if segment == "THINKING"]
@@ -85,7 +85,7 @@ def test_blank_that_straddles_counts_though_offsets_leave_it_out() -> None:
 def test_nothing_of_the_thinking_leaks_where_the_answer_has_no_tag() -> None:
     """A token of the thinking's last character and the answer's first is THINKING."""
     section = ResponseSection(thinking=("", " "), answer=("", ""))
-    renderer = probe_renderer(made("look_ahead", CHATML), section)
+    renderer = Renderer.read(made("look_ahead", CHATML), section)
     (row,) = tokenize([Example("Q", "x", "have", 0)], renderer)
     assert isinstance(row, Row)
     thinking = [text for text, segment in texts_of(row, renderer) if segment == "THINKING"]
@@ -97,7 +97,7 @@ def test_nothing_of_the_thinking_leaks_where_the_answer_has_no_tag() -> None:
 def test_answer_keeps_a_token_that_also_holds_its_tag() -> None:
     """A token of the answer's last character and the closing tag's first is ANSWER."""
     section = ResponseSection(answer=("\n<Answer>\n", " have together?"))
-    renderer = probe_renderer(made("byte_level", CHATML), section)
+    renderer = Renderer.read(made("byte_level", CHATML), section)
     (row,) = tokenize([Example("Q", "x", "3 cats and 2 birds", 0)], renderer)
     assert isinstance(row, Row)
     answer = "".join(text for text, segment in texts_of(row, renderer) if segment == "ANSWER")
@@ -156,7 +156,7 @@ def test_plain_prompt_may_hold_special_tokens() -> None:
 def test_tags_may_hold_special_tokens() -> None:
     """The completion's special tokens are those of the tags and the end of turn."""
     section = ResponseSection(thinking=("[INST]", "[/INST]"), answer=("", ""))
-    renderer = probe_renderer(made("look_ahead", CHATML), section)
+    renderer = Renderer.read(made("look_ahead", CHATML), section)
     (row,) = tokenize([Example("Q", "x", "7", 0)], renderer)
     assert isinstance(row, Row)
     assert texts_of(row, renderer)[-3:] == [
@@ -175,7 +175,7 @@ def test_unknown_character_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
     )
-    renderer = probe_renderer(tokenizer, PLAIN)
+    renderer = Renderer.read(tokenizer, PLAIN)
     assert tokenize([Example("Q", "三", "7", 0)], renderer) == [
         Refusal(
             0,
@@ -191,9 +191,7 @@ def losing() -> Renderer:
     vocabulary = state["model"]["vocab"]
     vocabulary["another"] = vocabulary.pop("\N{LATIN CAPITAL LETTER A WITH OGONEK}")
     backend = Tokenizer.from_str(json.dumps(state))
-    return probe_renderer(
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), PLAIN
-    )
+    return Renderer.read(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), PLAIN)
 
 
 def test_character_that_gets_lost_is_refused() -> None:
@@ -218,7 +216,7 @@ def swallowing(**sides: bool) -> Renderer:
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, **sides)], special_tokens=True)
     tags = {"thinking": ("", "\n"), "answer": ("", "")}
-    return probe_renderer(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
+    return Renderer.read(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
 
 
 def test_end_that_swallows_white_space_is_refused() -> None:
@@ -255,7 +253,7 @@ def test_anchor_that_would_swallow_white_space_is_left_out() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True)], special_tokens=True)
     tags = {"thinking": ("", "\n"), "answer": ("", "")}
-    renderer = probe_renderer(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
+    renderer = Renderer.read(tokenizer, ResponseSection(frame="plain", end="<|end|>", **tags))
     example = Example("Q<|end|>", "\nx", "7", 0)
     (row,) = tokenize([example], renderer)
     assert isinstance(row, Row)
@@ -268,7 +266,7 @@ def test_tag_that_swallows_white_space_refuses_the_row() -> None:
     tokenizer = KINDS["look_ahead"]()
     tokenizer.add_tokens([AddedToken("<|think|>", special=True, rstrip=True)], special_tokens=True)
     section = ResponseSection(frame="plain", thinking=("<|think|>", "\n"), answer=("", ""))
-    renderer = probe_renderer(tokenizer, section)
+    renderer = Renderer.read(tokenizer, section)
     rows = tokenize([Example("Q", " x", "7", 0), Example("Q", "x", "7", 1)], renderer)
     what = "the token '<|think|>' swallows white space beside it"
     assert rows[0] == Refusal(0, what, "end-of-turn")
@@ -283,7 +281,7 @@ def test_row_that_cannot_be_built_is_refused() -> None:
     state["model"]["vocab"] += [["\n<", 0.0], ["x<", 0.0]]
     backend = Tokenizer.from_str(json.dumps(state))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    renderer = probe_renderer(tokenizer, PLAIN)
+    renderer = Renderer.read(tokenizer, PLAIN)
     assert tokenize([Example("Q\n", "x", "7", 0)], renderer) == [
         Refusal(
             0,

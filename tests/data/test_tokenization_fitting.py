@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize
 from sftkey.recipe.schema import ResponseSection
@@ -19,7 +19,7 @@ SHORT = Example("Q", "4", "16", 5)
 @cache
 def framed(kind: str) -> Renderer:
     """Probe a made tokenizer with the default tags."""
-    return probe_renderer(made(kind, CHATML), ResponseSection())
+    return Renderer.read(made(kind, CHATML), ResponseSection())
 
 
 @pytest.fixture

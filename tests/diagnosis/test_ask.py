@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.diagnosis.ask import (
@@ -39,7 +39,7 @@ KEY_TEXT = "\n<Answer>\n{}\n</Answer><|im_end|>"
 @pytest.fixture
 def renderer(tiny_tokenizer: Any) -> Renderer:
     """Return the frame of the tests' tokenizer."""
-    return probe_renderer(tiny_tokenizer, ResponseSection())
+    return Renderer.read(tiny_tokenizer, ResponseSection())
 
 
 def made(renderer: Renderer) -> list[AskedRow]:
@@ -98,7 +98,7 @@ def test_without_tags_nothing_can_be_asked(tiny_tokenizer: Any) -> None:
     """Where no tag ends a thinking, the error says which."""
     section = ResponseSection(thinking=("", ""), answer=("\n\n", ""))
     with pytest.raises(FrameError) as caught:
-        asked_rows([], [], probe_renderer(tiny_tokenizer, section))
+        asked_rows([], [], Renderer.read(tiny_tokenizer, section))
     assert str(caught.value) == (
         "response.thinking: expected a closing tag, or an opening tag of the answer; both are "
         "empty, so that nothing tells where a thinking ends\nhint: write one of them"

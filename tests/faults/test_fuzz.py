@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sftkey.data.prepare import prepare
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError, SFTKeyError, as_told
 from sftkey.evaluation.answers import read_generations
@@ -188,7 +188,7 @@ def test_templates(hold: Hold) -> None:
     def use(text: str) -> None:
         tokenizer.chat_template = text
         check_template(tokenizer, "template")
-        probe_renderer(tokenizer, ResponseSection())
+        Renderer.read(tokenizer, ResponseSection())
 
     hold(st.one_of(built, cut), use)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
@@ -305,7 +305,7 @@ def ends_of(renderer: Renderer, ids: list[int]) -> dict[int, int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> None:
     """The token found is the last one of the segment THINKING, a straddling one too."""
-    renderer = probe_renderer(
+    renderer = Renderer.read(
         made(kind, TEMPLATES.get(name, CHATML)), ResponseSection(**FRAMES[name])
     )
     count = 0
@@ -322,7 +322,7 @@ def test_the_thinking_ends_where_training_has_it_end(kind: str, name: str) -> No
 
 def test_a_row_that_stopped_never_switches() -> None:
     """A turn that ends right behind the tag, where a line's end was awaited, has no key."""
-    renderer = probe_renderer(
+    renderer = Renderer.read(
         made("byte_level", CHATML), ResponseSection(thinking=("", "\n</Thinking>\n"))
     )
     ids = renderer.encode(["1\n</Thinking>"])[0].ids
@@ -361,7 +361,7 @@ def test_a_thinking_that_nothing_ends_is_refused() -> None:
 
 def test_a_model_without_key_adapter_never_switches() -> None:
     """The switch is found from the model and the run's tags; there is none without the adapter."""
-    renderer = probe_renderer(made("byte_level", CHATML), ResponseSection())
+    renderer = Renderer.read(made("byte_level", CHATML), ResponseSection())
     assert find_switch(made_family("llama"), renderer) is None
     found = find_switch(family("llama"), renderer, thinking_given=True)
     assert found == Switch(("default",), "\n</Thinking>", "\n<Answer>\n", "", True)

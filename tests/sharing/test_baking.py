@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from sftkey.commands.sharing import merge
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.sources import question_prompt
 from sftkey.errors import FrameError
 from sftkey.pipeline import open_run
@@ -62,7 +62,7 @@ def made(tokenizer: Any, data: dict[str, Any], template: str | None = None, **kw
     if template:
         tokenizer.chat_template = template
     section = DataSection(**{"source": "my.jsonl", **data})
-    renderer = probe_renderer(tokenizer, ResponseSection(), kwargs)
+    renderer = Renderer.read(tokenizer, ResponseSection(), kwargs)
     return renderer, section, with_template(tokenizer, baked_template(renderer, section))
 
 
@@ -121,7 +121,7 @@ def test_a_plain_prompt_becomes_a_template(tiny_tokenizer: Any) -> None:
     )
     tokenizer.bos_token = "<|endoftext|>"
     section = DataSection(source="my.jsonl", prompt="Question: {question}\nAnswer:\n")
-    renderer = probe_renderer(tokenizer, ResponseSection(frame="plain"))
+    renderer = Renderer.read(tokenizer, ResponseSection(frame="plain"))
     baked = with_template(tokenizer, baked_template(renderer, section))
     asked = [{"role": "user", "content": "2 + 2?"}]
     text = "Question: 2 + 2?\nAnswer:\n"

@@ -11,7 +11,7 @@ import torch
 
 import sftkey.sharing.merging
 from sftkey.commands.sharing import merge
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.errors import RunError
 from sftkey.models.device import Device
 from sftkey.sharing.merging import Merged
@@ -54,7 +54,7 @@ def test_the_merged_model_is_base_and_adapter(
     output = tmp_path / "merged"
     merge(folder, output, stage="completion")
     merged = AutoModelForCausalLM.from_pretrained(output)
-    renderer = probe_renderer(AutoTokenizer.from_pretrained(output), recipe.response)
+    renderer = Renderer.read(AutoTokenizer.from_pretrained(output), recipe.response)
     cpu = Device("cpu", 0, torch.float32)
     trained = load_stage(recipe, ledger_of(folder, recipe), cpu, renderer, 1)
     base = trained.get_base_model().from_pretrained(recipe.model.name_or_path)

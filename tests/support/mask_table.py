@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftkey.checks.mask_proof import SYSTEM, Proof, hard_examples, judge
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import TOOLS, Example
 from sftkey.data.template import reads_of
 from sftkey.data.tokenization import OWN_TAGS, Row, tokenize
@@ -82,7 +82,7 @@ def _name(family: Family) -> str:
 
 def _renderer(family: Family, recipe: Recipe) -> Renderer:
     tokenizer: Any = family.real_one() if family.real else family.standing_in()
-    return probe_renderer(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
+    return Renderer.read(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
 
 
 def _counted(renderer: Renderer) -> tuple[int, int, int, int]:
@@ -120,9 +120,9 @@ def _refuses_kwarg(renderer: Renderer) -> bool:
         end=renderer.end if renderer.kind == "plain" else None,
     )
     kwargs = dict(renderer.chat_template_kwargs)
-    probe_renderer(renderer.tokenizer, section, kwargs)
+    Renderer.read(renderer.tokenizer, section, kwargs)
     try:
-        probe_renderer(renderer.tokenizer, section, {**kwargs, "enable_thinkng": True})
+        Renderer.read(renderer.tokenizer, section, {**kwargs, "enable_thinkng": True})
     except FrameError as error:
         return "chat_template_kwargs" in str(error)
     return False

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sftkey.data.renderer import probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.models.adapters import DEFAULT, add_lora, save_adapter, save_model
 from sftkey.models.device import Device
 from sftkey.models.key_adapter import KEY
@@ -84,4 +84,4 @@ def ledger_of(run: Path, recipe: Recipe) -> Ledger:
 
 def frame_of(recipe: Recipe) -> Any:
     """Return a run's frame."""
-    return probe_renderer(load_tokenizer(recipe.model), recipe.response)
+    return Renderer.read(load_tokenizer(recipe.model), recipe.response)

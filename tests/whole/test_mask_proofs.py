@@ -21,7 +21,7 @@ from rich.table import Table
 from tokenizers import AddedToken
 
 from sftkey.checks.mask_proof import SYSTEM, Proof, judge, prove
-from sftkey.data.renderer import Renderer, probe_renderer
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import OWN_TAGS, tokenize
 from sftkey.errors import FrameError
@@ -114,7 +114,7 @@ class Pair:
 
     def renderer(self) -> Renderer:
         """Probe the tokenizer."""
-        return probe_renderer(self.dressed(), self.section(), self.kwargs)
+        return Renderer.read(self.dressed(), self.section(), self.kwargs)
 
 
 PAIRS = [

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from sftkey.adapt.frame import choose_frame
 from sftkey.checks.mask_proof import Oracle
 from sftkey.cli import main
-from sftkey.data.renderer import Renderer, probe_renderer, render, stop_ids
+from sftkey.data.renderer import Renderer, render, stop_ids
 from sftkey.data.response import TOOLS, Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError, ModelError, RecipeError
@@ -47,7 +47,7 @@ def framed(
 ) -> Renderer:
     """Probe a byte-level tokenizer of its own, with a template and other changes."""
     tokenizer = changed(template, **change)
-    return probe_renderer(tokenizer, section or ResponseSection(), change.get("kwargs", {}))
+    return Renderer.read(tokenizer, section or ResponseSection(), change.get("kwargs", {}))
 
 
 def changed(template: str | None = CHATML, **change: Any) -> Any:
@@ -500,7 +500,7 @@ def test_tools_of_published_templates(family: str, written: bool) -> None:
     called = CALLED | {"tool_calls": [{"type": "function", "function": CALL}]}
     tools = {"role": TOOLS, "content": json.dumps([ADD])}
     prompt = (tools, HI, called, {"role": "tool", "name": "add", "content": "four"})
-    row = outcome(probe_renderer(tokenizer, section), Example(prompt, "2 and 2.", "4", 0))
+    row = outcome(Renderer.read(tokenizer, section), Example(prompt, "2 and 2.", "4", 0))
     assert isinstance(row, Row) == written
     if isinstance(row, Row):
         text = tokenizer.decode(row.input_ids)
