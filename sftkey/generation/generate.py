@@ -249,14 +249,14 @@ def generated_in(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, 
         where = ""
         try:
             row = read_row(line)
-            where, num_tokens = f"row {row['index']}", row.get("prompt_tokens")
+            where, num_tokens = f"row {row['index']}: ", row.get("prompt_tokens")
             key = key_of(asked.get(row["index"], []), row.get("turn"))
             if key is not None and num_tokens != (asks := len(prompts[key])):
                 what = f"expected a generation after a prompt of {asks} tokens; got {num_tokens}"
                 raise ValueError(what)
         except ValueError as error:
             hint = "move the file aside; then all of it is generated again"
-            raise RunError(str(file), [Problem(where, str(error), number)], hint) from None
+            raise RunError(str(file), [Problem("", f"{where}{error}", number)], hint) from None
         if key is not None:  # else of a longer evaluation: nothing to do with it
             done[key] = Generation.of(row)
     return done

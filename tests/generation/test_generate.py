@@ -380,7 +380,7 @@ def test_a_batch_that_was_torn_is_made_again_without_writing_a_row_twice(
         ('{"index": 0}', "line 1: text: expected a text; got None"),
         (
             '{"index": 0, "prompt_tokens": 5, "text": "", "num_tokens": 0, "stopped": true}',
-            "line 1, row 0: expected a generation after a prompt of 1 tokens; got 5",
+            "line 1: row 0: expected a generation after a prompt of 1 tokens; got 5",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.answers import GradedText, grade_texts
 from sftkey.evaluation.results import StageResult, score
@@ -28,8 +29,7 @@ def run_of(
     data = SimpleNamespace(source="rows.jsonl")
     recipe = SimpleNamespace(eval=section, stages=named, data=data)
     tokenizer = tokenizer or (lambda texts, **_: {"input_ids": texts})
-    around = {"assistant_prefix": assistant_prefix, "end": end}
-    return recipe, SimpleNamespace(response=response, tokenizer=tokenizer, **around)
+    return recipe, Renderer(tokenizer, response, assistant_prefix, end, end_id=0)
 
 
 def graded(
