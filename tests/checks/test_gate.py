@@ -29,6 +29,7 @@ from sftkey.errors import CheckError, RecipeError
 from sftkey.evaluation.grading import grade
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import read_rows, start
+from tests.support.model_folders import write_rows
 
 Gate = Callable[..., Report]
 ROWS = [
@@ -46,9 +47,8 @@ def gate(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Gate:
     """Return a function that writes rows and a recipe over them, and checks it."""
 
     def run(*overrides: str, rows: Any = ROWS, env: Any = None, **sections: Any) -> Report:
-        file = tmp_path / "these.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        recipe = tiny_recipe(**{"data": {"source": str(file)}, **sections})
+        source = write_rows(tmp_path / "these.jsonl", rows)
+        recipe = tiny_recipe(**{"data": {"source": source}, **sections})
         return check(load_recipe(recipe, overrides), env or {})
 
     return run
@@ -563,9 +563,8 @@ def recipe_of(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[...,
     """Return a function that writes rows with a test split, and a recipe over them."""
 
     def write(rows: list[dict[str, str]] = ROWS, **sections: Any) -> Path:
-        file = tmp_path / "these.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = {"source": str(file), "validation": 2, "test": 2}
+        source = write_rows(tmp_path / "these.jsonl", rows)
+        data = {"source": source, "validation": 2, "test": 2}
         return tiny_recipe(data=data, **sections)
 
     return write

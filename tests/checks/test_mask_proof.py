@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -19,29 +18,18 @@ from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import OWN_TAGS, Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
 from tests.support.mask_table import num_refused_otherwise
-from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, made
+from tests.support.tokenizers import (
+    FRAMES,
+    KINDS,
+    framed,
+    made,
+)
 
-NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
-OPENED_NATIVE = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))
-FRAMES = {
-    "chatml": (CHATML, ResponseSection()),
-    "llama2": (LLAMA2, ResponseSection()),
-    "native": (CHATML, NATIVE),
-    "opened": (OPENED, OPENED_NATIVE),
-    "plain": (None, ResponseSection(frame="plain")),
-}
 OF_THE_FRAME = {
     "the thinking holds the text of a special token",
     "the answer holds the text of a special token",
     f"{OWN_TAGS} the answer",
 }
-
-
-@cache
-def framed(kind: str = "byte_level", name: str = "chatml") -> Renderer:
-    """Probe a made tokenizer with one of the frames."""
-    template, section = FRAMES[name]
-    return Renderer.read(made(kind, template), section)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ from sftkey.commands.train import train
 from sftkey.errors import CheckError, DataError
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import read_rows
+from tests.support.model_folders import write_rows
 
 
 @pytest.fixture
@@ -79,9 +80,8 @@ def with_special(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Path:
     """Make a recipe over four rows, of which the second holds a special token."""
     rows = [{"prompt": f"Q{n}", "thinking": "a", "answer": str(n)} for n in range(4)]
     rows[1]["answer"] = "<|im_end|>"
-    file = tmp_path / "these.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tiny_recipe(data={"source": str(file)})
+    source = write_rows(tmp_path / "these.jsonl", rows)
+    return tiny_recipe(data={"source": source})
 
 
 def test_every_command_refuses_the_rows_that_training_refuses(
@@ -136,9 +136,8 @@ def test_a_turn_that_is_not_to_be_trained_is_only_counted(
         {"messages": [asked, turn | {"train": False}, asked, turn]},
         {"messages": [asked, turn]},
     ]
-    file = tmp_path / "these.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = tiny_recipe(data={"source": str(file)}, response={"turns": "all"})
+    source = write_rows(tmp_path / "these.jsonl", rows)
+    recipe = tiny_recipe(data={"source": source}, response={"turns": "all"})
     show(recipe, num_rows=9, as_json=True)
     assert "1 row dropped (0): a turn that isn't to be trained" in capsys.readouterr().err
     assert read_rows(load_recipe(recipe)).train["index"] == [0, 1]

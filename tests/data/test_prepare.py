@@ -11,6 +11,7 @@ from sftkey.data.prepare import Prepared, prepare
 from sftkey.data.response import Segment
 from sftkey.errors import DataError
 from sftkey.recipe.load import load_recipe
+from tests.support.model_folders import write_rows
 
 Write = Callable[..., Prepared]
 ROWS = [
@@ -23,9 +24,8 @@ def prepared(tiny_recipe: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Pa
     """Return a function that writes rows and a recipe over them, and prepares it."""
 
     def write(rows: list[dict[str, str]], *overrides: str, need_test: bool = False) -> Prepared:
-        file = tmp_path / "these.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        recipe = tiny_recipe(data={"source": str(file)})
+        source = write_rows(tmp_path / "these.jsonl", rows)
+        recipe = tiny_recipe(data={"source": source})
         return prepare(load_recipe(recipe, overrides), tiny_tokenizer, need_test)
 
     return write

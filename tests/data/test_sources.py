@@ -23,6 +23,7 @@ from sftkey.data.sources import BUILT_IN, load_examples, with_defaults
 from sftkey.data.values import Template
 from sftkey.errors import DataError
 from sftkey.recipe.schema import SPLIT_RULES, DataSection
+from tests.support.model_folders import write_rows
 
 GSM8K = {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4.\n#### 4"}
 HASHED = {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"}
@@ -48,7 +49,7 @@ def section(source: object, **fields: Any) -> DataSection:
 
 def jsonl(file: Path, *rows: object) -> Path:
     """Write rows into a file, a line each."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(file, rows)
     return file
 
 

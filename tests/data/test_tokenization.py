@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from typing import Any
 
 import pytest
@@ -14,26 +13,15 @@ from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.recipe.schema import ResponseSection
-from tests.support.tokenizers import CHATML, KINDS, LLAMA2, OPENED, TEXT, made
-
-NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
-OPENED_NATIVE = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))
-PLAIN = ResponseSection(frame="plain")
-FRAMES = {
-    "chatml": (CHATML, ResponseSection()),
-    "llama2": (LLAMA2, ResponseSection()),
-    "native": (CHATML, NATIVE),
-    "opened": (OPENED, OPENED_NATIVE),
-    "closed by the bridge": (OPENED, ResponseSection()),
-    "plain": (None, PLAIN),
-}
-
-
-@cache
-def framed(kind: str, renderer: str) -> Renderer:
-    """Probe a made tokenizer with one of the frames."""
-    template, section = FRAMES[renderer]
-    return Renderer.read(made(kind, template), section)
+from tests.support.tokenizers import (
+    CHATML,
+    FRAMES,
+    KINDS,
+    PLAIN,
+    TEXT,
+    framed,
+    made,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +94,7 @@ def test_answer_keeps_a_token_that_also_holds_its_tag() -> None:
 
 def test_prompt_that_merges_with_the_completion_is_kept_apart() -> None:
     """Where one string would change the prompt's ids, the rest is tokenized apart."""
-    renderer = framed("look_ahead", "closed by the bridge")
+    renderer = framed("look_ahead", "closed by the prefix")
     (row,) = tokenize([Example("Q", "x", "7", 0)], renderer)
     assert isinstance(row, Row)
     prompt = renderer.prompt_ids("Q")

@@ -14,6 +14,7 @@ import sftkey.diagnosis.ask
 from sftkey.cli import main
 from sftkey.commands.train import train
 from sftkey.data.prepare import drawn
+from tests.support.model_folders import write_rows
 from tests.support.tiny import made_rows, train_tiny
 
 MakeRecipe = Callable[..., Path]
@@ -198,7 +199,7 @@ def test_somebodys_model_needs_no_recipe(
             }
             for row in rows
         ]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "my.jsonl", rows)
     with pytest.raises(SystemExit) as end:
         main(["diagnose", str(tiny_folder), "--data", "my.jsonl", "--rows", "5", "--json"])
     assert end.value.code == 0

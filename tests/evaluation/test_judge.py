@@ -32,6 +32,7 @@ from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.trainer import KeyTrainer
 from tests.study.test_run import write_study
 from tests.support.judge_server import JudgeServer, served
+from tests.support.model_folders import write_rows
 from tests.support.tiny import made_rows, train_tiny
 
 KEY = "sk-not-for-any-file"
@@ -304,7 +305,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge
     answers = [right[0], f"{right[1]}.0", f"{right[2]} or 999", None]
     texts = ["no answer" if a is None else RESPONSE.render(SECRET, a) for a in answers]
     rows = [{"index": index, "text": text} for index, text in zip(indices, texts, strict=True)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     Ledger(tmp_path / "runs" / "tiny", load_recipe(Path("tiny.yaml"))).finish(file)  # as if it had
     return Judged(Path("runs", "tiny"), Path("tiny.yaml"), indices, answers)
 

@@ -12,24 +12,14 @@ from sftkey.cli import main
 from sftkey.commands.results import evaluate
 from sftkey.commands.sharing import merge
 from sftkey.errors import RunError
-from tests.support.runs import STAGES, made_run
-from tests.support.tiny import made_rows
+from tests.support.runs import asking_run, made_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """Return a run with an adapter that matters, its answers to six questions graded."""
     folder = tmp_path_factory.mktemp("graded")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))
-    run, _ = made_run(
-        folder,
-        tiny_folder,
-        num_trained=1,
-        stages=STAGES[:1],
-        data={"source": str(rows), "validation": 4, "test": 8, "system": "You count."},
-        eval={"num_questions": 6, "max_new_tokens": 12, "batch_size": 4},
-    )
+    run = asking_run(folder, tiny_folder, num_questions=6, batch_size=4)
     evaluate(run)
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import yaml
 from sftkey.commands.sharing import export
 from sftkey.errors import RunError
 from sftkey.training.run_folder import run_recipe
-from tests.support.runs import STAGES, frame_of, made_run
-from tests.support.tiny import made_rows
+from tests.support.runs import asking_run, frame_of
 
 
 class Loader(yaml.SafeLoader):
@@ -29,16 +27,7 @@ Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar
 def task(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, Path]:
     """Return a run with four questions, and the task that is written of it."""
     folder = tmp_path_factory.mktemp("task")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))
-    run, _ = made_run(
-        folder,
-        tiny_folder,
-        num_trained=1,
-        stages=STAGES[:1],
-        data={"source": str(rows), "validation": 4, "test": 8, "system": "You count."},
-        eval={"num_questions": 4, "max_new_tokens": 12, "grader": "number"},
-    )
+    run = asking_run(folder, tiny_folder, num_questions=4, grader="number")
     export(run, "lm-eval", folder / "task")
     return run, folder / "task"
 

@@ -30,6 +30,7 @@ from sftkey.training.made_from import fingerprints, made_from
 from sftkey.training.run import read_rows
 from sftkey.training.run_folder import open_run, prefix_key
 from sftkey.training.trainer import KeyTrainer
+from tests.support.model_folders import write_rows
 from tests.support.tiny import made_rows
 from tests.training.test_run import Killed
 
@@ -46,7 +47,7 @@ STUDY: dict[str, Any] = {
 def write_study(folder: Path, model: Path, **sections: Any) -> Path:
     """Write a recipe on the tiny model and a study of it."""
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(24)))
+    write_rows(rows, made_rows(24))
     recipe = {
         "name": "task",
         "model": {"name_or_path": str(model), "quantization": "none"},
@@ -436,7 +437,7 @@ def test_values_are_chosen_by_the_answers_to_validation_rows(
             {"index": key.row, "text": tagged(examples[key.row].answer if key in right else "?")}
             for key in prompts
         ]
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(part, rows)
 
     def tagged(answer: str) -> str:
         return f"<Thinking>\n1\n</Thinking>\n<Answer>\n{answer}\n</Answer>"

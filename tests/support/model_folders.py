@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ def model_folder(
     return str(folder)
 
 
-def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> str:
+def write_rows(file: Path, rows: Iterable[Any]) -> str:
     """Write rows into a file, a line each."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
 

@@ -17,6 +17,8 @@ from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import Ledger, open_run
 from sftkey.training.stage_model import stands_on
+from tests.support.model_folders import write_rows
+from tests.support.tiny import made_rows
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
 STAGES: tuple[dict[str, Any], ...] = (
@@ -75,6 +77,17 @@ def made_run(
         ledger.stages[number].status = "trained"
     ledger.save()
     return run, recipe
+
+
+def asking_run(folder: Path, model: Path, **settings: Any) -> Path:
+    """Write a run over rows of its own, with one stage and a system message.
+
+    `settings` are others of its evaluation.
+    """
+    source = write_rows(folder / "rows.jsonl", made_rows(20))
+    data = {"source": source, "validation": 4, "test": 8, "system": "You count."}
+    asks = {"max_new_tokens": 12, **settings}
+    return made_run(folder, model, num_trained=1, stages=STAGES[:1], data=data, eval=asks)[0]
 
 
 def ledger_of(run: Path, recipe: Recipe) -> Ledger:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.support.model_folders import write_rows
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -96,7 +97,7 @@ def train_tiny(folder: Path, model: Path, test: int = 8, **settings: Any) -> Non
     from sftkey.commands.train import train
 
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in made_rows(20)))
+    write_rows(rows, made_rows(20))
     recipe = {
         "name": "tiny",
         "model": {"name_or_path": str(model), "quantization": "none"},
@@ -115,7 +116,7 @@ def train_tiny(folder: Path, model: Path, test: int = 8, **settings: Any) -> Non
 def write_recipe(folder: Path, model: Path, /, rows: int = 40, **sections: Any) -> Path:
     """Write forty rows and a recipe over them: LoRA on a tiny model, both stages."""
     data_file = folder / "rows.jsonl"
-    data_file.write_text("".join(json.dumps(row) + "\n" for row in made_rows(rows)))
+    write_rows(data_file, made_rows(rows))
     recipe: dict[str, Any] = {
         "name": "tiny",
         "seed": 7,

@@ -11,6 +11,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from sftkey.data.renderer import Renderer
+from sftkey.recipe.schema import ResponseSection
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 TEXTS = [
     "How many legs do 3 cats and 2 birds have together?",
@@ -160,3 +163,22 @@ TEXT = (
     .map("".join)
     .filter(lambda text: not any(token in text for token in SPECIAL))
 )
+
+NATIVE = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))
+OPENED_NATIVE = ResponseSection(thinking=("", "\n</think>"), answer=("\n\n", ""))
+PLAIN = ResponseSection(frame="plain")
+FRAMES = {
+    "chatml": (CHATML, ResponseSection()),
+    "llama2": (LLAMA2, ResponseSection()),
+    "native": (CHATML, NATIVE),
+    "opened": (OPENED, OPENED_NATIVE),
+    "closed by the prefix": (OPENED, ResponseSection()),
+    "plain": (None, PLAIN),
+}
+
+
+@cache
+def framed(kind: str = "byte_level", frame: str = "chatml") -> Renderer:
+    """Probe a made tokenizer with one of the frames."""
+    template, section = FRAMES[frame]
+    return Renderer.read(made(kind, template), section)

@@ -21,6 +21,7 @@ from sftkey.generation import generate as writing
 from sftkey.generation.generate import Generation
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
+from tests.support.model_folders import write_rows
 
 MakeRecipe = Callable[..., Path]
 MODEL: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
@@ -115,7 +116,7 @@ def test_generations_that_name_no_turn_are_refused(
     file = run.ledger.generations("base")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     old = [{**row, "turn": None} for row in rows if row["turn"] == 1]
-    file.write_text("".join(json.dumps(row) + "\n" for row in old))
+    write_rows(file, old)
     with pytest.raises(DataError) as error:
         grade_stage(run, "base")
     first, row = error.value.problems[0], old[0]["index"]

@@ -189,8 +189,11 @@ def test_a_subclass_weighs_tokens_as_it_likes(
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_completion_equals_completion_only_loss_of_trl(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """`loss_on: completion` takes the very steps of TRL's `completion_only_loss`."""
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_completion_equals_completion_only_loss_of_trl(
+    loss: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """`loss_on: completion` takes the very steps of TRL's `completion_only_loss`; dft, too."""
     from tests.support.tiny import made_model
 
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -198,18 +201,21 @@ def test_completion_equals_completion_only_loss_of_trl(tiny_tokenizer: Any, tmp_
     masks = [[int(s > 0) for s in segments] for segments in rows["segment_ids"]]
     theirs = SFTTrainer(
         model=made_model(tiny_tokenizer),
-        args=config(tmp_path, dataset_kwargs=None, completion_only_loss=True, **settings),
+        args=config(
+            tmp_path, dataset_kwargs=None, completion_only_loss=True, loss_type=loss, **settings
+        ),
         train_dataset=Dataset.from_dict({"input_ids": rows["input_ids"], "completion_mask": masks}),
         processing_class=tiny_tokenizer,
     )
     theirs.train()
-    ours = made_trainer(
-        made_model(tiny_tokenizer), tiny_tokenizer, tmp_path, "completion", **settings
-    )
+    model, args = made_model(tiny_tokenizer), config(tmp_path, **settings)
+    ours = KeyTrainer(model, args, "completion", tiny_tokenizer, rows, rows, loss=loss)
     ours.train()
     for a, b in zip(training_lines(ours), training_lines(theirs), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=EQUAL)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=EQUAL)
+    # The log's losses by segment stay nats, whatever is trained.
+    assert training_lines(ours)[0]["loss_answer"] > 1
 
 
 @pytest.mark.usefixtures("in_float64")

@@ -21,6 +21,7 @@ from sftkey.recipe.schema import Recipe
 from sftkey.training import own_thinking
 from sftkey.training.own_thinking import HINT, own_examples, with_references
 from sftkey.training.run import read_rows, start
+from tests.support.model_folders import write_rows
 from tests.support.real_tokenizers import real_tokenizer
 from tests.support.tiny import made_model, made_tokenizer
 
@@ -35,7 +36,7 @@ def recipe_over(tiny_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Recipe
 
     def write(rows: list[Any], *stages: dict[str, Any], **data: Any) -> Recipe:
         file = tmp_path / "answers.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(file, rows)
         counts = {"source": str(file), "validation": 8, "test": 8, "max_length": 512}
         return load_recipe(tiny_recipe(data={**counts, **data}, stages=list(stages)))
 
@@ -170,7 +171,7 @@ def test_adapt_check_show_and_train_walk_the_whole_way(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(adapt, "NUM_PROOF_ROWS", 20)
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers(50)))
+    write_rows(Path("rows.jsonl"), answers(50))
     writes(monkeypatch, lambda key, name: written.format(f"{name} {key}"))
     make, marked = module.make_trainer, []
 

@@ -10,7 +10,6 @@ asks nobody), 14 (test_device).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from sftkey.data.collator import KeyCollator, pack_rows
 from sftkey.data.tokenization import Row
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
+from tests.support.model_folders import write_rows
 
 Gate = Callable[..., Report]
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -41,9 +41,8 @@ def gate(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Gate:
     """Return a function that checks a recipe over three rows."""
 
     def run(*overrides: str, rows: Any = ROWS) -> Report:
-        file = tmp_path / "these.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return check(load_recipe(tiny_recipe(data={"source": str(file)}), overrides), {})
+        source = write_rows(tmp_path / "these.jsonl", rows)
+        return check(load_recipe(tiny_recipe(data={"source": source}), overrides), {})
 
     return run
 
