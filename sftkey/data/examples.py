@@ -17,7 +17,7 @@ from sftkey.data.messages import (
     system_of,
     unmarked,
 )
-from sftkey.data.response import TOOLS, Example
+from sftkey.data.response import TOOLS, Example, as_messages
 from sftkey.data.values import (
     RawRow,
     Refusal,
@@ -167,10 +167,10 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
                 loaded.unsplit.append(Refusal(index, str(error), error.code))
                 continue
             if system is not None:
-                prompt = ({"role": "system", "content": system}, *_as_messages(prompt))
+                prompt = ({"role": "system", "content": system}, *as_messages(prompt))
             if tools:
                 first = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
-                prompt = (first, *_as_messages(prompt))
+                prompt = (first, *as_messages(prompt))
             loaded.examples.append(Example(prompt, thinking, answer, index, turn))
     return loaded
 
@@ -198,7 +198,7 @@ def _reader(
     if messages:
         return lambda row: _conversation(
             (
-                *_as_messages(_prompt(row, templates["prompt"])),
+                *as_messages(_prompt(row, templates["prompt"])),
                 *read_messages(row.get(data.response or "")),
             ),
             rule,
@@ -361,16 +361,12 @@ def _earlier(message: dict[str, Any], rule: Rule | None) -> dict[str, Any]:
     return {**message, "content": parts[1], "reasoning_content": parts[0]}
 
 
-def _as_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
-    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-
-
 def _usable(outcome: Parts | RowError, data: DataSection, system: str | None) -> Parts:
     """Return what can be trained on, or raise a RowError that says why it can't."""
     if isinstance(outcome, RowError):
         raise outcome
     prompt, thinking, answer = outcome
-    messages = _as_messages(prompt)
+    messages = as_messages(prompt)
     if not any(message["content"].strip() for message in messages):
         raise RowError("the prompt is empty")
     if not answer.strip():

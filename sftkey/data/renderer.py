@@ -9,7 +9,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftkey.data.response import TOOLS, Parsed, Response
+from sftkey.data.response import TOOLS, Parsed, Response, as_messages
 from sftkey.data.template import (
     TEMPLATE_ERRORS,
     Probe,
@@ -136,7 +136,7 @@ class Renderer:
                 generation prompt for it; or `plain` got chat messages.
         """
         if self.kind == "chat":
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = as_messages(prompt)
             text = render_prompt(self.tokenizer, messages, self.chat_template_kwargs)
             self._check_header(messages, text)
             return text

@@ -94,6 +94,13 @@ class Example:
         return str(turns[0]["content"]) if len(turns) == 1 else "\n\n".join(named)
 
 
+def as_messages(prompt: str | Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """Return a prompt as chat messages: a text is what one user says."""
+    if isinstance(prompt, str):
+        return ({"role": "user", "content": prompt},)
+    return tuple(prompt)
+
+
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text of tokens as it is: special ones stand in it, and no blank is tidied away."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

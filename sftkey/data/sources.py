@@ -13,6 +13,7 @@ from sftkey.data import synthetic
 from sftkey.data.examples import USUAL, Loaded, RowOptions, make_examples
 from sftkey.data.folders import SLICE, is_glob, read_folder, read_matching, sliced
 from sftkey.data.readers import Rows, is_data_file, table_rows
+from sftkey.data.response import as_messages
 from sftkey.data.synthetic import made_rows
 from sftkey.data.values import Template
 from sftkey.errors import DataError, first_line
@@ -210,8 +211,7 @@ def chat_prompt(
         return question_prompt(data, question)
     messages: list[dict[str, Any]] = []
     for asked, answer in [*turns, (question, "")]:
-        prompt = question_prompt(data, asked)
-        prompt = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        prompt = as_messages(question_prompt(data, asked))
         messages += prompt[-1:] if messages else prompt
         messages.append({"role": "assistant", "content": answer})
     return tuple(messages[:-1])

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sftkey.data.renderer import Renderer, render, stop_ids
+from sftkey.data.response import as_messages
 from sftkey.data.sources import question_prompt
 from sftkey.errors import FrameError
 from sftkey.generation.generate import generation_config
@@ -144,9 +146,11 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrain
     return other
 
 
-def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[int]:
-    """Return the ids that a program without our code feeds for messages."""
-    text = render(tokenizer, messages, {})
+def asked_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Return the ids that a program without our code feeds for a question or messages."""
+    text = render(tokenizer, as_messages(prompt), {})
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -155,10 +159,9 @@ def _prove(renderer: Renderer, data: DataSection, template: str) -> None:
     """Compare what a question, and the run's whole prompt, become with what the run feeds."""
     baked = with_template(renderer.tokenizer, template)
     prompt = question_prompt(data, QUESTION)
-    whole = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     wanted = renderer.prompt_ids(prompt)
-    for messages in ([{"role": "user", "content": QUESTION}], whole):
-        ids = asked_ids(baked, messages)
+    for asked in (QUESTION, prompt):
+        ids = asked_ids(baked, asked)
         if ids != wanted:
             got = renderer.tokenizer.decode(ids)
             raise FrameError(

@@ -136,8 +136,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
     if not tokenizer.chat_template and isinstance(prompt, str):
         plain: list[int] = tokenizer(prompt)["input_ids"]
         return plain
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return asked_ids(tokenizer, messages)
+    return asked_ids(tokenizer, prompt)
 
 
 def _state(folder: Path) -> str:
