@@ -132,19 +132,21 @@ _LETTER = re.compile(
 _DIGITS = re.compile(r"(?<![\w.,])(\d{1,2})(?!\w|[.,]\d)")
 _LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|than|instead of|except|cannot be|can't be|neither|nor|eliminate|rule out)"
+    r"(?:\b(?:not|never|than|instead of|except|cannot be|can't be|neither|nor|eliminate|rule out"
+    r"|everything but|all but)"
     r"|n t|n't)(?: be| option| choice)? ?$",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    r" ?(?:(?:is|are|was|seems|looks) (?:not|wrong|incorrect|false|tempting|too|ruled|out"
-    r"|eliminated|impossible)\b|isn\b|cannot\b|can ?n.t\b|fails\b|doesn\b|would be wrong)",
+    r"[)\].:]* ?(?:(?:is|are|was|seems|looks|must be|has to be) (?:not|wrong|incorrect|false"
+    r"|tempting|too|ruled|out|eliminated|impossible)\b|isn\b|cannot\b|can ?n.t\b|fails\b"
+    r"|doesn\b|would be wrong)",
     re.IGNORECASE,
 )
 _AND = re.compile(r" ?(?:,|&|;|,? ?\band)? ?", re.IGNORECASE)
 _OR = re.compile(r" ?(?:/|,? ?\bor|,? ?\bnor) ?", re.IGNORECASE)
 _STATEMENT = re.compile(
-    r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| is| was| must be| would be) "
+    r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
 )
 _STOP = re.compile(
     r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- |(?: (?:because|since|as|it|that|this|they)\b))"
@@ -152,6 +154,8 @@ _STOP = re.compile(
 _LABELLED = re.compile(
     r"[(\[<]?(?P<label>[A-Z]|\d{1,2})(?:[)\]>][.:]?|[.:])(?= |$)(?P<text>.*)", re.DOTALL
 )
+_BESIDE = " ()[].:*"
+_BARE = re.compile(r"[ (\[*]{0,3}[A-Ha-h][ )\].:*]{0,4}")  # a line that is nothing but a letter
 _LABELS = re.compile(r"[(\[]?[A-Z][)\]]?(?:(?: ?[,&;] ?(?:and )?| and )[(\[]?[A-Z][)\]]?)*")
 
 
@@ -163,6 +167,9 @@ def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
     """
     wanted, wanted_text = _reference(_plain(reference))
     answer = _plain(stated(answer), keep_lines=True)
+    bare = {line.strip(_BESIDE).upper() for line in answer.split("\n") if _BARE.fullmatch(line)}
+    if len(wanted) == 1 and len(bare) > 1:
+        return False, None  # a letter on each of several lines
     if wanted:
         label = _DIGITS if min(wanted).isdigit() else _LETTER
         together = re.fullmatch(r"[A-H]{2,6}\W*", answer) if len(wanted) > 1 else None
@@ -312,6 +319,7 @@ def _latex(text: str) -> str:
     text = re.sub(r"\\?\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\?\bexp\s?\(([^()]*)\)", r"e^{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])(pi|theta|infty)\b", r"\\\1", text)
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"(?<!\*)\*(?!\*)", r" \\cdot ", text)
     text = re.sub(r"\+\s?-", "-", text)
     text = re.sub(r"(?<![\w.^])1(?:\.0+)?(?=[A-Za-z]\b)", "", text)  # 1.0i

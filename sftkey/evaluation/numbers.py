@@ -62,7 +62,8 @@ _WHOLE = r"\d+(?:,\d{3})*"
 _TOKEN = re.compile(
     rf"""
     (?<![^\W_])(?<!\d[.,:/])(?:                # no part of a name such as CO2, no rest of 1.2.3
-      (?P<several>\d{{4}}-\d\d-\d\d|\d+(?:(?::|\ :\ )\d+)+|\d{{1,2}}/\d{{1,2}}/\d{{2,4}})(?![\d/-])
+      (?P<several>\d{{4}}-\d\d-\d\d|\d{{4}}/\d\d/\d\d
+        |\d+(?:(?::|\ :\ )\d+)+|\d{{1,2}}/\d{{1,2}}/\d{{2,4}})(?![\d/-])
     | (?:(?P<mixed>{_WHOLE})\ )?(?P<above>{_WHOLE})\ ?/\ ?(?P<below>{_WHOLE})(?![\d/,])
     | (?P<plain>\d{{1,3}}(?:\ \d{{3}})+(?:[.,]\d+)?(?![\d,.]*\d)|\d+(?:[.,]\d+)*|\.\d+)
       (?:[eE](?P<power>[+-]?\d+)(?!\w)|\ ?(?:\^|\*\*)\ ?[{{(]?(?P<raised>[+-]?\d+)[}})]?)?
@@ -131,21 +132,30 @@ def stated_numbers(text: str) -> Stated | None:
     >>> stated_numbers("5 feet 3 inches") is None
     True
     """
-    text = _spelled_out(plain(text))
+    text = _spelled_out(re.sub(r"(?<=[A-Za-z])_(?:\w|\{\w{1,3}\})(?!\w)", "", plain(text)))  # x_1
     text = re.sub(r" ?\n[ \n]*(= ?)?", lambda found: " = " if found[1] else "\n", text)
+    if all(re.search(rf"^{number}[.)] ", text, re.MULTILINE) for number in (1, 2)):
+        text = re.sub(r"^\d{1,2}[.)] ", "", text, flags=re.MULTILINE)  # the numbers of a list
+    text = re.sub(r"^\(?[a-h]\) ", "", text, flags=re.MULTILINE)
     text = re.sub(r"\((-?\d+),(?=-?\d+\))", r"(\1, ", text)  # the point (2,5)
-    outside = re.sub(r"(?<=\S) (?:\([^()]*\)|\[[^\[\]]*\])", "", text)  # 20 (4 times 5); 8 [1]
+    # 20 (4 times 5); 8 [1]; but not 8 (or 9)
+    outside = re.sub(r"(?<=\S) (?:\((?!or |maybe )[^()]*\)|\[[^\[\]]*\])", "", text)
+    text = outside if _TOKEN.search(outside) else text
+    clauses = re.split(r"\n+|(?<!\d)[.!;] |(?<=\d)[.;] |(?<=\?) ", text)
+    numbered = [each for each in clauses if _TOKEN.search(each)]
+    answered = [each for each in numbered if not each.endswith("?")] or numbered
+    bare = {
+        each.strip("*$. ") for each in answered if re.fullmatch(r"[-*$ ]*[\d.,]+[%$*. ]*", each)
+    }
     readings: list[Stated | None] = []
-    for clause in re.split(
-        r"\n+|(?<!\d)[.!?;] |(?<=\d)[.?;] ", outside if _TOKEN.search(outside) else text
-    ):
+    for clause in answered:
         found = list(_found(clause))
-        if not found:
-            continue
-        reading = _read(clause, found)
-        if reading and not readings and not found[0].gap.strip(_AROUND):
+        reading = _assigned(clause, found) or _read(clause, found)
+        opens = not found[0].gap.strip(_AROUND) and not clause.endswith("?")
+        if reading and reading.numbers and not readings and opens and len(bare) < 2:
             return reading  # it opens with its number; what follows explains
         readings.append(reading)
+    readings = [each for each in readings if each is None or each.numbers]
     told = [each for each in readings if each]
     agree = bool(told) and all(same_numbers(each, told[0]) for each in told)
     return told[0] if agree and len(told) == len(readings) else None
@@ -162,12 +172,26 @@ class _Found(NamedTuple):
 _AROUND = " $€£¥₹*`\"'“”{}_~([:"
 _NEARLY = r"(?: ?(?:about|around|approximately|roughly|only|just|exactly|the|an?|all|each))*\W*$"
 _DENIED = re.compile(
-    rf"(?:\b(?:not|never|than|instead of|except|cannot be|at least|at most|up to)|n't){_NEARLY}"
+    rf"(?:\b(?:not|never|than|instead of|except|cannot be|at least|at most|up to"
+    rf"|over|under|above|below|exceeds)|n't)(?: be| equal)?{_NEARLY}"
 )
 _RESULT = re.compile(rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes|gives|totals)){_NEARLY}")
 _ASIDE = re.compile(
     r"\b(?:with|per|for|(?<!total )(?<!sum )of|in|on|at|by|from|after|before|among|every|within"
     rf"|between|during|into|until){_NEARLY}"
+)
+# 4 of them, 4 more than 2
+_PART = re.compile(
+    r"(?: [^\W\d]+)? (?:of (?:which|whom|them|these|those)"
+    r"|(?:more|less|fewer|greater|higher|lower|larger|smaller|bigger|older|younger) than)\b"
+)
+_WRONG = re.compile(
+    r"(?: [^\W\d]+)? (?:is|are|was|would be|must be|seems|looks) "
+    r"(?:not|wrong|incorrect|too|false|impossible)\b"
+)
+_ASSIGNED = re.compile(
+    r"^[ $]*(?:(?:[,;&]|(?:, ?)?\b(?:and|or|but|while)\b)[ $]*)?(?P<name>[A-Za-z]|[A-Z][a-z]+)"
+    r" ?(?:=|\bis\b) ?\$?$"
 )
 _REASON = re.compile(r"\b(?:because|since|as|due to|given|if|when|where|while|see|confidence)\b")
 _JOIN = re.compile(
@@ -181,6 +205,7 @@ _UNREAD_BEFORE = re.compile(
 _UNREAD_BEHIND = re.compile(
     r" ?(?:[π√±∞^\\(‰]|/ ?\d|[+*×·÷] ?[a-z(√π]|[xyzn]\b(?! ?\d))"
     r"|[abij]\b|-(?:[xyzn]\b|[(√π])|pi\b|\+"
+    r"|(?: [^\W\d]+)? or (?:more|less|fewer|over|under|above|below|higher|lower|greater)\b"
 )
 
 
@@ -191,12 +216,14 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
     before: list[_Found] | None = None  # the left side of "20 = 4 + 16"
     place, ordered, unread = stated, False, False
     for one in found:
-        gap = one.gap.lower()
+        gap, behind = one.gap.lower(), one.match.end()
         join = _JOIN.search(gap) if one is not found[0] else None
         if stated and _REASON.search(gap):
             break
-        if _DENIED.search(gap):
+        if _DENIED.search(gap) or _WRONG.match(clause, behind):
             place = []
+        elif _PART.match(clause, behind):
+            place = asides
         elif _RESULT.search(gap):
             before = stated if not unread else None
             stated, unread, place = [], False, []
@@ -212,15 +239,29 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
         if place is stated:
             ordered |= len(one.numbers) > 1 or gap.rstrip().endswith("(")
             unread |= bool(_UNREAD_BEFORE.search(gap)) or not one.numbers
-            unread |= bool(_UNREAD_BEHIND.match(clause, one.match.end()))
+            unread |= bool(_UNREAD_BEHIND.match(clause, behind))
     if unread and before and len(before) == 1:
         stated, unread = before, False
-    if not stated and len(asides) == 1:
-        stated = asides
-    if unread or not stated:
+    if not (stated or asides or unread):
+        return Stated((), False, "")  # all are denied
+    between = len(asides) == 2 and found[0].gap.lower().endswith("between ")
+    if not stated and (len(asides) == 1 or between):
+        stated, ordered = asides, ordered or between
+    return _together(stated, ordered) if stated and not unread else None
+
+
+def _together(found: list[_Found], ordered: bool) -> Stated:
+    numbers = tuple(number for one in found for number in one.numbers)
+    return Stated(numbers, ordered, ", ".join(map(_written, found)))
+
+
+def _assigned(clause: str, found: list[_Found]) -> Stated | None:
+    """Read "x = 3, y = 4" and "Tom is 12 and Jane is 9": none of them is the others' result."""
+    names = [_ASSIGNED.search(one.gap) for one in found]
+    unread = any(_UNREAD_BEHIND.match(clause, one.match.end()) for one in found)
+    if len(found) < 2 or unread or not all(names) or not all(one.numbers for one in found):
         return None
-    numbers = tuple(number for one in stated for number in one.numbers)
-    return Stated(numbers, ordered, ", ".join(map(_written, stated)))
+    return _together(found, len({name["name"] for name in names if name}) > 1)
 
 
 def _written(one: _Found) -> str:
@@ -316,7 +357,7 @@ _SYMBOLS = {"times": "×", "cdot": "·", "pi": "π", "pm": "±", "approx": "≈"
 _SYMBOLS |= {"sqrt": "√", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "lt": "<", "gt": ">"}
 _SYMBOLS |= {"neq": "≠", "ne": "≠", "infty": "∞", "rightarrow": "→", "degree": "°"}
 _WRAPPERS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox", "fbox", "boxed"]
-_SYMBOLS |= dict.fromkeys([*_WRAPPERS, "left", "right", "quad", "qquad"], " ")
+_SYMBOLS |= dict.fromkeys([*_WRAPPERS, "left", "right", "quad", "qquad", "displaystyle"], " ")
 
 
 def plain(text: str) -> str:
@@ -355,7 +396,9 @@ def _spelled_out(text: str) -> str:
     text = re.sub(
         rf"\b({months}) (\d\d?)(?:st|nd|rd|th)?,? (\d{{4}})\b", _date(1, 2, 3), text, flags=re.I
     )
-    text = re.sub(rf"\b(\d\d?)\.? ({months}) (\d{{4}})\b", _date(2, 1, 3), text, flags=re.I)
+    text = re.sub(
+        rf"\b(\d\d?)(?:\.|st|nd|rd|th)? ({months}) (\d{{4}})\b", _date(2, 1, 3), text, flags=re.I
+    )
     text = _SPELLED.sub(_in_digits, text)
     return re.sub(r"(\d) and (\d{1,3}/\d)", r"\1 \2", text)  # two and a half
 

@@ -7,7 +7,11 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-_TAGS = re.compile(r"<\|[^<>|]{1,40}\|>|</[A-Za-z]\w{0,20}>")
+_TAGS = re.compile(
+    r"<\|[^<>|]{1,40}\|>|</[A-Za-z]\w{0,20}>|~~[^~\n]{1,80}~~"
+    r"|<(?:(?:final_?)?(?:answer|output|result|solution|response)|think(?:ing)?)>",
+    re.IGNORECASE,
+)
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad]")
 
 _ANSWER = (
@@ -18,9 +22,13 @@ _IS = (
     r"(?:is|are|was|would be|must be|should be|will be|seems to be|appears to be|has to be"
     r"|est|es|ist|lautet|è|é)(?![^\W_])"
 )
-_EASTERN = r"(?:答案|回答|正解|答え|答|답)\s?(?:[:：]|是|为|は|은|는)"
+_EASTERN = (
+    r"(?:(?:答案|回答|正解|答え|答|답)\s?(?:[:：]|是|为|は|은|는)"
+    r"|(?<!不)选择?(?=\s?[:：]?\s?[(（]?[A-H]))"
+)
 _CORRECTION = (
-    r"\b(?:(?:wait|sorry|correction|actually)\s?[,:;.!—–-]|scratch that\b|i mean\b)(?:\s?no\b)?"
+    r"\b(?:(?:wait|sorry|correction|actually)\s?[,:;.!—–-]|scratch that\b|i meant?\b"
+    r"|(?<=[.!?…—–-] )actually(?= ))(?:\s?no\b(?=\W{1,3}\w))?"
 )
 _MARKER = re.compile(
     rf"(?:{_ANSWER}(?: to [\w ]{{1,40}}?| for [\w ]{{1,40}}?)?[*_\"'`)]{{0,3}}"
@@ -38,7 +46,7 @@ _BARE_BOX = re.compile(r"[^\s$]+")
 
 
 def cleaned(text: str) -> str:
-    """Take away what isn't text: special tokens, closing tags, characters without a width."""
+    """Take away what isn't text: special tokens, tags, struck words, characters without a width."""
     return _INVISIBLE.sub("", _TAGS.sub(" ", text))
 
 

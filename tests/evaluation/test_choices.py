@@ -29,8 +29,9 @@ from sftkey.evaluation.grading import grade
             "答案：B",
             "答案是B。",
             "Ответ: B",
+            "故选：B",
         ],
-        *["B</Answer>", "B<|im_end|>"],
+        *["B</Answer>", "B<|im_end|>", "<answer>B", "~~A~~ B", "A... Actually B"],
     ],
 )
 def test_choice_reads_a_letter(answer: str) -> None:
@@ -46,6 +47,7 @@ def test_choice_reads_a_letter(answer: str) -> None:
     [
         *["A dog", "I think so", "A or B", "(A) or (B)", "A/B", "either A or else B", "not A"],
         *["It isn't A", "None", "", "A is wrong", "neither A nor B", "maybe (A), maybe (B)"],
+        *["A) is wrong", "A must be false", "everything but A", "A\n\nB"],
     ],
 )
 def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None:
@@ -73,6 +75,8 @@ def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None
         ("No, it did not", "no", True),
         ("yes", "no", False),
         ("Yes and no", "yes", False),
+        ("Yes.\n\nNo wait, no.", "no", True),
+        ("It's false, since 2 < 3", "false", True),
         ("yes, and no", "yes", False),
         ("No. Yes is wrong.", "yes", False),
         ("Paris", "B) Paris", True),

@@ -34,6 +34,7 @@ from sftkey.evaluation.grading import Grade, grade, same_formula
         ("0.1\\overline{6}", "\\frac{1}{6}", True),
         ("3 + -1.0i", "3 - i", True),
         ("4 < x < 9", "(4, 9)", True),
+        ("\\varnothing", "\\emptyset", True),
         ("e^{-x^2}", "\\exp(-x^2)", True),
         ("3\\sqrt{2}", "3", False),
         ("\\frac{1}{3^{50}}", "\\frac{1}{3^{51}}", False),
