@@ -227,9 +227,11 @@ class Template:
         self.column = whole.column if whole and not whole.keys else None
 
     def fill(self, row: RawRow) -> str:
-        """Return the text of one row; no white space is left before a column that is empty."""
-        text = ""
+        """Return the text of one row; a column that is empty leaves no white space beside it."""
+        text, value = "", None
         for literal, field in self.parts:
+            # `{context}\n\n{question}` of a row without context begins with the question.
+            literal = literal.lstrip() if value == "" and not text else literal
             value = field.text(row) if field else None
             # `{instruction}\n\n{input}` of a row without input ends with the instruction.
             text += literal.rstrip() if value == "" and text else literal

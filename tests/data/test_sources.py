@@ -87,6 +87,20 @@ def test_templates_reach_into_columns(tmp_path: Path) -> None:
     assert load_examples(data, seed=7).examples == [Example("2 + 2? {brace} x", "Add.", "4", 0)]
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"a": "x", "b": "y"}, "<x\n\ny\n>"),
+        ({"a": "", "b": "y"}, "<\n\ny\n>"),
+        ({"a": "x", "b": ""}, "<x\n>"),
+    ],
+)
+def test_an_empty_column_leaves_no_white_space(row: dict[str, str], text: str) -> None:
+    """A row without context begins with its question, one without input ends with it."""
+    assert Template("<{a}\n\n{b}\n>", list(row)).fill(row) == text
+    assert Template("{a}\n\n{b}\n", list(row)).fill(row) == text[1:-1].lstrip()
+
+
 @given(st.dictionaries(st.sampled_from("abc"), st.text(), min_size=1))
 def test_a_template_agrees_with_str_format(row: dict[str, str]) -> None:
     """On plain columns a template is `str.format`, whatever the text holds."""
