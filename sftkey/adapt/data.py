@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -217,6 +217,7 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
     rest = [name for name in table.columns if name not in used]
     if rest and not asked:
         notes.append(f"columns that aren't used: {', '.join(rest)}")
+        notes += _judged(table, rest)
     column = reading.fields.get("response", "" if "prompt" in reading.fields else "messages")
     chats = table.messages(column) if column in table.columns and table.is_messages(column) else []
     if num := sum(bool(chat) and chat[-1]["role"] != "assistant" for chat in chats):
@@ -233,6 +234,15 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
             for place, reason in list(fit.odd.items())[:NUM_ODD]
         ]
     return why, notes
+
+
+def _judged(table: Table, columns: Sequence[str]) -> Iterator[str]:
+    """Say of columns of true and false that they leave no row out: some may call rows bad."""
+    for name in columns:
+        values = table.values(name)
+        if {*map(type, values)} == {bool} and len(set(values)) == 2:
+            said = f"{name} is false in {values.count(False)} of {len(values)} rows"
+            yield f"{said}; they are trained, too: where it calls them bad, remove them"
 
 
 def _used(table: Table, fields: Mapping[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ from sftkey.adapt.columns import (
     ANSWER,
     EMPTY,
     ENOUGH,
+    HAS_TAG,
     NUM_SEEN,
     OPENING,
     PROMPT,
@@ -159,10 +160,16 @@ def _different(rows: Sequence[RawRow], readings: Sequence[Reading]) -> list[Read
     for reading in readings:
         loaded = read(rows, reading.fields)
         thought = sum(bool(each.thinking.strip()) for each in loaded.examples)
-        if thought < ENOUGH * len(rows):
+        if thought < ENOUGH * len(rows) or _num_tagged(loaded) > (1 - ENOUGH) * len(rows):
             continue
         found.setdefault(tuple(map(_key, loaded.examples)), reading)
     return list(found.values())
+
+
+def _num_tagged(loaded: Loaded) -> int:
+    """Count the examples of which a part still stands in tags, which would be trained as text."""
+    parts = ((each.thinking.lstrip(), each.answer.lstrip()) for each in loaded.examples)
+    return sum(any(map(HAS_TAG.match, pair)) for pair in parts)
 
 
 def _key(example: Example) -> tuple[Any, ...]:
@@ -328,6 +335,8 @@ def _near(rows: Sequence[RawRow], readings: Sequence[Reading]) -> list[str]:
         if reading.fit is not None and not reading.fit.good:
             continue
         loaded = read(rows, reading.fields)
+        if num := _num_tagged(loaded):
+            said.append(f"{reading} leaves tags in {num} of {len(rows)} rows; remove them there")
         if loaded.unsplit:
             reads = f"{reading} reads {len(loaded.examples)} of {len(rows)} rows"
             said.append(f"{reads}, in others: {loaded.unsplit[0].reason}")

@@ -115,6 +115,9 @@ def test_columns_that_say_what_they_are(
         ({"question": "Q", "options": "['a' 'b']", "cot": "c", "answer": "A"}, {"prompt"}),
         ({"question": "Q", "cot": "c", "answer": "7", "label": "8"}, {"thinking", "answer"}),
         ({"question": "Q", "response": "c. The answer is **7** eggs."}, {"thinking", "answer"}),
+        ({"question": "Q", "cot": "<think>c d</think>", "answer": "7"}, {"thinking"}),
+        ({"question": "Q", "cot": "c d", "answer": "<answer>7</answer>"}, {"thinking"}),
+        ({"messages": turns("7", reasoning_content="<think>c</think>")}, {"thinking"}),
     ],
 )
 def test_columns_that_do_not_are_left_to_the_user(
@@ -201,6 +204,12 @@ def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, l
             f"question, cot, answer; {OWN_WAY}",
         ),
         (
+            {"question": "Q", "cot": "<think>c d</think>", "answer": "7"},
+            "thinking",
+            "thinking: {cot}, answer: {answer} leaves tags in 40 of 40 rows; remove them there; "
+            f'the reasoning\'s column: "{{cot}}"; the columns are question, cot, answer; {OWN_WAY}',
+        ),
+        (
             {"messages": turns("<think></think>" + "7 eggs. " * 6)},
             "thinking",
             "a template, or `response` and a split_rule for the column of both: think_tags, boxed, "
@@ -271,6 +280,17 @@ def test_system_messages_of_some_rows_are_read(tmp_path: Path) -> None:
     assert choice.fields["system_column"] == "system"
     kinds = ["text" if isinstance(each.prompt, str) else "chat" for each in choice.examples[:3]]
     assert kinds == ["chat", "text", "text"]
+
+
+def test_rows_that_may_be_called_bad_are_said(tmp_path: Path) -> None:
+    """A column of true and false leaves no row out."""
+    rows = [{"prompt": "Q", "completion": THOUGHT, "label": each} for each in (True, False) * 20]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.notes[:2] == [
+        "columns that aren't used: label",
+        "label is false in 20 of 40 rows; they are trained, too: where it calls them bad, remove "
+        "them",
+    ]
 
 
 def test_what_follows_the_last_answer_is_said(tmp_path: Path) -> None:
