@@ -25,6 +25,7 @@ from sftkey.commands.study import study
 from sftkey.commands.terminal import log_to_stderr, never_silent, say
 from sftkey.commands.train import train
 from sftkey.errors import Told, as_told
+from sftkey.files import explained_disk
 
 app = typer.Typer(
     help="Fine-tune a language model so that its final answer is right.",
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report who uses them otherwise
     log_to_stderr()
     try:
-        with never_silent():
+        with never_silent(), explained_disk():
             app(words, prog_name="sftkey")
     except SystemExit as ended:
         if ended.code == INTERRUPTED:

@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from platform import node
 from typing import Any
 
-from sftkey.errors import DiskError, RunError
+from sftkey.errors import DiskError, RunError, Told
 
 CHUNK_BYTES = 1 << 20
 
@@ -36,11 +37,11 @@ def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     Raises:
         DiskError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(path)
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
-        with explained_full_disk(path.parent, num_bytes, litter=temporary):
+        with explained_disk(path.parent, num_bytes, litter=temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left(path)
             yield temporary
             for file in files_below(temporary):
                 _let_others_read(file)
@@ -162,56 +163,83 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-# What libraries write in Rust and C++ have no errno: safetensors', and torch's of its zip files.
-FULL = ("No space left on device", "os error 28", "Disk quota exceeded", "PytorchStreamWriter")
+# What keeps a file from being written whole, and what makes room.
+FULL = "the disk is full", "free some space"
+TOO_LARGE = "no file may grow so large here", "raise `ulimit -f`, or write to another disk,"
+NO_ROOM = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: TOO_LARGE}
+# Libraries in Rust write the system's number into their texts, torch's writer says nothing of it.
+NUMBER = re.compile(r"\(os error (\d+)\)")
+OF_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.* unexpected pos")
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Tell whether an error, or the one that it came from, says that a disk is full."""
-    while error is not None:
-        if isinstance(error, DiskError) or getattr(error, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ):
-            return True
-        if any(words in str(error) for words in FULL):
-            return True
+def _number(error: BaseException) -> int | None:
+    """Return the system's number of an error; None where it has none."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if found := NUMBER.search(text):
+        return int(found[1])
+    if OF_TORCH.search(text):
+        return errno.ENOSPC
+    return next((number for number in NO_ROOM if os.strerror(number) in text), None)
+
+
+def no_room(error: BaseException | None) -> BaseException | None:
+    """Return the error, or the one that it came from, that says that a disk takes no more."""
+    while error is not None and _number(error) not in NO_ROOM:
         error = error.__cause__ or error.__context__
-    return False
+    return error
 
 
 @contextmanager
-def explained_full_disk(
-    folder: Path, num_bytes: int | None = None, litter: Path | None = None
+def explained_disk(
+    folder: Path | None = None, num_bytes: int | None = None, litter: Path | None = None
 ) -> Iterator[None]:
     """Turn a full disk into one error with the folder, and the needed and the free bytes.
 
+    A library's own error of another fault of the disk becomes the system's.
+
     Args:
-        folder: Where is written.
+        folder: Where is written; by default that of the file that the system names, or else what
+            has least room of the folders that commands write to.
         num_bytes: What the whole takes; unknown, what was written before the disk was full counts.
         litter: Removed at such an error, before the free bytes are counted.
 
     Raises:
         DiskError: In place of the system's or a library's error.
+        OSError: In place of a library's.
     """
     try:
         yield
     except DiskError:
         raise
     except Exception as error:
-        if not is_full_disk(error):
-            raise
+        fault = no_room(error)
+        if fault is None:
+            number = _number(error)
+            if number is None or isinstance(error, OSError | Told):
+                raise
+            raise OSError(number, os.strerror(number), folder and str(folder)) from error
         written = 0
         if litter is not None:
             written = num_bytes_below(litter)
             remove(litter)
+        folder = folder or _full_folder(fault)
         free = free_bytes(folder)
         needed = f"more than {max(written, free):,}" if num_bytes is None else f"{num_bytes:,}"
+        what, way = NO_ROOM[_number(fault) or 0]
         raise DiskError(
             str(folder),
-            f"the disk is full: {needed} bytes are needed; {free:,} are free",
-            "free some space and run the same command again: it goes on where it stopped",
+            f"{what}: {needed} bytes are needed; {free:,} are free",
+            f"{way} and run the same command again: it goes on where it stopped",
         ) from error
+
+
+def _full_folder(fault: BaseException) -> Path:
+    """Return where a disk is full; the system doesn't always say so."""
+    if isinstance(file := getattr(fault, "filename", None), str):
+        return Path(file).parent
+    return min((Path(), Path(tempfile.gettempdir()), cache_folder()), key=free_bytes).absolute()
 
 
 def irregular(path: Path) -> str | None:

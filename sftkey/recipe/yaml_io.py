@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sftkey.errors import Problem, RecipeError, did_you_mean, shown
-from sftkey.files import irregular
+from sftkey.files import explained_disk, irregular
 
 Keys = tuple[str | int, ...]
 MOST_BYTES = 1 << 20  # of a recipe
@@ -117,7 +117,7 @@ def write_new(path: Path, text: str) -> None:
     refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
+        with explained_disk(path.parent, litter=path), path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise RecipeError(str(path), f"can't be written: {error.strerror}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftkey.evaluation.page import SEGMENT_COLOURS, bare, empty_figure
+from sftkey.files import appearing
 from sftkey.recipe.loss_on import loss_weights
 from sftkey.recipe.stages import BASE
 from sftkey.study.results import ArmFigures, StudyResults
@@ -50,7 +51,8 @@ def draw_pictures(
             else:
                 pane.set_axis_off()
         if drawn:
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+            with appearing(folder / f"{name}.png") as temporary:
+                figure.savefig(temporary, format="png", metadata={"Software": None})
             files.append(f"{name}.png")
     return files
 

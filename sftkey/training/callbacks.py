@@ -18,7 +18,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sftkey.data.prepare import Prepared
 from sftkey.errors import RunError, RunStopped
-from sftkey.files import file_hash, files_below, free_name, read_json, write_json
+from sftkey.files import (
+    file_hash,
+    files_below,
+    free_name,
+    no_room,
+    read_json,
+    remove,
+    write_json,
+)
 from sftkey.generation.key_switch import find_switch
 from sftkey.recipe.schema import Recipe
 from sftkey.training.log import StageLog, read_log
@@ -73,6 +81,19 @@ def newest_whole(folder: Path) -> Path | None:
             checkpoint.rename(free_name(folder / f"torn-{checkpoint.name}"))
     processes.wait_for_everyone()
     return max(found)[1] if found else None
+
+
+@contextmanager
+def no_half_checkpoint(folder: Path) -> Iterator[None]:
+    """Remove the checkpoint that a full disk has cut short: its space is needed now."""
+    try:
+        yield
+    except Exception as error:
+        if no_room(error):
+            for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if not (checkpoint / SEAL).exists():
+                    remove(checkpoint)
+        raise
 
 
 def kept_checkpoint(state: TrainerState, loads_best: bool) -> str | None:

@@ -25,7 +25,7 @@ from sftkey.data.prepare import (
     refuse_evaluation_without_rows,
 )
 from sftkey.errors import DataError
-from sftkey.files import explained_full_disk, write_json
+from sftkey.files import explained_disk, write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.schema import Recipe
@@ -115,7 +115,7 @@ class Run:
         with (
             callbacks.stopping_on_signals(folder, self.progress.note) as request,
             explained_faults(folder),
-            explained_full_disk(folder),
+            explained_disk(folder),
         ):
             try:
                 yield from self._stages(train, request)
@@ -189,7 +189,7 @@ class Run:
         elif self.measures_gradients and stage.context != "frozen":
             record.gradient_norm = gradient_norms(trainer)
             self.ledger.save()
-        with activity(f"training {stage.name}"):
+        with activity(f"training {stage.name}"), callbacks.no_half_checkpoint(checkpoints):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             kept = callbacks.kept_checkpoint(trainer.state, trainer.args.load_best_model_at_end)
             if kept:

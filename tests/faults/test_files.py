@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
+import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sftkey import files
 from sftkey.errors import DiskError, RunError
+from sftkey.evaluation.judge import Verdicts
+from sftkey.evaluation.page import empty_figure
 from sftkey.files import (
     appearing,
-    explained_full_disk,
+    explained_disk,
     irregular,
-    is_full_disk,
     read_json,
     write_text,
 )
+from sftkey.recipe.yaml_io import write_new
 from tests.support.leftovers import left_by_a_kill
 
 
@@ -135,14 +143,97 @@ def test_a_full_disk_is_known_by_each_librarys_words(error: Exception, tmp_path:
     """Also where it is only the cause of another error; other errors pass through."""
 
     def write(raised: Exception) -> None:
-        with explained_full_disk(tmp_path):
+        with explained_disk(tmp_path):
             raise ValueError("wrapped") from raised
 
     with pytest.raises(DiskError):
         write(error)
-    assert not is_full_disk(OSError(errno.EACCES, "Permission denied"))
-    with pytest.raises(ValueError, match="wrapped"):
-        write(KeyError("another"))
+    for other in (OSError(errno.EACCES, "Permission denied"), KeyError("another")):
+        with pytest.raises(ValueError, match="wrapped"):
+            write(other)
+
+
+@pytest.mark.fault("a folder or file that the system refuses")
+def test_a_librarys_own_error_of_the_disk_becomes_the_systems(tmp_path: Path) -> None:
+    """So that the command line names the folder; ours stays as it is."""
+    words = "Error while serializing: I/O error: Input/output error (os error 5)"
+    with pytest.raises(OSError, match="Input/output error") as error, explained_disk(tmp_path):
+        raise RuntimeError(words)
+    assert (error.value.errno, error.value.filename) == (errno.EIO, str(tmp_path))
+    with pytest.raises(RunError), explained_disk(tmp_path):
+        raise RunError("file", words)
+
+
+@contextmanager
+def small_files(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow larger, as `ulimit -f` does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def keep_verdict(file: Path) -> None:
+    """Write a judge's verdict, whose file lies in the cache."""
+    verdicts = Verdicts("https://example.org/v1", "judge")
+    verdicts.file = file
+    verdicts.keep("prompt", True)
+
+
+@pytest.mark.fault("disk full")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: write_text(file, "x" * 5000),
+        lambda file: write_new(file, "x" * 5000),
+        lambda file: empty_figure(4, 3).savefig(file),
+        lambda file: save_file({"weights": torch.ones(500)}, file),
+        lambda file: torch.save(torch.ones(500), file),
+        keep_verdict,
+    ],
+    ids=["text", "recipe", "picture", "safetensors", "torch", "verdict"],
+)
+def test_whatever_writes_a_full_disk_is_one_error(
+    write: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """The system refuses the bytes; the command line knows it, whoever writes."""
+    with small_files(20), pytest.raises(DiskError) as error, explained_disk():
+        write(tmp_path / "file")
+    assert "bytes are needed; " in str(error.value)
+    assert "run the same command again: it goes on where it stopped" in str(error.value)
+
+
+@pytest.mark.fault("disk full")
+def test_a_new_recipe_that_has_no_room_leaves_no_half_one(tmp_path: Path) -> None:
+    """What is to be written next has the name for itself."""
+    with small_files(20), pytest.raises(DiskError, match="no file may grow so large here"):
+        write_new(tmp_path / "new.yaml", "x" * 5000)
+    assert not list(tmp_path.iterdir())
+
+
+# Functions that append, begin a file, write into a temporary folder or one that `appearing` moves.
+APPEND = {"generate_to_file", "generated_in", "keep", "on_log", "_write"}
+NEW, SCRATCH = {"write_new"}, {"_written", "_write_files", "_copy_adapter", "_unpacked"}
+IN_A_WHOLE_FOLDER = {"convert", "_save_members", "_write_rows"}
+WRITES = re.compile(
+    r"""\.open\("(?:[wax]|r\+)b?"|\.write_(?:text|bytes)\(|OSFile\("""
+    r"""|\b(?:savefig|save_file|save_pretrained|copyfile|copytree)\((?!NEW)"""
+)
+
+
+def test_every_write_of_the_package_is_whole_or_named_here() -> None:
+    """A new one goes through `appearing`, which leaves no half and says what a full disk needs."""
+    found: set[str] = set()
+    for file in Path(files.__file__).parent.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = ast.get_source_segment(text, node) or ""
+                if WRITES.search(body) and "appearing(" not in body:
+                    found.add(node.name)
+    assert found == APPEND | NEW | SCRATCH | IN_A_WHOLE_FOLDER
 
 
 @pytest.mark.fault("disk full")
