@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from platform import node
@@ -157,6 +157,17 @@ def value_hash(value: Any) -> str:
     return text_hash(json.dumps(value, sort_keys=True))
 
 
+def changed_files(known: Mapping[Path, str]) -> dict[Path, str]:
+    """Return what became of files, by their hashes, that are no longer as they were written."""
+    found: dict[Path, str] = {}
+    for path, digest in known.items():
+        if not path.is_file():
+            found[path] = "it is gone"
+        elif file_hash(path) != digest:
+            found[path] = "it has changed since it was written"
+    return found
+
+
 def free_bytes(path: Path) -> int:
     """Return the bytes that are free where a folder lies or will lie."""
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
@@ -256,15 +267,15 @@ def irregular(path: Path) -> str | None:
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), None)
 
 
-def refuse_irregular(folder: Path) -> None:
-    """Refuse a folder in which a pipe or a device has a file's place: reading it may never end.
+def refuse_irregular(paths: Iterable[Path]) -> None:
+    """Refuse a pipe or a device in a file's place: reading it may never end.
 
     Raises:
         RunError: Names it.
     """
-    for path in folder.rglob("*"):
+    for path in paths:
         if not path.is_dir() and (kind := irregular(path)):
-            raise RunError(str(path), f"expected a file; got {kind}", "move it out of the folder")
+            raise RunError(str(path), f"expected a file; got {kind}", "put a file in its place")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from sftkey.activity import activity
 from sftkey.errors import JudgeError, RunError, SFTKeyError
 from sftkey.recipe.schema import Recipe
-from sftkey.training.run_folder import Ledger, known_stages, run_recipe, trained_stage
+from sftkey.training.run_folder import (
+    Ledger,
+    known_stages,
+    require_whole,
+    run_recipe,
+    trained_stage,
+)
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
@@ -270,6 +276,7 @@ def report_run(folder: str | Path) -> list[Path]:
     ['report.html', 'losses.png']
     """
     recipe = run_recipe(Path(folder))
+    require_whole(Path(folder), "evaluation/*", "stages/*/log.jsonl")
     from sftkey.evaluation.page import write_page
     from sftkey.training.run import read_rows
 

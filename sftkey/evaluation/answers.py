@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sftkey.data.response import Example, Parsed, QuestionKey
 from sftkey.errors import DataError, Problem, RunError, shortened
 from sftkey.evaluation.grading import Grade, grade
-from sftkey.files import write_text
+from sftkey.files import refuse_irregular, write_text
 from sftkey.generation.generate import Generation, by_row, key_of, read_row
+from sftkey.training.run_folder import require_whole
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Renderer
@@ -38,6 +39,7 @@ def read_generations(
             and with the questions that have none.
     """
     hint = 'a row is {"index": 7, "text": "…"}, one for each question; `stopped` is optional'
+    refuse_irregular([file])
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
@@ -198,6 +200,7 @@ def read_answers(run: Path, stage: str) -> list[GradedAnswer]:
     """
     file = run / "evaluation" / f"{stage}.graded.jsonl"
     hint = f"write them from its generations, without any weights: sftkey evaluate {run}"
+    require_whole(run, f"evaluation/{file.name}")
     if not file.exists():
         raise RunError(str(run), f"expected graded answers of {stage}; got none", hint)
     try:

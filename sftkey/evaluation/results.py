@@ -28,6 +28,7 @@ from sftkey.evaluation.thinking import (
 )
 from sftkey.files import refuse_irregular, text_hash, write_text
 from sftkey.recipe.stages import stage_names
+from sftkey.training.run_folder import require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -308,7 +309,7 @@ def read_results(run_folder: Path) -> list[StageResult]:
     Raises:
         RunError: There is none, or one that isn't a result.
     """
-    refuse_irregular(run_folder)
+    refuse_irregular(run_folder.rglob("*"))
     results = read_graded(run_folder)
     if not results:
         hint = "`sftkey train` on its recipe evaluates a run; `sftkey evaluate` does so again"
@@ -318,6 +319,7 @@ def read_results(run_folder: Path) -> list[StageResult]:
 
 def read_graded(run_folder: Path) -> list[StageResult]:
     """Read the same of a run that may have none."""
+    require_whole(run_folder, "evaluation/*.json")
     files = (run_folder / "evaluation").glob("[!.]*.json")
     return sorted(map(read_result, files), key=lambda result: (result.position, result.stage))
 

@@ -21,7 +21,7 @@ from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError, Problem, shortened
-from sftkey.files import write_json
+from sftkey.files import refuse_irregular, write_json
 from sftkey.generation.generate import Generation, by_row, generated_in, key_of, read_row
 from sftkey.generation.key_switch import Switch
 from sftkey.recipe.schema import Recipe, StageSection
@@ -114,6 +114,7 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
     written: dict[int, Generation] = {}
     seen: Counter[int] = Counter()
     problems = []
+    refuse_irregular([file])
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:

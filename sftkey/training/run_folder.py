@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from platform import node
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field
 
-from sftkey.errors import Problem, RunError, RunLocked
+from sftkey.errors import Problem, RecipeError, RunError, RunLocked
 from sftkey.files import (
+    changed_files,
     file_hash,
     files_below,
     free_name,
@@ -31,6 +33,7 @@ from sftkey.recipe.stages import BASE, stage_names
 
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
 LOCK, HOLDER = ".lock", ".running.json"
+REWRITTEN = "`sftkey train` on the recipe that began this run writes it anew"
 
 
 def lock_run(folder: Path) -> FileLock:
@@ -71,8 +74,8 @@ class StageRecord:
     """What the ledger knows of one stage."""
 
     name: str
-    status: str = "open"  # open | trained (its adapter is whole)
-    num_steps: int = 0
+    status: Literal["open", "trained"] = "open"  # trained: its adapter is whole
+    num_steps: Annotated[int, Field(ge=0, lt=2**53)] = 0
     seconds: float = 0.0
     # Under `start` and `end` the loss of every segment in nats a token.
     validation: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -85,7 +88,13 @@ class StageRecord:
     answers: list[dict[str, float]] | None = None  # by epoch, how many were right, for `early_stop`
 
 
-STAGES, MAPPING = TypeAdapter(list[StageRecord]), TypeAdapter(dict[str, Any])
+class LedgerFile(BaseModel):
+    """What stands in `ledger.json`."""
+
+    facts: dict[str, Any]
+    stages: list[StageRecord]
+    rows: dict[str, str] = {}
+    files: dict[str, str] = {}
 
 
 class Ledger:
@@ -102,14 +111,27 @@ class Ledger:
     def __init__(self, folder: Path, recipe: Recipe, main: bool = True) -> None:
         self.folder, self.recipe, self.main = folder, recipe, main
         self.facts: dict[str, Any] = {}
-        self.rows: dict[str, str] = {}
-        self.files: dict[str, str] = {}
+        self.rows, self.files = dict[str, str](), dict[str, str]()
         self.notes: list[str] = []  # what the person must know before anything starts
         self.stages = [StageRecord(stage.name) for stage in recipe.stages]
         self.lock: FileLock | None = None  # held as long as anybody has this ledger
         if content := read_ledger(folder):
             self.facts, self.stages = content["facts"], content["stages"]
             self.rows, self.files = content["rows"], content["files"]
+        if not main:
+            self.require_stages()
+
+    def require_stages(self) -> None:
+        """Refuse a recipe whose stages aren't those that were trained: one of another run.
+
+        Raises:
+            RunError: Names both.
+        """
+        known = [record.name for record in self.stages]
+        names = [stage.name for stage in self.recipe.stages]
+        if known != names:
+            what = f"expected the stages of {LEDGER}, {', '.join(known)}; got {', '.join(names)}"
+            raise RunError(str(self.folder / RECIPE), what, REWRITTEN)
 
     def stage_folder(self, number: int) -> Path:
         """Return the folder of the stage at `number` from 0: `stages/1-completion`, say."""
@@ -163,16 +185,11 @@ class Ledger:
 
         It looks at one file or folder, by default at all, `leaving` out some folders.
         """
-        found: dict[Path, str] = {}
-        for file in self.files if below is None else self._known(below):
-            path = self.folder / file
-            if str(path.parent) in leaving:
-                continue
-            if not path.is_file():
-                found[path] = "it is gone"
-            elif file_hash(path) != self.files[file]:
-                found[path] = "it has changed since it was written"
-        return found
+        looked_at = self.files if below is None else self._known(below)
+        known = {self.folder / file: self.files[file] for file in looked_at}
+        return changed_files(
+            {file: sha for file, sha in known.items() if str(file.parent) not in leaving}
+        )
 
     def require(self, path: Path) -> None:
         """Refuse a finished file or folder that is no longer as it was written.
@@ -187,13 +204,24 @@ class Ledger:
         return path.relative_to(self.folder).as_posix()
 
 
+def require_whole(folder: Path, *patterns: str) -> None:
+    """Refuse finished files of a run, of such names, that are no longer as they were written.
+
+    Raises:
+        RunError: Names one, and the command that writes it anew, where there is one.
+    """
+    files = (read_ledger(folder) or {}).get("files", {})
+    asked = {name for pattern in patterns for name in fnmatch.filter(files, pattern)}
+    for file, what in changed_files({folder / name: files[name] for name in asked}).items():
+        raise broken_file(folder, file, what)
+
+
 def broken_file(folder: Path, file: Path, what: str) -> RunError:
     """Say that a file of a run is broken, and how one goes on."""
-    return RunError(
-        str(file),
-        f"expected what the run wrote; {what}",
-        f"put it back from a copy; or train again with `--fresh`, which moves {folder} aside",
-    )
+    way = f"put it back from a copy; or train again with `--fresh`, which moves {folder} aside"
+    if file.parent.name == "evaluation":
+        way = f"`sftkey evaluate {folder}` writes it anew"
+    return RunError(str(file), f"expected what the run wrote; {what}", way)
 
 
 def put_back(folder: Path) -> str:
@@ -215,10 +243,7 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
             content = read_json(folder / name)
             known = content.pop("sha256", None)
             if known == value_hash(content) or (known is None and "files" not in content):
-                content["stages"] = STAGES.validate_python(content["stages"])
-                for part in ("facts", "rows", "files"):
-                    MAPPING.validate_python(content.setdefault(part, {}))
-                return content
+                return dict(LedgerFile.model_validate(content))
         except (RunError, ValueError, TypeError, KeyError, RecursionError):
             continue
     left = [each for each in (LEDGER, COPY) if (folder / each).exists()]
@@ -264,7 +289,7 @@ def _stamp() -> str:
 
 def _opened(recipe: Recipe, folder: Path) -> Ledger:
     """Read or begin the run in a folder that this process has for itself."""
-    refuse_irregular(folder)
+    refuse_irregular(folder.rglob("*"))
     ledger = Ledger(folder, recipe)
     for name in ("stages", "evaluation"):
         (folder / name).mkdir(exist_ok=True)
@@ -273,6 +298,7 @@ def _opened(recipe: Recipe, folder: Path) -> Ledger:
     changed = file.exists() and not same and (begun := load_recipe(file)) != recipe
     if changed:
         keep_stages(ledger, begun)
+    ledger.require_stages()
     if changed or not file.exists() or (same and ledger.broken(file)):
         write_text(file, text)
     ledger.finish(file)
@@ -387,12 +413,14 @@ def run_recipe(folder: Path) -> Recipe:
     Raises:
         RunError: The folder is no run.
     """
-    refuse_irregular(folder)
+    refuse_irregular(folder.rglob("*"))
     if not (folder / RECIPE).is_file():
-        raise RunError(
-            str(folder), "expected a run folder; it holds no recipe.yaml", "runs lie in runs/<name>"
-        )
-    return load_recipe(folder / RECIPE)
+        hint = REWRITTEN if (folder / LEDGER).exists() else "runs lie in runs/<name>"
+        raise RunError(str(folder), "expected a run folder; it holds no recipe.yaml", hint)
+    try:
+        return load_recipe(folder / RECIPE)
+    except RecipeError as error:
+        raise RunError(error.where, error.problems, REWRITTEN) from None
 
 
 def known_stages(folder: Path, recipe: Recipe, name: str | None) -> list[str]:
@@ -417,7 +445,7 @@ def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
     """
     names = known_stages(folder, recipe, name)
     records = Ledger(folder, recipe, main=False).stages
-    trained = [BASE, *(record.name for record in records if record.status == "trained")]
+    trained = [BASE, *(each.name for each in records if each.status == "trained")]
     train = f"sftkey train {folder / RECIPE}"
     if name is None and trained == [BASE]:
         what, hint = "expected a trained stage; there is none yet", f"train it: {train}; or take"

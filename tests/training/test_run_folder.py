@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from sftkey.errors import RunError, RunLocked
+from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.grading import grade
+from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
-from sftkey.pipeline import open_run
+from sftkey.pipeline import evaluate_run, open_run, report_run
 from sftkey.recipe.load import load_recipe
 from sftkey.training.made_from import changed_facts
 from sftkey.training.run import Run, start
@@ -171,6 +173,8 @@ def test_a_broken_file_is_named_or_mended(how: str, copied: Path) -> None:
         {"facts": [], "stages": []},
         {"facts": {}, "stages": [{"name": "key", "validation": {"end": 3}}]},
         {"facts": {}, "stages": [], "rows": ["train"]},
+        {"facts": {}, "stages": [{"name": "key", "status": "half"}]},
+        {"facts": {}, "stages": [{"name": "key", "num_steps": 10**400}]},
     ],
 )
 def test_a_ledger_of_another_form_is_named(content: Any, tmp_path: Path) -> None:
@@ -178,6 +182,51 @@ def test_a_ledger_of_another_form_is_named(content: Any, tmp_path: Path) -> None
     (tmp_path / "ledger.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"ledger\.json: expected what the run wrote; it holds some"):
         read_ledger(tmp_path)
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
+def test_a_recipe_of_other_stages_than_the_ledgers_is_named(copied: Path) -> None:
+    """Whichever command reads the run; what is left of a recipe says who writes it anew."""
+    file = copied / "runs" / "tiny" / "recipe.yaml"
+    file.write_text(file.read_text().replace("name: completion", "name: other"))
+    for look in (lambda: open_run(file.parent).stages, lambda: evaluate_run(file.parent)):
+        with pytest.raises(RunError) as error:
+            look()
+        assert str(error.value) == (
+            f"{file}: expected the stages of ledger.json, completion, key; got other, key\n"
+            "hint: `sftkey train` on the recipe that began this run writes it anew"
+        )
+    for content in ("", "stages: ["):
+        file.write_text(content)
+        with pytest.raises(RunError, match="on the recipe that began this run writes it anew"):
+            open_run(file.parent)
+    file.unlink()
+    with pytest.raises(RunError, match="on the recipe that began this run writes it anew"):
+        open_run(file.parent)
+    finish(go_on(copied))
+    assert open_run(file.parent).stages.keys() == {"completion", "key"}
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
+def test_broken_results_are_named_where_they_are_read(copied: Path) -> None:
+    """Emptied answers are no answers without a mistake, and a table doesn't lack a line."""
+    folder = copied / "runs" / "tiny"
+    file = folder / "evaluation" / "key.graded.jsonl"
+    file.write_text("")
+    looks = [lambda: read_answers(folder, "key"), lambda: report_run(folder)]
+    for look in looks:
+        with pytest.raises(RunError) as error:
+            look()
+        assert str(error.value) == (
+            f"{file}: expected what the run wrote; it has changed since it was written\n"
+            f"hint: `sftkey evaluate {folder}` writes it anew"
+        )
+    (folder / "evaluation" / "base.json").unlink()
+    with pytest.raises(RunError, match=r"base\.json: expected what the run wrote; it is gone"):
+        read_results(folder)
+    evaluate_run(folder)
+    assert len(read_answers(folder, "key")) == len(read_results(folder)[0].questions) == 4
+    report_run(folder)
 
 
 @pytest.mark.fault("a file emptied, halved, garbled or deleted")
