@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.messages import (
     check_beside,
     check_trained,
@@ -90,7 +91,13 @@ def make_rule(name: str) -> Rule:
     pattern = re.compile(name, re.DOTALL)
 
     def by_expression(text: str) -> tuple[str, str] | str:
-        match = pattern.search(text)
+        try:
+            with bounded(num_bytes=None):
+                match = pattern.search(text)
+        except Late:
+            what = f"{shown(name)} takes more than {SECONDS:g} seconds on {len(text):,} characters"
+            hint = "write it without a repeat of what repeats itself, such as (a*)*"
+            raise DataError("data.split_rule", what, hint) from None
         if match is None:
             return "the regular expression doesn't match"
         thinking, answer = match["thinking"], match["answer"]

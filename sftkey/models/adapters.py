@@ -280,9 +280,9 @@ def read_adapter_config(
         _check_initialization(source.path, config.init_lora_weights)
         _check_lora(without_adapters(model), source, config, lora)
         _check_carried(without_adapters(model), source, config)
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:  # KeyError: of an unknown kind
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
     return source, config
 

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sftkey.errors import ModelError, Problem, did_you_mean
+from sftkey.bounds import SECONDS, Late, bounded
+from sftkey.errors import ModelError, Problem, did_you_mean, shown
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
 CARRIERS = (*LINEAR, torch.nn.Embedding)
@@ -44,7 +45,7 @@ def _unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[s
     yield from _exclusions(lora.get("exclude_modules"), targets)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(key) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+            if not matched(key, rf"(.*\.)?({pattern})", targets):
                 yield key, f"{pattern!r} matches no target module{_near(pattern, targets)}"
     yield from _layers(model, lora)
     if lora.get("layer_replication"):
@@ -67,7 +68,7 @@ def _near(word: str, names: set[str]) -> str:
 
 def _exclusions(excluded: Any, targets: set[str]) -> Iterator[tuple[str, str]]:
     if isinstance(excluded, str):
-        if not any(re.fullmatch(excluded, name) for name in targets):
+        if not matched("exclude_modules", excluded, targets):
             yield "exclude_modules", f"{excluded!r} excludes none of the target modules"
         return
     yield from (
@@ -144,12 +145,29 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
         return linear_modules(model)
     names = {name for name, each in _modules(model) if isinstance(each, CARRIERS)}
     if isinstance(targets, str):
-        return {name for name in names if re.fullmatch(targets, name)}
+        return matched("target_modules", targets, names)
     return {
         name
         for name in names
         if any(name == target or name.endswith(f".{target}") for target in targets)
     }
+
+
+def matched(key: str, pattern: str, names: set[str]) -> set[str]:
+    """Return the names that a pattern of `lora` matches whole, as peft matches them.
+
+    Raises:
+        ModelError: That takes too long, or it is no pattern.
+    """
+    try:
+        with bounded(num_bytes=None):
+            return {name for name in names if re.fullmatch(pattern, name)}
+    except Late:
+        what = f"{shown(pattern)} takes more than {SECONDS:g} seconds on the modules' names"
+    except re.error as error:
+        what = f"expected a regular expression; got {shown(pattern)}: {error}"
+    hint = "write it without a repeat of what repeats itself, such as (a*)*"
+    raise ModelError(f"lora.{key}", what, hint)
 
 
 def linear_modules(model: Any) -> set[str]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from sftkey.errors import ModelError, first_line
+from sftkey.files import refuse_irregular
 from sftkey.models.packaged import converted_folder, gguf_folder
 from sftkey.recipe.schema import ModelSection
 
@@ -62,6 +63,7 @@ def find_source(
             raise ModelError(name_or_path, f"a folder has no revision; got {revision!r}")
         if not (folder / config_file).is_file():
             raise _without_config(name_or_path, config_file, (folder / ADAPTER_CONFIG).is_file())
+        refuse_irregular(folder.iterdir())
         return Source(str(folder), None, folder)
     if folder.suffix == ".gguf":
         what = "a GGUF file; expected the folder that it lies in"
@@ -157,7 +159,7 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(file, f"expected JSON; got {error}") from error
 
 

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftkey import bounds
 from sftkey.data.examples import boxed, hash_marks, make_rule, think_tags
+from sftkey.errors import DataError
 
 LINES = st.text(st.characters(codec="utf-8", exclude_characters="#<>{}\\$"), min_size=1).map(
     str.strip
@@ -85,6 +87,19 @@ def test_an_expression_takes_its_groups_as_they_are() -> None:
     rule = make_rule(r"(?P<thinking>.*)\nAnswer:(?P<answer>.*)")
     assert rule("a\nb\nAnswer: 7") == ("a\nb", " 7")
     assert rule("a") == "the regular expression doesn't match"
+
+
+@pytest.mark.fault("texts that take long to read")
+def test_an_expression_that_takes_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first row, which might take longer than the training."""
+    monkeypatch.setattr(bounds.bounded.__wrapped__, "__defaults__", (0.1, None))
+    rule = make_rule(r"(?P<thinking>(a*)*)(?P<answer>b)")
+    with pytest.raises(DataError) as error:
+        rule("a" * 40)
+    assert str(error.value) == (
+        "data.split_rule: '(?P<thinking>(a*)*)(?P<answer>b)' takes more than 5 seconds on 40 "
+        "characters\nhint: write it without a repeat of what repeats itself, such as (a*)*"
+    )
 
 
 def test_a_group_that_takes_no_part_is_a_reason() -> None:

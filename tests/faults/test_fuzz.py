@@ -21,13 +21,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sftkey.bounds import bounded
 from sftkey.data.prepare import prepare
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError, SFTKeyError, as_told
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.results import read_results
-from sftkey.models.template import bounded, check_template
+from sftkey.models.source import find_source
+from sftkey.models.template import check_template
 from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe, ResponseSection
@@ -261,9 +263,15 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(run: Path) -> None:
     pipe = run / "stages" / "1-completion" / "log.jsonl"
     pipe.unlink()
     os.mkfifo(pipe)
-    for look in (open_run, read_results, partial(run_folder.open_run, recipe)):
+    for look in (
+        lambda: open_run(run),
+        lambda: read_results(run),
+        lambda: run_folder.open_run(recipe, run),
+        lambda: read_generations(pipe, []),  # as another engine would have written them
+        lambda: find_source(str(pipe.parent), config_file="validation.json"),  # a model's folder
+    ):
         with bounded(SECONDS), pytest.raises(RunError, match="expected a file; got a pipe"):
-            look(run)
+            look()
 
 
 @runs(20, 1500)

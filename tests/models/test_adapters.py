@@ -11,6 +11,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
+from sftkey import bounds
 from sftkey.errors import DiskError, ModelError
 from sftkey.models import adapters as saving_module
 from sftkey.models.adapters import add_lora, load_adapter, save_adapter, save_model
@@ -395,6 +396,25 @@ def test_adapter_of_another_kind(tiny_model: Any, tiny_folder: Path, tmp_path: P
     assert refusal(tiny_folder, tmp_path / "ia3") == (
         f"{tmp_path}/ia3: expected a LoRA adapter; got IA3Config"
     )
+    file = tmp_path / "ia3" / "adapter_config.json"
+    file.write_text(file.read_text().replace("IA3", "NEWER"))
+    assert refusal(tiny_folder, tmp_path / "ia3").startswith(f"{tmp_path}/ia3: can't be read")
+
+
+@pytest.mark.fault("texts that take long to read")
+def test_targets_that_take_without_end_are_refused(
+    ours: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's own pattern is compared with the modules' names, and may be a stranger's."""
+    monkeypatch.setattr(bounds.bounded.__wrapped__, "__defaults__", (0.1, None))
+    adapter = shutil.copytree(ours, tmp_path / "other")
+    file = adapter / "adapter_config.json"
+    for pattern, what in (("(([a-z_.0-9]*)*)*!", "takes more than 5 s"), ("(", "expected a reg")):
+        config = json.loads(file.read_text()) | {"target_modules": pattern}
+        file.write_text(json.dumps(config))
+        said = refusal(tiny_folder, adapter, {"target_modules": "all-linear"})
+        assert said.startswith("lora.target_modules: ")
+        assert what in said
 
 
 def test_no_adapter_there(tiny_folder: Path, tmp_path: Path) -> None:

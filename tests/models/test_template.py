@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sftkey.bounds import Late
 from sftkey.errors import ModelError
 from sftkey.models import template
 from sftkey.models.template import check_template, read_template
@@ -77,7 +78,7 @@ def test_an_alarm_that_python_drops_comes_again() -> None:
             while time.monotonic() - since < 5:
                 pass
 
-    with pytest.raises(template._Late):
+    with pytest.raises(Late):
         endless()
     assert time.monotonic() - since < 5
 

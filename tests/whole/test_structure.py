@@ -19,6 +19,7 @@ PACKAGE = ROOT / "sftkey"
 ORDER = (
     "errors",
     "files",
+    "bounds",
     "activity",
     "tables",
     "recipe",
