@@ -1,7 +1,8 @@
 """A run that is killed and told to end again and again.
 
-SFTKEY_SOAK says how many SIGKILLs and SIGTERMs a run gets; `SFTKEY_SOAK=30,10 pytest -m kill -n 0
-tests/faults/test_soak.py` tries as many as a weekend brings.
+SFTKEY_SOAK says how many SIGKILLs and SIGTERMs a run gets, on one and on two processes:
+`SFTKEY_SOAK=30,10 python -m pytest -m kill -n 0 tests/faults/test_soak.py` tries as many as a
+weekend brings.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sftkey.evaluation.grading import grade
 from sftkey.recipe.load import load_recipe
-from sftkey.training.run import read_rows
+from sftkey.training.log import RunProgress
+from sftkey.training.run import read_rows, start
 from tests.faults.test_processes import MOST_SECONDS, ended, ranks, wait_for
 from tests.support.tiny import write_recipe
+from tests.training.test_run_folder import finish
 
 KILLS, TERMS = (int(each) for each in os.environ.get("SFTKEY_SOAK", "2,1").split(","))
 STEPS, QUESTIONS = 12, 4
@@ -138,15 +143,17 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 @pytest.mark.kill
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.fault("a kill")
 def test_a_run_that_is_killed_at_random_ends_as_an_uninterrupted_one(
+    world: int,
     tiny_folder: Path,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     """Adapters bit for bit, answers and tables equal, each step logged once."""
     record_property("tries", KILLS + TERMS)
-    recipe, dice, world = soaked_recipe(tmp_path, tiny_folder), random.Random(1), 1
+    recipe, dice = soaked_recipe(tmp_path, tiny_folder), random.Random(world)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     expected = outcome(finished(recipe, tmp_path / "whole", world))
@@ -158,3 +165,35 @@ def test_a_run_that_is_killed_at_random_ends_as_an_uninterrupted_one(
         wait_for(partial(reached, cut, moment, world), processes)
         interrupt(processes, number, tmp_path / "cut", dice)
     assert outcome(finished(recipe, tmp_path / "cut", world)) == expected
+
+
+MOST_GROWTH = 1.02  # of the resident memory, behind the first tenth
+
+
+@pytest.mark.kill
+@pytest.mark.fault("memory that grows")
+def test_memory_stays_flat(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 500 steps, and over 2,000 answers of the base model and as many of the stage's."""
+    recipe = write_recipe(
+        tmp_path,
+        tiny_folder,
+        rows=2100,
+        data={"source": str(tmp_path / "rows.jsonl"), "validation": 8, "test": 2000},
+        stages=[{"name": "key", "loss_on": "key"}],
+        trainer={"per_device_train_batch_size": 2, "max_steps": 500, "logging_steps": 10},
+        eval={"num_questions": 2000, "max_new_tokens": 8, "batch_size": 8},
+    )
+    seen: dict[str, list[int]] = {}
+
+    def look(what: str) -> None:
+        seen.setdefault(what, []).append(psutil.Process().memory_info().rss)
+
+    monkeypatch.setattr(RunProgress, "step", lambda self: look("steps"))
+    monkeypatch.setattr(RunProgress, "answers", lambda self, stage, *counts: look(stage))
+    finish(start(load_recipe(recipe), tmp_path / "runs" / "tiny", grade=grade))
+    assert len(seen["steps"]) == 500
+    growth = {what: max(sizes) / sizes[len(sizes) // 10] for what, sizes in seen.items()}
+    print(growth, {what: sizes[-1] >> 20 for what, sizes in seen.items()})
+    assert all(each <= MOST_GROWTH for each in growth.values()), growth
