@@ -137,7 +137,7 @@ def _read(folder: Path) -> tuple[Dataset, CachedRows] | None:
         if file_hash(folder / ROWS) != about.pop("sha256"):
             return None
         outcome, rows = CachedRows(**about), Dataset.from_file(str(folder / ROWS))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     with suppress(OSError):  # somebody else's cache, which this process only reads
         os.utime(folder / ABOUT)

@@ -132,7 +132,7 @@ def _row(line: str) -> dict[str, bool]:
     try:
         row = json.loads(line)
         return {row["prompt_sha256"]: row["right"]} if isinstance(row["right"], bool) else {}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return {}
 
 

@@ -32,7 +32,8 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
             grades and what was judged; graded again, only what is left is asked.
     """
     file = generations or run.ledger.generations(stage)
-    if not run.ledger.main or not file.exists() or not run.answers.questions:
+    wanted = generations or file.exists()  # an absent file that was named is an error
+    if not run.ledger.main or not wanted or not run.answers.questions:
         return
     questions, renderer = run.answers.questions, run.prepared.renderer
     section = run.recipe.eval.judge

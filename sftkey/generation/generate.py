@@ -230,6 +230,10 @@ def read_row(line: bytes) -> dict[str, Any]:
     for key, (types, name) in _FIELDS.items():
         if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
             raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
+    try:
+        row["text"].encode()
+    except UnicodeEncodeError:
+        raise ValueError("text: half of a surrogate pair, which is no text") from None
     return row
 
 

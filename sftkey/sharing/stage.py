@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStag
 
 def refuse_existing(path: Path, what: str = "folder") -> None:
     """Refuse to write where something is."""
-    if path.exists():
+    if os.path.lexists(path):
         raise RunError(str(path), f"expected a new {what}; it exists already")
 
 

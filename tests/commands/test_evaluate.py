@@ -12,7 +12,7 @@ import pytest
 import sftkey.training.stage_model
 from sftkey.commands.results import evaluate
 from sftkey.commands.train import train
-from sftkey.errors import RunError
+from sftkey.errors import DataError, RunError
 from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.stage import note_thinking
@@ -96,6 +96,8 @@ def test_another_engines_answers_are_graded(
     result = json.loads((run / "evaluation" / "key.json").read_text())
     assert (result["acc"], result["fmt"], result["num_never_stopped"]) == (1.0, 1.0, None)
     assert figures(capsys.readouterr().out, "key")[:2] == ["key", "4"]
+    with pytest.raises(DataError, match="absent: can't be read: No such file or directory"):
+        evaluate(run, generations=tmp_path / "absent", stage="key")
 
 
 def test_training_says_what_each_stage_did_to_the_thinking(

@@ -267,14 +267,15 @@ def test_all_faults_of_a_file_of_generations_are_told_at_once(tmp_path: Path) ->
         '{"index": 2, "text": null}',
         '{"index": 2, "text": "e", "stopped": "yes"}',
         '{"index": 2, "text": "e", "num_tokens": 1.5}',
-        "[" * 100_000,
+        "[" * 99999,
+        r'{"index": 2, "text": "\ud800"}',
     ]
     file.write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
         read_generations(file, asked(1, 2, 3))
     assert str(caught.value) == "\n".join(
         [
-            f"{file}: 12 problems",
+            f"{file}: 13 problems",
             "  line 2, index 1: expected once; it stands in line 1 already",
             "  line 3, index 9: expected the index of one of the 3 questions",
             "  line 4: expected a JSON object; got 'torn {'",
@@ -285,6 +286,7 @@ def test_all_faults_of_a_file_of_generations_are_told_at_once(tmp_path: Path) ->
             "  line 9: stopped: expected true or false; got 'yes'",
             "  line 10: num_tokens: expected an integer; got 1.5",
             f"  line 11: expected a JSON object; got '{'[' * 60}'",
+            "  line 12: text: half of a surrogate pair, which is no text",
             "  index 2: expected a generation; got none",
             "  index 3: expected a generation; got none",
             HINT,
