@@ -22,7 +22,7 @@ from sftkey.commands.recipes import cp, ls, prompts, show
 from sftkey.commands.results import compare, errors, evaluate, report
 from sftkey.commands.sharing import card, export, merge, push
 from sftkey.commands.study import study
-from sftkey.commands.terminal import log_to_stderr, never_silent, say
+from sftkey.commands.terminal import log_to_stderr, never_silent, require_numbers, say
 from sftkey.commands.train import train
 from sftkey.errors import Told, as_told
 from sftkey.files import explained_disk
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log_to_stderr()
     try:
         with never_silent(), explained_disk():
+            require_numbers()
             app(words, prog_name="sftkey")
     except SystemExit as ended:
         if ended.code == INTERRUPTED:

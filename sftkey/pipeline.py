@@ -141,6 +141,10 @@ class TrainedRun:
         from sftkey.generation.key_switch import find_switch
 
         number = trained_stage(self.folder, self.recipe, stage)
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise RunError("question", "half of a surrogate pair, which is no text") from None
         if (count := num_columns(self.recipe.data)) != 1:
             what = f"data.prompt puts {count} columns together"
             LOGGER.warning("%s; the question is taken as all of it", what)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from sftkey.activity import current
+from sftkey.errors import RunError
 
 SILENCE_SECONDS = 10.0  # of nothing said on stderr, after which it is said what goes on
 PIPE_WIDTH = 10_000  # no line of ours is as long, so a pipe gets it unbroken
@@ -120,6 +121,19 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     if not any(isinstance(each, StderrHandler) for each in logger.handlers):
         logger.addHandler(StderrHandler())
+
+
+def require_numbers() -> None:
+    """Refuse what a launcher sets, where it is no number.
+
+    Raises:
+        RunError: Names the environment's variable.
+    """
+    for name, least in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+        value = os.environ.get(name, "1")
+        if not value.isdecimal() or int(value) < least:
+            what = f"expected a number from {least} on, as a launcher sets it; got {value!r}"
+            raise RunError(f"${name}", what, f"unset {name}, or start with accelerate launch")
 
 
 def set_up() -> None:

@@ -17,6 +17,7 @@ from sftkey.recipe.schema import ModelSection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
 UNQUANTIZED = "write model.quantization=none"
 
 
@@ -96,6 +97,11 @@ def _own_gpu(env: Mapping[str, str]) -> Device:
     index = int(env.get("LOCAL_RANK", "0"))
     modern = torch.cuda.get_device_capability(index) >= (8, 0)
     return Device("cuda", index, torch.bfloat16 if modern else torch.float16)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device has no more memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_MESSAGE in str(error)
 
 
 def has_cuda() -> bool:

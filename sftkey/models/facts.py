@@ -22,6 +22,7 @@ from sftkey.recipe.schema import ModelSection
 
 # Rotary positions that a whole batch scales by its longest row.
 SCALED = ("dynamic", "longrope")
+MOST_LAYERS = 1000  # the deepest published models have about 130
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton
     for each in [attention] if attention else ("sdpa", "eager"):
         try:
             return _built(section.name_or_path, source, fields, each)
-        except UNREADABLE as error:
+        except (*UNREADABLE, RuntimeError) as error:
             if isinstance(error, ModelError):
                 raise
             reason = first_line(error)
@@ -193,6 +194,9 @@ def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton
 def _built(name: str, source: Source, fields: str, attention: str) -> Skeleton:
     """Build a model; `fields` are those of its config, which may have changed in the folder."""
     skeleton = Skeleton(read_config(name, source), attention, name)
+    layers = getattr(skeleton.text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(name, f"expected at most {MOST_LAYERS:,} layers; got {layers:,}")
     skeleton.model  # noqa: B018  # built, to see that it can be
     return skeleton
 
@@ -247,7 +251,7 @@ def published_stops(section: ModelSection) -> tuple[tuple[int, ...], bool]:
 
 def _ids(published: Any) -> tuple[int, ...]:
     ids = published if isinstance(published, list) else [published]
-    return tuple(number for number in ids if isinstance(number, int))
+    return tuple(each for each in ids if isinstance(each, int) and 0 <= each < 2**31)
 
 
 def num_embeddings(section: ModelSection) -> int | None:

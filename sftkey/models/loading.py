@@ -20,8 +20,15 @@ from transformers import (
 
 from sftkey.activity import activity
 from sftkey.data.renderer import Renderer
-from sftkey.errors import ModelError, first_line
-from sftkey.models.device import DTYPES, Device, free_bytes, launched_with, sharded
+from sftkey.errors import ModelError, first_line, shown
+from sftkey.models.device import (
+    DTYPES,
+    Device,
+    free_bytes,
+    is_out_of_memory,
+    launched_with,
+    sharded,
+)
 from sftkey.models.source import (
     PICKLED,
     UNREADABLE,
@@ -38,6 +45,7 @@ from sftkey.recipe.schema import ModelSection, Recipe
 
 LOGGER = logging.getLogger("sftkey")
 GIB = 2**30
+INDEX = "model.safetensors.index.json"
 # What transformers makes a tokenizer of where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 UNPACKED_SHARE = 0.5  # of the free memory; the other half is for the steps
@@ -142,6 +150,7 @@ def load_model(
     source = find_source(str(folder)) if folder else model_source(section)
     if source.commit is None and not weight_files(source.folder):
         raise _without_safetensors(source)
+    _refuse_other_files(source)
     dtype = device.compute_dtype if section.dtype is None else DTYPES.get(section.dtype, "auto")
     settings: dict[str, Any] = {
         "revision": source.commit or "main",
@@ -157,7 +166,9 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, output_loading_info=True, **settings
         )
-    except UNREADABLE as error:
+    except (*UNREADABLE, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _load_error(section, source, "model", error) from error
     model, info = loaded
     if info["missing_keys"]:
@@ -188,6 +199,15 @@ def _without_safetensors(source: Source) -> ModelError:
             "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`",
         )
     return ModelError(source.path, "no weights there; expected *.safetensors beside config.json")
+
+
+def _refuse_other_files(source: Source) -> None:
+    """Refuse an index that sends the weights' reader to files that aren't safetensors beside it."""
+    shards = (read_json(source, INDEX) or {}).get("weight_map")
+    for name in sorted({str(each) for each in shards.values()} if isinstance(shards, dict) else ()):
+        if Path(name).suffix != ".safetensors" or Path(name).is_absolute() or ".." in name:
+            what = f"{INDEX}: expected names of *.safetensors beside it; got {shown(name)}"
+            raise ModelError(source.path, what, "take the model from who made it")
 
 
 def _nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -248,4 +268,7 @@ def _load_error(
     of_the_hub = (hub.HfHubHTTPError, hub.LocalEntryNotFoundError)
     if source.commit and isinstance(error.__cause__, of_the_hub):
         return hub_error(section.name_or_path, section.revision, error.__cause__)
-    return ModelError(section.name_or_path, f"its {what} can't be loaded: {first_line(error)}")
+    said = first_line(error)
+    if "ignore_mismatched_sizes" in said:  # transformers sends its reader to a log
+        said = "its weights have other shapes than its config.json says"
+    return ModelError(section.name_or_path, f"its {what} can't be loaded: {said}")

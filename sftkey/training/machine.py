@@ -11,18 +11,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from sftkey.errors import DeviceError, DiskError, SFTKeyError, first_line
 from sftkey.files import free_bytes, num_bytes_below
 from sftkey.memory_plan import held
+from sftkey.models.device import is_out_of_memory
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import trainer_setting
 from sftkey.training.run_folder import Ledger
 from sftkey.training.stage import DEFAULTS
 
-CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch's
 MANY, A_FEW = 2**20, 2**16  # bytes beside the weights: a tokenizer; the states of trainer and dice
 # What gloo, NCCL and torch's own store say when they wait in vain for another process.
 LOST = re.compile(r"gloo|nccl|closed by peer|Connection reset|Broken pipe|timed out|timeout", re.I)
@@ -49,7 +48,7 @@ def explained_faults(folder: Path) -> Iterator[None]:
     except SFTKeyError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_MESSAGE in str(error):
+        if is_out_of_memory(error):
             raise DeviceError(
                 str(folder),
                 "out of memory; what was reached is kept",

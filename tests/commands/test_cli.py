@@ -110,6 +110,22 @@ def test_debug_shows_the_traceback(
     assert captured.err.endswith("error: runs/x: wrong\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "many"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "²")],
+)
+def test_a_launchers_number_is_one(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever reads it would fail in its own words."""
+    monkeypatch.setenv(name, value)
+    assert ended("ls") == 2
+    assert capsys.readouterr().err == (
+        f"error: ${name}: expected a number from {int('WORLD' in name)} on, as a launcher sets it; "
+        f"got {value!r}\nhint: unset {name}, or start with accelerate launch\n"
+    )
+
+
 @pytest.mark.fault("a folder or file that the system refuses")
 @pytest.mark.parametrize(
     "number", [errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EROFS]

@@ -170,6 +170,7 @@ def test_several_columns_are_noted(
             "{run}: --stage: 'key' isn't trained yet\nhint: go on with: "
             "sftkey train {run}/recipe.yaml",
         ),
+        ({"question": "\ud800"}, "question: half of a surrogate pair, which is no text"),
         (
             {"question": " \n"},
             'question: expected a text; got none\nhint: sftkey generate {run} "How many …?", '

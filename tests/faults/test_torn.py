@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sftkey.cli import main
 from sftkey.errors import SFTKeyError
 from tests.support.tiny import write_recipe
 from tests.training.test_run import Killed, kill_at_step
@@ -98,4 +99,60 @@ def test_a_run_with_a_broken_file_says_so_or_ends_as_it_would(
             if changed:
                 wrong.append(f"{name}: others came, without a word: {', '.join(changed)}")
         shutil.rmtree(folder)
+    assert not wrong, "\n".join(wrong)
+
+
+READING = (
+    ["compare", "runs/tiny", "--json"],
+    ["errors", "runs/tiny", "--stage", "key", "--json"],
+    ["report", "runs/tiny"],
+    ["card", "runs/tiny"],
+    ["generate", "runs/tiny", "Count on from 3.", "--json"],
+)
+# Counts of the data, which a report and a card show where they are.
+LEFT_OUT = ("deleted", "data.json")
+
+
+def read(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield each command that reads a run, its exit code, and what it gave or said."""
+    page = folder / "runs" / "tiny" / "report.html"
+    for command in READING:
+        code: Any = 0
+        try:
+            main(command)
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = capsys.readouterr()
+        shown = page.read_text() if command[0] == "report" and not code else out
+        yield command[0], code, err if code else shown
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
+@pytest.mark.parametrize("how", BREAK)
+def test_a_command_that_reads_a_broken_file_names_it(
+    how: str,
+    ended: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Or it gives what it gives otherwise; the checkpoints of a finished stage aren't read."""
+    names = [name for name in files_of(ended) if "checkpoint" not in name]
+    place, wrong = tmp_path / "tried", list[str]()
+    monkeypatch.chdir(shutil.copytree(ended, place))
+    whole = {name: shown for name, _, shown in read(place, capsys)}
+    record_property("tries", len(names) * len(READING))
+    for name in names:
+        file = place / "runs" / "tiny" / name
+        kept = file.read_bytes()
+        BREAK[how](file)
+        for command, code, shown in read(place, capsys):
+            named = file.name in shown or str(file.parent.relative_to(place)) in shown
+            if (code, named) != (2, True) if code else shown != whole[command]:
+                wrong.append(f"{command}, {name}: {code}, {shown[-300:]}")
+        file.write_bytes(kept)
+    left_out = f"report, {LEFT_OUT[1]}", f"card, {LEFT_OUT[1]}"
+    if how == LEFT_OUT[0]:
+        wrong = [each for each in wrong if not each.startswith(left_out)]
     assert not wrong, "\n".join(wrong)

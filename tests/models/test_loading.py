@@ -16,6 +16,7 @@ from sftkey.errors import ModelError
 from sftkey.models import loading as model_module
 from sftkey.models.adapters import add_lora
 from sftkey.models.device import Device
+from sftkey.models.facts import skeleton_of
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import Source
 from sftkey.recipe.schema import ModelSection
@@ -137,6 +138,51 @@ def test_folder_with_torn_weights(folder: Path) -> None:
     assert str(error.value) == (
         f"{folder}: its model can't be loaded: Error while deserializing header: incomplete "
         "metadata, file not fully covered"
+    )
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"num_attention_heads": -4}, "negative dimension"),
+        ({"num_hidden_layers": 10**9}, "expected at most 1,000 layers; got 1,000,000,000"),
+        ("[" * 9999, "recursion"),
+    ],
+    ids=["heads", "layers", "nested"],
+)
+def test_a_config_that_no_model_has_is_refused(config: Any, what: str, folder: Path) -> None:
+    """Before anything is built of it that takes all memory, and without a traceback."""
+    file = folder / "config.json"
+    changed = config if isinstance(config, str) else json.loads(file.read_text()) | config
+    file.write_text(changed if isinstance(config, str) else json.dumps(changed))
+    with pytest.raises(ModelError, match=what):
+        skeleton_of(section(folder))
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_weights_of_other_shapes_than_the_configs_are_said(folder: Path) -> None:
+    """Upstream sends its reader to a report in the log."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 10**12}))
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    what = "its model can't be loaded: its weights have other shapes than its config.json says"
+    assert str(error.value) == f"{folder}: {what}"
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "pytorch_model.bin"])
+def test_an_index_names_safetensors_beside_it(shard: str, folder: Path) -> None:
+    """Upstream reads whatever it names, and what isn't safetensors as pickle."""
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    assert str(error.value) == (
+        f"{folder}: model.safetensors.index.json: expected names of *.safetensors beside it; got "
+        f"{shard!r}\nhint: take the model from who made it"
     )
 
 
