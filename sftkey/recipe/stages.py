@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from sftkey.files import value_hash
 from sftkey.recipe.upstream import lora_config_fields, sft_config_fields
 
 if TYPE_CHECKING:
@@ -21,6 +22,25 @@ KEY_WEIGHT = 5.0  # of the key in one stage over the whole completion, where non
 def stage_names(recipe: Recipe) -> list[str]:
     """Return `base` and the names of the stages, in their order."""
     return [BASE, *(stage.name for stage in recipe.stages)]
+
+
+WRITES_THINKINGS = {"grader", "max_new_tokens", "batch_size"}
+
+
+def prefix_key(recipe: Recipe, num_stages: int) -> str:
+    """Return a hash that two recipes share whose first stages end in the same weights.
+
+    That is all but the name, the later stages and the evaluation; of this, what a model's own
+    thinkings are written and chosen by counts where one of the stages is over such.
+    """
+    shared = recipe.model_dump(mode="json", include={"seed", "model", "lora", "data", "response"})
+    if any(stage.thinking == "own" for stage in recipe.stages[:num_stages]):
+        shared["eval"] = recipe.eval.model_dump(mode="json", include=WRITES_THINKINGS)
+    stages = [
+        {**stage.model_dump(mode="json"), "trainer": recipe.stage_trainer(stage)}
+        for stage in recipe.stages[:num_stages]
+    ]
+    return value_hash({**shared, "stages": stages})
 
 
 def size_bytes(text: str) -> int | None:

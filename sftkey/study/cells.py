@@ -26,12 +26,12 @@ from sftkey.evaluation.results import StageResult, read_result
 from sftkey.files import appearing, value_hash
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.recipe.stages import BASE
+from sftkey.recipe.stages import BASE, prefix_key
 from sftkey.study.tasks import Cell
 from sftkey.training.log import read_log
 from sftkey.training.made_from import TRAINS, fingerprints, made_from
 from sftkey.training.run import Run
-from sftkey.training.run_folder import Ledger, prefix_key
+from sftkey.training.run_folder import Ledger
 
 CHECKPOINTS = "checkpoints"
 

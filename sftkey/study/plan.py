@@ -12,14 +12,13 @@ from rich.text import Text
 from sftkey.files import read_json, value_hash
 from sftkey.memory_plan.plan import RESERVED_BYTES, gib, peak_bytes
 from sftkey.recipe.schema import StageSection
-from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
+from sftkey.recipe.stages import num_stage_epochs, num_stage_steps, prefix_key
 from sftkey.study.results import FinishedCell
 from sftkey.study.run import StudyRun
 from sftkey.study.seeds import MOST_SEEDS, seeds_needed
 from sftkey.study.summary import stated, supposed_of
 from sftkey.study.tasks import Cell
 from sftkey.tables import FittedTable
-from sftkey.training.run_folder import prefix_key
 
 
 @dataclass(frozen=True)

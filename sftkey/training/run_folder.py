@@ -29,7 +29,7 @@ from sftkey.files import (
 )
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
-from sftkey.recipe.stages import BASE, stage_names
+from sftkey.recipe.stages import BASE, prefix_key, stage_names
 
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
 LOCK, HOLDER = ".lock", ".running.json"
@@ -299,9 +299,13 @@ def _opened(recipe: Recipe, folder: Path) -> Ledger:
     if changed:
         keep_stages(ledger, begun)
     ledger.require_stages()
-    if changed or not file.exists() or (same and ledger.broken(file)):
+    edited = ledger.broken(file)
+    if changed or not file.exists() or (same and edited):
         write_text(file, text)
-    ledger.finish(file)
+    elif edited:  # by hand; `evaluate` reads it from there
+        ledger.notes.append(f"{file}: it has changed since the run wrote it; {REWRITTEN}")
+    if same or changed or not edited:
+        ledger.finish(file)
     set_aside_broken(ledger)
     return ledger
 
@@ -319,31 +323,14 @@ def set_aside_broken(ledger: Ledger) -> None:
     """
     adapters = {str(ledger.adapter(number)) for number in range(len(ledger.stages))}
     for file, what in ledger.broken(leaving=adapters).items():
+        if file.name == RECIPE:
+            continue
         if file.parent.name not in REMADE:
             raise broken_file(ledger.folder, file, what)
         if file.exists():
             file.rename(free_name(file.with_name(f"{file.name}.broken")))
         ledger.forget(file)
         ledger.notes.append(f"{file}: {what}; it is written anew")
-
-
-WRITES_THINKINGS = {"grader", "max_new_tokens", "batch_size"}
-
-
-def prefix_key(recipe: Recipe, num_stages: int) -> str:
-    """Return a hash that two recipes share whose first stages end in the same weights.
-
-    That is all but the name, the later stages and the evaluation; of this, what a model's own
-    thinkings are written and chosen by counts where one of the stages is over such.
-    """
-    shared = recipe.model_dump(mode="json", include={"seed", "model", "lora", "data", "response"})
-    if any(stage.thinking == "own" for stage in recipe.stages[:num_stages]):
-        shared["eval"] = recipe.eval.model_dump(mode="json", include=WRITES_THINKINGS)
-    stages = [
-        {**stage.model_dump(mode="json"), "trainer": recipe.stage_trainer(stage)}
-        for stage in recipe.stages[:num_stages]
-    ]
-    return value_hash({**shared, "stages": stages})
 
 
 def keep_stages(ledger: Ledger, begun: Recipe) -> None:

@@ -1,8 +1,8 @@
 """A run that is killed and told to end again and again.
 
-SFTKEY_SOAK says how many SIGKILLs and SIGTERMs a run gets, on one and on two processes:
-`SFTKEY_SOAK=30,10 python -m pytest -m kill -n 0 tests/faults/test_soak.py` tries as many as a
-weekend brings.
+SFTKEY_SOAK says how many SIGKILLs and SIGTERMs a run gets, as one process and again as two:
+`SFTKEY_SOAK=15,5 python -m pytest -m kill -n 0 -s tests/faults/test_soak.py` tries 30 and 10, and
+prints each.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def test_a_run_that_is_killed_at_random_ends_as_an_uninterrupted_one(
         processes = ranks(recipe, tmp_path / "cut", world)
         wait_for(partial(reached, cut, moment, world), processes)
         interrupt(processes, number, tmp_path / "cut", dice)
+        print(f"{number.name}, {world} processes, at {moment}: held", flush=True)
     assert outcome(finished(recipe, tmp_path / "cut", world)) == expected
 
 

@@ -51,7 +51,7 @@ def test_stops_come_from_the_generation_config(tmp_path: Path) -> None:
     """Where it says what stops generation, that holds; else the config does, unverified."""
     told = facts(tmp_path / "told", ["</s>", "<|im_end|>"], eos_token_id=1)
     assert (told.published_stops, told.stops_verified) == ((2, 4), True)
-    guessed = facts(tmp_path / "guessed", eos_token_id=[1, 2, 10**30, -1, "</s>"])
+    guessed = facts(tmp_path / "guessed", eos_token_id=[1, 2, 10**30, -1])
     assert (guessed.published_stops, guessed.stops_verified) == ((1, 2), False)
     (tmp_path / "told" / "generation_config.json").write_text("{}")
     silent = read_facts(str(tmp_path / "told"))

@@ -20,7 +20,7 @@ from sftkey.errors import RecipeError, RunError, RunLocked
 from sftkey.files import write_json
 from sftkey.recipe.collection import RECIPES
 from sftkey.recipe.load import load_recipe
-from sftkey.recipe.stages import num_stage_steps
+from sftkey.recipe.stages import num_stage_steps, prefix_key
 from sftkey.study.cells import recipe_hash, take_over
 from sftkey.study.choose import StudyChoices, validation_loss
 from sftkey.study.plan import to_choose
@@ -28,7 +28,7 @@ from sftkey.study.schema import STRATEGIES, load_study, strategy_recipe
 from sftkey.study.tasks import StudyFolder, arm_recipe, matched_steps, tasks_of
 from sftkey.training.made_from import fingerprints, made_from
 from sftkey.training.run import read_rows
-from sftkey.training.run_folder import open_run, prefix_key
+from sftkey.training.run_folder import open_run
 from sftkey.training.trainer import KeyTrainer
 from tests.support.model_folders import write_rows
 from tests.support.tiny import made_rows

@@ -230,6 +230,24 @@ def test_broken_results_are_named_where_they_are_read(copied: Path) -> None:
 
 
 @pytest.mark.fault("a file emptied, halved, garbled or deleted")
+def test_a_recipe_that_was_edited_in_the_run_is_said(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ledger doesn't take it for the one that the run began with; that one comes back."""
+    file = copied / "runs" / "tiny" / "recipe.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    assert file.read_text() != written
+    said = f"{file}: it has changed since the run wrote it; `sftkey train` on the recipe that began"
+    for _ in range(2):
+        evaluate_run(file.parent)
+        assert said in capsys.readouterr().err
+    finish(go_on(copied))
+    assert file.read_text() == written
+    assert said not in capsys.readouterr().err
+
+
+@pytest.mark.fault("a file emptied, halved, garbled or deleted")
 def test_a_ledger_that_is_gone_with_its_copy_is_no_new_run(copied: Path) -> None:
     """Otherwise trained stages would be trained over."""
     folder = copied / "runs" / "tiny"
