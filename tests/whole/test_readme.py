@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 HELP = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
-ANSWERS = (ROOT / "docs" / "answers-only.md").read_text(encoding="utf-8")
+PAGES = {  # of studies whose page is not docs/does-it-help.md
+    "answers-only": (ROOT / "docs" / "answers-only.md").read_text(encoding="utf-8")
+}
 FOLDER = '"out"'
 RESULTS = sorted(file.parent for file in ROOT.glob("recipes/*/results/*/results.json"))
 
@@ -68,23 +70,25 @@ def test_the_docs_results_are_those_of_the_files(folder: Path) -> None:
     study = load_study(folder.parent.parent / f"study-{folder.name}.yaml")
     again = summarize(read_cells(folder), study.control, study.arms)
     assert list(_leaves(again.model_dump())) == list(map(_about, _leaves(results.model_dump())))
-    assert table(results, folder.name) in (ANSWERS if folder.name == "answers-only" else HELP)
+    (task,) = {arm.task for arm in results.arms}
+    assert table(results, task) in PAGES.get(folder.name, HELP)
 
 
 @pytest.mark.parametrize(
-    ("arm", "other"),
+    ("folder", "arm", "other"),
     [
-        ("masked", "base"),
-        ("own_exact", "base"),
-        ("own_frozen", "base"),
-        ("own_exact", "masked"),
-        ("own_frozen", "masked"),
-        ("own_exact", "own_frozen"),
+        ("answers-only", "masked", "base"),
+        ("answers-only", "own_exact", "base"),
+        ("answers-only", "own_frozen", "base"),
+        ("answers-only", "own_exact", "masked"),
+        ("answers-only", "own_frozen", "masked"),
+        ("answers-only", "own_exact", "own_frozen"),
+        ("long", "weighted_long", "sft_long"),
     ],
 )
-def test_the_differences_of_the_answers_only_page(arm: str, other: str) -> None:
-    """Those beside its table are the paired ones of the committed cells, with their intervals."""
-    cells = read_cells(ROOT / "recipes" / "smollm2-135m" / "results" / "answers-only")
+def test_differences_beside_a_studys_table(folder: str, arm: str, other: str) -> None:
+    """They are the paired ones of the committed cells, with their intervals."""
+    cells = read_cells(ROOT / "recipes" / "smollm2-135m" / "results" / folder)
 
     def right(name: str) -> list[list[bool]]:
         asked = [
@@ -97,7 +101,7 @@ def test_the_differences_of_the_answers_only_page(arm: str, other: str) -> None:
     found = difference_estimate(right(arm), right(other), same_questions=False)
     low, high = (f"{100 * end:+.1f}" for end in found.interval)
     said = f"{abs(100 * found.value):.1f} [{low}, {high}]"
-    assert said in ANSWERS.replace(" points [", " [")
+    assert said in PAGES.get(folder, HELP).replace(" points [", " [")
 
 
 def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
