@@ -23,7 +23,8 @@ from sftkey.models.source import at_hand
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.loss_on import trained_context
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
-from sftkey.recipe.stages import size_bytes, trainer_setting
+from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.upstream import size_bytes
 
 GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.

@@ -11,8 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sftkey.errors import did_you_mean, shown
 from sftkey.recipe import yaml_io
 from sftkey.recipe.loss_on import checked_loss, checked_loss_on, checked_weights
-from sftkey.recipe.stages import size_bytes
-from sftkey.recipe.upstream import as_number
+from sftkey.recipe.upstream import as_number, size_bytes
 
 KEY_BATCH_TOKENS = 2048  # 6% of 32k tokens, whose keys and values are 1.8 GiB on a Qwen2.5-7B
 CONTEXT_OF_KEY = 16  # for each token of a key, so many of context are held at most

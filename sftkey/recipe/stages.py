@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -41,16 +40,6 @@ def prefix_key(recipe: Recipe, num_stages: int) -> str:
         for stage in recipe.stages[:num_stages]
     ]
     return value_hash({**shared, "stages": stages})
-
-
-def size_bytes(text: str) -> int | None:
-    """Read a size of memory or files, where a GB is 2^30 bytes; None of another text.
-
-    >>> size_bytes("1.5GB"), size_bytes("12 mib"), size_bytes("12")
-    (1610612736, 12582912, None)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(M|G)i?B\s*", text, re.IGNORECASE)
-    return round(float(found[1]) * (2**20 if found[2] in "mM" else 2**30)) if found else None
 
 
 STEP_SETTINGS = (

@@ -44,6 +44,16 @@ def as_number(value: Any) -> Any:
     return value
 
 
+def size_bytes(text: str) -> int | None:
+    """Read a size of memory or files, where a GB is 2^30 bytes; None of another text.
+
+    >>> size_bytes("1.5GB"), size_bytes("12 mib"), size_bytes("12")
+    (1610612736, 12582912, None)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(M|G)i?B\s*", text, re.IGNORECASE)
+    return round(float(found[1]) * (2**20 if found[2] in "mM" else 2**30)) if found else None
+
+
 def _as_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_numbers(item) for key, item in value.items()}

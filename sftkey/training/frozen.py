@@ -20,7 +20,8 @@ from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.files import free_bytes
 from sftkey.models.key_adapter import act, context_adapters
-from sftkey.recipe.stages import KeyAdapterSpec, size_bytes
+from sftkey.recipe.stages import KeyAdapterSpec
+from sftkey.recipe.upstream import size_bytes
 from sftkey.training.context_cache import ContextCache, bytes_a_token
 from sftkey.training.losses import token_losses
 from sftkey.training.trainer import GroupedByLength, KeyTrainer
