@@ -178,14 +178,7 @@ def adapt(
     notes += [*data.notes, *([NO_CUDA] if choices.stays_whole else [])]
     if renderer is None:
         return Adapted(text, recipe, facts.model_type, None, [], notes)
-    proof = prove(renderer, NUM_PROOF_ROWS, seed)
-    if proof.wrong:
-        raise FrameError(
-            name_or_path,
-            f"masks are wrong on {len(proof.wrong)} of {proof.rows} hard rows, at first: "
-            f"{proof.wrong[0].what}",
-            "nothing was written; it is a bug of sftkey, please report it with the model's name",
-        )
+    proof = _proven(name_or_path, renderer, seed)
     example = _preview(data.examples[0] if data.examples else MADE, renderer, recipe)
     return Adapted(text, recipe, facts.model_type, proof, example, notes)
 
@@ -197,6 +190,19 @@ def _written(choices: Choices) -> tuple[str, Recipe]:
         file = Path(folder) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
         return text, load_recipe(file)
+
+
+def _proven(name: str, renderer: Renderer, seed: int) -> Proof:
+    """Prove the masks, or refuse the model."""
+    proof = prove(renderer, NUM_PROOF_ROWS, seed)
+    if proof.wrong:
+        raise FrameError(
+            name,
+            f"masks are wrong on {len(proof.wrong)} of {proof.rows} hard rows, at first: "
+            f"{proof.wrong[0].what}",
+            "nothing was written; it is a bug of sftkey, please report it with the model's name",
+        )
+    return proof
 
 
 def _preview(example: Example, renderer: Renderer, recipe: Recipe) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from sftkey.adapt.adapt import Adapted
 
+ONE_STAGE = "Write one stage with five-fold weight on the key in place of the paper's two."
+
 
 def adapt(
     model: Annotated[
@@ -41,13 +43,7 @@ def adapt(
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; must be new."),
     ] = None,
     gpu: GPU = None,
-    one_stage: Annotated[
-        bool,
-        typer.Option(
-            "--one-stage",
-            help="Write one stage with five-fold weight on the key in place of the paper's two.",
-        ),
-    ] = False,
+    one_stage: Annotated[bool, typer.Option("--one-stage", help=ONE_STAGE)] = False,
 ) -> None:
     """Write a recipe for a model and prove its masks."""
     if output is not None:
