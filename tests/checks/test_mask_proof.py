@@ -56,9 +56,9 @@ def test_rows_have_all_shapes_of_prompts() -> None:
     prompts = [example.prompt for example in hard_examples(framed(), 200, 0)]
     roles = {None if isinstance(p, str) else tuple(m["role"] for m in p) for p in prompts}
     assert roles == {None, ("system", "user"), ("user", "assistant", "user")}
-    no_system = [e.prompt for e in hard_examples(framed(name="llama2"), 200, 0)]
+    no_system = [e.prompt for e in hard_examples(framed(frame="llama2"), 200, 0)]
     assert not any(isinstance(p, tuple) and p[0]["role"] == "system" for p in no_system)
-    assert all(isinstance(e.prompt, str) for e in hard_examples(framed(name="plain"), 200, 0))
+    assert all(isinstance(e.prompt, str) for e in hard_examples(framed(frame="plain"), 200, 0))
 
 
 def test_rows_can_be_trained_on() -> None:
@@ -239,7 +239,7 @@ def test_refusals_for_each_reason_are_confirmed() -> None:
     raised = "the chat template raises on a prompt of critic, user: only user and assistant"
     for probed, example, reason in [
         (renderer, Example("Q", "x", "7 ", 0), swallowed),
-        (framed(name="llama2"), Example(odd, "x", "7", 0), raised),
+        (framed(frame="llama2"), Example(odd, "x", "7", 0), raised),
     ]:
         proven = judge(probed, [example], tokenize([example], probed))
         assert proven.refused == {reason: 1}
