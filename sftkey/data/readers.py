@@ -42,6 +42,8 @@ def _zstd(stream: IO[bytes]) -> IO[bytes]:
 def _only_member(stream: IO[bytes]) -> IO[bytes]:
     """Open the one file that a zip archive holds."""
     archive = zipfile.ZipFile(stream)
+    if "xl/workbook.xml" in archive.namelist():
+        raise ValueError("an Excel workbook; save its sheet as CSV in UTF-8")
     hidden = ("__MACOSX/", ".")
     names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith(hidden)]
     if len(names) != 1:
@@ -56,6 +58,11 @@ COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"\x28\xb5\x2f\xfd": _zstd,
     b"PK\x03\x04": _only_member,
+}
+# By the first bytes: what is no table that we read, and what to do.
+FOREIGN = {
+    b"SQLite format 3\0": ("an SQLite database", "write its table as CSV or as lines of JSON"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save the table as CSV in UTF-8"),
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -145,8 +152,10 @@ def _rows_of(stream: io.BufferedReader, file: Path, kind: str) -> Rows:
         what = "expected JSON, CSV, parquet or arrow; got something else"
         hint = f"its name should end in {', '.join(ENDINGS)}, or one of these and "
         hint += ", ".join(PACKED)
-        if start[257:262] == b"ustar":
-            what, hint = f"{what.partition(';')[0]}; got a tar archive", "unpack it first"
+        found = [said for magic, said in FOREIGN.items() if start.startswith(magic)]
+        found += [("a tar archive", "unpack it first")] if start[257:262] == b"ustar" else []
+        for name, way in found:
+            what, hint = f"{what.partition(';')[0]}; got {name}", way
         raise DataError(str(file), what, hint=hint)
     return _json_lines(stream, file)
 

@@ -130,6 +130,34 @@ def test_a_zip_of_several_files_is_refused(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            zipped(b"<x/>", "[Content_Types].xml", "xl/workbook.xml"),
+            "is an Excel workbook; save its sheet as CSV in UTF-8",
+        ),
+        (
+            b"\xd0\xcf\x11\xe0\xa1\xb1",
+            "expected JSON, CSV, parquet or arrow; got an old Excel or Word file\n"
+            "hint: save the table as CSV in UTF-8",
+        ),
+        (
+            b"SQLite format 3\0\0",
+            "expected JSON, CSV, parquet or arrow; got an SQLite database\n"
+            "hint: write its table as CSV or as lines of JSON",
+        ),
+    ],
+)
+def test_files_of_other_programs_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, message: str
+) -> None:
+    """Each with the way to rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.xlsx").write_bytes(data)
+    assert message_of(tmp_path / "r.xlsx") == f"FILE: {message}"
+
+
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     """Only the last of them would be read."""
     (tmp_path / "r.csv").write_text("question,answer,answer\nQ,c,7\n")
