@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from sftkey.data.examples import RawRow, Template, columns_of, make_rule
@@ -33,6 +35,7 @@ ABOUT |= {"model", "mode", "length", "score", "reward", "task", "topic", "is", "
 ABOUT |= {"correctness", "finish", "license", "version", "difficulty", "level", "rate", "category"}
 # In front of what a column holds these say whose it is: `model_reasoning` is one.
 WHOSE = {"model", "original"}
+WRITTEN = (str, int, float, Decimal, date)  # what a template writes; a table may hold dates
 # No blank, and no script that writes without blanks.
 WORD = re.compile(r"[!-~]*\Z")
 
@@ -156,7 +159,7 @@ class Table:
 
 def _are_texts(values: Sequence[Any]) -> bool:
     values = [value for value in values if value not in (None, "")]
-    return bool(values) and all(isinstance(value, str | int | float) for value in values)
+    return bool(values) and all(isinstance(value, WRITTEN) for value in values)
 
 
 def plain(column: str) -> str:

@@ -395,6 +395,10 @@ def why_not(table: Table) -> Iterator[str]:
             yield f"{name}: holds single words"
         elif len(values) < num_rows:
             yield f"{name}: empty in {num_rows - len(values)} of {num_rows} rows"
+    for name in table.called(ANSWER):
+        kinds = sorted({type(value).__name__ for value in table.values(name)} - {"NoneType"})
+        if kinds and not table.is_text(name):
+            yield f"{name}: holds a {' or '.join(kinds)}, not text"
     for name in prompt_and_chats(table)[1]:
         last = [last_answer(chat) for chat in table.messages(name)]
         thought = sum(bool(turn.get("reasoning_content", "").strip()) for turn in last)

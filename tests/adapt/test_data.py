@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,14 @@ def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, l
             f'the reasoning\'s column: "{{cot}}"; the columns are question, cot, answer; {OWN_WAY}',
         ),
         (
+            {"question": "Q", "cot": "c", "answer": ["7"]},
+            "answer",
+            "cot: holds single words; answer: holds a list, not text; a template, or `response` "
+            "and a split_rule for the column of both: think_tags, boxed, hash_marks, or a regular "
+            "expression with the groups thinking and answer; the columns are question, cot, "
+            f"answer; {OWN_WAY}",
+        ),
+        (
             {"messages": turns("<think></think>" + "7 eggs. " * 6)},
             "thinking",
             "a template, or `response` and a split_rule for the column of both: think_tags, boxed, "
@@ -280,6 +290,18 @@ def test_system_messages_of_some_rows_are_read(tmp_path: Path) -> None:
     assert choice.fields["system_column"] == "system"
     kinds = ["text" if isinstance(each.prompt, str) else "chat" for each in choice.examples[:3]]
     assert kinds == ["chat", "text", "text"]
+
+
+def test_dates_and_decimals_of_a_table_are_answers(tmp_path: Path) -> None:
+    """A template writes them as they stand."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for name, value in (("days", date(2020, 1, 5)), ("prices", Decimal("1.50"))):
+        columns = {"question": ["Q"] * 40, "cot": ["c d"] * 40, "answer": [value] * 40}
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+        choice = choose_data(str(tmp_path / f"{name}.parquet"), seed=0, plain=False)
+        assert choice.examples[0].answer == str(value)
 
 
 def test_rows_that_may_be_called_bad_are_said(tmp_path: Path) -> None:
