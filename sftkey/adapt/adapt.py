@@ -94,6 +94,9 @@ def _shown(values: Any, path: str) -> str:
 NUM_PROOF_ROWS = 2000
 MADE = Example("What is 3 times 4?", "3 times 4 is 12.", "12", 0)
 SEED = 42
+UNREAD_ROWS = (
+    "no row was read: data and lengths are those of {like}; `sftkey check {file}` reads the rows"
+)
 NO_CUDA = "no CUDA here, so the weights stay unquantized; --gpu 24GB writes for a GPU elsewhere"
 
 
@@ -175,6 +178,8 @@ def adapt(
         most = min(stage.most_rows for stage in stages)
         text, recipe = _written(replace(choices, most_rows=most))
     notes = own_notes(Response.from_section(choice.section)) if data.own else []
+    if other is not None and not source:
+        notes.append(UNREAD_ROWS.format(like=named, file=path))
     notes += [*data.notes, *([NO_CUDA] if choices.stays_whole else [])]
     if renderer is None:
         return Adapted(text, recipe, facts.model_type, None, [], notes)

@@ -277,11 +277,15 @@ def like(model: str = "model", **options: Any) -> Recipe:
     return load_recipe("q.yaml")
 
 
-def test_another_recipe_gives_data_stages_and_settings(here: Path) -> None:
+def test_another_recipe_gives_data_stages_and_settings(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All but what is the model's own; a step sees as many rows, one at a time."""
     Path("one.yaml").write_text(LIKE)
     model_folder(Path("model"), made("look_ahead", CHATML), ["<|im_end|>"])
     recipe, other = like(), load_recipe("one.yaml")
+    said = "no row was read: data and lengths are those of one.yaml; `sftkey check q.yaml` reads "
+    assert capsys.readouterr().out.splitlines()[1] == f"{said}the rows"
     assert (recipe.name, recipe.seed) == ("model-rows", 7)
     assert recipe.model.name_or_path == "model"
     assert recipe.lora == {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
