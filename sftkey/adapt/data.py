@@ -60,6 +60,7 @@ class DataChoice:
         return [key for key, value in self.fields.items() if str(value).startswith(UNDECIDED)]
 
 
+@activity("reading the rows")
 def choose_data(
     source: str,
     seed: int,

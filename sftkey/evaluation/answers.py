@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sftkey.activity import activity, tell
 from sftkey.data.response import Example, Parsed, QuestionKey
 from sftkey.errors import DataError, Problem, RunError, shortened
 from sftkey.evaluation.grading import Grade, grade
@@ -101,6 +102,7 @@ class GradedText:
     grade: Grade
 
 
+@activity("grading the answers")
 def grade_texts(
     recipe: Recipe,
     renderer: Renderer,
@@ -108,8 +110,10 @@ def grade_texts(
     examples: Iterable[Example],
 ) -> list[GradedText]:
     """Grade what was written to each question, as a run's recipe says, in the order of the rows."""
-    found = []
+    found: list[GradedText] = []
+    examples = list(examples)
     for example in sorted(examples, key=lambda each: each.key):
+        tell(f"{len(found)} of {len(examples)}")
         written = generations[example.key]
         text = renderer.bare(written.text)
         parsed = renderer.response.parse(text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sftkey.activity import current
 from sftkey.adapt.data import choose_data, choose_grader, measure
 from sftkey.adapt.readings import OWN_WAY
 from sftkey.data import sources
@@ -441,6 +442,19 @@ def test_splits_of_a_folder_are_its_own(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", sums(5))
     choice = choose_data(str(tmp_path), seed=0, plain=False)
     assert (choice.fields["validation"], choice.fields["test"]) == (4, "test")
+
+
+def test_reading_many_rows_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command can say what it is at, since the rows may be a million."""
+    said = []
+
+    def load_rows(*_: Any) -> list[dict[str, Any]]:
+        said.append(str(current()))
+        return sums(40)
+
+    monkeypatch.setattr("sftkey.adapt.data.load_rows", load_rows)
+    choose_data(str(tmp_path), seed=0, plain=False)
+    assert said == ["reading the rows"]
 
 
 def test_few_rows_are_not_held_out(tmp_path: Path) -> None:

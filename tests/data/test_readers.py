@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -84,11 +85,11 @@ def test_one_conversation_is_one_row(
 
 def zipped(data: bytes, *names: str) -> bytes:
     """Pack data under these names."""
-    file = Path("packed.zip")
+    file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name in names:
             archive.writestr(name, data)
-    return file.read_bytes()
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sftkey.activity import current
 from sftkey.data.response import Example, Response
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import (
@@ -71,10 +72,11 @@ def test_an_answer_stands_beside_what_was_expected(tmp_path: Path) -> None:
 
 def test_an_answer_is_graded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures and graded answers stand on one verdict: a formula may take seconds."""
-    answers = []
+    answers, said = [], []
 
     def counted(answer: str, reference: str) -> tuple[bool, str]:
         answers.append(answer)
+        said.append(str(current()))
         return answer == reference, answer
 
     monkeypatch.setattr("sftkey.evaluation.grading._same_number", counted)
@@ -84,6 +86,7 @@ def test_an_answer_is_graded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     result = score(recipe, renderer, "key", texts)
     graded = graded_answers(texts)
     assert answers == ["2", "It is 5.", "10"]
+    assert said == [f"grading the answers, {number} of 4" for number in (0, 1, 3)]
     assert [each.right for each in graded] == [each.correct for each in result.questions]
 
 
