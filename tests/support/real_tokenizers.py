@@ -7,11 +7,14 @@ in CI such a skip is a failure (conftest.py).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
+import venv
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -109,6 +112,22 @@ def _llama_cpp_from_sdist(fetching: Path) -> Path:
     needed = ["install", "--no-deps", "--target", str(checkout / "site"), "sentencepiece==0.2.1"]
     _run([sys.executable, "-m", "pip", *needed], "sentencepiece", fetching)
     return checkout
+
+
+def python_with(package: str) -> str:
+    """Return a Python that has a package beside all that this one has, or skip the test."""
+    folder = _cache_folder() / re.sub(r"\W+", "-", package)
+    python = str(folder / "bin" / "python")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "installed").is_file():
+            venv.create(folder, clear=True)
+            (site,) = folder.glob("lib/python*/site-packages")
+            (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            pip = [sys.executable, "-m", "pip", "--python", python]
+            _run([*pip, "install", package], package, folder)
+            (folder / "installed").touch()
+    return python
 
 
 def _cache_folder() -> Path:

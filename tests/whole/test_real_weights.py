@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from sftkey.commands.sharing import export, merge
 from sftkey.evaluation.grading import grade
+from sftkey.evaluation.stage import grade_stage
 from sftkey.models.packaged import gguf_folder
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
+from tests.support.real_tokenizers import python_with
 
 pytestmark = pytest.mark.slow
-DEMO = Path(__file__).parents[2] / "recipes" / "smollm2-135m" / "demo.yaml"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "recipes" / "smollm2-135m" / "demo.yaml"
 SHORT = (
     "stages=[{name: completion, loss_on: completion}]",
     "data.num_rows=400",
@@ -40,6 +47,60 @@ def answers(folder: Path, name: str, *overrides: str) -> tuple[Run, list[dict[st
     assert list(run.stages()) == ["base", "completion"]
     text = run.ledger.generations("completion").read_text()
     return run, [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Return a run that learned to add, and its twenty answers with their grades."""
+    folder = tmp_path_factory.mktemp("sums")
+    run, rows = answers(folder, "sums")
+    grade_stage(run, "completion")
+    graded = (folder / "sums/evaluation/completion.graded.jsonl").read_text().splitlines()
+    right = {each["index"]: each["right"] for each in map(json.loads, graded)}
+    rows = [{**row, "right": right[row["index"]]} for row in rows]
+    assert any(row["right"] for row in rows)
+    return folder / "sums", rows
+
+
+def test_a_merged_model_answers_in_a_pipeline_as_it_was_measured(
+    sums: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Twenty questions of twenty, nothing but the question handed over."""
+    from transformers import pipeline
+
+    run, rows = sums
+    merge(run, tmp_path / "merged")
+    asked = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")
+    chats = [[{"role": "user", "content": row["question"]}] for row in rows]
+    whole = {"return_full_text": False, "skip_special_tokens": False}
+    written = [
+        found[0]["generated_text"].removesuffix("<|im_end|>") for found in asked(chats, **whole)
+    ]
+    assert written == [row["text"] for row in rows]
+    assert len(set(written)) > 10
+
+
+def test_the_harness_grades_each_answer_as_the_run_does(
+    sums: tuple[Path, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command that the export prints: the same verdict on every question."""
+    run, rows = sums
+    python = python_with("lm_eval==0.4.13")
+    export(run, "lm-eval", tmp_path / "task")
+    words = shlex.split(capsys.readouterr().out)
+    done = subprocess.run(
+        [python, "-m", *words, "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (samples,) = (tmp_path / "task-results").rglob("samples_*.jsonl")
+    found = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert {each["doc"]["index"]: bool(each["acc"]) for each in found} == {
+        row["index"]: row["right"] for row in rows
+    }
 
 
 def without_end(smollm2: Path, folder: Path) -> Path:
