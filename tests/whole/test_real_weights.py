@@ -70,7 +70,7 @@ def test_a_merged_model_answers_in_a_pipeline_as_it_was_measured(
 
     run, rows = sums
     merge(run, tmp_path / "merged")
-    asked = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")
+    asked: Any = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")
     chats = [[{"role": "user", "content": row["question"]}] for row in rows]
     whole = {"return_full_text": False, "skip_special_tokens": False}
     written = [
