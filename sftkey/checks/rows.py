@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from sftkey.checks.findings import Finding, of_rows
 from sftkey.data.collator import packed_rows, row_lengths, stage_rows
 from sftkey.data.prepare import Prepared
+from sftkey.data.prompt import THINK_TAG
 from sftkey.data.refused import left_out, numbered
 from sftkey.data.renderer import Renderer, ids_set_before
-from sftkey.data.template import THINK_TAG, reads_of
+from sftkey.data.template import reads_of
 from sftkey.data.tokenization import DROPS_THINKING
 from sftkey.models.facts import Skeleton, mixing_length
 from sftkey.recipe.schema import DataSection, Recipe

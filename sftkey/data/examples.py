@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 from sftkey.bounds import SECONDS, Late, bounded
@@ -13,6 +14,7 @@ from sftkey.data.messages import (
     check_beside,
     check_trained,
     columns_beside,
+    is_named,
     read_messages,
     read_tools,
     system_of,
@@ -108,6 +110,8 @@ def make_rule(name: str) -> Rule:
     return by_expression
 
 
+REPLIES = ("completion", "response", "output")  # columns that mostly hold a whole reply
+NUM_TRIED = 20  # rows that a hint's lines must read
 # Text, or the messages of a chat, with the thinking and the answer that follow them.
 Parts = tuple[Any, str, str]
 
@@ -155,6 +159,7 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
     """
     columns = columns_of(rows)
     read, beside = _reader(data, columns, rows, options), columns_beside(columns, data)
+    takes_tools = not is_named("tools", data)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):
         outcomes: list[Parts | RowError]
@@ -167,18 +172,12 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
             outcomes = [error]
         for turn, outcome in enumerate(outcomes):
             try:
-                system = system_of(row, data)
-                prompt, thinking, answer = _usable(outcome, data, system)
-                tools = read_tools(row.get("tools"))
+                tools = read_tools(row.get("tools")) if takes_tools else []
+                parts = _whole(_usable(outcome, data), system_of(row, data), tools, data)
             except RowError as error:
                 loaded.unsplit.append(Refusal(index, str(error), error.code))
-                continue
-            if system is not None:
-                prompt = ({"role": "system", "content": system}, *as_messages(prompt))
-            if tools:
-                first = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
-                prompt = (first, *as_messages(prompt))
-            loaded.examples.append(Example(prompt, thinking, answer, index, turn))
+            else:
+                loaded.examples.append(Example(*parts, index, turn))
     return loaded
 
 
@@ -197,17 +196,15 @@ def _reader(
         wanted |= {"thinking": "" if absent else data.thinking, "answer": data.answer}
         if rule:
             what = "data.response: expected the column that `data.split_rule` splits; got none"
-            raise DataError(data.source, what, _lines_of_messages(data, columns, rows))
+            raise DataError(data.source, what, _lines_of(data, columns, rows))
     elif rule is None and not messages:
         what = f"data.split_rule: expected a rule that splits `{data.response}`; got none"
         raise DataError(data.source, what)
     templates = _templates(data, wanted, columns, rows)
     if messages:
+        column = data.response or ""
         return lambda row: _conversation(
-            (
-                *as_messages(_prompt(row, templates["prompt"])),
-                *read_messages(row.get(data.response or "")),
-            ),
+            _joined(_prompt(row, templates["prompt"]), read_messages(row.get(column)), column),
             rule,
             options,
         )
@@ -223,6 +220,19 @@ def _reader(
     ]
 
 
+def _joined(prompt: Any, messages: Sequence[dict[str, Any]], column: str) -> Any:
+    """Return a prompt and the messages that follow it.
+
+    Raises:
+        RowError: The messages hold the prompt already.
+    """
+    before = as_messages(prompt)
+    opening = takewhile(lambda message: message["role"] != "assistant", messages)
+    if any(message in before for message in opening):
+        raise RowError(f"the prompt stands in `{column}` already; leave data.prompt out")
+    return (*before, *messages)
+
+
 def _holds_messages(column: str, rows: Sequence[RawRow]) -> bool:
     """Tell whether a column holds lists of messages, or JSON of such, by its first value."""
     first = _first_value(column, rows)
@@ -234,10 +244,8 @@ def _first_value(column: str, rows: Sequence[RawRow]) -> Any:
     return parsed_json(next((value for value in values if value is not None), None))
 
 
-def _lines_of_messages(
-    data: DataSection, columns: Sequence[str], rows: Sequence[RawRow]
-) -> str | None:
-    """Write a recipe's lines for messages that end in an answer, which no line names."""
+def _lines_of(data: DataSection, columns: Sequence[str], rows: Sequence[RawRow]) -> str | None:
+    """Write a recipe's lines for messages that end in an answer, or a text that a rule splits."""
     if data.response is not None or data.thinking is not None or data.answer is not None:
         return None
     for column in columns:
@@ -248,7 +256,9 @@ def _lines_of_messages(
         except RowError:
             continue
         if turn["role"] == "assistant":
-            lines = ['data.prompt: "{prompt}"'] * ("prompt" in columns)
+            begins = _first_value(column, rows)[0]
+            holds_question = read_messages([begins])[0]["role"] != "assistant"
+            lines = ['data.prompt: "{prompt}"'] * ("prompt" in columns and not holds_question)
             lines.append(f"data.response: {column}")
             adapt = ""
             if data.split_rule is None and "reasoning_content" not in turn:
@@ -257,7 +267,20 @@ def _lines_of_messages(
                 else:
                     lines.append("data.split_rule: think_tags")
             return f"these messages are read with {', '.join(lines)}{adapt}"
+    rules = {data.split_rule: make_rule(data.split_rule)} if data.split_rule else RULES
+    for column in (column for column in columns if column != "prompt"):
+        texts = [row.get(column) for row in rows[:NUM_TRIED]]
+        for name, rule in rules.items():
+            if all(isinstance(text, str) and not isinstance(rule(text), str) for text in texts):
+                lines = [f'data.prompt: "{_asking(columns, column)}"', f"data.response: {column}"]
+                return f"these rows are read with {', '.join(lines)}, data.split_rule: {name}"
     return None
+
+
+def _asking(columns: Sequence[str], response: str) -> str:
+    """Return the template of a prompt beside a response, as far as the columns' names tell it."""
+    others = ["prompt"] if "prompt" in columns else [name for name in columns if name != response]
+    return f"{{{others[0] if len(others) == 1 else '…'}}}"
 
 
 def _conversation_column(
@@ -306,7 +329,9 @@ def _templates(
         hint += ", or `data.response` is the one to split by `data.split_rule`"
         if data.thinking is None and "thinking" not in columns and data.response is None:
             hint += "; rows without a reasoning need `thinking: own` in every stage"
-        raise DataError(data.source, problems, _lines_of_messages(data, columns, rows) or hint)
+            whole = next((name for name in REPLIES if name in columns), None)
+            hint += f', and data.answer: "{{{whole}}}" where that is one' if whole else ""
+        raise DataError(data.source, problems, _lines_of(data, columns, rows) or hint)
     return templates
 
 
@@ -345,10 +370,14 @@ def _conversation(
         try:
             check_trained(turn)
             # With a rule, an empty `reasoning_content` says nothing: the content may hold the tags.
-            if turn.get("reasoning_content") or (rule is None and "reasoning_content" in turn):
-                thinking, answer = turn["reasoning_content"], turn["content"]
+            beside = turn.get("reasoning_content")
+            if beside or (rule is None and beside is not None):
+                thinking, answer = trimmed(beside), trimmed(turn["content"])
+                if beside and rule and not isinstance(rule(answer), str):
+                    what = "a reasoning beside the text, and one that data.split_rule finds in it"
+                    raise RowError(f"{what}; leave one out")
             elif rule is None and not options.reasoning:
-                thinking, answer = "", turn["content"]
+                thinking, answer = "", trimmed(turn["content"])
             else:
                 thinking, answer = _by_rule(turn["content"], rule)
         except RowError as error:
@@ -368,11 +397,11 @@ def _earlier(message: dict[str, Any], rule: Rule | None) -> dict[str, Any]:
     return {**message, "content": parts[1], "reasoning_content": parts[0]}
 
 
-def _usable(outcome: Parts | RowError, data: DataSection, system: str | None) -> Parts:
+def _usable(outcome: Parts | RowError, data: DataSection) -> Parts:
     """Return what can be trained on, or raise a RowError that says why it can't."""
     if isinstance(outcome, RowError):
         raise outcome
-    prompt, thinking, answer = outcome
+    prompt, _, answer = outcome
     messages = as_messages(prompt)
     if not any(message["content"].strip() for message in messages):
         raise RowError("the prompt is empty")
@@ -381,11 +410,31 @@ def _usable(outcome: Parts | RowError, data: DataSection, system: str | None) ->
     if messages[-1]["role"] not in ("user", "tool"):
         role = messages[-1]["role"]
         raise RowError(f"the answer follows a message of the role {role!r}, not a user's")
-    if system is not None and messages[0]["role"] == "system":
-        key = "system" if data.system_column is None else "system_column"
-        raise RowError(f"`data.{key}` is set, but the row has a system message of its own")
+    if answer.lstrip().startswith("<think>") and not isinstance(think_tags(answer), str):
+        found = "" if data.split_rule == "think_tags" else "; data.split_rule: think_tags parts it"
+        raise RowError(f"the answer begins with a reasoning in <think> tags{found}")
+    return outcome
+
+
+def _whole(
+    parts: Parts, system: str | None, tools: Sequence[Mapping[str, Any]], data: DataSection
+) -> Parts:
+    """Set system message and tools before what is trained on.
+
+    Raises:
+        RowError: There are two system messages, or something isn't text.
+    """
+    prompt, thinking, answer = parts
+    if system is not None:
+        if as_messages(prompt)[0]["role"] == "system":
+            key = "system" if data.system_column is None else "system_column"
+            raise RowError(f"`data.{key}` is set, but the row has a system message of its own")
+        prompt = ({"role": "system", "content": system}, *as_messages(prompt))
+    if tools:
+        told = json.dumps(tools, ensure_ascii=False, default=str)
+        prompt = ({"role": TOOLS, "content": told}, *as_messages(prompt))
     try:
-        "".join([thinking, answer, *(message["content"] for message in messages)]).encode()
+        json.dumps((prompt, thinking, answer), ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise RowError("half of a surrogate pair, which is no text") from error
-    return outcome
+    return prompt, thinking, answer

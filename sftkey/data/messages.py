@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sftkey.data.response import TOOLS
 from sftkey.data.values import RowError, row_json
 from sftkey.recipe.schema import DataSection
 from sftkey.recipe.yaml_io import inline
@@ -20,8 +21,10 @@ ROLES = {
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Whether a message is trained, in the words of several trainers.
-FLAGS = ("train", "trainable", "weight", "loss_mask")
+FLAGS = ("train", "trainable", "weight", "loss_mask", "loss")
 PARTS = {"reasoning": "thinking", "input_text": "text", "output_text": "text"}
+# What a part says beside its text that changes neither what is read nor what is trained.
+OF_PARTS = ("type", "id", "index", "signature", "cache_control", "annotations", "citations")
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a row's system message
 # What other trainers and APIs take from beside the messages, and what is done about it here.
 NOT_READ = {
@@ -33,10 +36,16 @@ NOT_READ = {
     "tool_choice": "belongs to a request: no template writes it",
     "function_call": "belongs to a request: no template writes it",
     "parallel_tool_calls": "belongs to a request: no template writes it",
+    "history": "holds earlier turns: write them as messages",
+    **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "isn't read: text alone is"),
 }
 OF_TEMPLATE = ("chat_template_kwargs", "enable_thinking")
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
+OF_SHAPE: dict[str, Callable[[Any], bool]] = {  # what else is called so is something else
+    "functions": lambda each: isinstance(each, Mapping) and "name" in each,
+    "history": lambda each: isinstance(each, list | tuple | Mapping) and len(each) == 2,
+}
 OF_CALLS = ("function_call", "tool_call")  # roles of what `tool_calls` of an assistant's turn holds
 READ_HERE = (*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", *REASONING, *FLAGS)
 
@@ -77,20 +86,22 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     calls = _calls(message.get("tool_calls"), place)
     if content is None and calls:
         content = ""
-    texts = [message[key] for key in REASONING if isinstance(message.get(key), str)]
-    thinking = next((text for text in texts if text.strip()), None)
+    thoughts = {key: message.get(key) for key in REASONING}
     if isinstance(content, list):
-        inside, content = _from_parts(content, place)
-        thinking = thinking or inside
+        thoughts["content"], content = _from_parts(content, place)
+    thinking = _one_of(thoughts, place)
     if not isinstance(role, str) or not isinstance(content, str):
         others = ", ".join(f"`{key}`" for key in message if key not in READ_HERE)
         rename = f"; rename {others}, where they are meant" if others else ""
         raise RowError(f"message {place} has no text as `role` and `content`{rename}")
+    if role == TOOLS:
+        raise RowError(f"message {place}: tools aren't a message; write them into a column `tools`")
     read: dict[str, Any] = {"role": role, "content": content}
-    if thinking is None and texts:
-        thinking = texts[0]
-    if thinking is not None:
+    if isinstance(thinking, str) and role == "assistant":
         read["reasoning_content"] = thinking
+    elif thinking not in SAYS_NOTHING:
+        what = "a reasoning that is no text" if role == "assistant" else f"a {role}'s reasoning"
+        raise RowError(f"message {place} holds {what}; leave it out, or write it into the content")
     if calls:
         read["tool_calls"] = calls
     if not _is_trained(message, read["role"], f"message {place}"):
@@ -144,7 +155,7 @@ def _calls(value: Any, place: int) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise RowError(f"message {place}: `tool_calls` is no list of calls")
     calls = []
-    for each in value:
+    for each in map(_without_nulls, value):
         call = dict(each.get("function") or each)
         if not isinstance(call.get("name"), str):
             raise RowError(f"message {place}: a tool call has no `name`")
@@ -153,31 +164,42 @@ def _calls(value: Any, place: int) -> list[dict[str, Any]]:
     return calls
 
 
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the nulls by which tables fill the keys that other rows have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Read a row's tools: a list of descriptions, or JSON of such; words are something else.
+    """Read a row's tools: descriptions, one or a list, or JSON of such; words are something else.
 
     Raises:
         RowError: A description has no name.
     """
-    tools = row_json(value)
-    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+    tools = _without_nulls(row_json(value))
+    if isinstance(tools, Mapping) and tools:
+        tools = [tools]
+    tools = list(map(row_json, tools)) if isinstance(tools, list) else []
+    if not all(isinstance(each, dict) for each in tools):
         return []
     if not all("name" in (each.get("function") or each) for each in tools):
         raise RowError("`tools` holds the description of a tool without a `name`")
     return tools
 
 
+def is_named(column: str, data: DataSection) -> bool:
+    """Tell whether a line of the section names a column."""
+    texts = " ".join(text for text in (data.prompt, data.thinking, data.answer) if text)
+    return column in (data.response, data.system_column) or bool(re.search(rf"{{{column}\b", texts))
+
+
 def columns_beside(columns: Sequence[str], data: DataSection) -> list[str]:
     """List the columns that other trainers read beside the messages, and that no line names."""
-    texts = " ".join(text for text in (data.prompt, data.thinking, data.answer) if text)
-    named = (data.response, data.system_column)
     settled = {"system", "system_column"} & data.model_fields_set
-    known = (*NOT_READ, *FLAGS, *(() if settled else SYSTEM))
-    return [
-        column
-        for column in columns
-        if column in known and column not in named and not re.search(rf"{{{column}\b", texts)
-    ]
+    # A number `loss` beside the messages is what somebody measured.
+    known = {*NOT_READ, *FLAGS, *(() if settled else SYSTEM)} - {"loss"}
+    return [column for column in columns if column in known and not is_named(column, data)]
 
 
 def check_beside(
@@ -189,7 +211,7 @@ def check_beside(
     """See that what a row says in the `columns_beside` is used, or said already.
 
     The prompts of its turns are messages, or a text: beside a text there may be all kinds of
-    columns, and functions alone are no question of taste.
+    columns, and functions and earlier turns alone are no question of taste.
 
     Raises:
         RowError: It isn't; or the row isn't to be trained.
@@ -199,9 +221,8 @@ def check_beside(
         value = _said(row_json(row.get(column)))
         if value is None or value == DEFAULTS.get(column, ...):
             continue
-        if column == "functions":
-            named = (isinstance(each, Mapping) and "name" in each for each in value)
-            if not isinstance(value, list) or not all(named):
+        if column in OF_SHAPE:
+            if not isinstance(value, list) or not all(map(OF_SHAPE[column], value)):
                 continue  # words, and no descriptions
         elif not chats:
             continue
@@ -249,12 +270,21 @@ def _from_parts(parts: Sequence[Any], place: int) -> tuple[str | None, str]:
     found: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else "unknown"
-        kind = PARTS.get(kind, kind)
-        text = part.get(kind, part.get("text")) if kind in found else None
+        part = part if isinstance(part, dict) else {"type": "unknown"}
+        own = part.get("type", "text")
+        kind = PARTS.get(own, own)
+        key = next((key for key in (kind, own) if key in part), "text")
+        text = part.get(key) if kind in found else None
         if not isinstance(text, str):
             raise RowError(f"message {place} holds a part of the type {kind!r}, which is no text")
         found[kind].append(text)
+        for name, value in part.items():
+            if name in FLAGS and value not in (None, 1):
+                what = "a message is trained as a whole; weights are `loss_on` of a stage"
+                raise RowError(f"message {place}: `{name}` of a part: {what}")
+            if name not in (key, *OF_PARTS, *FLAGS) and value not in SAYS_NOTHING:
+                what = "which nothing reads; leave it out"
+                raise RowError(f"message {place}: `{name}` of a part, {what}")
     return "".join(found["thinking"]) or None, "".join(found["text"])
 
 

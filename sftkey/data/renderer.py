@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
+from sftkey.data.prompt import Habits, render_prompt
 from sftkey.data.response import TOOLS, Parsed, Response, as_messages
 from sftkey.data.template import (
     TEMPLATE_ERRORS,
@@ -17,7 +19,6 @@ from sftkey.data.template import (
     probe_template,
     reads_of,
     render,
-    render_prompt,
     special_ids,
     special_pattern,
 )
@@ -137,7 +138,7 @@ class Renderer:
         """
         if self.kind == "chat":
             messages = as_messages(prompt)
-            text = render_prompt(self.tokenizer, messages, self.chat_template_kwargs)
+            text = render_prompt(self._habits, messages)
             self._check_header(messages, text)
             return text
         if not isinstance(prompt, str):
@@ -154,6 +155,8 @@ class Renderer:
         Where the template's syntax tree shows that no row can change it, none is asked.
         """
         tools = messages[0]["content"] if messages and messages[0]["role"] == TOOLS else None
+        if tools and isinstance(self.tokenizer.chat_template, dict):
+            self._check_named(json.loads(tools))
         if reads_of(self.tokenizer, tools).fixed_header:
             return
         try:
@@ -168,6 +171,24 @@ class Renderer:
                 "leave out what switches it in the messages (`/no_think` for one), and set "
                 "model.chat_template_kwargs for all rows",
             )
+
+    def _check_named(self, tools: Sequence[Any]) -> None:
+        """Refuse tools where they choose another of several templates, with another frame."""
+        kwargs = {**self.chat_template_kwargs, "tools": tools}
+        probe = probe_template(self.tokenizer, self.response, kwargs)
+        own = (self.assistant_prefix, self.header, self.tail)
+        if (probe.assistant_prefix, probe.header, probe.tail) != own or not probe.after.startswith(
+            self.end
+        ):
+            raise FrameError(
+                name_of(self.tokenizer),
+                "the chat template that tools choose writes other text around an answer",
+                "give one model.chat_template for all rows",
+            )
+
+    @cached_property
+    def _habits(self) -> Habits:
+        return Habits(self.tokenizer, self.chat_template_kwargs)
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Return the very ids that inference feeds and that training rows begin with."""

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it reads, what it writes, and what a row loses in it."""
+"""A tokenizer's chat template: what it reads, and what it writes around question and answer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,10 @@ TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
     *(TemplateError, ArithmeticError, LookupError, RuntimeError),  # it may call itself for ever
     *(AttributeError, TypeError, ValueError),
 )
-THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
 TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])")
-# Read by every template, or said with a count where it isn't.
-ALWAYS_READ = ("role", "content", "reasoning_content")
-# They repeat what the call before says; most templates go by the order alone.
-OF_TOOL_ANSWERS = ("name", "tool_call_id")
-OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
+# What people write for true and false where they mean no text.
+TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), True)}
+TRUTHS |= dict.fromkeys(("false", "no", "off", "0"), False)
 ASKED = "add_generation_prompt"
 OF_ROWS = ("messages", "tools")  # the variables that a row brings itself
 FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
@@ -140,148 +137,6 @@ def render(
     return text
 
 
-def _tried(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
-) -> str | None:
-    """Render messages; None where the template raises on them."""
-    try:
-        return render(tokenizer, messages, kwargs)
-    except TEMPLATE_ERRORS:
-        return None
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
-) -> str:
-    """Render a prompt, and see that nothing that its messages say was lost.
-
-    The thinking of earlier turns may be: many templates mean to drop it.
-
-    Raises:
-        FrameError: The template raises on these messages, drops or rewrites the text of one, or
-            never reads a key of theirs.
-    """
-    name = name_of(tokenizer)
-    try:
-        text = render(tokenizer, messages, kwargs)
-    except TEMPLATE_ERRORS as error:
-        others = [message for message in messages if message["role"] != "system"]
-        if len(others) < len(messages) and _tried(tokenizer, others, kwargs) is not None:
-            what = f"the chat template raises on the system message: {error}"
-            raise FrameError(name, what, _hint("system")) from error
-        roles = ", ".join(message["role"] for message in messages)
-        if _takes_no_tools(tokenizer, messages):
-            what = f"the chat template takes no tools, and raises on a prompt of {roles}: {error}"
-            raise FrameError(name, what, _hint(TOOLS)) from error
-        what = f"the chat template raises on a prompt of {roles}: {error}"
-        raise FrameError(name, what) from error
-    for message in messages:
-        lost = _lost(tokenizer, message, text)
-        if lost:
-            raise FrameError(name, lost, _hint(message["role"]))
-    if len(messages) > 1 and not _stand_in_order(messages, text):
-        _check_each_is_read(tokenizer, messages, kwargs, text)
-    for key in _further_keys(messages):
-        names = reads_of(tokenizer).names
-        without = [{k: v for k, v in message.items() if k != key} for message in messages]
-        if key not in names or _tried(tokenizer, without, kwargs) == text:
-            near = did_you_mean(key, [name for name in names if name.isidentifier()])
-            what = f"the chat template never reads `{key}` of a message{near}"
-            raise FrameError(
-                name, what, "leave it out, or give a model.chat_template that reads it"
-            )
-    return text
-
-
-def _stand_in_order(messages: Messages, text: str) -> bool:
-    """Tell whether each message's text stands behind the one before: then none hides another."""
-    place = 0
-    for message in messages:
-        content = message["content"].strip()
-        place = text.find(content, place)
-        if place < 0:
-            return False
-        place += len(content)
-    return True
-
-
-def _check_each_is_read(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any], text: str
-) -> None:
-    """Refuse a message whose text stands in the prompt only since another one holds it."""
-    for place, message in enumerate(messages):
-        others = [*messages[:place], *messages[place + 1 :]]
-        if others and _tried(tokenizer, others, kwargs) == text:
-            what = f"the chat template drops the {message['role']} message {place}"
-            raise FrameError(name_of(tokenizer), what, _hint(message["role"]))
-
-
-def _hint(role: str) -> str:
-    if role == "system":
-        return "write it into data.prompt, or choose another model.chat_template"
-    if role == TOOLS:
-        return "leave tools and their calls out, or choose another model.chat_template"
-    return "give a model.chat_template that keeps it, or leave these messages out"
-
-
-def _takes_no_tools(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
-    """Tell whether messages hold tools, of which the template in use never speaks, as Gemma's."""
-    if not any(each["role"] in (TOOLS, "tool") or "tool_calls" in each for each in messages):
-        return False
-    reads = reads_of(tokenizer, messages[0]["role"] == TOOLS or None)
-    return {"tools", "tool_calls", "tool"}.isdisjoint(reads.variables | reads.names)
-
-
-def _lost(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], text: str) -> str | None:
-    """Say what of a message isn't in the rendered prompt, if anything isn't."""
-    role, content = message["role"], message["content"]
-    if role == TOOLS:
-        tools = json.loads(content)
-        if "tools" not in reads_of(tokenizer, tools).variables:
-            return "the chat template never reads `tools`"
-        names = [tool.get("function", tool).get("name", "") for tool in tools]
-        return None if all(name in text for name in names) else "the chat template drops `tools`"
-    if role == "assistant" and THINK_TAG.search(content):
-        content = THINK_TAG.split(content)[-1]
-    if not _is_kept(tokenizer, content, text):
-        if role == "system":
-            return "the chat template drops the system message"
-        return f"the chat template drops or rewrites the text of a {role} message"
-    for call in message.get("tool_calls", ()):
-        if call.get("function", call).get("name", "") not in text:
-            return "the chat template drops `tool_calls` of a message"
-    return None
-
-
-def _is_kept(tokenizer: PreTrainedTokenizerBase, content: str, text: str) -> bool:
-    """Tell whether a text was written: trimmed, as JSON, or without the template's own flags."""
-    if content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
-        return True
-    flags = [name for name in reads_of(tokenizer).names if OWN_FLAGS.fullmatch(name)]
-    pieces = special_pattern(flags).split(content)
-    return len(pieces) > 1 and all(piece.strip() in text for piece in pieces)
-
-
-def _further_keys(messages: Messages) -> list[str]:
-    """Return the keys of messages that a template may not read, each once."""
-    found: dict[str, None] = {}
-    for message in messages:
-        if len(message) > 2:
-            known = ALWAYS_READ + (OF_TOOL_ANSWERS if message["role"] == "tool" else ())
-            found |= dict.fromkeys(key for key in message if key not in known)
-    return list(found)
-
-
-def num_dropped_thinkings(messages: Messages, text: str) -> int:
-    """Count the earlier turns whose thinking isn't in the rendered prompt."""
-    return sum(
-        message.get("reasoning_content", "").strip() not in text
-        or (bool(THINK_TAG.search(message["content"])) and message["content"].strip() not in text)
-        for message in messages
-        if message["role"] == "assistant"
-    )
-
-
 class Probe(NamedTuple):
     """What a template writes around a question and its answer."""
 
@@ -322,6 +177,7 @@ def probe_template(
             f"the chat template raises on a question and its answer: {error}",
             hint="give another model.chat_template",
         ) from error
+    _check_truths(tokenizer, kwargs, prompt)
     if QUESTION not in prompt or text.count(SENTINEL) != 1:
         raise FrameError(
             name,
@@ -365,6 +221,23 @@ def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
     if problems:
         hint = f"its variables are {', '.join(known) or 'none'}"
         raise FrameError(name, problems, hint)
+
+
+def _check_truths(
+    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], prompt: str
+) -> None:
+    """Refuse `"false"` and 0 where the template, which renders `prompt`, knows false alone."""
+    names = reads_of(tokenizer, kwargs.get("tools")).names
+    question = [{"role": "user", "content": QUESTION}]
+    for key, value in kwargs.items():
+        truth = None if isinstance(value, bool) else TRUTHS.get(str(value).lower())
+        if truth is None or value in names:
+            continue
+        if render(tokenizer, question, {**kwargs, key: truth}) != prompt:
+            what = f"the chat template doesn't take {value!r} for {str(truth).lower()}"
+            where = f"model.chat_template_kwargs.{key}"
+            hint = f"write {str(truth).lower()}, without quotes"
+            raise FrameError(name_of(tokenizer), [Problem(where, what)], hint)
 
 
 def _check_header(name: str, header: str, response: Response) -> None:

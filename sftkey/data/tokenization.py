@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sftkey.data.prompt import num_dropped_thinkings
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Parsed, Segment, decoded
-from sftkey.data.template import num_dropped_thinkings
 from sftkey.data.values import Refusal, RowError
 from sftkey.errors import FrameError
 

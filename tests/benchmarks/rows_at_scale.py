@@ -128,10 +128,10 @@ def tokenized(folder: Path, num_rows: int, proven: bool) -> Job:
     return make_rows
 
 
-def _render_alone(tokenizer: Any, messages: Any, kwargs: Any) -> str:
+def _render_alone(habits: Any, messages: Any) -> str:
     from sftkey.data.template import render
 
-    return render(tokenizer, messages, kwargs)
+    return render(habits.tokenizer, messages, habits.kwargs)
 
 
 UNPROVEN: dict[str, Any] = {

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sftkey.data.examples import RowOptions, make_examples
-from sftkey.data.messages import read_messages
-from sftkey.data.template import render_prompt
+from sftkey.data.messages import FLAGS, read_messages
+from sftkey.data.prompt import Habits, render_prompt
 from sftkey.data.values import RowError
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import DataSection
@@ -124,7 +124,7 @@ def test_calls_and_further_keys_are_handed_on() -> None:
     assert prefixed["prefix"] is True
 
 
-@pytest.mark.parametrize("key", ["train", "trainable", "weight", "loss_mask"])
+@pytest.mark.parametrize("key", FLAGS)
 def test_flags_of_training_are_one_flag_or_refused(key: str) -> None:
     """True and 1 say what is so anyway; false and 0 leave a turn out; all else can't be done."""
     for value, read in ((True, {}), (1.0, {}), (False, {"train": False}), (0, {"train": False})):
@@ -159,7 +159,7 @@ def test_turns_that_are_not_to_be_trained_are_left_out() -> None:
 
 def test_what_nothing_reads_of_a_trained_turn_is_refused() -> None:
     """A half-written answer to be gone on from is trained as a whole one otherwise."""
-    for key, value in {"prefix": True, "loss": False, "mask": 0}.items():
+    for key, value in {"prefix": True, "loss_scale": 0.5, "mask": 0}.items():
         (refused,) = loaded(PLAIN[0], {**PLAIN[1], key: value}).unsplit
         assert refused.reason == f"`{key}` of a trained turn, which nothing reads; leave it out"
 
@@ -195,6 +195,8 @@ def test_a_row_s_tools_stand_first(tools: Any) -> None:
         ("weight", 0.5, "the row: `weight` is 0.5, expected true or false"),
         ("loss_mask", [0, 1], "the row: `loss_mask` is .* expected true or false"),
         ("train", False, "a row that isn't to be trained"),
+        ("images", ["a.png"], "`images` isn't read: text alone is"),
+        ("history", [["Q", "A"]], "`history` holds earlier turns"),
     ],
 )
 def test_what_stands_beside_messages_is_used_or_refused(
@@ -208,7 +210,7 @@ def test_what_stands_beside_messages_is_used_or_refused(
         assert loaded(*PLAIN, **{column: nothing}).examples
     text = {"prompt": "Q", "thinking": "c", "answer": "7", column: value}
     beside_text = make_examples([text], DataSection(source="x.jsonl"))
-    assert len(beside_text.unsplit) == (column == "functions")
+    assert len(beside_text.unsplit) == (column in ("functions", "history"))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_what_stands_beside_messages_is_used_or_refused(
     [
         {"id": 3, "source": "x", "url": "u", "model": "m", "score": 0.5},
         {"weight": 1.0, "train": True, "parallel_tool_calls": True, "tool_choice": "auto"},
-        {"functions": ["hammer"]},
+        {"functions": ["hammer"], "history": "of art", "loss": 0.7},
     ],
 )
 def test_what_only_describes_a_row_is_silent(row: dict[str, Any]) -> None:
@@ -256,6 +258,93 @@ def test_a_column_of_system_messages_is_said_already_or_settled() -> None:
         assert example.prompt == prompt
 
 
+IN_TAGS = "<think>c</think>7"
+RULED = {"split_rule": "think_tags"}
+SAYS_TWICE = "a reasoning beside the text, and one that data.split_rule finds in it; leave one out"
+WHOLE = {"type": "text", "text": "7", "weight": 1, "signature": "s", "annotations": []}
+HALF = "half of a surrogate pair, which is no text"
+
+
+@pytest.mark.parametrize(
+    ("change", "lines", "reason"),
+    [
+        ({"content": [WHOLE]}, {}, None),
+        ({"content": [WHOLE | {"weight": 0}]}, {}, "`weight` of a part: a message is trained as a"),
+        ({"content": [WHOLE | {"image_url": "u"}]}, {}, "`image_url` of a part, which nothing"),
+        ({"reasoning": "c", "thinking": "d"}, {}, "different things as `thinking` and `reasoning`"),
+        (
+            {"content": [{"type": "reasoning", "reasoning": "d"}, "7"], "thinking": "c"},
+            {},
+            "different things as `thinking` and `content`",
+        ),
+        ({"reasoning": [{"text": "c"}]}, {}, "message 1 holds a reasoning that is no text"),
+        ({"reasoning_content": "c", "content": IN_TAGS}, RULED, SAYS_TWICE),
+        ({"reasoning_content": "c", "content": r"\boxed{7}"}, {"split_rule": "boxed"}, SAYS_TWICE),
+        ({"reasoning_content": "c"}, RULED, None),
+        ({"content": IN_TAGS}, {}, "begins with a reasoning in <think> tags; data.split_rule: thi"),
+        ({"role": "user", "thinking": "c"}, {}, "message 1 holds a user's reasoning"),
+        ({"role": "tools"}, {}, "message 1: tools aren't a message; write them into a column"),
+    ],
+)
+def test_nothing_is_said_twice_or_where_nothing_reads_it(
+    change: dict[str, Any], lines: dict[str, Any], reason: str | None
+) -> None:
+    """Of a turn; what says the same, or what is so anyway, is read."""
+    row = {"messages": [PLAIN[0], PLAIN[1] | change, PLAIN[0], PLAIN[1]][: 2 + 2 * (not lines)]}
+    data = DataSection(source="x.jsonl", **lines)
+    made = make_examples([row], data, RowOptions("all", reasoning=False))
+    assert [bool(re.search(reason or "", each.reason)) for each in made.unsplit] == (
+        [True] if reason else []
+    )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "Q\ud800"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "\udc00"}]},
+        {"role": "assistant", "content": "4", "reasoning_content": "\ud800"},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_found_wherever_it_stands(message: dict[str, Any]) -> None:
+    """It would end the tokenizer with an error that names no row."""
+    (refused,) = loaded(PLAIN[0], message, *PLAIN, turns="last").unsplit
+    assert refused.reason == HALF
+    assert loaded(*PLAIN, tools=[{"name": "\ud800"}]).unsplit[0].reason == HALF
+
+
+def test_blanks_around_reasoning_and_answer_are_none_of_theirs() -> None:
+    """As in columns: a reply that was cut at its tags has line ends that the tags bring, too."""
+    (example,) = loaded(PLAIN[0], {**PLAIN[1], "content": "\n\n7 ", "thinking": "\nc\n"}).examples
+    assert (example.thinking, example.answer) == ("c", "7")
+
+
+def test_a_prompt_is_not_asked_twice() -> None:
+    """Where the messages hold it already, the line of the prompt is too much."""
+    for prompt in ("Q", list(PLAIN[:1])):
+        row = {"prompt": prompt, "talk": list(THOUGHT)}
+        data = DataSection(source="x.jsonl", prompt="{prompt}", response="talk")
+        (refused,) = make_examples([row], data).unsplit
+        assert refused.reason == "the prompt stands in `talk` already; leave data.prompt out"
+        data = DataSection(source="x.jsonl", response="talk")
+        assert make_examples([row], data).examples[0].prompt == PLAIN[:1]
+
+
+def test_nulls_that_tables_fill_in_are_no_part_of_tools() -> None:
+    """A table gives each description the keys of all; a text of JSON is as it was written."""
+    filled = {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}, "b": None}}}
+    bare = {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}
+    for tools in ([filled], filled, [json.dumps(bare)]):
+        (example,) = loaded(*PLAIN, tools=tools).examples
+        assert json.loads(example.prompt[0]["content"]) == [bare]
+    call = {"name": "add", "arguments": {"a": 2, "b": None}}
+    (read,) = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert read["tool_calls"] == [{"name": "add", "arguments": {"a": 2}}]
+    row = {"tools": json.dumps([bare]), "q": "Q", "thinking": "c", "answer": "7"}
+    data = DataSection(source="x.jsonl", prompt="{tools}: {q}")
+    assert make_examples([row], data).examples[0].prompt.endswith(": Q")
+
+
 BY_COLUMN = {"system_column": "system"}
 WITH_TOOLS = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
@@ -273,9 +362,9 @@ def test_tools_are_rendered_or_refused(tiny_tokenizer: Any) -> None:
     without = copy.deepcopy(tiny_tokenizer)
     without.chat_template = CHATML
     with pytest.raises(FrameError, match="the chat template never reads `tools`"):
-        render_prompt(without, example.prompt, {})
+        render_prompt(Habits(without, {}), example.prompt)
     without.chat_template = WITH_TOOLS
-    text = render_prompt(without, example.prompt, {})
+    text = render_prompt(Habits(without, {}), example.prompt)
     assert text.startswith('<tools>[{"type": "function"')
     assert '<call>{"name": "add", "arguments": {"a": 2}}</call>' in text
     assert "<|im_start|>tool\n4<|im_end|>" in text

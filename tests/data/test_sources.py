@@ -207,8 +207,14 @@ def test_unknown_columns_are_named_at_once_with_those_that_exist(tmp_path: Path)
     assert message_of(section(file, prompt="{questoin}")) == (
         f"{file}: 2 problems\n"
         "  data.prompt: no column 'questoin'; the columns are question, answer\n"
-        f"  data.thinking: no column 'thinking'; the columns are question, answer\n{hint}"
-        "; rows without a reasoning need `thinking: own` in every stage"
+        "  data.thinking: no column 'thinking'; the columns are question, answer\n"
+        'hint: these rows are read with data.prompt: "{question}", data.response: answer, '
+        "data.split_rule: hash_marks"
+    )
+    whole = jsonl(tmp_path / "whole.jsonl", {"instruction": "Q", "completion": "7"})
+    assert message_of(section(whole)).endswith(
+        f"{hint}; rows without a reasoning need `thinking: own` in every stage, and "
+        'data.answer: "{completion}" where that is one'
     )
     assert message_of(section(file, **{**HASHED, "response": "output"})) == (
         f"{file}: 1 problem\n"

@@ -139,9 +139,10 @@ NO_SYSTEM = CHATML.replace("in messages", "in messages if m['role'] != 'system'"
     ("template", "prompt"),
     [
         (NO_SYSTEM, asked("2 + 2")),
+        ("Be brief. {% if true %}" + NO_SYSTEM + "{% endif %}", asked("Be brief.")),
         (LAST_ALONE, (HI, {"role": "assistant", "content": "2"}, HI)),
     ],
-    ids=["system", "earlier turns"],
+    ids=["system", "system in the template's own", "earlier turns"],
 )
 def test_a_dropped_message_hides_behind_another(
     template: str, prompt: tuple[dict[str, str], ...]
@@ -152,6 +153,18 @@ def test_a_dropped_message_hides_behind_another(
     assert (refused.index, refused.code) == (2, "template")
     assert "the chat template drops the" in refused.reason
     assert isinstance(outcome(framed(), Example(prompt, "2 and 2.", "4", 2)), Row)
+
+
+@pytest.mark.parametrize(("value", "truth"), [("false", False), (0, False), ("Yes", True)])
+def test_kwargs_that_are_no_truth_to_the_template(value: Any, truth: bool) -> None:
+    """Jinja takes a text for true, and 0 is not its false."""
+    template = "{{ 'x' if flag is false }}{{ 'y' if flag is true }}" + CHATML
+    framed(template, kwargs={"flag": truth})
+    with pytest.raises(FrameError, match=f"kwargs.flag: .* doesn't take {value!r} for"):
+        framed(template, kwargs={"flag": value})
+    template = template.replace("is false", "== 'false'").replace("is true", "== 'Yes'")
+    if isinstance(value, str):
+        framed(template, kwargs={"flag": value})
 
 
 @pytest.mark.parametrize("key", ["messages", "add_generation_prompt", "tokenize", "chat_template"])
@@ -232,6 +245,62 @@ def test_the_end_swallows_a_blank(answer: str) -> None:
     template = CHATML.replace("<|im_end|>", "<|done|>")
     row = outcome(framed(template, tokens=[end]), Example("2 + 2?", "2 and 2.", answer, 0))
     assert isinstance(row, Row) or "bug" not in row.reason
+
+
+WITH_TOOLS = "{{ tools | tojson if tools }}" + CHATML
+OF_ANSWERS = "m.role == 'assistant' or m.role == 'system'"
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (CHATML.replace("m['role']", f"('assistant' if {OF_ANSWERS} else 'user')"), "as an ass"),
+        ("{% if tools %}{{ tools[0].function.name }}{% endif %}" + CHATML, "drops `description`"),
+        ({"default": CHATML, "tool_use": WITH_TOOLS.replace("<|im_end|>", "</s>")}, "tools choose"),
+        (
+            {"default": CHATML, "tool_use": WITH_TOOLS.replace("t\n{% e", "t\n#{% e")},
+            "no prefix",
+        ),
+        (WITH_TOOLS, None),
+        ({"default": CHATML, "tool_use": WITH_TOOLS}, None),
+    ],
+    ids=["role", "description", "another end", "another header", "written", "named"],
+)
+def test_system_and_tools_are_written_as_what_they_are(template: Any, what: str | None) -> None:
+    """Neither as an answer, nor in part, nor by another template with another frame."""
+    tools = {"role": TOOLS, "content": json.dumps([ADD])}
+    prompt = asked("Be brief.") if what == "as an ass" else (tools, HI)
+    row = outcome(framed(template), Example(prompt, "2 and 2.", "4", 8))
+    assert isinstance(row, Row) == (what is None)
+    assert what is None or (row.index == 8 and what in row.reason)
+
+
+CALLS = "{% for c in m.tool_calls %}{{ c.name }}{{ c.arguments | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "read"),
+    [
+        (("", ""), {}, True),
+        (("{{ c.arguments | tojson }}", ""), {}, False),
+        (("m.tool_calls", "(m.tool_calls or [])[:1]"), {}, False),
+        (("", ""), {"name": "Bob"}, False),
+        ((CALLS, CALLS + "{{ m.name if m.role == 'user' }}"), {"name": "Bob"}, True),
+    ],
+    ids=["written", "arguments", "the second call", "name of a user", "name of a user, written"],
+)
+def test_each_call_and_key_is_written(
+    change: tuple[str, str], name: dict[str, str], read: bool
+) -> None:
+    """Whatever another call, or a message of another role, says under the same name."""
+    written = CALLS + "{{ m.name if m.role == 'tool' }}"
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}" + written).replace(*change)
+    calls = [{"name": "add", "arguments": {"a": number}} for number in (41, 43)]
+    told = {"role": "tool", "name": "add", "content": "84"}
+    prompt = (HI | name, CALLED | {"tool_calls": calls}, told)
+    row = outcome(framed(template), Example(prompt, "2 and 2.", "4", 9))
+    assert isinstance(row, Row) == read
+    assert read or (row.index == 9 and "the chat template never reads `" in row.reason)
 
 
 def test_two_tokens_end_a_turn() -> None:

@@ -1,0 +1,258 @@
+"""What a prompt's messages say, and whether the chat template writes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from sftkey.data.response import TOOLS
+from sftkey.data.template import (
+    QUESTION,
+    SENTINEL,
+    TEMPLATE_ERRORS,
+    Messages,
+    name_of,
+    reads_of,
+    render,
+    special_pattern,
+)
+from sftkey.errors import FrameError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
+# Read by every template, or said with a count where it isn't.
+ALWAYS_READ = ("role", "content", "reasoning_content")
+# They repeat what the call before says; most templates go by the order alone.
+OF_TOOL_ANSWERS = ("name", "tool_call_id")
+OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
+QUESTION_ASKED = {"role": "user", "content": QUESTION}
+
+
+def _tried(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]
+) -> str | None:
+    """Render messages; None where the template raises on them."""
+    try:
+        return render(tokenizer, messages, kwargs)
+    except TEMPLATE_ERRORS:
+        return None
+
+
+@dataclass(frozen=True)
+class Habits:
+    """A chat template, and what it does with all prompts alike: found out once.
+
+    Args:
+        tokenizer: Has the template.
+        kwargs: Handed to it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kwargs: Mapping[str, Any]
+    found: dict[str, bool] = field(default_factory=dict)  # by role: whether it is an assistant's
+
+    @cached_property
+    def around(self) -> str:
+        """The text that is written around any question; it may hold a message's, too."""
+        return render(self.tokenizer, [QUESTION_ASKED], self.kwargs).replace(QUESTION, "")
+
+    def takes_for_answers(self, role: str) -> bool:
+        """Tell whether a role's messages are written as an assistant's are."""
+        if role not in self.found:
+            before = [] if role == "system" else [QUESTION_ASKED]
+            written = [
+                _tried(
+                    self.tokenizer,
+                    [*before, {"role": each, "content": SENTINEL}, QUESTION_ASKED],
+                    self.kwargs,
+                )
+                for each in (role, "assistant")
+            ]
+            self.found[role] = written[0] is not None and written[0] == written[1]
+        return self.found[role]
+
+
+def render_prompt(habits: Habits, messages: Messages) -> str:
+    """Render a prompt, and see that nothing that its messages say was lost.
+
+    The thinking of earlier turns may be: many templates mean to drop it.
+
+    Raises:
+        FrameError: The template raises on these messages, drops or rewrites the text of one, takes
+            one for an answer, or never reads a key of theirs.
+    """
+    tokenizer, kwargs = habits.tokenizer, habits.kwargs
+    name = name_of(tokenizer)
+    try:
+        text = render(tokenizer, messages, kwargs)
+    except TEMPLATE_ERRORS as error:
+        others = [message for message in messages if message["role"] != "system"]
+        if len(others) < len(messages) and _tried(tokenizer, others, kwargs) is not None:
+            what = f"the chat template raises on the system message: {error}"
+            raise FrameError(name, what, _hint("system")) from error
+        roles = ", ".join(message["role"] for message in messages)
+        if _takes_no_tools(tokenizer, messages):
+            what = f"the chat template takes no tools, and raises on a prompt of {roles}: {error}"
+            raise FrameError(name, what, _hint(TOOLS)) from error
+        what = f"the chat template raises on a prompt of {roles}: {error}"
+        raise FrameError(name, what) from error
+    for message in messages:
+        lost = _lost(tokenizer, message, text)
+        if lost:
+            raise FrameError(name, lost, _hint(message["role"]))
+        role = message["role"]
+        if role not in ("user", "assistant", TOOLS) and habits.takes_for_answers(role):
+            what = f"the chat template writes a {role} message as an assistant's"
+            raise FrameError(name, what, _hint(role))
+    if len(messages) > 1 and not _stand_in_order(messages, text, habits.around):
+        _check_each_is_read(tokenizer, messages, kwargs, text)
+    for what, without in _less(messages, text):
+        if _tried(tokenizer, without, kwargs) == text:
+            names = reads_of(tokenizer).names
+            near = did_you_mean(what, [n for n in names if n.isidentifier() and n != what])
+            raise FrameError(
+                name,
+                f"the chat template never reads `{what}` of a message{near}",
+                "leave it out, or give a model.chat_template that reads it",
+            )
+    return text
+
+
+def _stand_in_order(messages: Messages, text: str, around: str) -> bool:
+    """Tell whether each message's text stands behind the one before: then none hides another."""
+    place = 0
+    for message in messages:
+        content = message["content"].strip()
+        place = text.find(content, place)
+        if place < 0 or (content and content in around):
+            return False
+        place += len(content)
+    return True
+
+
+def _check_each_is_read(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any], text: str
+) -> None:
+    """Refuse a message whose text stands in the prompt only since another one holds it."""
+    for place, message in enumerate(messages):
+        others = [*messages[:place], *messages[place + 1 :]]
+        if others and _tried(tokenizer, others, kwargs) == text:
+            what = f"the chat template drops the {message['role']} message {place}"
+            raise FrameError(name_of(tokenizer), what, _hint(message["role"]))
+
+
+def _hint(role: str) -> str:
+    if role == "system":
+        return "write it into data.prompt, or choose another model.chat_template"
+    if role == TOOLS:
+        return "leave tools and their calls out, or choose another model.chat_template"
+    return "give a model.chat_template that keeps it, or leave these messages out"
+
+
+def _takes_no_tools(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
+    """Tell whether messages hold tools, of which the template in use never speaks, as Gemma's."""
+    if not any(each["role"] in (TOOLS, "tool") or "tool_calls" in each for each in messages):
+        return False
+    reads = reads_of(tokenizer, messages[0]["role"] == TOOLS or None)
+    return {"tools", "tool_calls", "tool"}.isdisjoint(reads.variables | reads.names)
+
+
+def _lost(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], text: str) -> str | None:
+    """Say what of a message isn't in the rendered prompt, if anything isn't."""
+    role, content = message["role"], message["content"]
+    if role == TOOLS:
+        tools = json.loads(content)
+        if "tools" not in reads_of(tokenizer, tools).variables:
+            return "the chat template never reads `tools`"
+        for what, said in chain.from_iterable(map(_said_of, tools)):
+            if not _is_written(said, text):
+                return f"the chat template drops `{what}` of `tools`"
+        return None
+    if role == "assistant" and THINK_TAG.search(content):
+        content = THINK_TAG.split(content)[-1]
+    if not _is_kept(tokenizer, content, text):
+        if role == "system":
+            return "the chat template drops the system message"
+        return f"the chat template drops or rewrites the text of a {role} message"
+    for call in message.get("tool_calls", ()):
+        if call.get("function", call).get("name", "") not in text:
+            return "the chat template drops `tool_calls` of a message"
+    return None
+
+
+def _said_of(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the names and the description that a tool has, with what each is."""
+    function = tool.get("function", tool)
+    yield "name", function.get("name", "")
+    described = function.get("description")
+    yield from (("description", line) for line in str(described or "").splitlines())
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    yield from (("parameters", name) for name in properties or ())
+
+
+def _is_written(said: Any, text: str) -> bool:
+    """Tell whether a value stands in a text, be it as JSON."""
+    forms = [json.dumps(said, ensure_ascii=plain) for plain in (False, True)]
+    forms += [said.strip(), *(form[1:-1] for form in forms)] if isinstance(said, str) else []
+    return any(form in text for form in forms)
+
+
+def _is_kept(tokenizer: PreTrainedTokenizerBase, content: str, text: str) -> bool:
+    """Tell whether a text was written: trimmed, as JSON, or without the template's own flags."""
+    if content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+        return True
+    flags = [name for name in reads_of(tokenizer).names if OWN_FLAGS.fullmatch(name)]
+    pieces = special_pattern(flags).split(content)
+    return len(pieces) > 1 and all(piece.strip() in text for piece in pieces)
+
+
+def _less(messages: Messages, text: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield messages less what a template may not read of them, with its name.
+
+    That is a key of all messages of a role, and the arguments of a call, or the whole call beside
+    others, of which the rendered text doesn't show all values.
+    """
+    found: dict[tuple[str, str], None] = {}
+    for place, message in enumerate(messages):
+        if len(message) == 2:
+            continue
+        known = ALWAYS_READ + (OF_TOOL_ANSWERS if message["role"] == "tool" else ())
+        found |= dict.fromkeys((message["role"], key) for key in message if key not in known)
+        calls = message.get("tool_calls", [])
+        for number, call in enumerate(calls):
+            function = call.get("function", call)
+            arguments = function.get("arguments")
+            values = arguments.values() if isinstance(arguments, Mapping) else [arguments]
+            if not all(_is_written(value, text) for value in values if value):
+                empty = {**function, "arguments": {}}
+                put = [{**call, "function": empty} if "function" in call else empty]
+                for changed in (put, []) if len(calls) > 1 else (put,):
+                    others = [*calls[:number], *changed, *calls[number + 1 :]]
+                    less = {**message, "tool_calls": others}
+                    yield "tool_calls", [*messages[:place], less, *messages[place + 1 :]]
+    for role, key in found:
+        yield (
+            key,
+            [
+                {k: v for k, v in message.items() if k != key or message["role"] != role}
+                for message in messages
+            ],
+        )
+
+
+def num_dropped_thinkings(messages: Messages, text: str) -> int:
+    """Count the earlier turns whose thinking isn't in the rendered prompt."""
+    return sum(
+        message.get("reasoning_content", "").strip() not in text
+        or (bool(THINK_TAG.search(message["content"])) and message["content"].strip() not in text)
+        for message in messages
+        if message["role"] == "assistant"
+    )
