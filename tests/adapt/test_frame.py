@@ -153,18 +153,3 @@ def test_real_vocabularies_split_native_tags_cleanly(name: str) -> None:
     choice = choose_frame(FAMILIES[name].real_one(), ())
     opening = "" if "r1" in name else "<think>\n"
     assert tags(choice) == ((opening, "\n</think>"), ("\n\n", ""))
-
-
-def test_the_template_in_use_is_judged_by_what_it_writes() -> None:
-    """Tags of any name are the model's own; those of a template for tools beside it aren't."""
-    seed = ("<seed:think>", "</seed:think>")
-    reasoning = "{% if m.reasoning_content %}<seed:think>{{ m.reasoning_content }}</seed:think>"
-    own = CHATML.replace("{{ m['content'] }}", reasoning + "{% endif %}{{ m['content'] }}")
-    beside = {"default": CHATML, "tool_use": CHATML + "</think><|channel|>date_string"}
-    for template, thinking in ((own, seed), (beside, OURS[0])):
-        tokenizer = copy.deepcopy(made("look_ahead"))
-        tokenizer.add_special_tokens({"extra_special_tokens": list(seed)})
-        tokenizer.chat_template = template
-        choice = choose_frame(tokenizer, ())
-        assert [each.strip() for each in choice.section.thinking] == [t.strip() for t in thinking]
-        assert ("no thinking tags" in choice.why["thinking"]) == (thinking is not seed)

@@ -18,12 +18,14 @@ from tokenizers.processors import TemplateProcessing
 
 from sftkey.adapt.frame import choose_frame
 from sftkey.checks.mask_proof import Oracle
+from sftkey.checks.rows import frame_findings
 from sftkey.cli import main
 from sftkey.data.renderer import Renderer, render, stop_ids
 from sftkey.data.response import TOOLS, Example, Segment
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError, ModelError, RecipeError
 from sftkey.models import loading
+from sftkey.models.facts import published_stops
 from sftkey.models.loading import load_tokenizer
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import ModelSection, ResponseSection
@@ -325,6 +327,68 @@ def test_the_tokenizer_appends_its_end() -> None:
     assert row.input_ids.count(2) == 1
 
 
+def test_adapt_judges_the_template_in_use() -> None:
+    """Tags of any name are the model's own; those of a template for tools beside it aren't."""
+    seed = ("<seed:think>", "</seed:think>")
+    reasoning = "{% if m.reasoning_content %}<seed:think>{{ m.reasoning_content }}</seed:think>"
+    own = CHATML.replace("{{ m['content'] }}", reasoning + "{% endif %}{{ m['content'] }}")
+    beside = {"default": CHATML, "tool_use": CHATML + "</think><|channel|>date_string"}
+    for template, thinking in ((own, seed), (beside, ("<Thinking>", "</Thinking>"))):
+        tokens = [AddedToken(text, special=True) for text in seed]
+        choice = choose_frame(changed(template, tokens=tokens), ())
+        assert tuple(each.strip() for each in choice.section.thinking) == thinking
+        assert ("no thinking tags" in choice.why["thinking"]) == (thinking is not seed)
+
+
+@pytest.mark.parametrize(
+    "name", ["byte_level", pytest.param("deepseek_v3", marks=pytest.mark.network)]
+)
+def test_tags_that_share_a_beginning(name: str) -> None:
+    """A generation prompt that opens what the training text closes is compared by whole tags."""
+    tokenizer = changed() if name == "byte_level" else copy.deepcopy(real_tokenizer(name))
+    tokenizer.chat_template = DEEPSEEK_V3_1.replace("END", tokenizer.eos_token)
+    section = ResponseSection(thinking=("", "</think>"), answer=("", ""))
+    renderer = probe_renderer(tokenizer, section, {"thinking": True})
+    row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
+    assert isinstance(row, Row)
+    assert renderer.decode_behind(row.input_ids).endswith(
+        f"<think>2 and 2.</think>4{tokenizer.eos_token}"
+    )
+    with pytest.raises(FrameError, match="ends the thinking already"):
+        probe_renderer(tokenizer, section, {"thinking": False})
+
+
+DEEPSEEK_V3_1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}"
+    "{% else %}Assistant: </think>{{ m.content }}END{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["unigram", pytest.param("gemma3", marks=pytest.mark.network)])
+def test_no_begin_of_text(name: str) -> None:
+    """The tokenizer sets one by itself, and the template writes none: said, and nothing refused."""
+    tokenizer = copy.deepcopy(made(name) if name == "unigram" else real_tokenizer(name))
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", tokenizer.eos_token)
+    for begin, codes in (("", ["no-begin"]), ("{{ bos_token }}", [])):
+        tokenizer.chat_template = begin + tokenizer.chat_template
+        found = list(frame_findings(probe_renderer(tokenizer, ResponseSection())))
+        assert [finding.code for finding in found] == codes
+        assert not any(finding.refuses for finding in found)
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["generation config", "config alone"])
+def test_ends_in_config_json_only(published: bool, tmp_path: Path) -> None:
+    """They are read by the rule that check and adapt share, and a generation config goes first."""
+    tokenizer = changed()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stops = ["<|im_end|>"] if published else None
+    folder = model_folder(tmp_path, tokenizer, stops, eos_token_id=2 if published else [end, 2])
+    section = ModelSection(name_or_path=folder, quantization="none")
+    assert published_stops(section) == (((end,), True) if published else ((end, 2), False))
+    assert choose_frame(tokenizer, published_stops(section)[0]).section.frame == "chat"
+
+
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """Return a copy of a model's folder."""
@@ -473,6 +537,18 @@ SAID: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str | None
         {},
         None,
     ),
+    "ids without a row": (
+        {"tokens": [AddedToken("legs", special=False)], "missing": 1},
+        {"messages": [HI, CHAT[1] | {"content": "4 legs"}]},
+        {},
+        "an id of [0-9]+, and the embedding has [0-9]+ rows: 1 row, 1|4 legs",
+    ),
+    "part of a message": (
+        {},
+        {"messages": [HI, CHAT[1] | {"content": [{"type": "text", "text": "4", "weight": 0}]}]},
+        {},
+        "message 1: `weight` of a part: a message is trained as a whole.*: 1 row, 1|row 1: mess",
+    ),
     "two ends": ({"template": TWO_ENDS, "tokens": END_SPECIAL}, {"messages": CHAT}, {}, None),
     "tags alike": (
         {"template": BRACKETS},
@@ -483,12 +559,18 @@ SAID: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str | None
 }
 
 
+# A turn that isn't to be trained is counted; `show` needs no embedding.
+SAID_OTHERWISE = ("flags", "ids without a row")
+
+
 @pytest.mark.parametrize("kind", SAID)
 def test_the_commands_say_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`check` and `show` refuse, note or take a row in the same words, and blame nothing else."""
     change, row, sections, said = SAID[kind]
     tokenizer = changed(**change)
-    model = model_folder(tmp_path / "model", tokenizer, vocab_size=len(tokenizer))
+    model = model_folder(
+        tmp_path / "model", tokenizer, vocab_size=len(tokenizer) - change.get("missing", 0)
+    )
     rows = [{"messages": [{"role": "user", "content": f"{n} + 1?"}, CHAT[1]]} for n in range(3)]
     recipe: dict[str, Any] = {
         "name": "x",
@@ -505,7 +587,7 @@ def test_the_commands_say_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
             main([command, str(tmp_path / "x.yaml")])
         heard = "".join(capsys.readouterr())
         assert "bug of sftkey" not in heard
-        if kind != "flags":  # such a turn is counted
+        if kind not in SAID_OTHERWISE:
             assert ("refused" in heard or "error:" in heard) == (said is not None)
         assert said is None or re.search(said, heard), heard
 
@@ -530,6 +612,8 @@ def real(name: str) -> Any:
         test_an_added_token_eats_white_space,
         test_control_text_in_earlier_reasoning,
         test_two_tokens_end_a_turn,
+        test_kwargs,
+        test_adapt_judges_the_template_in_use,
     ],
     ids=lambda case: case.__name__.removeprefix("test_"),
 )
@@ -542,7 +626,13 @@ def test_on_real_tokenizers(
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("kind", ["header", "tools", "normalizer", "control text", "two ends"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("header", "tools", "flags", "normalizer", "tags inside", "control text", "two ends"),
+        *("eats white space", "ids without a row", "layouts"),
+    ],
+)
 def test_the_commands_say_it_of_a_real_tokenizer(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
