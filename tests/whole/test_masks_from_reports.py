@@ -361,7 +361,8 @@ def test_tags_that_share_a_beginning(name: str) -> None:
 DEEPSEEK_V3_1 = (
     "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}"
     "{% else %}Assistant: </think>{{ m.content }}END{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {{ '<think>' if thinking else '</think>' }}{% endif %}"
+    "{% if add_generation_prompt %}Assistant: "
+    "{{ '<think>' if thinking else '</think>' }}{% endif %}"
 )
 
 
