@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftkey.data.response import TOOLS
@@ -42,10 +42,6 @@ NOT_READ = {
 OF_TEMPLATE = ("chat_template_kwargs", "enable_thinking")
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
-OF_SHAPE: dict[str, Callable[[Any], bool]] = {  # what else is called so is something else
-    "functions": lambda each: isinstance(each, Mapping) and "name" in each,
-    "history": lambda each: isinstance(each, list | tuple | Mapping) and len(each) == 2,
-}
 OF_CALLS = ("function_call", "tool_call")  # roles of what `tool_calls` of an assistant's turn holds
 READ_HERE = (*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", *REASONING, *FLAGS)
 
@@ -211,7 +207,7 @@ def check_beside(
     """See that what a row says in the `columns_beside` is used, or said already.
 
     The prompts of its turns are messages, or a text: beside a text there may be all kinds of
-    columns, and functions and earlier turns alone are no question of taste.
+    columns, and functions alone are no question of taste.
 
     Raises:
         RowError: It isn't; or the row isn't to be trained.
@@ -221,8 +217,9 @@ def check_beside(
         value = _said(row_json(row.get(column)))
         if value is None or value == DEFAULTS.get(column, ...):
             continue
-        if column in OF_SHAPE:
-            if not isinstance(value, list) or not all(map(OF_SHAPE[column], value)):
+        if column == "functions":
+            named = (isinstance(each, Mapping) and "name" in each for each in value)
+            if not isinstance(value, list) or not all(named):
                 continue  # words, and no descriptions
         elif not chats:
             continue

@@ -210,7 +210,7 @@ def test_what_stands_beside_messages_is_used_or_refused(
         assert loaded(*PLAIN, **{column: nothing}).examples
     text = {"prompt": "Q", "thinking": "c", "answer": "7", column: value}
     beside_text = make_examples([text], DataSection(source="x.jsonl"))
-    assert len(beside_text.unsplit) == (column in ("functions", "history"))
+    assert len(beside_text.unsplit) == (column == "functions")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_stands_beside_messages_is_used_or_refused(
     [
         {"id": 3, "source": "x", "url": "u", "model": "m", "score": 0.5},
         {"weight": 1.0, "train": True, "parallel_tool_calls": True, "tool_choice": "auto"},
-        {"functions": ["hammer"], "history": "of art", "loss": 0.7},
+        {"functions": ["hammer"], "loss": 0.7},
     ],
 )
 def test_what_only_describes_a_row_is_silent(row: dict[str, Any]) -> None:

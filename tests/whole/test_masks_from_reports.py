@@ -348,14 +348,14 @@ def test_tags_that_share_a_beginning(name: str) -> None:
     tokenizer = changed() if name == "byte_level" else copy.deepcopy(real_tokenizer(name))
     tokenizer.chat_template = DEEPSEEK_V3_1.replace("END", tokenizer.eos_token)
     section = ResponseSection(thinking=("", "</think>"), answer=("", ""))
-    renderer = probe_renderer(tokenizer, section, {"thinking": True})
+    renderer = Renderer.read(tokenizer, section, {"thinking": True})
     row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
     assert isinstance(row, Row)
     assert renderer.decode_behind(row.input_ids).endswith(
         f"<think>2 and 2.</think>4{tokenizer.eos_token}"
     )
     with pytest.raises(FrameError, match="ends the thinking already"):
-        probe_renderer(tokenizer, section, {"thinking": False})
+        Renderer.read(tokenizer, section, {"thinking": False})
 
 
 DEEPSEEK_V3_1 = (
@@ -373,7 +373,7 @@ def test_no_begin_of_text(name: str) -> None:
     tokenizer.chat_template = CHATML.replace("<|im_end|>", tokenizer.eos_token)
     for begin, codes in (("", ["no-begin"]), ("{{ bos_token }}", [])):
         tokenizer.chat_template = begin + tokenizer.chat_template
-        found = list(frame_findings(probe_renderer(tokenizer, ResponseSection())))
+        found = list(frame_findings(Renderer.read(tokenizer, ResponseSection())))
         assert [finding.code for finding in found] == codes
         assert not any(finding.refuses for finding in found)
 
