@@ -180,7 +180,7 @@ TOO_LARGE = "no file may grow so large here", "raise `ulimit -f`, or write to an
 NO_ROOM = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: TOO_LARGE}
 # Libraries in Rust write the system's number into their texts, torch's writer says nothing of it.
 NUMBER = re.compile(r"\(os error (\d+)\)")
-OF_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.* unexpected pos")
+OF_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.* unexpected pos|basic_ios")
 
 
 def _number(error: BaseException) -> int | None:

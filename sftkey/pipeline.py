@@ -149,6 +149,10 @@ class TrainedRun:
             what = f"data.prompt puts {count} columns together"
             LOGGER.warning("%s; the question is taken as all of it", what)
         model, renderer = self._model(number)
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if max_new_tokens and isinstance(most, int) and max_new_tokens > most:
+            what = f"expected at most the model's {most:,} positions; got {max_new_tokens:,}"
+            raise RunError("max_new_tokens", what)
         # Before a frozen stage stand key adapters that aren't trained yet.
         frozen = number > 0 and self.recipe.stages[number - 1].context == "frozen"
         written = generate(

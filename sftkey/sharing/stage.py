@@ -50,7 +50,10 @@ def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStag
     number = trained_stage(run, recipe, name)
     if number == 0:
         raise RunError(str(run), f"--stage: the base has no adapter to {what}")
-    weights = Ledger(run, recipe, main=False).adapter(number - 1)
+    ledger = Ledger(run, recipe, main=False)
+    for each in range(number):  # a frozen stage stands on the one before
+        ledger.require(ledger.adapter(each))
+    weights = ledger.adapter(number - 1)
     return SharedStage(run, recipe, recipe.stages[number - 1].name, number, weights)
 
 

@@ -170,6 +170,10 @@ def test_several_columns_are_noted(
             "{run}: --stage: 'key' isn't trained yet\nhint: go on with: "
             "sftkey train {run}/recipe.yaml",
         ),
+        (
+            {"max_new_tokens": 10**9},
+            "max_new_tokens: expected at most the model's 512 positions; got 1,000,000,000",
+        ),
         ({"question": "\ud800"}, "question: half of a surrogate pair, which is no text"),
         (
             {"question": " \n"},
@@ -177,12 +181,12 @@ def test_several_columns_are_noted(
             "or the question on stdin",
         ),
     ],
-    ids=["unknown", "untrained", "empty"],
+    ids=["unknown", "untrained", "long", "surrogate", "empty"],
 )
 def test_what_cannot_be_asked_is_refused(
     arguments: dict[str, Any], error: str, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    """An unknown or untrained stage and an empty question are said before anything is loaded."""
+    """A stage, a length or a question that can't be is said before a word is written."""
     folder, _ = made_run(tmp_path, tiny_folder, num_trained=1)
     with pytest.raises(RunError) as raised:
         generate(folder, **{"question": QUESTION, **arguments})

@@ -21,6 +21,7 @@ from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
 from sftkey.pipeline import evaluate_run, open_run, report_run
 from sftkey.recipe.load import load_recipe
+from sftkey.sharing.stage import shared_stage
 from sftkey.training.made_from import changed_facts
 from sftkey.training.run import Run, start
 from sftkey.training.run_folder import lock_run, read_ledger
@@ -221,6 +222,12 @@ def test_broken_results_are_named_where_they_are_read(copied: Path) -> None:
             f"{file}: expected what the run wrote; it has changed since it was written\n"
             f"hint: `sftkey evaluate {folder}` writes it anew"
         )
+    weights = folder / "stages" / "1-completion" / "adapter" / "adapter_model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))  # safetensors reads that
+    with pytest.raises(RunError, match=r"safetensors: expected what the run wrote; it has changed"):
+        shared_stage(folder, "completion")
+    weights.write_bytes(kept)
     (folder / "evaluation" / "base.json").unlink()
     with pytest.raises(RunError, match=r"base\.json: expected what the run wrote; it is gone"):
         read_results(folder)
