@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension
 
+from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.response import TOOLS, Response
 from sftkey.errors import FrameError, Problem, did_you_mean
 
@@ -87,7 +88,11 @@ def read_template(template: str) -> Reads:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     tree = env.parse(template)
-    variables = meta.find_undeclared_variables(tree) - set(env.globals)
+    try:
+        with bounded():  # jinja2 computes constants, in branches that are never taken, too
+            variables = meta.find_undeclared_variables(tree) - set(env.globals)
+    except Late:
+        raise TemplateError(f"it takes more than {SECONDS:g} seconds to read") from None
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     fixed = _has_fixed_header(tree, variables - set(OF_ROWS))

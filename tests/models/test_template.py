@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sftkey.bounds import Late
+from sftkey.data import template as data_template
 from sftkey.errors import ModelError
 from sftkey.models import template
 from sftkey.models.template import check_template, read_template
@@ -46,6 +48,19 @@ def test_a_template_without_end_is_refused(
     with pytest.raises(ModelError, match=what) as error:
         check_template(with_template(text), "model")
     assert "write a template of your own: model.chat_template" in str(error.value)
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_a_constant_in_a_branch_that_is_never_taken_is_not_made() -> None:
+    """jinja2 computes constants while it reads, and goes on where that fails."""
+    tracemalloc.start()
+    try:
+        read = data_template.read_template("{% if x is none %}{{ 'y' * 10**9 }}{% endif %}")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read.variables == {"x"}
+    assert peak < 1 << 29
 
 
 def test_a_usual_template_passes_and_leaves_no_bound() -> None:
