@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from sftkey import files
 from sftkey.cli import main
-from sftkey.errors import SFTKeyError
+from sftkey.errors import DiskError, SFTKeyError
 from tests.support.tiny import write_recipe
 from tests.training.test_run import Killed, kill_at_step
 from tests.training.test_run_folder import data, finish, go_on
@@ -100,6 +103,44 @@ def test_a_run_with_a_broken_file_says_so_or_ends_as_it_would(
                 wrong.append(f"{name}: others came, without a word: {', '.join(changed)}")
         shutil.rmtree(folder)
     assert not wrong, "\n".join(wrong)
+
+
+WRITTEN = (
+    *("recipe.yaml", "ledger.json", "ledger.copy.json", "rows.json", "data.json", ".running.json"),
+    *("rows.arrow", "base.jsonl", "key.json", "key.graded.jsonl", "whole.json", "validation.json"),
+    *("log.jsonl", "adapter_model.safetensors", "adapter_config.json"),
+)
+
+
+@pytest.mark.fault("disk full")
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_disk_that_is_full_at_a_write_ends_the_run_once(
+    name: str, cut: Path, ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error and no litter; after space was freed the same command ends as it would."""
+    shutil.copy(cut / "tiny.yaml", tmp_path)
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path / "cache"))
+    sync = files.sync
+
+    def full(path: Path) -> None:
+        if path.name == name or path.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", full)
+        with pytest.raises(DiskError, match="the disk is full: "):
+            finish(go_on(tmp_path))
+    left = [str(path) for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".old"))]
+    unsealed = [
+        str(path)
+        for path in tmp_path.glob("runs/tiny/stages/*/checkpoints/*")
+        if not (path / "whole.json").exists()
+    ]
+    assert left + unsealed == []
+    finish(go_on(tmp_path))
+    found, wanted = results(tmp_path), results(ended)
+    assert {each for each in wanted if found.get(each) != wanted[each]} == set()
 
 
 READING = (
