@@ -83,6 +83,8 @@ def test_the_docs_results_are_those_of_the_files(folder: Path) -> None:
         ("answers-only", "own_exact", "masked"),
         ("answers-only", "own_frozen", "masked"),
         ("answers-only", "own_exact", "own_frozen"),
+        ("answers-only", "own_exact", "reference"),
+        ("answers-only", "own_frozen", "reference"),
         ("long", "weighted_long", "sft_long"),
     ],
 )
