@@ -462,8 +462,8 @@ def test_a_file_that_came_meanwhile_is_not_overwritten(
     model_folder(Path("model"), made("look_ahead", CHATML), ["</s>"])
     made_recipe = planning_adapt.adapt
 
-    def slow(*arguments: Any) -> Any:
-        adapted = made_recipe(*arguments)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        adapted = made_recipe(*arguments, **options)
         Path("q.yaml").write_text("mine")
         return adapted
 

@@ -49,7 +49,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     kept: dict[str, Any] = {}
 
     def keep(figure: Figure, file: Path, **settings: Any) -> None:
-        kept[file.name] = figure
+        kept[file.name[1:].partition(".")[0] + ".png"] = figure  # named when it is whole
+        file.touch()
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return kept
