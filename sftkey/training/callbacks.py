@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -271,6 +273,9 @@ class StopRequest:
         again = self.number is not None
         if again and number != signal.SIGINT:
             return  # launchers pass a signal on that the process has had already
+        if _in_destructor(frame):  # where Python drops what is raised
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+            return
         self.number = number
         if again or not self.in_training:
             raise self.stopped()
@@ -286,6 +291,12 @@ class StopRequest:
             f"the same command goes on, or: sftkey train {self.folder / 'recipe.yaml'}",
             self.number,
         )
+
+
+def _in_destructor(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -104,6 +105,21 @@ def test_no_library_takes_it_for_an_error_of_its_own(tmp_path: Path) -> None:
         suppress(Exception),
     ):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.fault("signals")
+def test_a_signal_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
+    """Python drops what is raised there; the signal comes again behind it."""
+
+    class Closing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with stopping_on_signals(tmp_path, print) as request:
+        Closing()
+        assert request.number is None
+        with pytest.raises(RunStopped):
+            time.sleep(10)
 
 
 def test_several_processes_ask_each_other_on_their_cpus(
