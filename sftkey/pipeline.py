@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftkey.activity import activity
+from sftkey.data.response import require_text
 from sftkey.errors import JudgeError, RunError, SFTKeyError
 from sftkey.recipe.schema import Recipe
 from sftkey.training.run_folder import (
@@ -142,9 +143,9 @@ class TrainedRun:
 
         number = trained_stage(self.folder, self.recipe, stage)
         try:
-            question.encode()
-        except UnicodeEncodeError:
-            raise RunError("question", "half of a surrogate pair, which is no text") from None
+            require_text(question)
+        except ValueError as error:
+            raise RunError("question", str(error)) from None
         if (count := num_columns(self.recipe.data)) != 1:
             what = f"data.prompt puts {count} columns together"
             LOGGER.warning("%s; the question is taken as all of it", what)

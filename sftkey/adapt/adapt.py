@@ -169,9 +169,8 @@ def adapt(
     if data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
         lengths = measure(data.examples, renderer, facts.skeleton.most_tokens, thinking)
-    cuda = bool(gpu) or has_cuda()
-    more = {"cuda": cuda, "one_stage": one_stage}
-    choices = Choices(facts, choice, data, lengths, other, named, source, seed, path, gpu, **more)
+    how = Choices(facts, choice, data, lengths, other, named, source, seed, path, gpu)
+    choices = replace(how, cuda=bool(gpu) or has_cuda(), one_stage=one_stage)
     text, recipe = _written(choices)
     if gpu:
         stages = make_plan(recipe, read_skeleton(facts.section), gpu_bytes).stages

@@ -20,7 +20,7 @@ from sftkey.data.messages import (
     system_of,
     unmarked,
 )
-from sftkey.data.response import TOOLS, Example, as_messages
+from sftkey.data.response import TOOLS, Example, as_messages, require_text
 from sftkey.data.values import (
     RawRow,
     Refusal,
@@ -434,7 +434,7 @@ def _whole(
         told = json.dumps(tools, ensure_ascii=False, default=str)
         prompt = ({"role": TOOLS, "content": told}, *as_messages(prompt))
     try:
-        json.dumps((prompt, thinking, answer), ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise RowError("half of a surrogate pair, which is no text") from error
+        require_text(json.dumps((prompt, thinking, answer), ensure_ascii=False, default=str))
+    except ValueError as error:
+        raise RowError(str(error)) from error
     return prompt, thinking, answer

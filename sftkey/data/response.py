@@ -101,6 +101,18 @@ def as_messages(prompt: str | Sequence[Any]) -> tuple[dict[str, Any], ...]:
     return tuple(prompt)
 
 
+def require_text(said: str) -> None:
+    """Refuse what no file and no tokenizer can hold.
+
+    Raises:
+        ValueError: It says what came.
+    """
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no text") from None
+
+
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text of tokens as it is: special ones stand in it, and no blank is tidied away."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

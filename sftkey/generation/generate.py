@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.activity import activity, tell
-from sftkey.data.response import QuestionKey, decoded
+from sftkey.data.response import QuestionKey, decoded, require_text
 from sftkey.errors import Problem, RunError
 
 if TYPE_CHECKING:
@@ -231,9 +231,9 @@ def read_row(line: bytes) -> dict[str, Any]:
         if type(row.get(key)) not in types:  # JSON's true is no integer, though Python's is
             raise ValueError(f"{key}: expected {name}; got {row.get(key)!r}")
     try:
-        row["text"].encode()
-    except UnicodeEncodeError:
-        raise ValueError("text: half of a surrogate pair, which is no text") from None
+        require_text(row["text"])
+    except ValueError as error:
+        raise ValueError(f"text: {error}") from None
     return row
 
 
