@@ -103,7 +103,8 @@ def read_number(text: str) -> Stated | None:
 
 
 def _same_number(answer: str, reference: str) -> tuple[bool, str | None]:
-    written, wanted = read_number(answer), read_number(reference)
+    written = read_number(answer)
+    wanted = written if answer == reference else read_number(reference)
     right = written is not None and wanted is not None and same_numbers(written, wanted)
     return right, written and written.text
 
