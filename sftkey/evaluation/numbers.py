@@ -92,8 +92,11 @@ def last_number(text: str) -> Number | None:
     >>> last_number("The answer is $1,234.50.").value
     Fraction(2469, 2)
     """
-    found = list(_found(plain(text)))
-    return found[-1].numbers[-1] if found and found[-1].numbers else None
+    text, end, last = plain(text), 0, None
+    for match in _TOKEN.finditer(text):  # a long text's numbers aren't all read for one of them
+        end, last = last.end() if last else 0, match
+    numbers = _found_at(text, end, last).numbers if last else ()
+    return numbers[-1] if numbers else None
 
 
 def first_number(text: str) -> Number | None:
@@ -272,13 +275,17 @@ def _written(one: _Found) -> str:
 def _found(text: str) -> Iterator[_Found]:
     end = 0
     for match in _TOKEN.finditer(text):
-        gap = text[end : match.start()]
-        sign, gap = _sign(gap, first=end == 0)
-        numbers = tuple(_numbers(match))
-        if sign < 0 and numbers:
-            numbers = (numbers[0]._replace(value=-numbers[0].value), *numbers[1:])
-        yield _Found(match, gap, numbers)
+        yield _found_at(text, end, match)
         end = match.end()
+
+
+def _found_at(text: str, end: int, match: re.Match[str]) -> _Found:
+    """Read a match; the one before it ended at `end`."""
+    sign, gap = _sign(text[end : match.start()], first=end == 0)
+    numbers = tuple(_numbers(match))
+    if sign < 0 and numbers:
+        numbers = (numbers[0]._replace(value=-numbers[0].value), *numbers[1:])
+    return _Found(match, gap, numbers)
 
 
 def _sign(gap: str, first: bool) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sftkey.data.response import Example, Parsed, Response
 from sftkey.evaluation.grading import grade, read_number
-from sftkey.evaluation.numbers import first_number, last_number, plain, same_number
+from sftkey.evaluation.numbers import MAX_DIGITS, first_number, last_number, plain, same_number
 from sftkey.evaluation.statement import normalize
 from sftkey.evaluation.statistics import (
     difference_with_interval,
@@ -131,19 +131,20 @@ def _says(step: Step, wanted: Step) -> bool:
 def _steps(text: str, words: bool) -> list[Step]:
     """Return the numbers and signs of each clause that has a number, or all that each says."""
     steps = []
-    for clause in _STEP_ENDS.split(text):
+    for clause in filter(str.strip, _STEP_ENDS.split(text)):
         clause = plain(_BULLET.sub("", clause)).casefold()
         for sign, ascii_sign in _SIGNS:
             clause = sign.sub(ascii_sign, clause)
         tokens = (_WORD if words else _TOKEN).findall(clause)
-        if words or any(token[-1].isdigit() for token in tokens):
-            # 1,200 and 1200.0 are one number.
-            forms = (
-                str(Fraction(token.replace(",", ""))) if token[-1].isdigit() else token
-                for token in tokens
-            )
-            steps.append(tuple(forms))
+        if words or any(token[-1].isdecimal() for token in tokens):
+            steps.append(tuple(map(_form, tokens)))
     return [step for step in steps if step]
+
+
+def _form(token: str) -> str:
+    """Write a number in one form, as 1,200 and 1200.0 are one; anything else stays as it is."""
+    is_number = token[-1].isdecimal() and len(token) <= MAX_DIGITS
+    return str(Fraction(token.replace(",", ""))) if is_number else token
 
 
 MOST_CHOICES = 26

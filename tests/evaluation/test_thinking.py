@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import doctest
+from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import sftkey.evaluation.thinking as module
 from sftkey.data.response import Example, QuestionKey, Response
@@ -13,7 +16,9 @@ from sftkey.evaluation.results import StageResult
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
 from sftkey.evaluation.thinking_change import ThinkingChange, Turned, thinking_change
 from sftkey.generation.generate import Generation
+from tests.evaluation.test_grading import PIECES
 from tests.support.scoring import scored
+from tests.support.timing import takes_linear_time
 
 RESPONSE = Response("<T>", "</T>", "<A>", "</A>")
 CHAIN = Example("4 + 3 - 2 =", "4 + 3 = 7\n7 - 2", "5", 0)
@@ -102,6 +107,30 @@ def test_what_kind_of_task_it_is_all_references_say() -> None:
     chance = Example("10 - 5 =", "6 + 4 = 10\n10 - 5", "5", 1)
     assert judged("9 - 5", chance) is True
     assert judge_thinkings(["9 - 5"] * 2, [chance, CHAIN], "number") == [False, False]
+
+
+@given(st.text(st.sampled_from("0123456789 .,-+*/^=aA\n½²፩٣")))
+@example("7" * 5000)
+@example("7" * 5000 + " = " + "7" * 5000)
+@pytest.mark.fault("texts that take long to read")
+def test_no_thinking_is_an_error(text: str) -> None:
+    """One of more digits than Python reads as a number is wrong, as any other wrong one is."""
+    for reference in (CHAIN, GSM8K):
+        assert judged(text, reference) in (True, False)
+    assert judged(f"{text}\nc a t", WORDS, "exact", made=True)
+    assert judged("7" * 5000, Example("", "7" * 5000, "5"))
+
+
+@pytest.mark.parametrize("reference", [CHAIN, GSM8K, WORDS])
+@pytest.mark.fault("texts that take long to read")
+def test_judging_takes_linear_time(reference: Example) -> None:
+    """Four times the length takes four times as long, whatever a model repeats."""
+
+    def judge(length: int, piece: str) -> None:
+        judged(piece * (length // len(piece)), reference, made=reference is WORDS)
+
+    for piece in [*PIECES, "4 + 3 = 7\n", "c a ", "½", "= 7 "]:
+        assert takes_linear_time(partial(judge, piece=piece), length=2_000), piece
 
 
 @pytest.mark.parametrize("grader", ["choice", "exact", "math"])
