@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from sftkey.errors import ModelError, RunError, first_line
 from sftkey.files import appearing, read_json
+from sftkey.models.loading import not_finite, refuse_not_finite
 from sftkey.models.lora_names import (
     check_targets,
     refuse_unmatched,
@@ -73,7 +74,7 @@ def save_adapter(
             model, state, adapter_name=name, save_embedding_layers=False
         )
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        refuse_not_finite(tensors, folder)
+        refuse_diverged(tensors, folder)
         save_file(tensors, saving / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.deepcopy(model.peft_config[name])
         config.base_model_name_or_path = base["name_or_path"]
@@ -87,20 +88,19 @@ def save_model(
     model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
-    refuse_not_finite(model.state_dict() if state is None else state, folder)
+    refuse_diverged(model.state_dict() if state is None else state, folder)
     with appearing(folder) as saving:
         model.save_pretrained(saving, state_dict=state)
         (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
 
 
-def refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Refuse weights that hold NaN or infinity, before anything is written.
+def refuse_diverged(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Refuse to save weights that hold NaN or infinity, before anything is written.
 
     Raises:
         RunError: Names how many, and one of them.
     """
-    broken = [name for name, each in tensors.items() if not torch.isfinite(each).all()]
-    if broken:
+    if broken := not_finite(tensors):
         raise RunError(
             str(folder),
             f"expected finite weights; {len(broken)} of {len(tensors)} hold NaN or infinity, "
@@ -212,8 +212,8 @@ def load_adapter(
         name: peft's name of it.
 
     Raises:
-        ModelError: It can't be found or read, is no LoRA adapter, belongs to another base, or
-            contradicts `lora`.
+        ModelError: It can't be found or read, is no LoRA adapter, isn't finite, belongs to another
+            base, or contradicts `lora`.
     """
     source, config = read_adapter_config(model, adapter, lora or {}, base)
     try:
@@ -224,6 +224,7 @@ def load_adapter(
         if isinstance(error, ModelError):
             raise
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
+    refuse_not_finite(weights, source.path)
     with peft_warnings_logged():
         adapted = _put(config, name, model)
     try:

@@ -11,18 +11,27 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.errors import ModelError, first_line
 from sftkey.models.loading import load_tokenizer
 from sftkey.models.lora_names import linear_modules, name_of, short_names
 from sftkey.models.packaged import find_weights
-from sftkey.models.source import UNREADABLE, Source, model_source, needs_code, read_json
+from sftkey.models.source import (
+    UNREADABLE,
+    Source,
+    model_source,
+    needs_code,
+    read_json,
+    weight_files,
+)
 from sftkey.recipe.schema import ModelSection
 
 # Rotary positions that a whole batch scales by its longest row.
 SCALED = ("dynamic", "longrope")
 MOST_LAYERS = 1000  # the deepest published models have about 130
+NOT_ITS_CONFIG = "put the config.json there that the weights were published with"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +206,34 @@ def _built(name: str, source: Source, fields: str, attention: str) -> Skeleton:
     layers = getattr(skeleton.text, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ModelError(name, f"expected at most {MOST_LAYERS:,} layers; got {layers:,}")
-    skeleton.model  # noqa: B018  # built, to see that it can be
+    empty = [each for each, weight in skeleton.model.named_parameters() if not weight.numel()]
+    if empty:
+        what = f"its config.json makes {len(empty)} weights without a number in them, such as"
+        raise ModelError(name, f"{what} {empty[0]}", NOT_ITS_CONFIG)
     return skeleton
+
+
+def refuse_other_shapes(section: ModelSection, skeleton: Skeleton) -> None:
+    """Refuse weights on this machine that can't be read, or whose shapes aren't the config's.
+
+    Their heads alone are read. Those that come quantized have shapes of their own.
+
+    Raises:
+        ModelError: Names the first weight and both shapes.
+    """
+    if skeleton.quantized:
+        return
+    wanted = {name: [*each.shape] for name, each in skeleton.model.state_dict().items()}
+    for file in weight_files(model_source(section).folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(str(file), f"can't be read: {first_line(error)}") from error
+        for name in sorted(found.keys() & wanted.keys()):
+            if found[name] != wanted[name]:
+                what = f"{name} has the shape {found[name]}; its config.json says {wanted[name]}"
+                raise ModelError(section.name_or_path, what, NOT_ITS_CONFIG)
 
 
 def read_config(name: str, source: Source) -> Any:

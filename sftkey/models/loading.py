@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def load_model(
         folder: Take the weights that an earlier stage wrote there.
 
     Raises:
-        ModelError: There are no weights, not all of them, or they can't be read.
+        ModelError: There are no weights, not all of them, they can't be read, or aren't finite.
     """
     source = find_source(str(folder)) if folder else model_source(section)
     if source.commit is None and not weight_files(source.folder):
@@ -177,15 +178,49 @@ def load_model(
         raise ModelError(source.path, what)
     if model.generation_config is not None:
         model.generation_config.__class__ = PublishedGenerationConfig
-    if section.quantization != "nf4":
-        return model.to(device.torch_device)
+    if section.quantization == "nf4":
+        _ready_packed(model, section, device)
+    else:
+        model.to(device.torch_device)
+    if not sharded():  # of several processes one may hold the weights
+        refuse_not_finite(dict(model.named_parameters()), source.path)
+    return model
+
+
+def refuse_not_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse weights of a file that hold NaN or infinity: what they answer is noise.
+
+    Raises:
+        ModelError: Names how many, and one of them.
+    """
+    if broken := not_finite(tensors):
+        raise ModelError(
+            where,
+            f"expected finite weights; {len(broken)} of {len(tensors)} hold NaN or infinity, "
+            f"such as {broken[0]}",
+            "get them anew from where they came; what was trained, train with a lower "
+            "learning_rate",
+        )
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """List the weights that hold NaN or infinity; packed ones aren't looked into."""
+    floats = {name: each for name, each in tensors.items() if each.is_floating_point()}
+    return [
+        name
+        for name, each in floats.items()
+        if each.itemsize > 1 and not torch.isfinite(each).all()
+    ]
+
+
+def _ready_packed(model: PreTrainedModel, section: ModelSection, device: Device) -> None:
+    """Keep a CPU from repacking NF4 weights, and unpack them there where the recipe lets it."""
     for _, module in _packed_modules(model):
         # On a CPU with AVX512-BF16 the first evaluation without gradient would repack weights for
         # good, for a product that has no gradient: later training would go on with None below.
         module.support_avx512bf16_for_cpu = False
     if section.unpack == "auto" and device.kind == "cpu":
         _unpack(model, device.compute_dtype)
-    return model
 
 
 def _without_safetensors(source: Source) -> ModelError:

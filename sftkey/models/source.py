@@ -30,7 +30,7 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 # What transformers raises of files that it can't make a config, a tokenizer or a model of.
 UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError),
-    *(IndexError, OverflowError, RecursionError),
+    *(IndexError, ArithmeticError, AssertionError, RecursionError),
     *(hub.StrictDataclassError, SafetensorError),
 )
 

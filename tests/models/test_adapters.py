@@ -289,6 +289,22 @@ def test_pickled_and_torn_weights_are_refused(
         load_adapter(loaded(tiny_folder), ours, base)
 
 
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_an_adapter_that_is_not_finite_is_refused(
+    ours: Path, tiny_folder: Path, base: dict[str, str | None]
+) -> None:
+    """By whatever loads it: generate, evaluate, merge, export, a stage that goes on from it."""
+    tensors = load_file(adapter_weights(ours))
+    name = min(tensors)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, adapter_weights(ours))
+    with pytest.raises(ModelError) as error:
+        load_adapter(loaded(tiny_folder), ours, base)
+    assert str(error.value).startswith(
+        f"{ours}: expected finite weights; 1 of 28 hold NaN or infinity, such as {name}\nhint: "
+    )
+
+
 def test_whole_model(tiny_folder: Path, base: dict[str, str | None], tmp_path: Path) -> None:
     """A model that was trained itself is saved whole, with the base that it came from."""
     model = loaded(tiny_folder)

@@ -16,7 +16,7 @@ from sftkey.errors import ModelError
 from sftkey.models import loading as model_module
 from sftkey.models.adapters import add_lora
 from sftkey.models.device import Device
-from sftkey.models.facts import skeleton_of
+from sftkey.models.facts import refuse_other_shapes, skeleton_of
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import Source
 from sftkey.recipe.schema import ModelSection
@@ -146,10 +146,16 @@ def test_folder_with_torn_weights(folder: Path) -> None:
     ("config", "what"),
     [
         ({"num_attention_heads": -4}, "negative dimension"),
+        ({"num_attention_heads": 0}, "its config.json can't be read: .* by zero"),
+        ({"num_key_value_heads": 0}, "no language model can be built of it: .* by zero"),
+        ({"head_dim": 0}, "no language model can be built of it: "),
+        ({"pad_token_id": 10**9}, "no language model can be built of it: Padding_idx"),
+        ({"hidden_size": 0}, "makes 21 weights without a number in them, such as model.embed_tok"),
+        ({"intermediate_size": 0}, "makes 6 weights without a number in them, such as model.laye"),
         ({"num_hidden_layers": 10**9}, "expected at most 1,000 layers; got 1,000,000,000"),
         ("[" * 9999, "recursion"),
     ],
-    ids=["heads", "layers", "nested"],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
 )
 def test_a_config_that_no_model_has_is_refused(config: Any, what: str, folder: Path) -> None:
     """Before anything is built of it that takes all memory, and without a traceback."""
@@ -169,6 +175,42 @@ def test_weights_of_other_shapes_than_the_configs_are_said(folder: Path) -> None
         load_model(section(folder), CPU)
     what = "its model can't be loaded: its weights have other shapes than its config.json says"
     assert str(error.value) == f"{folder}: {what}"
+    with pytest.raises(ModelError) as error:
+        refuse_other_shapes(section(folder), skeleton_of(section(folder)))
+    assert str(error.value) == (
+        f"{folder}: lm_head.weight has the shape [329, 32]; its config.json says "
+        "[1000000000000, 32]\n"
+        "hint: put the config.json there that the weights were published with"
+    )
+
+
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_a_check_reads_the_heads_of_weights(folder: Path) -> None:
+    """What was cut short is told without loading them; whole weights pass."""
+    sound, weights = section(folder), folder / "model.safetensors"
+    refuse_other_shapes(sound, skeleton_of(sound))
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"model\.safetensors: can't be read: "):
+        refuse_other_shapes(sound, skeleton_of(sound))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.fault("recipes, templates, rows and weights of strangers")
+def test_weights_that_are_not_finite_are_refused(
+    number: float, dtype: torch.dtype, folder: Path
+) -> None:
+    """A model or an adapter that holds one number that is none would answer with noise."""
+    loaded = load_model(section(folder), CPU)
+    loaded.lm_head.weight.data[3, 7] = number
+    loaded.to(dtype).save_pretrained(folder)
+    with pytest.raises(ModelError) as error:
+        load_model(section(folder), CPU)
+    assert str(error.value) == (
+        f"{folder}: expected finite weights; 1 of 21 hold NaN or infinity, such as lm_head.weight\n"
+        "hint: get them anew from where they came; what was trained, train with a lower "
+        "learning_rate"
+    )
 
 
 @pytest.mark.fault("recipes, templates, rows and weights of strangers")
