@@ -93,6 +93,10 @@ class DeviceError(SFTKeyError, RuntimeError):
     """This machine's device can't do what the recipe asks of it, or ran out of memory."""
 
 
+class ProcessLost(DeviceError):
+    """Another process of the run is gone, or answers no more."""
+
+
 class CheckError(SFTKeyError, ValueError):
     """The gate refuses to train a recipe as it stands."""
 

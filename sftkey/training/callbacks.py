@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sftkey.data.prepare import Prepared
-from sftkey.errors import RunError, RunStopped
+from sftkey.errors import ProcessLost, RunError, RunStopped
 from sftkey.files import (
     file_hash,
     files_below,
@@ -303,7 +303,8 @@ def _in_destructor(frame: FrameType | None) -> bool:
 def stopping_on_signals(folder: Path, note: Callable[[str], None]) -> Iterator[StopRequest]:
     """Yield what signals ask of a run; the handlers are as before afterwards.
 
-    Only the main thread of a process is told of signals; in another one nothing is changed.
+    Only the main thread of a process is told of signals; in another one nothing is changed. One
+    that was told, and then lost another process that ended at once, ends as it was told.
     """
     request, before = StopRequest(folder, note), {}
     if threading.current_thread() is threading.main_thread():
@@ -311,6 +312,10 @@ def stopping_on_signals(folder: Path, note: Callable[[str], None]) -> Iterator[S
         before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request
+    except ProcessLost as error:
+        if request.number is None:
+            raise
+        raise request.stopped() from error
     finally:
         with suppress(ValueError):  # a generator may be closed in another thread
             for number, handler in before.items():

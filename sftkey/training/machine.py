@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from typing import Any
 
 from accelerate import PartialState
 
-from sftkey.errors import DeviceError, DiskError, SFTKeyError, first_line
+from sftkey.errors import DeviceError, DiskError, ProcessLost, SFTKeyError, first_line
 from sftkey.files import free_bytes, num_bytes_below
 from sftkey.memory_plan import held
-from sftkey.models.device import is_out_of_memory
+from sftkey.models.device import Device, is_out_of_memory
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import trainer_setting
 from sftkey.training.run_folder import Ledger
@@ -41,7 +42,7 @@ def explained_faults(folder: Path) -> Iterator[None]:
     """Turn running out of memory, or the loss of another process, into an error that says what now.
 
     Raises:
-        DeviceError: In place of torch's error.
+        DeviceError: In place of torch's error; ProcessLost is one.
     """
     try:
         yield
@@ -57,13 +58,38 @@ def explained_faults(folder: Path) -> Iterator[None]:
                 "trainer.gradient_checkpointing=true; then go on with a new `name=…`",
             ) from error
         if PartialState().num_processes > 1 and LOST.search(str(error)):
+            raise _lost(folder, error) from error
+        raise
+
+
+def _lost(folder: Path, error: BaseException) -> ProcessLost:
+    return ProcessLost(
+        str(folder),
+        f"another process of this run is gone, or answers no more: {first_line(error)}",
+        "see what it said before; the same command, with the same number of processes, goes on "
+        "from the newest checkpoint. trainer.ddp_timeout says for how long processes wait",
+    )
+
+
+def join(recipe: Recipe, device: Device, folder: Path) -> PartialState:
+    """Return the processes of a run, this one among them, once all of them are there.
+
+    Raises:
+        DeviceError: One doesn't come, or another program has the port where they meet.
+    """
+    try:
+        return PartialState(cpu=device.kind == "cpu", timeout=patience(recipe))
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
             raise DeviceError(
-                str(folder),
-                f"another process of this run is gone, or answers no more: {first_line(error)}",
-                "see what it said before; the same command, with the same number of processes, "
-                "goes on from the newest checkpoint. trainer.ddp_timeout says for how long "
-                "processes wait",
+                f"$MASTER_PORT={port}",
+                "expected a port where a run's processes meet; another program has this one",
+                "set MASTER_PORT to another one; `accelerate launch --main_process_port 0` finds "
+                "one",
             ) from error
+        if LOST.search(str(error)):
+            raise _lost(folder, error) from error
         raise
 
 

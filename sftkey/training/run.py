@@ -34,7 +34,7 @@ from sftkey.training import callbacks, soundness
 from sftkey.training.answers import Answers
 from sftkey.training.frozen import FrozenTrainer
 from sftkey.training.log import RunProgress, StageLog, Trackers, TrackStage, read_log
-from sftkey.training.machine import explained_faults, patience, require_disk
+from sftkey.training.machine import explained_faults, join, require_disk
 from sftkey.training.made_from import ALL, changed_facts, require_same_rows, surroundings
 from sftkey.training.own_thinking import Grader, Writer, make_own_rows, own_validation
 from sftkey.training.run_folder import Ledger, open_run
@@ -276,19 +276,20 @@ def start(
         SFTKeyError: Whatever of the recipe's model, data, device or run folder can't be used.
     """
     device = choose_device(recipe.model, use_cpu=bool(recipe.trainer.get("use_cpu")))
-    processes = PartialState(cpu=device.kind == "cpu", timeout=patience(recipe))
-    with processes.main_process_first():
-        prepared = read(recipe)
-        for stage in recipe.stages:
-            if stage.early_stop is not None and not prepared.validation_examples:
-                what = "early_stop: expected validation rows to ask; got none"
-                hint = "write data.validation into the recipe"
-                raise DataError(f"stages.{stage.name}", what, hint)
-        packs = packed_rows(recipe, prepared.train)
-    ledger = open_run(recipe, folder, fresh) if processes.is_main_process else None
-    if ledger is not None:
-        require_same_rows(ledger, prepared, uses)
-    processes.wait_for_everyone()
+    processes = join(recipe, device, folder)
+    with explained_faults(folder):
+        with processes.main_process_first():
+            prepared = read(recipe)
+            for stage in recipe.stages:
+                if stage.early_stop is not None and not prepared.validation_examples:
+                    what = "early_stop: expected validation rows to ask; got none"
+                    hint = "write data.validation into the recipe"
+                    raise DataError(f"stages.{stage.name}", what, hint)
+            packs = packed_rows(recipe, prepared.train)
+        ledger = open_run(recipe, folder, fresh) if processes.is_main_process else None
+        if ledger is not None:
+            require_same_rows(ledger, prepared, uses)
+        processes.wait_for_everyone()
     ledger = ledger or Ledger(folder, recipe, main=False)
     facts = surroundings(recipe, device)
     ledger.notes += changed_facts(ledger.facts, facts)

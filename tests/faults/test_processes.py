@@ -16,11 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from sftkey.errors import DeviceError
+from sftkey.errors import DeviceError, ProcessLost
+from sftkey.models.device import Device
 from sftkey.recipe.load import load_recipe
 from sftkey.training import machine
-from sftkey.training.machine import explained_faults, patience
+from sftkey.training.machine import explained_faults, join, patience
 
 MakeRecipe = Callable[..., Path]
 SLURM = Path(__file__).parents[2] / "docs" / "several-gpus.md"
@@ -102,6 +104,56 @@ def ended(processes: list[subprocess.Popen[bytes]], folder: Path, seconds: float
             each.kill()
             each.wait()
     return "".join(file.read_text() for file in sorted(folder.glob("said-*.txt")))
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("Timed out after 21 seconds waiting for clients. 1/2 clients joined.", ProcessLost),
+        ("The client socket has timed out after 20000ms while trying to connect", ProcessLost),
+        ("The server socket has failed to listen. code: -98, name: EADDRINUSE", DeviceError),
+        ("shape mismatch", RuntimeError),
+    ],
+)
+@pytest.mark.fault("a process of several gone")
+def test_processes_that_do_not_meet_are_one_error(
+    said: str,
+    error: type[Exception],
+    tiny_recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One has died before it came, or the port is another program's."""
+
+    def fail(**kwargs: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(machine, "PartialState", fail)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(RuntimeError) as raised:
+        join(load_recipe(tiny_recipe()), Device("cpu", 0, torch.float32), tmp_path)
+    assert type(raised.value) is error
+    expected = {
+        ProcessLost: f"{tmp_path}: another process of this run is gone, or answers no more: {said}",
+        DeviceError: "$MASTER_PORT=29500: expected a port where a run's processes meet; another",
+        RuntimeError: said,
+    }
+    assert str(raised.value).startswith(expected[error])
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.fault("a process of several gone")
+def test_a_rank_that_dies_before_it_came_ends_the_other(
+    killed: int, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """It waits as long as `ddp_timeout` says, and ends with the same error as later."""
+    recipe = tiny_recipe(trainer={"max_steps": 1, "ddp_timeout": 10})
+    processes = ranks(recipe, tmp_path)
+    processes[killed].kill()
+    said = ended(processes, tmp_path, 120)  # the imports take long beside other programs
+    assert processes[1 - killed].returncode == 2, said
+    assert "another process of this run is gone, or answers no more" in said
 
 
 @pytest.mark.kill

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -105,6 +106,13 @@ def reached(run: Path, moment: Moment, world: int) -> bool:
     return lines * share >= moment[1] or bool(whole and (run / whole).exists())
 
 
+def has_begun(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a process is in its run, where it takes signals itself (of Linux alone)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
 def interrupt(
     processes: list[subprocess.Popen[bytes]], number: int, folder: Path, dice: random.Random
 ) -> None:
@@ -162,6 +170,7 @@ def test_a_run_that_is_killed_at_random_ends_as_an_uninterrupted_one(
     dice.shuffle(numbers)
     for number, moment in zip(numbers, moments(dice, len(numbers)), strict=True):
         processes = ranks(recipe, tmp_path / "cut", world)
+        wait_for(lambda: all(map(has_begun, processes)), processes)  # noqa: B023
         wait_for(partial(reached, cut, moment, world), processes)
         interrupt(processes, number, tmp_path / "cut", dice)
         print(f"{number.name}, {world} processes, at {moment}: held", flush=True)

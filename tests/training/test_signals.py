@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from sftkey import cli
-from sftkey.errors import RunStopped
+from sftkey.errors import ProcessLost, RunStopped
 from sftkey.training import callbacks
 from sftkey.training.callbacks import StopAfterStep, StopRequest, newest_whole, stopping_on_signals
 from sftkey.training.log import StageLog
@@ -120,6 +120,24 @@ def test_a_signal_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
         assert request.number is None
         with pytest.raises(RunStopped):
             time.sleep(10)
+
+
+@pytest.mark.fault("signals")
+def test_a_process_that_was_told_ends_so_though_the_others_went_before_it(tmp_path: Path) -> None:
+    """One that answers no question any more, while this one takes its step."""
+
+    def lose(*told: int) -> None:
+        with stopping_on_signals(tmp_path, print) as request:
+            request.in_training = True
+            for number in told:
+                os.kill(os.getpid(), number)
+            raise ProcessLost(str(tmp_path), "another process is gone")
+
+    with pytest.raises(RunStopped) as error:
+        lose(signal.SIGTERM)
+    assert error.value.exit_code == 143
+    with pytest.raises(ProcessLost):
+        lose()
 
 
 def test_several_processes_ask_each_other_on_their_cpus(
