@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from sftkey.checks import rows
 from sftkey.checks.findings import Finding, Report, of_error, of_rows
-from sftkey.checks.masks import Masks, id_findings, judged_findings, read_masks
+from sftkey.checks.masks import Masks, id_findings, judged_findings, read_ids, read_masks
 from sftkey.checks.recipe import recipe_findings, stop_findings, undecided
 from sftkey.checks.rehearsal import rehearsal_findings
 from sftkey.data.collator import packed_rows, stage_rows
@@ -70,6 +70,8 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
     if prepared.validation is not None:
         validation = read_masks(recipe, prepared.renderer, prepared.validation)
         findings += validation.findings("validation")
+    if prepared.test_rows is not None:
+        findings += read_ids(recipe, prepared.renderer, prepared.test_rows).findings("test")
     numbers = _numbers(recipe, prepared, masks, int(env.get("WORLD_SIZE", "1")))
     return Report(tuple(findings), numbers, prepared)
 

@@ -243,6 +243,7 @@ class Oracle:
         """
         renderer = self.renderer
         said = json.dumps(example.prompt, ensure_ascii=False)
+        said = re.sub(r'\\+"', '"', said)  # as it was before it became JSON, or JSON in JSON
         if renderer.kind == "chat" and any(token in said for token in renderer.special_ids):
             return False
         try:

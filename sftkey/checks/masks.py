@@ -106,14 +106,29 @@ def read_masks(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
             rows = _Rows.of(table)
             for stage in recipe.stages:
                 _note_stage_faults(masks, stage, rows, renderer)
-            most = max(int(rows.ids.max()), pad)
-            if num_ids is not None and most >= num_ids:
-                what = f"an id of {most}, and the embedding has {num_ids} rows"
-                wrong = rows.count(rows.ids >= num_ids) > 0
-                masks.note("no-embedding", what, wrong | (pad >= num_ids), rows)
+            _note_missing_rows(masks, rows, num_ids, pad)
             _note_row_faults(masks, rows, closing.ids, renderer)
             tell(f"{len(masks.key_shares)} of {len(dataset)} rows")
     return masks
+
+
+def read_ids(recipe: Recipe, renderer: Renderer, dataset: Dataset) -> Masks:
+    """Compare the ids of rows that are asked alone with the rows of the model's embedding."""
+    masks = Masks()
+    num_ids, pad = num_embeddings(recipe.model), renderer.tokenizer.pad_token_id
+    if num_ids is not None and max(renderer.tokenizer.get_vocab().values()) >= num_ids:
+        for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            _note_missing_rows(masks, _Rows.of(table), num_ids, pad)
+    return masks
+
+
+def _note_missing_rows(masks: Masks, rows: _Rows, num_ids: int | None, pad: int) -> None:
+    """Look for ids, of rows or of padding, that the embedding has no row for."""
+    most = max(int(rows.ids.max()), pad)
+    if num_ids is not None and most >= num_ids:
+        what = f"an id of {most}, and the embedding has {num_ids} rows"
+        wrong = rows.count(rows.ids >= num_ids) > 0
+        masks.note("no-embedding", what, wrong | (pad >= num_ids), rows)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from sftkey.data.response import TOOLS
 from sftkey.data.values import RowError, row_json
+from sftkey.errors import did_you_mean
 from sftkey.recipe.schema import DataSection
 from sftkey.recipe.yaml_io import inline
 
@@ -295,9 +296,10 @@ def check_trained(turn: Mapping[str, Any]) -> None:
         raise RowError("a turn that isn't to be trained", "not-trained")
     if "tool_calls" in turn:
         raise RowError("a turn that calls a tool, and answers nothing yet", "not-trained")
-    read = ("role", "content", "reasoning_content", "name")
-    if further := [key for key in turn if key not in read]:
-        raise RowError(f"`{further[0]}` of a trained turn, which nothing reads; leave it out")
+    read = ("role", "content", "reasoning_content")
+    if further := next((key for key in turn if key not in read), None):
+        near = did_you_mean(further, READ_HERE)
+        raise RowError(f"`{further}` of a trained turn, which nothing reads; leave it out{near}")
 
 
 def unmarked(message: dict[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Prepared:
     # What the rows were made from, in their order.
     validation_examples: list[Example] = field(default_factory=list)
     train_examples: list[Example] = field(default_factory=list)
+    test_rows: Dataset | None = None  # the columns of train; None where there are no such rows
 
     @property
     def loss_name(self) -> str:
@@ -132,7 +133,7 @@ def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepar
     """
     counts: dict[str, Any] = {"dropped": deepcopy(splits.dropped)}
     counts |= {name: {} for name in ("trimmed", "noted", "tokens")}
-    rows: dict[str, Dataset | None] = {"train": None, "validation": None}
+    rows: dict[str, Dataset | None] = {"train": None, "validation": None, "test": None}
     kept: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     refusals: list[Refusal] = []
     for name, examples in (("train", splits.train), ("validation", splits.validation)):
@@ -145,14 +146,14 @@ def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepar
             rows[name], counts[name] = made, len(made)
             counts["tokens"][name] = outcome.tokens
     if splits.test:  # no row of test is too long: its answer is only compared
-        _, outcome = tokenized_rows(splits.test, renderer, 2**31, trim=False)
+        rows["test"], outcome = tokenized_rows(splits.test, renderer, 2**31, trim=False)
         kept["test"] = _count_outcome(outcome, splits.test, recipe.data, "test", counts, refusals)
     refuse_left_out(recipe.data, counts["dropped"])
     counts["test"] = len(kept["test"])
     _check_stages(recipe, counts["tokens"]["train"])
     assert rows["train"] is not None  # else load_splits has raised
     prepared = (rows["train"], rows["validation"], kept["test"], renderer, counts, refusals)
-    return Prepared(*prepared, kept["validation"], kept["train"])
+    return Prepared(*prepared, kept["validation"], kept["train"], rows["test"])
 
 
 def _check_lengths(outcome: CachedRows, examples: Sequence[Example], data: DataSection) -> None:

@@ -10,12 +10,14 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from sftkey.data.messages import READ_HERE
 from sftkey.data.response import TOOLS
 from sftkey.data.template import (
     QUESTION,
     SENTINEL,
     TEMPLATE_ERRORS,
     Messages,
+    Reads,
     name_of,
     reads_of,
     render,
@@ -58,6 +60,11 @@ class Habits:
     kwargs: Mapping[str, Any]
     found: dict[str, bool] = field(default_factory=dict)  # by role: whether it is an assistant's
 
+    def reads(self, messages: Messages) -> Reads:
+        """Return what the template in use reads: of several named ones, tools choose."""
+        tools = messages[0]["role"] == TOOLS or self.kwargs.get("tools")
+        return reads_of(self.tokenizer, tools or None)
+
     @cached_property
     def around(self) -> str:
         """The text that is written around any question; it may hold a message's, too."""
@@ -90,39 +97,63 @@ def render_prompt(habits: Habits, messages: Messages) -> str:
     """
     tokenizer, kwargs = habits.tokenizer, habits.kwargs
     name = name_of(tokenizer)
+    tools, own = kwargs.get("tools"), messages[0]["role"] == TOOLS
+    if tools and own and json.loads(messages[0]["content"]) != tools:
+        what = "the row has `tools` beside those of model.chat_template_kwargs"
+        raise FrameError(name, what, "leave one of them out")
     try:
         text = render(tokenizer, messages, kwargs)
     except TEMPLATE_ERRORS as error:
-        others = [message for message in messages if message["role"] != "system"]
-        if len(others) < len(messages) and _tried(tokenizer, others, kwargs) is not None:
-            what = f"the chat template raises on the system message: {error}"
-            raise FrameError(name, what, _hint("system")) from error
-        roles = ", ".join(message["role"] for message in messages)
-        if _takes_no_tools(tokenizer, messages):
-            what = f"the chat template takes no tools, and raises on a prompt of {roles}: {error}"
-            raise FrameError(name, what, _hint(TOOLS)) from error
-        what = f"the chat template raises on a prompt of {roles}: {error}"
-        raise FrameError(name, what) from error
+        raise _raised(habits, messages, error) from error
+    reads = habits.reads(messages)
     for message in messages:
-        lost = _lost(tokenizer, message, text)
+        lost = _lost(reads, message, text)
         if lost:
             raise FrameError(name, lost, _hint(message["role"]))
         role = message["role"]
         if role not in ("user", "assistant", TOOLS) and habits.takes_for_answers(role):
             what = f"the chat template writes a {role} message as an assistant's"
             raise FrameError(name, what, _hint(role))
-    if len(messages) > 1 and not _stand_in_order(messages, text, habits.around):
+    if own and _tried(tokenizer, messages[1:], kwargs) == text:
+        what = "the chat template drops `tools` beside these messages"
+        raise FrameError(name, what, _hint(TOOLS))
+    if len(messages) - own > 1 and not _stand_in_order(messages[own:], text, habits.around):
         _check_each_is_read(tokenizer, messages, kwargs, text)
-    for what, without in _less(messages, text):
+    for key, without in _less(messages, text):
         if _tried(tokenizer, without, kwargs) == text:
-            names = reads_of(tokenizer).names
-            near = did_you_mean(what, [n for n in names if n.isidentifier() and n != what])
+            near = did_you_mean(key, {*reads.keys, *READ_HERE} - {key})
             raise FrameError(
                 name,
-                f"the chat template never reads `{what}` of a message{near}",
+                f"the chat template never reads `{key}` of a message{near}",
                 "leave it out, or give a model.chat_template that reads it",
             )
     return text
+
+
+def check_tools(habits: Habits) -> None:
+    """Refuse tools of the recipe that the template doesn't write as it would a row's.
+
+    Raises:
+        FrameError: Says what of them is dropped.
+    """
+    if tools := habits.kwargs.get("tools"):
+        told = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
+        others = {key: value for key, value in habits.kwargs.items() if key != "tools"}
+        render_prompt(Habits(habits.tokenizer, others), (told, QUESTION_ASKED))
+
+
+def _raised(habits: Habits, messages: Messages, error: Exception) -> FrameError:
+    """Say on which messages the template raises."""
+    name, roles = name_of(habits.tokenizer), ", ".join(message["role"] for message in messages)
+    others = [message for message in messages if message["role"] != "system"]
+    alone = len(others) < len(messages)
+    if alone and _tried(habits.tokenizer, others, habits.kwargs) is not None:
+        what = f"the chat template raises on the system message: {error}"
+        return FrameError(name, what, _hint("system"))
+    if _takes_no_tools(habits.reads(messages), messages):
+        what = f"the chat template takes no tools, and raises on a prompt of {roles}: {error}"
+        return FrameError(name, what, _hint(TOOLS))
+    return FrameError(name, f"the chat template raises on a prompt of {roles}: {error}")
 
 
 def _stand_in_order(messages: Messages, text: str, around: str) -> bool:
@@ -141,10 +172,11 @@ def _check_each_is_read(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any], text: str
 ) -> None:
     """Refuse a message whose text stands in the prompt only since another one holds it."""
-    for place, message in enumerate(messages):
+    own = messages[0]["role"] == TOOLS
+    for place, message in enumerate(messages[own:], own):
         others = [*messages[:place], *messages[place + 1 :]]
         if others and _tried(tokenizer, others, kwargs) == text:
-            what = f"the chat template drops the {message['role']} message {place}"
+            what = f"the chat template drops the {message['role']} message {place - own}"
             raise FrameError(name_of(tokenizer), what, _hint(message["role"]))
 
 
@@ -156,20 +188,19 @@ def _hint(role: str) -> str:
     return "give a model.chat_template that keeps it, or leave these messages out"
 
 
-def _takes_no_tools(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
+def _takes_no_tools(reads: Reads, messages: Messages) -> bool:
     """Tell whether messages hold tools, of which the template in use never speaks, as Gemma's."""
     if not any(each["role"] in (TOOLS, "tool") or "tool_calls" in each for each in messages):
         return False
-    reads = reads_of(tokenizer, messages[0]["role"] == TOOLS or None)
     return {"tools", "tool_calls", "tool"}.isdisjoint(reads.variables | reads.names)
 
 
-def _lost(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], text: str) -> str | None:
+def _lost(reads: Reads, message: Mapping[str, Any], text: str) -> str | None:
     """Say what of a message isn't in the rendered prompt, if anything isn't."""
     role, content = message["role"], message["content"]
     if role == TOOLS:
         tools = json.loads(content)
-        if "tools" not in reads_of(tokenizer, tools).variables:
+        if "tools" not in reads.variables:
             return "the chat template never reads `tools`"
         for what, said in chain.from_iterable(map(_said_of, tools)):
             if not _is_written(said, text):
@@ -177,7 +208,7 @@ def _lost(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], text: 
         return None
     if role == "assistant" and THINK_TAG.search(content):
         content = THINK_TAG.split(content)[-1]
-    if not _is_kept(tokenizer, content, text):
+    if not _is_kept(reads, content, text):
         if role == "system":
             return "the chat template drops the system message"
         return f"the chat template drops or rewrites the text of a {role} message"
@@ -205,11 +236,11 @@ def _is_written(said: Any, text: str) -> bool:
     return any(form in text for form in forms)
 
 
-def _is_kept(tokenizer: PreTrainedTokenizerBase, content: str, text: str) -> bool:
+def _is_kept(reads: Reads, content: str, text: str) -> bool:
     """Tell whether a text was written: trimmed, as JSON, or without the template's own flags."""
     if content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
         return True
-    flags = [name for name in reads_of(tokenizer).names if OWN_FLAGS.fullmatch(name)]
+    flags = [name for name in reads.names if OWN_FLAGS.fullmatch(name)]
     pieces = special_pattern(flags).split(content)
     return len(pieces) > 1 and all(piece.strip() in text for piece in pieces)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,14 +9,14 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftkey.data.prompt import Habits, render_prompt
+from sftkey.data.prompt import Habits, check_tools, render_prompt
 from sftkey.data.response import TOOLS, Parsed, Response, as_messages
 from sftkey.data.template import (
     TEMPLATE_ERRORS,
+    TOOL,
     Probe,
     name_of,
     probe_template,
-    reads_of,
     render,
     special_ids,
     special_pattern,
@@ -127,6 +126,7 @@ class Renderer:
         end, token = _end_of_turn(tokenizer, probe)
         number = special_ids(tokenizer)[token]
         found = cls(tokenizer, tags, probe.assistant_prefix, end, number, kwargs)
+        check_tools(found._habits)
         return _checked(replace(found, header=probe.header, tail=probe.tail))
 
     def prompt_text(self, prompt: str | Sequence[Mapping[str, str]]) -> str:
@@ -154,10 +154,10 @@ class Renderer:
 
         Where the template's syntax tree shows that no row can change it, none is asked.
         """
-        tools = messages[0]["content"] if messages and messages[0]["role"] == TOOLS else None
-        if tools and isinstance(self.tokenizer.chat_template, dict):
-            self._check_named(json.loads(tools))
-        if reads_of(self.tokenizer, tools).fixed_header:
+        chosen = messages[0]["role"] == TOOLS and isinstance(self.tokenizer.chat_template, dict)
+        if chosen and self._fault_of_named:
+            raise FrameError(name_of(self.tokenizer), *self._fault_of_named)
+        if self._habits.reads(messages).fixed_header:
             return
         try:
             closed = render(self.tokenizer, messages, self.chat_template_kwargs, False)
@@ -172,19 +172,21 @@ class Renderer:
                 "model.chat_template_kwargs for all rows",
             )
 
-    def _check_named(self, tools: Sequence[Any]) -> None:
-        """Refuse tools where they choose another of several templates, with another frame."""
-        kwargs = {**self.chat_template_kwargs, "tools": tools}
-        probe = probe_template(self.tokenizer, self.response, kwargs)
+    @cached_property
+    def _fault_of_named(self) -> tuple[str, str | None] | None:
+        """What is wrong where tools choose another of several named templates, and a hint."""
+        kwargs = {**self.chat_template_kwargs, "tools": [TOOL]}
+        try:
+            probe = probe_template(self.tokenizer, self.response, kwargs)
+        except FrameError as error:
+            return error.problems[0].what, error.hint
         own = (self.assistant_prefix, self.header, self.tail)
-        if (probe.assistant_prefix, probe.header, probe.tail) != own or not probe.after.startswith(
+        if (probe.assistant_prefix, probe.header, probe.tail) == own and probe.after.startswith(
             self.end
         ):
-            raise FrameError(
-                name_of(self.tokenizer),
-                "the chat template that tools choose writes other text around an answer",
-                "give one model.chat_template for all rows",
-            )
+            return None
+        what = "the chat template that tools choose writes other text around an answer"
+        return what, "give one model.chat_template for all rows"
 
     @cached_property
     def _habits(self) -> Habits:

@@ -184,7 +184,7 @@ class Response:
             return Parsed(before if found else None, after, strict=bool(found))
         for strip in (False, True):
             parts = _split(text, self._tags(strip), strip)
-            if parts and not any(map(self._holds_tag, parts)):
+            if parts and not any(map(self.holds_tag, parts)):
                 return Parsed(*parts, strict=True)
         return Parsed(self._last_thinking(text), self._last_answer(text), strict=False)
 
@@ -192,7 +192,8 @@ class Response:
         tags = (self.thinking_open, self.thinking_close, self.answer_open, self.answer_close)
         return _stripped(tags) if strip else tags
 
-    def _holds_tag(self, text: str) -> bool:
+    def holds_tag(self, text: str) -> bool:
+        """Tell whether a text holds one of the tags."""
         return any(tag and tag in text for tag in self._tags(strip=True))
 
     def _last_thinking(self, text: str) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
+from itertools import chain
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jinja2.ext import Extension
 
 from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.response import TOOLS, Response
-from sftkey.errors import FrameError, Problem, did_you_mean
+from sftkey.errors import FrameError, Problem, did_you_mean, shown
 
 if TYPE_CHECKING:
     from jinja2.parser import Parser
@@ -36,7 +37,10 @@ TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])")
 TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), True)}
 TRUTHS |= dict.fromkeys(("false", "no", "off", "0"), False)
 ASKED = "add_generation_prompt"
+# A tool as any, whose text plays no part.
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 OF_ROWS = ("messages", "tools")  # the variables that a row brings itself
+TOOLS_FORM = "write each as {type: function, function: {name: …, description: …, parameters: …}}"
 FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
 
 
@@ -64,6 +68,7 @@ class Reads:
 
     variables: frozenset[str]  # the names that it looks up in what it is given
     names: frozenset[str]  # its constant texts, and the attributes that it asks for
+    keys: frozenset[str]  # those by which it asks for a value: `m.x`, `m["x"]`, `m.get("x")`
     fixed_header: bool  # whether asking for an answer adds the same text to every chat
 
 
@@ -95,8 +100,12 @@ def read_template(template: str) -> Reads:
         raise TemplateError(f"it takes more than {SECONDS:g} seconds to read") from None
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    asked = [node.arg for node in tree.find_all(nodes.Getitem)]
+    for call in tree.find_all(nodes.Call):
+        asked += call.args[:1] if getattr(call.node, "attr", None) == "get" else []
+    keys = attributes | texts & {getattr(node, "value", None) for node in asked}
     fixed = _has_fixed_header(tree, variables - set(OF_ROWS))
-    return Reads(frozenset(variables), frozenset(texts | attributes), fixed)
+    return Reads(frozenset(variables), frozenset(texts | attributes), frozenset(keys), fixed)
 
 
 def _has_fixed_header(tree: nodes.Template, of_run: set[str]) -> bool:
@@ -119,6 +128,15 @@ def _has_fixed_header(tree: nodes.Template, of_run: set[str]) -> bool:
 def reads_of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> Reads:
     """Return what the template in use reads: of several named ones, tools may choose another."""
     return read_template(tokenizer.get_chat_template(tools=tools))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Return all texts in a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in chain(value.keys(), value.values()) if isinstance(value, Mapping) else value:
+            yield from strings(inner)
 
 
 def render(
@@ -190,7 +208,7 @@ def probe_template(
             hint="give another model.chat_template",
         )
     before, _, after = text.partition(SENTINEL)
-    common = len(commonprefix([closed, prompt]))  # noqa: RUF071 (by character)
+    common = len(_common(closed, prompt))
     header, tail = prompt[common:], closed[common:]
     _check_header(name, header, response)
     assistant_prefix = _assistant_prefix(name, before, prompt, header, response)
@@ -214,18 +232,30 @@ def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
     own = {"messages", *signature(tokenizer.apply_chat_template).parameters}
     own -= {"tools", "documents", "kwargs"}
     known = sorted(reads.variables - own)
-    never = "the chat template never reads it"
-    problems = [
-        Problem(
-            f"model.chat_template_kwargs.{key}",
-            "sftkey sets it for each row" if key in own else never + did_you_mean(key, known),
-        )
-        for key in kwargs
-        if key not in known
-    ]
+    special = special_pattern(special_ids(tokenizer))
+    problems, hints = [], []
+    for key, value in kwargs.items():
+        what, hint = "", f"its variables are {', '.join(known) or 'none'}"
+        if key not in known:
+            never = "the chat template never reads it" + did_you_mean(key, known)
+            what = "sftkey sets it for each row" if key in own else never
+        elif key == "tools" and not _are_tools(value):
+            what = f"expected a list of tools with their names; got {shown(value)}"
+            hint = TOOLS_FORM
+        elif not key.endswith("_token") and (found := special.search("\n".join(strings(value)))):
+            what = f"it holds the text of the special token {found[0]!r}"
+            hint = "write it otherwise: it would be a control token of every prompt"
+        if what:
+            problems.append(Problem(f"model.chat_template_kwargs.{key}", what))
+            hints.append(hint)
     if problems:
-        hint = f"its variables are {', '.join(known) or 'none'}"
-        raise FrameError(name, problems, hint)
+        raise FrameError(name, problems, "; ".join(dict.fromkeys(hints)))
+
+
+def _are_tools(value: Any) -> bool:
+    """Tell whether a value is a list of descriptions that have names; an empty one is."""
+    described = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+    return described and all("name" in (each.get("function") or each) for each in value)
 
 
 def _check_truths(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.data.prompt import num_dropped_thinkings
 from sftkey.data.renderer import Renderer
-from sftkey.data.response import Example, Parsed, Segment, decoded
+from sftkey.data.response import TOOLS, Example, Parsed, Response, Segment, as_messages, decoded
+from sftkey.data.template import strings
 from sftkey.data.values import Refusal, RowError
 from sftkey.errors import FrameError
 
@@ -221,16 +223,10 @@ def _texts(example: Example, renderer: Renderer) -> Iterator[tuple[str, str]]:
     yield "thinking", example.thinking
     yield "answer", example.answer
     if renderer.kind == "chat":
-        yield from (("prompt", text) for text in _strings(example.prompt))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Return all texts in messages, tool calls and earlier thinking included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in chain(value.keys(), value.values()) if isinstance(value, Mapping) else value:
-            yield from _strings(inner)
+        for message in as_messages(example.prompt):
+            # As they are: JSON writes a backslash before a token's quotation mark.
+            said = json.loads(message["content"]) if message["role"] == TOOLS else message
+            yield from (("prompt", text) for text in strings(said))
 
 
 def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -> Row:
@@ -292,15 +288,19 @@ def change_of(example: Example, ids: list[int], renderer: Renderer) -> Change | 
     if read.strip() != whole.strip():  # as the tokenizer writes it, be it NFC alone
         inner = read.strip().removesuffix(renderer.end.strip())
         written = inner.removeprefix(renderer.assistant_prefix.strip())
-    return _difference(example, renderer.response.parse(written), who)
+    return _difference(example, renderer.response.parse(written), who, renderer.response)
 
 
-def _difference(example: Example, found: Parsed, who: str) -> Change | None:
+def _difference(example: Example, found: Parsed, who: str, tags: Response) -> Change | None:
     answer, thinking = found.answer or "", found.thinking or ""
     if not _same(answer, example.answer):
         return Change(f"{who} the answer", _arrow(example.answer, answer), True)
-    if not _same(thinking, example.thinking) or not found.strict:
+    if not _same(thinking, example.thinking):
         return Change(f"{who} the thinking", _arrow(example.thinking, thinking), False)
+    if not found.strict:  # both come back, though one holds a tag
+        in_answer = tags.holds_tag(answer) and not tags.holds_tag(thinking)
+        name, text = ("answer", answer) if in_answer else ("thinking", thinking)
+        return Change(f"{who} the {name}", repr(text[:NUM_CHARACTERS]), False)
     return None
 
 
@@ -310,9 +310,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _arrow(before: str, after: str) -> str:
-    """Show two texts from a little before the place where they part; the same text once."""
-    if before == after:
-        return repr(before[:NUM_CHARACTERS])
+    """Show two texts from a little before the place where they part."""
     pairs = enumerate(zip(before, after, strict=False))
     place = next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
     start = max(place - NUM_CHARACTERS // 3, 0)

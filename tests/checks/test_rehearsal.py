@@ -144,12 +144,12 @@ def test_tokens_without_a_row_of_the_embedding_are_refused(
     grown.add_special_tokens({"extra_special_tokens": ["<Thinking>"]})
     grown.save_pretrained(folder)
     model = {"name_or_path": str(folder), "quantization": "none"}
-    tag, train, validation = refused(tiny_recipe(model=model))
+    tag, train, validation, test = refused(tiny_recipe(model=model))
     size = len(tiny_tokenizer)
     assert tag.endswith(
         f"the tag token '<Thinking>' has the id {size}, and the embedding {size} rows"
     )
-    for split, message in (("train", train), ("validation", validation)):
+    for split, message in (("train", train), ("validation", validation), ("test", test)):
         told = f"{split}: an id of {size}, and the embedding has {size} rows: "
         assert message.startswith(told)
 

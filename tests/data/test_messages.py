@@ -159,9 +159,11 @@ def test_turns_that_are_not_to_be_trained_are_left_out() -> None:
 
 def test_what_nothing_reads_of_a_trained_turn_is_refused() -> None:
     """A half-written answer to be gone on from is trained as a whole one otherwise."""
-    for key, value in {"prefix": True, "loss_scale": 0.5, "mask": 0}.items():
+    near = {"trian": "; did you mean `train`?", "mask": "; did you mean `loss_mask`?"}
+    for key, value in {"prefix": True, "name": "Ann", "mask": 0, "trian": False}.items():
         (refused,) = loaded(PLAIN[0], {**PLAIN[1], key: value}).unsplit
-        assert refused.reason == f"`{key}` of a trained turn, which nothing reads; leave it out"
+        what = f"`{key}` of a trained turn, which nothing reads; leave it out"
+        assert refused.reason == what + near.get(key, "")
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}

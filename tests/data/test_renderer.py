@@ -368,3 +368,10 @@ def test_ids_of_a_prompt_are_those_of_its_text_alone(
     ((ids, whole, _),) = renderer.encode_rows([text], [text + rest])
     assert ids == renderer.encode([text])[0].ids
     assert whole == renderer.encode([text + rest])[0].ids
+
+
+def test_a_header_and_what_stands_in_its_place_are_whole_tokens() -> None:
+    """Phi-3.5 ends a chat with `<|endoftext|>` where no answer is asked for."""
+    renderer = Renderer.read(standing_in("phi3_5"), OWN)
+    assert renderer.header == "<|assistant|>\n"
+    assert renderer.tail == renderer.tokenizer.eos_token

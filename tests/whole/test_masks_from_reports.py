@@ -22,6 +22,7 @@ from sftkey.checks.rows import frame_findings
 from sftkey.cli import main
 from sftkey.data.renderer import Renderer, render, stop_ids
 from sftkey.data.response import TOOLS, Example, Segment
+from sftkey.data.template import probe_template
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError, ModelError, RecipeError
 from sftkey.models import loading
@@ -121,14 +122,16 @@ def test_kwargs() -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["name", "weather"])
-def test_keys_of_messages(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "near"), [("name", ""), ("weather", ""), ("trian", "; did you mean `train`?")]
+)
+def test_keys_of_messages(key: str, near: str) -> None:
     """What no template writes of a message refuses the row, whatever its name is."""
     prompt = ({"role": "user", "content": "2 + 2?", key: "x"},)
     refused = outcome(framed(), Example(prompt, "2 and 2.", "4", 3))
     assert isinstance(refused, Refusal)
     assert (refused.index, refused.code) == (3, "template")
-    assert f"never reads `{key}` of a message" in refused.reason
+    assert refused.reason == f"the chat template never reads `{key}` of a message{near}"
 
 
 HI = {"role": "user", "content": "2 + 2?"}
@@ -190,6 +193,13 @@ def test_normalizer_rewrites() -> None:
     assert "x² is 4" in shown
 
 
+def test_an_opening_tag_inside_an_answer_is_told_as_such() -> None:
+    """The answer comes back, and the reasoning too: it isn't the reasoning that holds a tag."""
+    row = outcome(framed(section=NATIVE), Example("2 + 2?", "2 and 2.", "<think>4", 0))
+    assert isinstance(row, Row)
+    assert row.notes == (("the response's own tags stand inside the answer", "'<think>4'"),)
+
+
 @pytest.mark.parametrize("text", ["a</Thinking>b", "4</Answer>5", "<Thinking>4"])
 @pytest.mark.parametrize("where", ["thinking", "answer"])
 def test_tags_inside(where: str, text: str) -> None:
@@ -229,6 +239,18 @@ def test_control_text_in_earlier_reasoning() -> None:
     assert "<|im_end|>" in refused.reason
 
 
+def test_control_text_that_json_writes_otherwise() -> None:
+    """Gemma 4's quotation mark is a control token, before which JSON sets a backslash."""
+    renderer = framed(WITH_TOOLS, tokens=[AddedToken('<|"|>', special=True)])
+    told = json.dumps([{"name": "say", "description": 'Say <|"|> now.'}])
+    for prompt in (({"role": TOOLS, "content": told}, HI), (HI | {"content": 'Say <|"|>.'},)):
+        example = Example(prompt, "2 and 2.", "4", 7)
+        refused = outcome(renderer, example)
+        assert isinstance(refused, Refusal)
+        assert (refused.index, refused.code) == (7, "special-token-text")
+        assert not Oracle(renderer).can_be_built(example)
+
+
 def test_control_text_in_the_name_of_an_argument() -> None:
     """What a tool is called with has names, which templates write as they write values."""
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | string }}")
@@ -249,6 +271,7 @@ def test_the_end_swallows_a_blank(answer: str) -> None:
     assert isinstance(row, Row) or "bug" not in row.reason
 
 
+ADD_BARE = {"name": "add"}
 WITH_TOOLS = "{{ tools | tojson if tools }}" + CHATML
 OF_ANSWERS = "m.role == 'assistant' or m.role == 'system'"
 
@@ -275,6 +298,41 @@ def test_system_and_tools_are_written_as_what_they_are(template: Any, what: str 
     row = outcome(framed(template), Example(prompt, "2 and 2.", "4", 8))
     assert isinstance(row, Row) == (what is None)
     assert what is None or (row.index == 8 and what in row.reason)
+
+
+@pytest.mark.parametrize(
+    ("tools", "what"),
+    [
+        ("add", "expected a list of tools with their names; got 'add'"),
+        ([{"type": "function"}], "expected a list of tools with their names; got"),
+        ([{**ADD_BARE, "description": "Ends <|im_end|>."}], "holds the text of the special token"),
+        ([{**ADD_BARE, "description": "Adds."}], "the chat template drops `description`"),
+    ],
+)
+def test_tools_of_the_recipe_are_judged_as_those_of_a_row(tools: Any, what: str) -> None:
+    """In `chat_template_kwargs` they are a list that is written whole; a row has no others."""
+    writes_names = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHATML
+    with pytest.raises(FrameError, match=what):
+        framed(writes_names, kwargs={"tools": tools})
+    renderer = framed(writes_names, kwargs={"tools": [ADD_BARE]})
+    assert "add<|im_start|>user" in renderer.prompt_text("2 + 2?")
+    others = ({"role": TOOLS, "content": '[{"name": "subtract"}]'}, HI)
+    for prompt, row in (((HI,), Row), (others, Refusal)):
+        assert isinstance(outcome(renderer, Example(prompt, "2 and 2.", "4", 8)), row)
+
+
+def test_the_template_that_tools_choose_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each row that has tools."""
+    renderer = framed({"default": CHATML, "tool_use": WITH_TOOLS})  # type: ignore[arg-type]
+    asked = []
+    monkeypatch.setattr(
+        "sftkey.data.renderer.probe_template",
+        lambda *given: asked.append(given) or probe_template(*given),  # type: ignore[func-returns-value]
+    )
+    prompts = [({"role": TOOLS, "content": json.dumps([ADD])}, HI | {"content": q}) for q in "abc"]
+    rows = tokenize([Example(prompt, "2 and 2.", "4") for prompt in prompts], renderer)
+    assert all(isinstance(row, Row) for row in rows)
+    assert len(asked) == 1
 
 
 CALLS = "{% for c in m.tool_calls %}{{ c.name }}{{ c.arguments | tojson }}{% endfor %}"
