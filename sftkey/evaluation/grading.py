@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sftkey.data.response import Response
 from sftkey.errors import RecipeError
 from sftkey.evaluation.numbers import Stated, same_numbers, stated_numbers
-from sftkey.evaluation.statement import cleaned, concluded, normalize, stated, unwrapped
+from sftkey.evaluation.statement import cleaned, concluded, normalize, spaced, stated, unwrapped
 
 Untagged = Literal["right", "wrong", "unread"]
 
@@ -117,16 +117,18 @@ def _same_text(answer: str, reference: str) -> tuple[bool, str | None]:
 
 
 _FORMATS = re.compile(
-    r"\\(?:text\w*|math\w*|boxed|fbox|left|right)|\\[()\[\] ,;!]|[*_`$\"'“”«»{}\\]"
+    r"\\(?:text\w*|math\w*|boxed|fbox|left|right)|\\[()\[\] ,;!]|[*_`$\"“”«»{}\\]"
+    r"|(?<![^\W_])'|'(?![^\W_])"
 )
 # "A because …" names A; "A dog" and "I think" name nothing.
 _FOLLOWS = (
-    r"(?= (?:is|because|since|as|and|or|but|not|seems|looks|for|due|given|if|fails|was|rather"
-    r"|instead)\b)"
+    r"(?= (?:is|because|since|as|and|or|but|not|seems|looks|for|due|given|if|fails|rather"
+    r"|instead|only)\b)"
 )
+_ALONE = r"(?![\w'’+#]|-(?:\w|$)|\.[A-Z]\b)"  # no D-Day, B- or B.C.
 _LETTER = re.compile(
     rf"[(\[<] ?([A-Za-z]) ?[)\]>]|\b(?:[Oo]ption|[Cc]hoice) ([A-Za-z])\b"
-    rf"|(?<![\w'’-])(?:([B-HJ-Z])(?![\w'’+#])|([AI])(?![\w'’+#])(?:(?! [a-z])|{_FOLLOWS})"
+    rf"|(?<![\w'’°-])(?:([B-HJ-Z]){_ALONE}|([AI]){_ALONE}(?:(?! [a-z])|{_FOLLOWS})"
     r"|(A)(?= (?:would|must|has|will|can|cannot)\b))"
     r"|\A([a-z])(?=[).:\],;]|\Z|\n)"
 )
@@ -134,18 +136,21 @@ _DIGITS = re.compile(r"(?<![\w.,])(\d{1,2})(?!\w|[.,]\d)")
 _LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\b(?:not|never|than|instead of|except|cannot be|can't be|neither|nor|eliminate|rule out"
-    r"|everything but|all but)"
-    r"|n t|n't)(?: be| option| choice)? ?$",
+    r"|(?:every|any)thing but|(?:all|any) but)"
+    r"|n['’]t)(?: be| option| choice)? ?$",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    r"[)\].:]* ?(?:(?:is|are|was|seems|looks|must be|has to be) (?:not|wrong|incorrect|false"
-    r"|tempting|too|ruled|out|eliminated|impossible)\b|isn\b|cannot\b|can ?n.t\b|fails\b"
-    r"|doesn\b|would be wrong)",
+    r"[)\].:]* ?(?:(?:is|are|was|seems|looks|must be|has to be) (?:(?:all|both) )?(?:not|wrong"
+    r"|incorrect|false|tempting|too|ruled|out|eliminated|impossible)\b|isn\b|cannot\b|can['’]t\b"
+    r"|fails\b|doesn\b|would be wrong)",
     re.IGNORECASE,
 )
 _AND = re.compile(r" ?(?:,|&|;|,? ?\band)? ?", re.IGNORECASE)
-_OR = re.compile(r" ?(?:/|,? ?\bor|,? ?\bnor) ?", re.IGNORECASE)
+_OR = re.compile(r" ?(?:(?:and ?)?[/|<>=](?: ?or\b)?|,? ?\bn?or) ?", re.IGNORECASE)
+_CONTRARY = re.compile(
+    r"\b(?:but|however|although|though|no|maybe|perhaps|possibly|actually)\b|→", re.IGNORECASE
+)
 _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
 )
@@ -169,8 +174,9 @@ def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
     wanted, wanted_text = _reference(_plain(reference))
     answer = _plain(stated(answer), keep_lines=True)
     bare = {line.strip(_BESIDE).upper() for line in answer.split("\n") if _BARE.fullmatch(line)}
-    if len(wanted) == 1 and len(bare) > 1:
-        return False, None  # a letter on each of several lines
+    words = {normalize(line) for line in answer.split("\n")} if " " not in answer else set()
+    if len(wanted) < 2 and max(len(bare), len(words)) > 1:
+        return False, None  # a letter on each of several lines, or a word
     if wanted:
         label = _DIGITS if min(wanted).isdigit() else _LETTER
         together = re.fullmatch(r"[A-H]{2,6}\W*", answer) if len(wanted) > 1 else None
@@ -188,7 +194,7 @@ def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
 
 
 def _plain(text: str, keep_lines: bool = False) -> str:
-    text = unicodedata.normalize("NFKC", text)
+    text = spaced(unicodedata.normalize("NFKC", text))
     text = _FORMATS.sub(" ", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return ("\n" if keep_lines else " ").join(line for line in lines if line)
@@ -209,26 +215,26 @@ def _reference(text: str) -> tuple[frozenset[str], str]:
 
 def _labels(text: str, label: re.Pattern[str]) -> frozenset[str] | None:
     """Find the labels that a text names; None without one, and where it leaves a choice."""
-    runs: list[set[str]] = []  # of labels that "and" joins
-    mentions = list(label.finditer(text))
-    denied = opens = False
-    for number, match in enumerate(mentions):
-        end = mentions[number - 1].end() if number else 0
-        gap = text[end : match.start()]
-        if number and _OR.fullmatch(gap):
-            if not denied:
-                return None
-        elif number and _AND.fullmatch(gap) and not _WRONG.match(text, match.end()):
-            if not denied and runs:
-                runs[-1].add(match[match.lastindex or 0].upper())
-        else:
-            denied = bool(_DENIED.search(gap[-30:]) or _WRONG.match(text, match.end()))
-            if not denied and opens:
-                break  # the text opens with its label; what follows explains
-            if not denied:
-                opens = not number and _LEAD.fullmatch(gap) is not None
-                runs.append({match[match.lastindex or 0].upper()})
-    return frozenset(runs[0]) if runs and all(run == runs[0] for run in runs) else None
+    runs: list[tuple[str, list[str], int]] = []  # the text before, labels that are joined, the end
+    either = set()  # runs that "or" joins
+    for match in label.finditer(text):
+        gap = text[runs[-1][2] if runs else 0 : match.start()]
+        joined = bool(runs) and (_AND.fullmatch(gap) or _OR.fullmatch(gap))
+        before, labels, _ = runs.pop() if joined else (gap, [], 0)
+        either |= {len(runs)} if joined and _OR.fullmatch(gap) else set()
+        runs.append((before, [*labels, match[match.lastindex or 0].upper()], match.end()))
+    named: set[frozenset[str]] = set()
+    opens = False
+    for place, (before, labels, end) in enumerate(runs):
+        if _DENIED.search(before[-30:]) or _WRONG.match(text, end):
+            continue
+        if opens and not _CONTRARY.search(before):
+            break  # the text opens with its label; what follows explains
+        if place in either:
+            return None
+        named.add(frozenset(labels))
+        opens = place == 0 and _LEAD.fullmatch(before) is not None
+    return named.pop() if len(named) == 1 else None
 
 
 def _says(text: str, wanted: str) -> bool:
@@ -283,7 +289,10 @@ def same_formula(answer: str, reference: str) -> tuple[bool, str | None]:
     try:
         gold, found = (parse(text, parsing_timeout=seconds) for text in (wanted, written))
         right = verify(gold, found, allow_set_relation_comp=True, timeout_seconds=seconds)
-        return right and not _differ_in_size(gold, found), written if found else None
+        kinds = {_kind(wanted), _kind(written)} - {""}
+        return right and len(kinds) < 2 and not _differ_in_size(
+            gold, found
+        ), written if found else None
     except Exception:  # sympy and its parser raise anything on texts that are no formulas
         return False, None
 
@@ -321,11 +330,20 @@ def _latex(text: str) -> str:
     text = re.sub(r"\\?\bexp\s?\(([^()]*)\)", r"e^{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])(pi|theta|infty)\b", r"\\\1", text)
     text = text.replace(r"\varnothing", r"\emptyset")
-    text = re.sub(r"(?<!\*)\*(?!\*)", r" \\cdot ", text)
+    text = re.sub(r"\*", r" \\cdot ", text.replace("**", "^"))
     text = re.sub(r"\+\s?-", "-", text)
     text = re.sub(r"(?<![\w.^])1(?:\.0+)?(?=[A-Za-z]\b)", "", text)  # 1.0i
     text = re.sub(r"\b(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(\d+)\.(\d*)\\overline\s?\{(\d+)\}", _periodic, text)
+
+
+def _kind(formula: str) -> str:
+    """Tell a point, an interval and a set by their brackets, and a ratio; "" for all else."""
+    bare = re.sub(r"\\(?:left|right|[ ,;!])|[\s$]", "", formula)
+    if re.fullmatch(r"\d+:\d+|\d+/\d+|\\[dt]?frac\{\d+\}\{\d+\}", bare):
+        return ":" if ":" in bare else "/"
+    brackets = re.fullmatch(r"(\\?[\[({])[^\[\]()]*,[^\[\]()]*(\\?[\])}])", bare)
+    return "".join(brackets.groups()) if brackets else ""
 
 
 def _periodic(match: re.Match[str]) -> str:

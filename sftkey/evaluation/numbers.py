@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+from sftkey.evaluation.statement import spaced
+
 MAX_DIGITS = 4_000  # below Python's own limit; more than that is a model that repeats itself
 TOLERANCE = Fraction(1, 10**6)  # relative, where one side is a rounded decimal
 
@@ -54,7 +56,8 @@ _UNITS = {word: value for value, word in enumerate(_SMALL.split())}
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _UNITS |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
 _PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4}
-_PARTS |= {"fourth": 4, "fourths": 4, "fifth": 5, "fifths": 5, "eighth": 8, "eighths": 8}
+_ORDINALS = ["fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+_PARTS |= {word + end: value for value, word in enumerate(_ORDINALS, 4) for end in ("", "s")}
 _MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august"]
 _MONTHS += ["september", "october", "november", "december"]
 
@@ -69,7 +72,7 @@ _TOKEN = re.compile(
       (?:[eE](?P<power>[+-]?\d+)(?!\w)|\ ?(?:\^|\*\*)\ ?[{{(]?(?P<raised>[+-]?\d+)[}})]?)?
     )
     (?:(?P<factorial>!)|(?P<ordinal>st|nd|rd|th)\b)?
-    (?P<scale>(?:\ ?(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illion|mn|bn)|[kKMB])\b)?
+    (?P<scale>(?:\ ?(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illions?|mn|bn)|[kKMB])\b)?
     (?P<percent>\ ?(?:%|percent\b|per\ cent\b))?
     """,
     re.VERBOSE,
@@ -137,6 +140,7 @@ def stated_numbers(text: str) -> Stated | None:
     """
     text = _spelled_out(re.sub(r"(?<=[A-Za-z])_(?:\w|\{\w{1,3}\})(?!\w)", "", plain(text)))  # x_1
     text = re.sub(r" ?\n[ \n]*(= ?)?", lambda found: " = " if found[1] else "\n", text)
+    text = re.sub(r"^\W*(?:step|part) \d+: ", "", text, flags=re.MULTILINE | re.IGNORECASE)
     if all(re.search(rf"^{number}[.)] ", text, re.MULTILINE) for number in (1, 2)):
         text = re.sub(r"^\d{1,2}[.)] ", "", text, flags=re.MULTILINE)  # the numbers of a list
     text = re.sub(r"^\(?[a-h]\) ", "", text, flags=re.MULTILINE)
@@ -176,9 +180,11 @@ _AROUND = " $€£¥₹*`\"'“”{}_~([:"
 _NEARLY = r"(?: ?(?:about|around|approximately|roughly|only|just|exactly|the|an?|all|each))*\W*$"
 _DENIED = re.compile(
     rf"(?:\b(?:not|never|than|instead of|except|cannot be|at least|at most|up to"
-    rf"|over|under|above|below|exceeds)|n't)(?: be| equal)?{_NEARLY}"
+    rf"|over|under|above|below|exceeds)|n't)(?: [a-z]+){{0,2}}{_NEARLY}"
 )
-_RESULT = re.compile(rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes|gives|totals)){_NEARLY}")
+_RESULT = re.compile(
+    rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes?|gives?|leaves?|totals?)){_NEARLY}"
+)
 _ASIDE = re.compile(
     r"\b(?:with|per|for|(?<!total )(?<!sum )of|in|on|at|by|from|after|before|among|every|within"
     rf"|between|during|into|until){_NEARLY}"
@@ -189,8 +195,8 @@ _PART = re.compile(
     r"|(?:more|less|fewer|greater|higher|lower|larger|smaller|bigger|older|younger) than)\b"
 )
 _WRONG = re.compile(
-    r"(?: [^\W\d]+)? (?:is|are|was|would be|must be|seems|looks) "
-    r"(?:not|wrong|incorrect|too|false|impossible)\b"
+    r"(?: [^\W\d]+)? (?:(?:is|are|was|would be|must be|seems|looks) "
+    r"(?:not|wrong|incorrect|too|false|impossible)\b|(?:is|are|was|were|does)n't\b)"
 )
 _ASSIGNED = re.compile(
     r"^[ $]*(?:(?:[,;&]|(?:, ?)?\b(?:and|or|but|while)\b)[ $]*)?(?P<name>[A-Za-z]|[A-Z][a-z]+)"
@@ -203,7 +209,7 @@ _JOIN = re.compile(
 )
 _OPENS = re.compile(r"(?:[=:,(\[<>*/]|\b(?:is|be|to|and|or|of)) ?$")
 _UNREAD_BEFORE = re.compile(
-    r"(?:[√±<>≤≥≠∞^\\] ?[({]?|\w ?[*+·×÷/]|\w-|\)|\b(?:log|ln|sin|cos|tan) ?\(?) ?$"
+    r"(?:[√±<>≤≥≠∞^\\] ?[({]?|\b[a-z]\(|\w ?[*+·×÷/]|\w-|\)|\b(?:log|ln|sin|cos|tan) ?\(?) ?$"
 )
 _UNREAD_BEHIND = re.compile(
     r" ?(?:[π√±∞^\\(‰]|/ ?\d|[+*×·÷] ?[a-z(√π]|[xyzn]\b(?! ?\d))"
@@ -236,13 +242,16 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
         elif join:
             ordered |= join["join"] in ("to", "-", "through")
         else:
-            unread |= bool(stated)
-            place = stated
+            again = any(one.numbers == other.numbers for other in stated)
+            unread |= bool(stated) and not again
+            place = [] if again else stated
         place.append(one)
         if place is stated:
             ordered |= len(one.numbers) > 1 or gap.rstrip().endswith("(")
             unread |= bool(_UNREAD_BEFORE.search(gap)) or not one.numbers
             unread |= bool(_UNREAD_BEHIND.match(clause, behind))
+            share = one.match["below"] or one.match["percent"]
+            unread |= bool(share and re.match(r" of \d", clause[behind:]))
     if unread and before and len(before) == 1:
         stated, unread = before, False
     if not (stated or asides or unread):
@@ -332,7 +341,7 @@ def _scaled(value: Fraction, match: re.Match[str]) -> Fraction | None:
         if value.denominator != 1 or not 0 <= value <= 1000:
             return None
         value = Fraction(math.factorial(int(value)))
-    return value * _SCALES.get((match["scale"] or "").strip(), 1)
+    return value * _SCALES.get((match["scale"] or "").strip().rstrip("s"), 1)
 
 
 def _decimals(written: str) -> list[str]:
@@ -375,11 +384,11 @@ def plain(text: str) -> str:
     # Separators of thousands other than the comma; NFKC would turn most of them into blanks.
     separator = r"(?:\{,\}|,?\\[,!]|[\u00a0\u202f\u2009'’_])"
     text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
-    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄", "---/"))
-    text = re.sub(r"[^\S\n]+", " ", text).replace("\\%", "%").replace("\\$", "$")
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’", "---/'"))
+    text = re.sub(r"[^\S\n]+", " ", spaced(text)).replace("\\%", "%").replace("\\$", "$")
     text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
     text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
-    text = re.sub(r"\\[()\[\],;:!> ]", " ", text)  # LaTeX's own brackets and spaces
+    text = re.sub(r"\\[()\[\],;:!> ]|\\+(?:n\b|\s|$)", " ", text)  # LaTeX's own brackets and spaces
     text = re.sub(r"(?<=\d)\s*\\([dtc]?frac)", r" \\\1", text)
     number = r"\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}"
     text = re.sub(rf"\\[dtc]?frac\s*(?:{number}|(\d)\s*(\d))", r"\1\3/\2\4", text)
@@ -427,12 +436,15 @@ def _in_digits(match: re.Match[str]) -> str:
         if small is not None:
             tens = current % 10 == 0 and current % 100 >= 20 and 0 < small < 10
             if current % 100 and not tens:
-                return re.sub(r"[a-z]+", _in_digits, match[0])
+                apart = r"[a-z]+" if " and " not in match[0] else r"(?:(?! and )[a-z -])+"
+                return re.sub(apart, _in_digits, match[0], flags=re.IGNORECASE)
             current += small
         elif word in ("hundred", "dozen"):
             current = (current or 1) * _SCALES[word]
         elif word in _SCALES:
             total, current = total + (current or 1) * _SCALES[word], 0
+        elif word in _PARTS and current >= 20 and not word.endswith("s"):
+            current += _PARTS[word]  # twenty-third
         elif word in _PARTS:
             return f"{total + current or 1}/{_PARTS[word]}"
     return str(total + current)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 _TAGS = re.compile(
     r"<\|[^<>|]{1,40}\|>|</[A-Za-z]\w{0,20}>|~~[^~\n]{1,80}~~"
-    r"|<(?:(?:final_?)?(?:answer|output|result|solution|response)|think(?:ing)?)>",
+    r"|<(?:(?:final_?)?(?:answer|output|result|solution|response)|think(?:ing)?)>"
+    r"|<(?:b|i|u|p|em|strong|code)>(?=[^<]*</)",
     re.IGNORECASE,
 )
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad]")
@@ -28,11 +29,11 @@ _EASTERN = (
 )
 _CORRECTION = (
     r"\b(?:(?:wait|sorry|correction|actually)\s?[,:;.!—–-]|scratch that\b|i meant?\b"
-    r"|(?<=[.!?…—–-] )actually(?= ))(?:\s?no\b(?=\W{1,3}\w))?"
+    r"|(?<=[.!?…—–-] )(?:actually(?= )|no[,:;](?= )))(?:\s?no\b(?=\W{1,3}\w))?"
 )
 _MARKER = re.compile(
     rf"(?:{_ANSWER}(?: to [\w ]{{1,40}}?| for [\w ]{{1,40}}?)?[*_\"'`)]{{0,3}}"
-    rf"(?:\s{{1,2}}{_IS}|\s?[:：=→]|\s[-–—](?=\s[^\w-]{{0,4}}[A-Za-z])|[#*]*\n)"
+    rf"(?:\s{{1,2}}{_IS}|\s?(?:[=-]+>|[:：=→])|\s[-–—](?=\s[^\w-]{{0,4}}[A-Za-z])|[#*]*\n)"
     rf"|(?<![^\W_])(?:option|choice)\s{_IS}|{_EASTERN}|{_CORRECTION}|####)[\s:：,*_]{{0,4}}",
     re.IGNORECASE,
 )
@@ -77,8 +78,18 @@ def stated(text: str) -> str:
 
 def concluded(text: str) -> str | None:
     """Find what stands behind the last `so`, `therefore` or `in total`; None without one."""
-    found = list(_CONCLUSION.finditer(text))
-    return text[found[-1].end() :] if found else None
+    ends = (match.end() for match in _CONCLUSION.finditer(text))
+    told = [text[end:] for end in ends if re.search(r"[^\W_]", text[end:])]
+    return told[-1] if told else None
+
+
+_UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # Thai, kana, Chinese, Korean
+_SEAM = re.compile(rf"(?<={_UNSPACED})(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?={_UNSPACED})")
+
+
+def spaced(text: str) -> str:
+    """Set a blank between a Latin letter or digit and a letter of a script without blanks."""
+    return _SEAM.sub(" ", text)
 
 
 class _Box(NamedTuple):

@@ -21,7 +21,13 @@ from sftkey.evaluation.grading import grade
         *["So, the answer is: **B**.", "The answer would be B, as A is in Spain.", "It must be B"],
         *["I choose (B), since it fits.", "I would take B - it fits.", "It is (b)", "Hence B"],
         *["Not A but B", "A is wrong, so B", "(A) cannot be, (B) can", "A. No, wait: B"],
-        *["B) is better than (A)", "First A looks good, but the answer is B"],
+        *[
+            "B) is better than (A)",
+            "First A looks good, but the answer is B",
+            "B only",
+            "A... no, B",
+        ],
+        *["(A), (C) and (D) are all wrong; (B) is right", "选项B", "정답은 B입니다", "正解はBです"],
         *[
             "Antwort: B",
             "La réponse est B",
@@ -47,7 +53,17 @@ def test_choice_reads_a_letter(answer: str) -> None:
     [
         *["A dog", "I think so", "A or B", "(A) or (B)", "A/B", "either A or else B", "not A"],
         *["It isn't A", "None", "", "A is wrong", "neither A nor B", "maybe (A), maybe (B)"],
-        *["A) is wrong", "A must be false", "everything but A", "A\n\nB"],
+        *["A) is wrong", "A must be false", "everything but A", "anything but A", "A\n\nB"],
+        *[
+            "A seems right, but B",
+            "A and/or B",
+            "A > B",
+            "A, maybe B",
+            "A-Day",
+            "A’s",
+            "°A",
+        ],
+        "A and B are both wrong",
     ],
 )
 def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None:
@@ -79,6 +95,7 @@ def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None
         ("It's false, since 2 < 3", "false", True),
         ("yes, and no", "yes", False),
         ("No. Yes is wrong.", "yes", False),
+        ("Yes\nNo", "yes", False),
         ("Paris", "B) Paris", True),
         ("B) Paris", "Paris", True),
         ("Paris, in France", "Paris", True),
