@@ -1,10 +1,12 @@
-"""Tables that no terminal breaks: where one is too wide, each of its rows becomes a block."""
+"""Tables and lines in which no terminal breaks a word: a table too wide is a block a row."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -47,7 +49,28 @@ class FittedTable(Table):
             yield Text(name, "bold")
             for header, text in zip(headers[1:], texts, strict=True):
                 if text:
-                    yield Text(f"  {header:<{width}}  {text}")
+                    yield broken(Text(f"  {header:<{width}}  {text}"), options.max_width)
+
+
+def broken(text: Text, width: int) -> Text:
+    """Break lines between words alone: a path or an option that is too long stays whole.
+
+    What follows a break stands two columns further to the right than its line began.
+    """
+    whole = Text(no_wrap=True, overflow="ignore")
+    for number, line in enumerate(text.split("\n", allow_blank=True)):
+        indent = re.match(" *", line.plain)[0]  # type: ignore[index]
+        breaks, start, room = [], 0, width
+        for word in re.finditer(r"[^ ]+", line.plain):
+            if cell_len(line.plain[start : word.end()]) > room and word.start() > len(indent):
+                breaks.append(word.start())
+                start, room = word.start(), width - len(indent) - 2
+        first, *others = line.divide(breaks)
+        whole.append("\n" if number else "").append_text(first)
+        for piece in others:
+            whole.rstrip()
+            whole.append(f"\n{indent}  ").append_text(piece)
+    return whole
 
 
 def _one_line(text: str) -> str:

@@ -6,8 +6,9 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
-from sftkey.tables import FittedTable
+from sftkey.tables import FittedTable, broken
 
 HEADERS = ["n", "Acc\n[95%]", "un-\nparsed", "identical\nto before"]
 
@@ -38,3 +39,14 @@ def test_a_table_that_is_too_wide_is_a_block_a_row() -> None:
         "  Acc [95%]            0.335 [0.273, 0.403]",
         "  identical to before  12/200",
     ]
+
+
+def test_lines_break_between_words_alone() -> None:
+    """What is to be copied, a path or an option, stays whole even where it is too long."""
+    path = "runs/" + "x" * 40
+    text = Text(f"error: a b\n  hint: write {path} now\n\n 数学数学 数学数", "red")
+    fitted = broken(text, 14)
+    assert fitted.plain == (
+        f"error: a b\n  hint: write\n    {path}\n    now\n\n 数学数学\n   数学数"
+    )
+    assert fitted.spans

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sftkey.commands.arguments import GPU, recipe_file, recipe_names
-from sftkey.commands.terminal import quiet_libraries, stdout_console
+from sftkey.commands.terminal import WordConsole, quiet_libraries, stdout_console
 from sftkey.recipe.collection import RECIPES, recipe_files, short_name
 from sftkey.recipe.yaml_io import refuse_existing, write_new
 
@@ -48,8 +48,6 @@ def adapt(
     """Write a recipe for a model and prove its masks."""
     if output is not None:
         refuse_existing(output)
-    from rich.console import Console
-
     from sftkey.adapt.adapt import adapt as make_recipe
 
     quiet_libraries()
@@ -58,7 +56,7 @@ def adapt(
     )
     if output is None:  # the recipe alone on stdout
         sys.stdout.write(adapted.text)
-        _report(adapted, Console(stderr=True, markup=False, highlight=False))
+        _report(adapted, WordConsole(stderr=True))
         return
     write_new(output, adapted.text)
     console = stdout_console()

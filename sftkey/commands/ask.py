@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sftkey.commands.arguments import Answering, AsJSON, MaxNewTokens, RunArgument
-from sftkey.commands.terminal import said, set_up
+from sftkey.commands.terminal import said, say, set_up
 from sftkey.data.response import Response
 from sftkey.errors import RunError
 from sftkey.pipeline import Reply, TrainedRun, open_run
@@ -57,10 +57,10 @@ def generate(
 def say_what_is_missing(recipe: Recipe, reply: Reply, max_new_tokens: int | None) -> None:
     """Note on stderr that a reply has no answer, or wasn't ended."""
     if reply.answer is None:
-        print("note: no answer was found in this text", file=sys.stderr)
+        say("note: no answer was found in this text")
     if not reply.stopped:
         limit = max_new_tokens or recipe.eval.max_new_tokens
-        print(f"note: it didn't stop within {limit} tokens", file=sys.stderr)
+        say(f"note: it didn't stop within {limit} tokens")
 
 
 def chat(
@@ -84,7 +84,7 @@ def chat(
     # Where it trains all turns of conversations, earlier ones stand in the prompt.
     talks = run.recipe.response.turns == "all"
     forget = f"; {FORGET} forgets what was said" if talks else ""
-    print(f"{run.folder}, {', '.join(names)}: a question a line{forget}", file=sys.stderr)
+    say(f"{run.folder}, {', '.join(names)}: a question a line{forget}")
     said_before: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
     for question in _questions():
         if question == FORGET and talks:
@@ -135,7 +135,7 @@ def _answer(
     try:
         reply = run.ask(question, stage, max_new_tokens, turns=turns, on_text=show)
     except KeyboardInterrupt:
-        print("\nstopped; the question is forgotten", file=sys.stderr)
+        say("\nstopped; the question is forgotten")
         return None
     show(reply.text, whole=True)
     print(flush=True)

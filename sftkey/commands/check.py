@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sftkey.commands.arguments import GPU, AsJSON, Overrides, RecipeArgument, recipe_names
-from sftkey.commands.terminal import set_up, stdout_console
+from sftkey.commands.terminal import say, set_up, stdout_console
 from sftkey.diagnosis.run import NUM_ROWS, choose_subject, look
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
@@ -199,10 +199,10 @@ def diagnose(
         names = {"name": subject.name, "stage": subject.stage, "seconds": round(seconds, 1)}
         print(json.dumps({**names, **plain(figures, recommendation)}, ensure_ascii=False))
     else:
-        print(what, file=sys.stderr)
+        say(what)
         stdout_console().print(render(figures, recommendation))
 
 
 def _say(thinking: str, num_done: int, num_all: int) -> None:
     if num_done == num_all:
-        print(f"{num_all} answers after {thinking} thinking", file=sys.stderr)
+        say(f"{num_all} answers after {thinking} thinking")

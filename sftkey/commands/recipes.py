@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, recipe_file, recipe_names
-from sftkey.commands.terminal import say, stdout_console
+from sftkey.commands.terminal import WordConsole, say, stdout_console
 from sftkey.errors import RecipeError
 from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_name
 from sftkey.recipe.load import load_recipe
@@ -93,7 +92,7 @@ def cp(
     write_new(output, text.replace(f"recipes/{short_name(recipe)}.yaml", str(output)))
     print(f"{output}: written")
     what = f"its runs go into runs/{name}; write another `name` there to keep several"
-    print(f"note: {what}", file=sys.stderr)
+    say(f"note: {what}")
 
 
 def show(
@@ -104,8 +103,6 @@ def show(
 ) -> None:
     """Show which tokens each stage trains."""
     checked = load_recipe(recipe, overrides or ())
-    from rich.console import Console
-
     from sftkey.checks.recipe import not_verified
     from sftkey.data.prepare import prepare
     from sftkey.data.preview import preview_rows, rendered_rows, rendered_statistics, statistics
@@ -118,15 +115,15 @@ def show(
     if as_json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
-        Console(stderr=True).print(numbers)
+        WordConsole(stderr=True).print(numbers)
     else:
         console = stdout_console()
         console.print(rendered_rows(rows))
         console.print(numbers)
     for remark in prepared.remarks:
-        print(f"note: {remark}", file=sys.stderr)
+        say(f"note: {remark}")
     if not published_stops(checked.model)[1]:
-        print(f"note: {not_verified(checked, prepared.renderer)}", file=sys.stderr)
+        say(f"note: {not_verified(checked, prepared.renderer)}")
 
 
 def prompts(

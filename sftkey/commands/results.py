@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sftkey.commands.arguments import Alpha, Answering, AsJSON, RunArgument
-from sftkey.commands.terminal import quiet_libraries, say, set_up, stdout_console
+from sftkey.commands.terminal import (
+    print_markdown,
+    quiet_libraries,
+    say,
+    set_up,
+    stdout_console,
+)
 from sftkey.errors import RunError
 from sftkey.pipeline import TrainedRun, evaluate_run, evaluated_recipe, report_run
 from sftkey.training.run_folder import known_stages, run_recipe, trained_stage
@@ -66,7 +71,7 @@ def evaluate_folder(folder: Path, model: Path, stage: str | None) -> None:
     from sftkey.sharing.folder import grade_folder
 
     def report(done: int, total: int) -> None:
-        print(f"{model}: {done} of {total} questions answered", file=sys.stderr, flush=True)
+        say(f"{model}: {done} of {total} questions answered")
 
     found = grade_folder(folder, recipe, number, model, report)
     console = stdout_console()
@@ -86,7 +91,7 @@ def print_table(run: TrainedRun, alpha: float | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if not run.results:
-        print(f"{run.folder}: nothing was evaluated, so there is no table", file=sys.stderr)
+        say(f"{run.folder}: nothing was evaluated, so there is no table")
         return
     console = stdout_console()
     console.print(render(compare_runs([run.folder], alpha)))
@@ -190,7 +195,7 @@ def compare(
     if comparison:
         stdout_console().print(render(comparison))
     for folder, results in studies.items():
-        print(report(results, pictures=None, title=str(folder), alpha=alpha), end="")
+        print_markdown(report(results, pictures=None, title=str(folder), alpha=alpha))
 
 
 def _as_json(folder: Path, results: StudyResults, alpha: float | None) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sftkey.commands.arguments import LastStage, RunArgument
-from sftkey.commands.terminal import set_up
+from sftkey.commands.terminal import say, set_up
 from sftkey.errors import RunError, did_you_mean
 from sftkey.sharing.stage import refuse_frozen, shared_stage
 
@@ -29,11 +28,10 @@ def merge(
 
     found = write_model(shared.recipe, shared.weights, output)
     if found:
-        print(
+        say(
             f"{output}: {shared.weights} merged into {shared.recipe.model.name_or_path} in "
             f"{found.dtype}; on a probe the adapter changes logits by up to {found.effect:.3g}, "
-            f"the merged model is within {found.distance:.3g} of it",
-            file=sys.stderr,
+            f"the merged model is within {found.distance:.3g} of it"
         )
     print(output)
 
@@ -81,7 +79,7 @@ def export(
         print(output)
     else:
         exports.write_ollama(shared, llama_cpp, output, outtype)
-        print(f"{output}: in this folder, the command below makes the model", file=sys.stderr)
+        say(f"{output}: in this folder, the command below makes the model")
         print(f"ollama create {shared.recipe.name} -f Modelfile")
 
 

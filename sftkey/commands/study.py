@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftkey.commands.terminal import set_up, stdout_console
+from sftkey.commands.terminal import print_markdown, say, set_up, stdout_console
 from sftkey.errors import RunError
 from sftkey.files import write_text
 from sftkey.study.schema import Study, load_study
@@ -72,7 +71,7 @@ def study(
         from sftkey.study.report import to_confirm
 
         names = to_confirm(write_figures(runs[0].study, runs[0].folder.root))
-        print(NEXT.format(", ".join(names)), file=sys.stderr)
+        say(NEXT.format(", ".join(names)))
 
 
 def phases(checked: Study, file: Path) -> list[StudyRun]:
@@ -112,8 +111,8 @@ def write_report(checked: Study, recipes: Path, folder: Path) -> None:
     text = report(results, pictures, title=checked.name)
     write_text(folder / "report.md", text)
     page = write_page(folder, results, read_cells(folder), pictures, title=checked.name)
-    print(text, end="")
-    print(f"report: {page}", file=sys.stderr)
+    print_markdown(text)
+    say(f"report: {page}")
 
 
 def study_run(checked: Study, file: Path) -> StudyRun:
@@ -129,6 +128,6 @@ def study_run(checked: Study, file: Path) -> StudyRun:
         folder=StudyFolder(Path("runs") / checked.name),
         read=require_trainable,
         grade=grade_stage,
-        note=lambda text: print(text, file=sys.stderr, flush=True),
+        note=say,
         command=f"sftkey study {file.name}",
     )

@@ -6,26 +6,63 @@ import logging
 import os
 import shutil
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
 from sftkey.activity import current
 from sftkey.errors import RunError
+from sftkey.tables import FittedTable, broken
 
 SILENCE_SECONDS = 10.0  # of nothing said on stderr, after which it is said what goes on
 PIPE_WIDTH = 10_000  # no line of ours is as long, so a pipe gets it unbroken
 
 
+class WordConsole(Console):
+    """A console that breaks lines between words alone; markup is off, since data hold brackets."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        width = None if terminal else PIPE_WIDTH
+        super().__init__(stderr=stderr, width=width, markup=False, highlight=False)
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print each object on lines of its own."""
+        for each in objects:
+            if isinstance(each, Group):
+                self.print(*each.renderables)
+            else:
+                text = Text(each) if isinstance(each, str) else each
+                fitted = broken(text, self.width) if isinstance(text, Text) else text
+                super().print(fitted, **{"crop": False, **settings})
+
+
 def stdout_console() -> Console:
-    """Return the console of the data; markup is off, since data may hold brackets."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=width, markup=False, highlight=False)
+    """Return the console of the data."""
+    return WordConsole()
+
+
+def print_markdown(text: str) -> None:
+    """Print Markdown as it is, or for a terminal, which its tables would be too wide for."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    console = stdout_console()
+    for in_table, lines in groupby(text.splitlines(), lambda line: line.startswith("| ")):
+        if not in_table:
+            console.print("\n".join(lines))
+            continue
+        head, _, *rows = (line.strip("|").split("|") for line in lines)
+        table = FittedTable(head[0].strip(), map(str.strip, head[1:]))
+        for row in rows:
+            table.add([cell.strip() for cell in row])
+        console.print(table)
 
 
 class StderrHandler(logging.Handler):
@@ -40,30 +77,8 @@ class StderrHandler(logging.Handler):
 def say(text: str) -> None:
     """Print to stderr; on a terminal lines break between words, never inside a path or option."""
     if sys.stderr.isatty():
-        text = wrapped(text, shutil.get_terminal_size().columns)
+        text = broken(Text(text), shutil.get_terminal_size().columns).plain
     print(text, file=sys.stderr, flush=True)
-
-
-def wrapped(text: str, width: int) -> str:
-    """Break lines between words; what follows a break stands two columns further to the right.
-
-    >>> print(wrapped("  hint: write trainer.learning_rate=1e-4", 24))
-      hint: write
-        trainer.learning_rate=1e-4
-    """
-    lines = []
-    for line in text.split("\n"):
-        indent = line[: len(line) - len(line.lstrip())]
-        broken = textwrap.wrap(
-            line.lstrip(),
-            width,
-            initial_indent=indent,
-            subsequent_indent=f"{indent}  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines += broken or [""]
-    return "\n".join(lines)
 
 
 def said() -> None:

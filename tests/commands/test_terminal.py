@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sftkey.activity import activity, current, tell
-from sftkey.commands.terminal import available_cores, never_silent, use_all_cores, wrapped
+from sftkey.commands.terminal import available_cores, never_silent, use_all_cores
 
 
 @pytest.fixture
@@ -67,14 +67,6 @@ def test_cores_are_physical_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert available_cores() == 1
-
-
-def test_lines_break_between_words_alone() -> None:
-    """What is to be copied, a path or an option, stays whole even where it is too long."""
-    path = "runs/" + "x" * 40
-    assert wrapped(f"error: a b\nhint: write {path} now", 24) == (
-        f"error: a b\nhint: write\n  {path}\n  now"
-    )
 
 
 def test_a_silent_command_says_what_it_is_at(capsys: pytest.CaptureFixture[str]) -> None:
