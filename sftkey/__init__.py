@@ -41,11 +41,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of the library's face where it stands.
-
-    Raises:
-        AttributeError: There is no such name.
-    """
+    """Import a name of the library's face where it stands."""
     if name not in _MODULES:
         raise AttributeError(f"module 'sftkey' has no attribute {name!r}")
     return getattr(import_module(f"sftkey.{_MODULES[name]}"), _THERE.get(name, name))

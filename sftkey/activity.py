@@ -14,16 +14,11 @@ _ACTIVITIES: list[Activity] = []
 
 @dataclass
 class Activity:
-    """Something that takes long.
+    """Something that takes long."""
 
-    Args:
-        what: Its name, such as "loading the model".
-        how_far: How far it is, such as "3 of 200"; empty where nobody knows.
-        since: When it began, by the monotonic clock, in seconds.
-    """
-
-    what: str
-    how_far: str = ""
+    what: str  # its name, such as "loading the model"
+    how_far: str = ""  # how far it is, such as "3 of 200"; empty where nobody knows
+    # When it began, by the monotonic clock, in seconds.
     since: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:

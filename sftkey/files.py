@@ -268,11 +268,7 @@ def irregular(path: Path) -> str | None:
 
 
 def refuse_irregular(paths: Iterable[Path]) -> None:
-    """Refuse a pipe or a device in a file's place: reading it may never end.
-
-    Raises:
-        RunError: Names it.
-    """
+    """Refuse a pipe or a device in a file's place: reading it may never end."""
     for path in paths:
         if not path.is_dir() and (kind := irregular(path)):
             raise RunError(str(path), f"expected a file; got {kind}", "put a file in its place")
@@ -295,11 +291,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that `write_json` wrote.
-
-    Raises:
-        RunError: It can't be read, or something else is there.
-    """
+    """Read a JSON object that `write_json` wrote."""
     try:
         found = json.loads(path.read_bytes())
         what = f"it holds a {type(found).__name__}"

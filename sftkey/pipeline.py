@@ -297,11 +297,7 @@ def report_run(folder: str | Path) -> list[Path]:
 
 
 def evaluated_recipe(folder: Path, generations: Path | None, stage: str | None) -> Recipe:
-    """Read the recipe of a run that is to be evaluated.
-
-    Raises:
-        RunError: The folder is no run, or `generations` and `stage` don't fit it or each other.
-    """
+    """Read the recipe of a run that is to be evaluated."""
     recipe = run_recipe(folder)
     names = known_stages(folder, recipe, stage)
     if (generations is None) != (stage is None):

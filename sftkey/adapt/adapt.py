@@ -37,16 +37,11 @@ OWN = ("model.name_or_path", "model.file", "model.sha256", "model.revision")
 
 @dataclass(frozen=True)
 class Nearest:
-    """A recipe of the collection.
+    """A recipe of the collection."""
 
-    Args:
-        file: Where it lies.
-        same_family: Its model is of the same family by name.
-        differences: Key, value there, value here; of the sections model, lora and response.
-    """
-
-    file: Path
-    same_family: bool
+    file: Path  # where it lies
+    same_family: bool  # its model is of the same family by name
+    # Key, value there, value here; of the sections model, lora and response.
     differences: list[tuple[str, str, str]]
 
 
@@ -102,23 +97,16 @@ NO_CUDA = "no CUDA here, so the weights stay unquantized; --gpu 24GB writes for 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A recipe for a model, and what was found out on the way.
+    """A recipe for a model, and what was found out on the way."""
 
-    Args:
-        text: The recipe's YAML.
-        recipe: The same, read.
-        model_type: The architecture's name.
-        proof: Of the masks in this frame; None where the user must decide something first.
-        example: The first row of the data (or a made one) as `preview.preview_rows` gives it.
-        notes: What the user should know of how the data is read.
-    """
-
-    text: str
-    recipe: Recipe
-    model_type: str
+    text: str  # the recipe's YAML
+    recipe: Recipe  # the same, read
+    model_type: str  # the architecture's name
+    # Of the masks in this frame; None where the user must decide something first.
     proof: Proof | None
+    # The first row of the data (or a made one) as `preview.preview_rows` gives it.
     example: list[dict[str, Any]]
-    notes: list[str]
+    notes: list[str]  # what the user should know of how the data is read
 
     @property
     def undecided(self) -> dict[str, str]:

@@ -42,14 +42,10 @@ WORD = re.compile(r"[!-~]*\Z")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with their columns, looked at through some of them.
+    """Rows with their columns, looked at through some of them."""
 
-    Args:
-        rows: Those that are looked at.
-        columns: All columns; inside a column of objects they are called `data[question]`.
-    """
-
-    rows: Sequence[RawRow]
+    rows: Sequence[RawRow]  # those that are looked at
+    # All columns; inside a column of objects they are called `data[question]`.
     columns: Sequence[str]
     seen: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -200,19 +196,12 @@ PHRASES = (
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a rule reads texts.
+    """How well a rule reads texts."""
 
-    Args:
-        rule: As `data.split_rule` has it.
-        num_texts: How many were seen.
-        odd: Places of texts that it doesn't split, or not well, with the reason.
-        explicit: Tags mark the thinking, so it is no guess where it ends.
-    """
-
-    rule: str
-    num_texts: int
-    odd: dict[int, str]
-    explicit: bool = False
+    rule: str  # as `data.split_rule` has it
+    num_texts: int  # how many were seen
+    odd: dict[int, str]  # places of texts that it doesn't split, or not well, with the reason
+    explicit: bool = False  # tags mark the thinking, so it is no guess where it ends
 
     @property
     def share(self) -> float:

@@ -38,21 +38,14 @@ FORMULA = re.compile(r"\\[a-zA-Z]|\^|\$[^$]+\$")
 
 @dataclass(frozen=True)
 class DataChoice:
-    """The recipe's `data`, and why.
+    """The recipe's `data`, and why."""
 
-    Args:
-        fields: Of the section, without the lengths.
-        why: Reasons by key.
-        examples: What the rows become; none where something is undecided.
-        notes: What the user should know of it, a line each.
-        own: No column holds a reasoning, so the model writes its own.
-    """
-
-    fields: dict[str, Any]
-    why: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, Any]  # of the section, without the lengths
+    why: dict[str, str] = field(default_factory=dict)  # reasons by key
+    # What the rows become; none where something is undecided.
     examples: list[Example] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    own: bool = False
+    notes: list[str] = field(default_factory=list)  # what the user should know of it, a line each
+    own: bool = False  # no column holds a reasoning, so the model writes its own
 
     @property
     def undecided(self) -> list[str]:

@@ -47,20 +47,14 @@ DATE = "26 Jul 2024"  # what Llama 3's templates write where nobody gives a date
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """The frame of a model, and why it is this one.
+    """The frame of a model, and why it is this one."""
 
-    Args:
-        section: The recipe's `response`.
-        kwargs: The recipe's `model.chat_template_kwargs`.
-        renderer: What was probed with them; None where none could be.
-        why: Reasons by key: frame, thinking, answer, end, chat_template_kwargs.
-        undecided: Values that the user must choose, by dotted key.
-    """
-
-    section: ResponseSection
-    kwargs: dict[str, Any]
-    renderer: Renderer | None
+    section: ResponseSection  # the recipe's `response`
+    kwargs: dict[str, Any]  # the recipe's `model.chat_template_kwargs`
+    renderer: Renderer | None  # what was probed with them; None where none could be
+    # Reasons by key: frame, thinking, answer, end, chat_template_kwargs.
     why: dict[str, str] = field(default_factory=dict)
+    # Values that the user must choose, by dotted key.
     undecided: dict[str, str] = field(default_factory=dict)
 
 
@@ -216,25 +210,15 @@ def _is_clean(renderer: Renderer) -> bool:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Somebody's model, and the rows that it is asked.
+    """Somebody's model, and the rows that it is asked."""
 
-    Args:
-        section: The model, as it is: not quantized by us.
-        renderer: What stands around its responses.
-        examples: Those of the rows.
-        rows: Their tokens.
-        grader: That fits the answers.
-        max_new_tokens: That a response may have.
-        chosen: Lines that say what was chosen.
-    """
-
-    section: ModelSection
-    renderer: Renderer
-    examples: list[Example]
-    rows: list[Row]
-    grader: str
-    max_new_tokens: int
-    chosen: tuple[str, ...]
+    section: ModelSection  # the model, as it is: not quantized by us
+    renderer: Renderer  # what stands around its responses
+    examples: list[Example]  # those of the rows
+    rows: list[Row]  # their tokens
+    grader: str  # that fits the answers
+    max_new_tokens: int  # that a response may have
+    chosen: tuple[str, ...]  # lines that say what was chosen
 
 
 def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:

@@ -45,17 +45,12 @@ OWN_WAY = "if rows hold no reasoning: no data.thinking, and `thinking: own` in e
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read the rows.
+    """One way to read the rows."""
 
-    Args:
-        fields: Of the `data` section.
-        explicit: A column or tags say what is thinking; nobody guesses it from a text's end.
-        fit: How the rule does, if there is one.
-    """
-
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # of the `data` section
+    # A column or tags say what is thinking; nobody guesses it from a text's end.
     explicit: bool = False
-    fit: Fit | None = None
+    fit: Fit | None = None  # how the rule does, if there is one
 
     def __str__(self) -> str:
         """Write it as lines of a recipe would say it."""

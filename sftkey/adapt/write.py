@@ -22,37 +22,21 @@ from sftkey.recipe.yaml_io import Line, WrittenSection
 
 @dataclass(frozen=True)
 class Choices:
-    """All that was chosen.
+    """All that was chosen."""
 
-    Args:
-        facts: The model.
-        frame: How responses stand in its template, and why.
-        data: How the data is read; empty without data of its own.
-        lengths: What the data needs; None where it can't be told.
-        other: The recipe that this one is like.
-        like: How the user named that one.
-        source: How the user named the data.
-        seed: Of the run.
-        path: Where the recipe will lie.
-        gpu: The size of the GPU's memory, as the user wrote it; None: unknown.
-        most_rows: How many rows fit it at once, by the plan.
-        cuda: The recipe is for a GPU that has CUDA: the user's, or this machine's.
-        one_stage: With weight on the key, in place of the paper's two.
-    """
-
-    facts: ModelFacts
-    frame: FrameChoice
-    data: DataChoice
-    lengths: Lengths | None
-    other: Recipe | None
-    like: str
-    source: str | None
-    seed: int
-    path: Path
-    gpu: str | None = None
-    most_rows: int = 1
-    cuda: bool = True
-    one_stage: bool = False
+    facts: ModelFacts  # the model
+    frame: FrameChoice  # how responses stand in its template, and why
+    data: DataChoice  # how the data is read; empty without data of its own
+    lengths: Lengths | None  # what the data needs; None where it can't be told
+    other: Recipe | None  # the recipe that this one is like
+    like: str  # how the user named that one
+    source: str | None  # how the user named the data
+    seed: int  # of the run
+    path: Path  # where the recipe will lie
+    gpu: str | None = None  # the size of the GPU's memory, as the user wrote it; None: unknown
+    most_rows: int = 1  # how many rows fit it at once, by the plan
+    cuda: bool = True  # the recipe is for a GPU that has CUDA: the user's, or this machine's
+    one_stage: bool = False  # with weight on the key, in place of the paper's two
 
     @property
     def as_other(self) -> str:

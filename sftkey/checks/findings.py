@@ -15,21 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the gate found.
+    """One thing that the gate found."""
 
-    Args:
-        code: Names the kind of finding, for programs.
-        rows: Numbers of the first rows concerned, from 0; of the split that the message names.
-        message: What was found where.
-        hint: What to do about it.
-        refuses: Whether the recipe can't be trained as it stands.
-    """
-
-    code: str
+    code: str  # names the kind of finding, for programs
+    # Numbers of the first rows concerned, from 0; of the split that the message names.
     rows: tuple[int, ...]
-    message: str
-    hint: str | None
-    refuses: bool = True
+    message: str  # what was found where
+    hint: str | None  # what to do about it
+    refuses: bool = True  # whether the recipe can't be trained as it stands
 
     def __str__(self) -> str:
         """Return the finding for people: the hint stands in a line of its own."""
@@ -38,17 +31,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the gate found.
+    """All that the gate found."""
 
-    Args:
-        findings: In the order of the recipe's sections.
-        statistics: JSON; empty where there are no rows.
-        prepared: The rows, so that training needn't read them again; they are what the recipe asks
-            for if nothing refuses, and None where they can't be made.
-    """
-
-    findings: tuple[Finding, ...]
-    statistics: dict[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...]  # in the order of the recipe's sections
+    statistics: dict[str, Any] = field(default_factory=dict)  # JSON; empty where there are no rows
+    # The rows, so that training needn't read them again; they are what the recipe asks for if
+    # nothing refuses, and None where they can't be made.
     prepared: Prepared | None = None
 
     @property

@@ -215,11 +215,7 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int
 
 
 def require_trainable(recipe: Recipe) -> Prepared:
-    """Return the rows of a recipe that may be trained; what is worth knowing is logged.
-
-    Raises:
-        CheckError: Something refuses the recipe; it holds every finding that does.
-    """
+    """Return the rows of a recipe that may be trained; what is worth knowing is logged."""
     from accelerate import PartialState
 
     report = check_recipe(recipe)

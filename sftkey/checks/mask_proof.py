@@ -161,19 +161,13 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Proof:
-    """What became of the rows of a proof.
+    """What became of the rows of a proof."""
 
-    Args:
-        rows: How many were tried.
-        right: How many were built, and rightly.
-        refused: How many were refused by reason, each confirmed: no row can be built of them.
-        wrong: The others.
-    """
-
-    rows: int
-    right: int
+    rows: int  # how many were tried
+    right: int  # how many were built, and rightly
+    # How many were refused by reason, each confirmed: no row can be built of them.
     refused: dict[str, int] = field(default_factory=dict)
-    wrong: list[Wrong] = field(default_factory=list)
+    wrong: list[Wrong] = field(default_factory=list)  # the others
 
 
 @activity("proving the masks on hard rows")

@@ -40,14 +40,11 @@ HINTS = {
 
 @dataclass
 class Masks:
-    """What the rows of one split show.
+    """What the rows of one split show."""
 
-    Args:
-        faults: Rows by code and by what is wrong with them.
-        key_shares: Of each row, the key's share of its completion's tokens.
-    """
-
+    # Rows by code and by what is wrong with them.
     faults: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    # Of each row, the key's share of its completion's tokens.
     key_shares: list[float] = field(default_factory=list)
 
     def findings(self, split: str) -> Iterator[Finding]:
@@ -63,19 +60,12 @@ class Masks:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows behind one another, without padding.
+    """Rows behind one another, without padding."""
 
-    Args:
-        ids: (N,) token ids of all rows.
-        segments: (N,) values of `Segment`.
-        starts: (B,) places of the rows' first tokens.
-        numbers: (B,) the rows' numbers in source order.
-    """
-
-    ids: npt.NDArray[np.int64]
-    segments: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]  # (N,) token ids of all rows
+    segments: npt.NDArray[np.int64]  # (N,) values of `Segment`
+    starts: npt.NDArray[np.int64]  # (B,) places of the rows' first tokens
+    numbers: npt.NDArray[np.int64]  # (B,) the rows' numbers in source order
 
     @classmethod
     def of(cls, table: pa.Table) -> _Rows:

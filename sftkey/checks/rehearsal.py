@@ -192,19 +192,12 @@ def small_model(skeleton: PreTrainedModel) -> PreTrainedModel | None:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What stages are tried with.
+    """What stages are tried with."""
 
-    Args:
-        skeleton: The whole model, without weights.
-        small: One of its architecture, with two layers.
-        rows: Some of train.
-        tokenizer: The recipe's.
-    """
-
-    skeleton: PreTrainedModel
-    small: PreTrainedModel
-    rows: Dataset
-    tokenizer: PreTrainedTokenizerBase
+    skeleton: PreTrainedModel  # the whole model, without weights
+    small: PreTrainedModel  # one of its architecture, with two layers
+    rows: Dataset  # some of train
+    tokenizer: PreTrainedTokenizerBase  # the recipe's
 
     def take(self, recipe: Recipe, stage: StageSection, folder: Path) -> str | None:
         """Take one step of a stage, evaluate, save a checkpoint and the result, and load both.

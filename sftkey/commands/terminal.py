@@ -139,11 +139,7 @@ def log_to_stderr() -> None:
 
 
 def require_numbers() -> None:
-    """Refuse what a launcher sets, where it is no number.
-
-    Raises:
-        RunError: Names the environment's variable.
-    """
+    """Refuse what a launcher sets, where it is no number."""
     for name, least in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         value = os.environ.get(name, "1")
         if not value.isdecimal() or int(value) < least:

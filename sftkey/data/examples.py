@@ -221,11 +221,7 @@ def _reader(
 
 
 def _joined(prompt: Any, messages: Sequence[dict[str, Any]], column: str) -> Any:
-    """Return a prompt and the messages that follow it.
-
-    Raises:
-        RowError: The messages hold the prompt already.
-    """
+    """Return a prompt and the messages that follow it."""
     before = as_messages(prompt)
     opening = takewhile(lambda message: message["role"] != "assistant", messages)
     if any(message in before for message in opening):
@@ -419,11 +415,7 @@ def _usable(outcome: Parts | RowError, data: DataSection) -> Parts:
 def _whole(
     parts: Parts, system: str | None, tools: Sequence[Mapping[str, Any]], data: DataSection
 ) -> Parts:
-    """Set system message and tools before what is trained on.
-
-    Raises:
-        RowError: There are two system messages, or something isn't text.
-    """
+    """Set system message and tools before what is trained on."""
     prompt, thinking, answer = parts
     if system is not None:
         if as_messages(prompt)[0]["role"] == "system":

@@ -45,11 +45,7 @@ def is_glob(text: str) -> bool:
 
 
 def read_matching(text: str) -> Rows:
-    """Read a file, or the files of a glob in the order of their names.
-
-    Raises:
-        DataError: No file matches, or one can't be read.
-    """
+    """Read a file, or the files of a glob in the order of their names."""
     path = Path(text).expanduser()
     if path.exists() or not is_glob(text):
         return read_file(path)
@@ -66,11 +62,7 @@ def read_files(files: Sequence[Path]) -> Rows:
 
 
 def read_folder(folder: Path, split: str, config: str | None) -> Rows:
-    """Read a split of a folder: files, shards, subfolders, a snapshot, or one of `save_to_disk`.
-
-    Raises:
-        DataError: The folder has no such split, or it can't be told which files are meant.
-    """
+    """Read a split of a folder: files, shards, subfolders, a snapshot, or one of `save_to_disk`."""
     match = SLICE.match(split)
     if match:
         return sliced(read_folder(folder, match["split"], config), match["start"], match["stop"])

@@ -60,9 +60,6 @@ def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
     Others write `from` and `value`, or `speaker` and `text`, for `role` and `content`; content may
     be a list of parts; and the list may be JSON text. A message that isn't to be trained has
     `train: False`. What else it says is handed to the chat template as it is.
-
-    Raises:
-        RowError: A message can't be read, or asks for a loss that it can't have.
     """
     value = row_json(value)
     if not isinstance(value, list):
@@ -113,11 +110,7 @@ def _role(value: Any) -> Any:
 
 
 def _one_of(found: Mapping[str, Any], place: int) -> Any:
-    """Return what a message says under one of several keys; None where it says nothing.
-
-    Raises:
-        RowError: It says different things under two of them.
-    """
+    """Return what a message says under one of several keys; None where it says nothing."""
     given = {key: value for key, value in found.items() if value is not None}
     said = {key: value for key, value in given.items() if value not in SAYS_NOTHING} or given
     values = list(said.values())
@@ -169,11 +162,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Read a row's tools: descriptions, one or a list, or JSON of such; words are something else.
-
-    Raises:
-        RowError: A description has no name.
-    """
+    """Read a row's tools: one description or a list, or JSON of such; words are something else."""
     tools = _without_nulls(row_json(value))
     if isinstance(tools, Mapping) and tools:
         tools = [tools]
@@ -209,9 +198,6 @@ def check_beside(
 
     The prompts of its turns are messages, or a text: beside a text there may be all kinds of
     columns, and functions alone are no question of taste.
-
-    Raises:
-        RowError: It isn't; or the row isn't to be trained.
     """
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     for column in columns:
@@ -243,11 +229,7 @@ def check_beside(
 
 
 def system_of(row: Mapping[str, Any], data: DataSection) -> str | None:
-    """Return the system message that is put before the row's prompt.
-
-    Raises:
-        RowError: The column holds something else.
-    """
+    """Return the system message that is put before the row's prompt."""
     if data.system_column is None:
         return data.system
     text = row.get(data.system_column)
@@ -287,11 +269,7 @@ def _from_parts(parts: Sequence[Any], place: int) -> tuple[str | None, str]:
 
 
 def check_trained(turn: Mapping[str, Any]) -> None:
-    """See that a turn can be trained, and that all that it says is.
-
-    Raises:
-        RowError: It isn't to be trained, is a tool call, or says what nothing reads.
-    """
+    """See that a turn can be trained, and that all that it says is."""
     if turn.get("train") is False:
         raise RowError("a turn that isn't to be trained", "not-trained")
     if "tool_calls" in turn:

@@ -209,11 +209,7 @@ def _check_stages(recipe: Recipe, tokens: dict[str, int]) -> None:
 
 
 def refuse_evaluation_without_rows(recipe: Recipe, prepared: Prepared) -> None:
-    """Refuse a stage that wants to look at validation rows when there are none.
-
-    Raises:
-        RecipeError: Names each such stage.
-    """
+    """Refuse a stage that wants to look at validation rows when there are none."""
     problems = [
         Problem(f"stages.{stage.name}.trainer.{key}", f"{value!r} needs validation rows; got none")
         for stage in recipe.stages

@@ -49,15 +49,10 @@ def _tried(
 
 @dataclass(frozen=True)
 class Habits:
-    """A chat template, and what it does with all prompts alike: found out once.
+    """A chat template, and what it does with all prompts alike: found out once."""
 
-    Args:
-        tokenizer: Has the template.
-        kwargs: Handed to it.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase  # has the template
+    kwargs: Mapping[str, Any]  # handed to it
     found: dict[str, bool] = field(default_factory=dict)  # by role: whether it is an assistant's
 
     def reads(self, messages: Messages) -> Reads:

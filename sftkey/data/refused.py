@@ -81,11 +81,7 @@ def count_row(
 
 
 def refuse_none_left(data: DataSection, split: str, dropped: Mapping[str, Any]) -> None:
-    """Refuse a split of which all rows are left out, with all reasons, the most frequent first.
-
-    Raises:
-        DataError: Always.
-    """
+    """Refuse a split of which all rows are left out, with all reasons, the most frequent first."""
     found = {where: each for where, each in dropped.items() if where.startswith(f"{split}: ")}
     total = sum(each["count"] for each in found.values())
     listed = "; ".join(
@@ -99,11 +95,7 @@ def refuse_none_left(data: DataSection, split: str, dropped: Mapping[str, Any]) 
 
 
 def refuse_left_out(data: DataSection, dropped: Mapping[str, Any]) -> None:
-    """Refuse rows that the recipe doesn't allow to be left out, if there are any.
-
-    Raises:
-        DataError: In the words of the gate's findings, with all reasons.
-    """
+    """Refuse rows that the recipe doesn't allow to be left out, if there are any."""
     refused = [each for each in left_out(data, dropped) if each.hint]
     if refused:
         problems = [Problem(each.split, each.what) for each in refused]

@@ -36,14 +36,10 @@ class Segment(IntEnum):
 
 
 class QuestionKey(NamedTuple):
-    """Which question an example asks: what was generated and graded is kept under this.
+    """Which question an example asks: what was generated and graded is kept under this."""
 
-    Args:
-        row: In the order of the source, before splitting.
-        turn: Which of the row's assistant turns is asked for, from 0; `turns: last` has one a row.
-    """
-
-    row: int
+    row: int  # in the order of the source, before splitting
+    # Which of the row's assistant turns is asked for, from 0; `turns: last` has one a row.
     turn: int = 0
 
     def __str__(self) -> str:
@@ -102,11 +98,7 @@ def as_messages(prompt: str | Sequence[Any]) -> tuple[dict[str, Any], ...]:
 
 
 def require_text(said: str) -> None:
-    """Refuse what no file and no tokenizer can hold.
-
-    Raises:
-        ValueError: It says what came.
-    """
+    """Refuse what no file and no tokenizer can hold."""
     try:
         said.encode()
     except UnicodeEncodeError:

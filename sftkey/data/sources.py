@@ -21,11 +21,7 @@ from sftkey.recipe.schema import DataSection
 
 
 def hub_rows(data: DataSection, split: str) -> list[dict[str, Any]]:
-    """Load a split from the hub, or from its cache where there is no network.
-
-    Raises:
-        DataError: It can't be reached or opened, or has no such config or split.
-    """
+    """Load a split from the hub, or from its cache where there is no network."""
     import datasets
 
     try:
@@ -131,11 +127,7 @@ def load_examples(
 
 
 def load_rows(data: DataSection, seed: int, split: str) -> Rows:
-    """Read the rows of one split as they are, before anything becomes an example.
-
-    Raises:
-        DataError: The source can't be read, or holds no rows.
-    """
+    """Read the rows of one split as they are, before anything becomes an example."""
     rows = _rows(with_defaults(data), seed, split)
     if not rows:
         raise DataError(data.source, f"expected rows in `{split}`; got none")

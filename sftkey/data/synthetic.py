@@ -45,9 +45,6 @@ def task_rows(data: DataSection, seed: int) -> list[Row]:
     answer 12.
 
     The options are `num_lines`, `most` (the largest number) and `ask` (what is asked).
-
-    Raises:
-        DataError: There is no such task or option, or there are fewer such rows than are wanted.
     """
     maker = MAKERS.get(str(data.task))
     if maker is None:
@@ -186,11 +183,7 @@ WORKED: dict[str, Callable[[dict[str, Any]], str | None]] = {
 
 
 def made_rows(data: DataSection, seed: int) -> list[dict[str, Any]]:
-    """Make entries of a task: the columns prompt, thinking (if worked) and the entry's own.
-
-    Raises:
-        DataError: The package is missing; or task, options or number of rows are.
-    """
+    """Make entries of a task: the columns prompt, thinking (if worked) and the entry's own."""
     dataset = _create(data, seed)
     task = str(data.task)
     worked = WORKED.get(task)

@@ -84,11 +84,7 @@ class _Generation(Extension):
 
 @cache
 def read_template(template: str) -> Reads:
-    """Return what a template reads.
-
-    Raises:
-        TemplateError: It is no Jinja.
-    """
+    """Return what a template reads."""
     env = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )

@@ -40,11 +40,7 @@ class RepeatedKeyError(ValueError):
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, as its `object_pairs_hook`.
-
-    Raises:
-        RepeatedKeyError: Names the first key that it has several times.
-    """
+    """Return an object of JSON, as its `object_pairs_hook`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -53,11 +49,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def row_json(value: Any) -> Any:
-    """Return the same as `parsed_json`, of a row that is read.
-
-    Raises:
-        RowError: An object has a key several times.
-    """
+    """Return the same as `parsed_json`, of a row that is read."""
     try:
         return parsed_json(value, each_once)
     except RepeatedKeyError as error:

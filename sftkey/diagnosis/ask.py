@@ -148,9 +148,6 @@ def asked_rows(
     """Cut rows where their thinking ends; a row that can't be built without thinking is left out.
 
     The rows have `input_ids` and `segment_ids`.
-
-    Raises:
-        FrameError: No tag tells thinking from answer.
     """
     response = renderer.response
     if not (response.thinking_close.strip() or response.answer_open.strip()):

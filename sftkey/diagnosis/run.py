@@ -223,11 +223,7 @@ def diagnosed(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def refuse_empty_thinking(run: Run, stage: str) -> None:
-    """Refuse to go on from a stage to one over own thinking that shows no use, before it has begun.
-
-    Raises:
-        RunError: The next stage would teach the key not to read the thinking.
-    """
+    """Refuse to begin a stage over own thinking that shows no use after the stage before."""
     names = [each.name for each in run.recipe.stages]
     following = run.recipe.stages[names.index(stage) + 1 :][:1] if stage in names else ()
     file = _file(run.ledger.folder, stage)

@@ -197,11 +197,7 @@ def write_answers(folder: Path, stage: str, answers: Sequence[GradedAnswer]) -> 
 
 
 def read_answers(run: Path, stage: str) -> list[GradedAnswer]:
-    """Read a stage's graded answers.
-
-    Raises:
-        RunError: They aren't there, as in runs of older versions, or the file holds something else.
-    """
+    """Read a stage's graded answers."""
     file = run / "evaluation" / f"{stage}.graded.jsonl"
     hint = f"write them from its generations, without any weights: sftkey evaluate {run}"
     require_whole(run, f"evaluation/{file.name}")
@@ -225,9 +221,6 @@ def chosen(
     Of `truncated` and `invalid` also those that are right are taken. The pattern is a regular
     expression, without regard to case, that stands in the question, the reference, the thinking or
     whatever the model wrote.
-
-    Raises:
-        RunError: There is no such kind, or the pattern is no regular expression.
     """
     if kind is not None and kind not in KINDS:
         raise RunError("--kind", f"expected one of {', '.join(KINDS)}; got {kind!r}")

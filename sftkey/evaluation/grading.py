@@ -22,15 +22,11 @@ Untagged = Literal["right", "wrong", "unread"]
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict, and what it stands on; true where the answer is right.
+    """A verdict, and what it stands on; true where the answer is right."""
 
-    Args:
-        right: The answer says what the reference says.
-        read: What the grader read in the answer; None where it read nothing, or found two things
-            and nothing that says which of them is meant. Such an answer is wrong.
-    """
-
-    right: bool
+    right: bool  # the answer says what the reference says
+    # What the grader read in the answer; None where it read nothing, or found two things and
+    # nothing that says which of them is meant. Such an answer is wrong.
     read: str | None
 
     def __bool__(self) -> bool:
@@ -266,11 +262,7 @@ _FUNCTIONS |= {"infty", "inf", "max", "min", "gcd", "lcm", "mod", "and"}
 
 
 def same_formula(answer: str, reference: str) -> tuple[bool, str | None]:
-    """Compare as expressions, of which math-verify tells equal forms; and say what was read.
-
-    Raises:
-        RecipeError: math-verify isn't installed.
-    """
+    """Compare as expressions, of which math-verify tells equal forms; and say what was read."""
     try:
         from math_verify import parse, verify
     except ImportError:

@@ -109,11 +109,7 @@ class Verdicts:
         return self._known.get(text_hash(prompt))
 
     def keep(self, prompt: str, right: bool) -> None:
-        """Write a verdict; threads may do so at once.
-
-        Raises:
-            JudgeError: The cache can't be written.
-        """
+        """Write a verdict; threads may do so at once."""
         key = text_hash(prompt)
         try:
             with self._lock:
@@ -241,9 +237,6 @@ def open_client(section: JudgeSection) -> OpenAI:
     """Return what speaks to the endpoint; nothing is sent yet.
 
     `timeout_seconds` is for each of the library's tries, from its start to the reply's last byte.
-
-    Raises:
-        RecipeError: Its package isn't installed, or the key's environment variable isn't set.
     """
     try:
         from openai import DefaultHttpxClient, OpenAI
@@ -271,9 +264,6 @@ def reply(client: OpenAI, section: JudgeSection, prompt: str) -> str | None:
     """Ask once; the library itself tries again where that may help.
 
     No limit of tokens is sent: servers name it differently, and refuse the name that they lack.
-
-    Raises:
-        JudgeError: There is no reply; the key doesn't stand in the text.
     """
     from openai import OpenAIError
 

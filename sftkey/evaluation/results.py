@@ -165,9 +165,6 @@ def score(
     `settings` are kept with the result beside the recipe's, so that a comparison can tell.
     `thinking_loss` is the thinking's before and after the stage; not every run has validation rows,
     so it has a name. `judge` is the second grader, if there is one.
-
-    Raises:
-        DataError: There is no question.
     """
     if not texts:
         raise DataError("test rows", "expected at least one question; got none")
@@ -304,11 +301,7 @@ def read_model(kind: type[M], file: Path, hint: str) -> M:
 
 
 def read_results(run_folder: Path) -> list[StageResult]:
-    """Read all results of a run in the order of its stages, the base model first.
-
-    Raises:
-        RunError: There is none, or one that isn't a result.
-    """
+    """Read all results of a run in the order of its stages, the base model first."""
     refuse_irregular(run_folder.rglob("*"))
     results = read_graded(run_folder)
     if not results:

@@ -85,9 +85,6 @@ def generate(
 
     Yields:
         Position of the prompt, and what was generated after it.
-
-    Raises:
-        ValueError: There is nothing to stop at, or an empty prompt.
     """
     from sftkey.generation.key_switch import Streamer, write, write_switching
     from sftkey.models.facts import mixing_length
@@ -195,9 +192,6 @@ def key_of(asked: Sequence[Key], turn: int | None) -> Key | None:
     """Find the key that a line of a file means, of those of its row; None where it isn't asked.
 
     Older files don't say the turn: they are read where the row has one question.
-
-    Raises:
-        ValueError: The row has several questions, and the line doesn't say which one it answers.
     """
     if turn is not None:
         return next((key for key in asked if isinstance(key, int) or key.turn == turn), None)
@@ -216,11 +210,7 @@ _FIELDS = {
 
 
 def read_row(line: bytes) -> dict[str, Any]:
-    """Read a line of a file of generations, a run's own or what another engine wrote.
-
-    Raises:
-        ValueError: It says what was expected in the line.
-    """
+    """Read a line of a file of generations, a run's own or what another engine wrote."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # also of bytes that are no UTF-8
@@ -238,11 +228,7 @@ def read_row(line: bytes) -> dict[str, Any]:
 
 
 def generated_in(file: Path, prompts: Mapping[Key, Sequence[int]]) -> dict[Key, Generation]:
-    """Read the generations of these prompts, after cutting off an unfinished last line.
-
-    Raises:
-        RunError: The file holds something else than generations after these prompts.
-    """
+    """Read the generations of these prompts, after cutting off an unfinished last line."""
     if not file.exists():
         return {}
     with file.open("r+b") as rows:

@@ -19,35 +19,22 @@ BESIDE_LOGITS = 2**24  # at once of what is computed beside the losses (64 MiB i
 
 @dataclass(frozen=True)
 class Joint:
-    """A pass over the keys of several micro-batches, whose contexts are held meanwhile.
+    """A pass over the keys of several micro-batches, whose contexts are held meanwhile."""
 
-    Args:
-        rows: How many.
-        context: Tokens before the key of each.
-        keys: Tokens of each key.
-    """
-
-    rows: int
-    context: int
-    keys: int
+    rows: int  # how many
+    context: int  # tokens before the key of each
+    keys: int  # tokens of each key
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest batch of a stage.
+    """The largest batch of a stage."""
 
-    Args:
-        rows: How many.
-        length: Tokens of each.
-        labelled: Tokens of each that the loss is on.
-        padded: Rows are of unequal lengths, so that attention needs a mask.
-        joint: Behind a context, what goes through the model at once; by default the batch alone.
-    """
-
-    rows: int
-    length: int
-    labelled: int
-    padded: bool = False
+    rows: int  # how many
+    length: int  # tokens of each
+    labelled: int  # tokens of each that the loss is on
+    padded: bool = False  # rows are of unequal lengths, so that attention needs a mask
+    # Behind a context, what goes through the model at once; by default the batch alone.
     joint: Joint | None = None
 
     @property

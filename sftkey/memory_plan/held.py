@@ -44,41 +44,24 @@ Kind = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides over the memory of one stage, beside the model and the size of its batches.
+    """What decides over the memory of one stage, beside the model and the size of its batches."""
 
-    Args:
-        kind: The device's.
-        quantized: The linear modules are NF4, and stay packed.
-        weights: The type of the other weights.
-        compute: The type that goes from module to module.
-        attention: The implementation.
-        context: The stage's.
-        checkpointing: Layers compute their activations anew in the backward pass.
-        full: All weights are trained.
-        targets: `target_modules` of the adapters.
-        ranks: Of the trained adapters; a frozen stage trains those of a grid side by side.
-        dropout: The adapters drop some of their inputs.
-        trained_rows: Rows of the embeddings, or of the head, that are trained beside.
-        context_rank: Of the adapter that a frozen stage holds for the context; 0: none.
-        optimizer: Its name, as the trainer has it.
-        keeps_start: A copy of what is trained is kept, as it was at the start.
-    """
-
-    kind: Kind
-    quantized: bool = False
-    weights: str = "float32"
-    compute: str = "float32"
-    attention: str = "sdpa"
-    context: str = "exact"
-    checkpointing: bool = False
-    full: bool = False
-    targets: str | tuple[str, ...] = "all-linear"
+    kind: Kind  # the device's
+    quantized: bool = False  # the linear modules are NF4, and stay packed
+    weights: str = "float32"  # the type of the other weights
+    compute: str = "float32"  # the type that goes from module to module
+    attention: str = "sdpa"  # the implementation
+    context: str = "exact"  # the stage's
+    checkpointing: bool = False  # layers compute their activations anew in the backward pass
+    full: bool = False  # all weights are trained
+    targets: str | tuple[str, ...] = "all-linear"  # `target_modules` of the adapters
+    # Of the trained adapters; a frozen stage trains those of a grid side by side.
     ranks: tuple[int, ...] = (8,)
-    dropout: bool = False
-    trained_rows: int = 0
-    context_rank: int = 0
-    optimizer: str = "adamw_torch_fused"
-    keeps_start: bool = False
+    dropout: bool = False  # the adapters drop some of their inputs
+    trained_rows: int = 0  # rows of the embeddings, or of the head, that are trained beside
+    context_rank: int = 0  # of the adapter that a frozen stage holds for the context; 0: none
+    optimizer: str = "adamw_torch_fused"  # its name, as the trainer has it
+    keeps_start: bool = False  # a copy of what is trained is kept, as it was at the start
 
     @property
     def mixed(self) -> bool:
@@ -126,11 +109,7 @@ def read_skeleton(section: ModelSection) -> Skeleton:
 
 
 def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Kind) -> Setting:
-    """Read the setting of a stage.
-
-    Raises:
-        CheckError: The recipe asks for something that isn't counted here.
-    """
+    """Read the setting of a stage."""
     trainer = recipe.stage_trainer(stage)
     lora: dict[str, Any] = recipe.lora or {}
     problems = list(_uncounted(recipe, stage))

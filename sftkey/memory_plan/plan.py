@@ -51,18 +51,12 @@ class StagePlan:
     """What a stage needs on a GPU, in bytes, with the largest batch that the recipe allows.
 
     A search for what would fit traces some ten batches, so it is made where it is asked for.
-
-    Args:
-        recipe: The stage's.
-        stage: The stage.
-        skeleton: The model's.
-        room: Bytes that the stage may take.
     """
 
-    recipe: Recipe
-    stage: StageSection
-    skeleton: Skeleton
-    room: int
+    recipe: Recipe  # the stage's
+    stage: StageSection  # the stage
+    skeleton: Skeleton  # the model's
+    room: int  # bytes that the stage may take
 
     def __post_init__(self) -> None:
         self.setting  # noqa: B018  # what isn't planned is refused before anything is traced
@@ -127,18 +121,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs on a GPU.
+    """What a recipe needs on a GPU."""
 
-    Args:
-        name: The recipe's.
-        gpu_bytes: What the GPU has.
-        stages: In their order.
-        changes: Overrides that make it fit; none where it fits, None where no change suffices.
-    """
-
-    name: str
-    gpu_bytes: int
-    stages: tuple[StagePlan, ...]
+    name: str  # the recipe's
+    gpu_bytes: int  # what the GPU has
+    stages: tuple[StagePlan, ...]  # in their order
+    # Overrides that make it fit; none where it fits, None where no change suffices.
     changes: Overrides | None = None
 
     @property
@@ -184,9 +172,6 @@ class Plan:
 
 def gpu_size(text: str) -> int:
     """Read the size of a GPU's memory: `24GB` is what a card is sold as, and that is 24 GiB.
-
-    Raises:
-        RecipeError: It is no such size.
 
     >>> gpu_size("24GB") == gpu_size("24GiB") == 24 * 2**30
     True

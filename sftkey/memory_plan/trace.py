@@ -38,29 +38,18 @@ TOKEN_INTEGERS = 4  # labels, segments, weights and targets; the trace sees the 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a batch needs, in bytes, beside what is held and the output head.
+    """What a batch needs, in bytes, beside what is held and the output head."""
 
-    Args:
-        kept: When the forward pass is done: what autograd keeps, the inputs, the cache.
-        peak: The most in the forward pass over what is trained and in the backward pass.
-        reading: The most while a context is read without gradient; 0 where none is.
-        cache: Keys and values at the end of the forward pass.
-    """
-
-    kept: int
-    peak: int
-    reading: int
-    cache: int
+    kept: int  # when the forward pass is done: what autograd keeps, the inputs, the cache
+    peak: int  # the most in the forward pass over what is trained and in the backward pass
+    reading: int  # the most while a context is read without gradient; 0 where none is
+    cache: int  # keys and values at the end of the forward pass
 
 
 @activity("planning the memory")
 @cache
 def traced(skeleton: Skeleton, setting: Setting, batch: Batch) -> Trace:
-    """Run a batch of a stage without its output head.
-
-    Raises:
-        ModelError: The model can't be run so.
-    """
+    """Run a batch of a stage without its output head."""
     if setting.context == "exact" and batch.labelled:  # what is labelled is the head's affair
         return traced(skeleton, setting, replace(batch, labelled=0))
     try:

@@ -95,11 +95,7 @@ def save_model(
 
 
 def refuse_diverged(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Refuse to save weights that hold NaN or infinity, before anything is written.
-
-    Raises:
-        RunError: Names how many, and one of them.
-    """
+    """Refuse to save weights that hold NaN or infinity, before anything is written."""
     if broken := not_finite(tensors):
         raise RunError(
             str(folder),
@@ -120,9 +116,6 @@ def add_lora(
         lora: `peft.LoraConfig`'s fields.
         seed: Of the adapter's first weights; the process's random state stays as it was.
         name: peft's name of it.
-
-    Raises:
-        ModelError: The target modules don't exist, or the settings can't be.
     """
     _check_initialization("lora", lora_setting(lora, "init_lora_weights"))
     refuse_unmatched(without_adapters(model), lora)
@@ -242,11 +235,7 @@ def load_adapter(
 
 
 def weights_folder(source: Source) -> Path:
-    """Return the folder with an adapter's safetensors; pickle is refused: reading it may run code.
-
-    Raises:
-        ModelError: There is no such file; it names what is there in its place.
-    """
+    """Return the folder of an adapter's safetensors; refuses pickle, which may run code."""
     if source.commit is not None:
         with suppress(EntryNotFoundError):
             hf_hub_download(source.path, WEIGHTS_FILE, revision=source.commit)

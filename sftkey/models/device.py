@@ -23,16 +23,11 @@ UNQUANTIZED = "write model.quantization=none"
 
 @dataclass(frozen=True)
 class Device:
-    """Where a process computes, and in what.
+    """Where a process computes, and in what."""
 
-    Args:
-        kind: The backend.
-        index: Which GPU of the machine is this process's own; 0 elsewhere.
-        compute_dtype: The type of matrix products. Adapter weights are float32 whatever it is.
-    """
-
-    kind: Literal["cuda", "mps", "cpu"]
-    index: int
+    kind: Literal["cuda", "mps", "cpu"]  # the backend
+    index: int  # which GPU of the machine is this process's own; 0 elsewhere
+    # The type of matrix products. Adapter weights are float32 whatever it is.
     compute_dtype: torch.dtype
 
     @property
@@ -136,11 +131,7 @@ def free_bytes(env: Mapping[str, str] = os.environ, group: Path = CONTROL_GROUP)
 
 
 def refuse_fsdp(kind: str, env: Mapping[str, str]) -> None:
-    """Refuse FSDP where accelerate would go on without it, and without a word.
-
-    Raises:
-        DeviceError: There are no GPUs.
-    """
+    """Refuse FSDP where accelerate would go on without it, and without a word."""
     if kind != "cuda" and launched_with("FSDP", env):
         raise DeviceError(
             kind,

@@ -36,17 +36,11 @@ NOT_ITS_CONFIG = "put the config.json there that the weights were published with
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """A model without weights, as its config describes it.
+    """A model without weights, as its config describes it."""
 
-    Args:
-        config: transformers' config.
-        attention: The implementation of attention that the model is built with.
-        name: What errors call it.
-    """
-
-    config: Any
-    attention: str = "sdpa"
-    name: str = "model"
+    config: Any  # transformers' config
+    attention: str = "sdpa"  # the implementation of attention that the model is built with
+    name: str = "model"  # what errors call it
 
     def build(self, dtype: str = "float32") -> PreTrainedModel:
         """Build the model on the meta device: every module, no weights.
@@ -91,21 +85,14 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its files describe it.
+    """A model as its files describe it."""
 
-    Args:
-        section: Where it comes from.
-        skeleton: Its config and its modules, with `sdpa` if it can.
-        tokenizer: Its tokenizer, with its chat template if it has one.
-        published_stops: The ids that stop generation, by its generation config or else its config.
-        stops_verified: A generation config says so, not the config alone.
-    """
-
-    section: ModelSection
-    skeleton: Skeleton
-    tokenizer: PreTrainedTokenizerBase
+    section: ModelSection  # where it comes from
+    skeleton: Skeleton  # its config and its modules, with `sdpa` if it can
+    tokenizer: PreTrainedTokenizerBase  # its tokenizer, with its chat template if it has one
+    # The ids that stop generation, by its generation config or else its config.
     published_stops: tuple[int, ...]
-    stops_verified: bool
+    stops_verified: bool  # a generation config says so, not the config alone
 
     @property
     def model_type(self) -> str:
@@ -157,9 +144,6 @@ def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFact
     Args:
         name_or_path: The model; a folder needs its config and its tokenizer alone.
         like: A recipe's model; of the same package, it says which file is meant.
-
-    Raises:
-        ModelError: There is no such model, no config or tokenizer, or transformers doesn't know it.
     """
     try:
         section = ModelSection(name_or_path=name_or_path)
@@ -183,9 +167,6 @@ def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton
     Args:
         section: Where it comes from.
         attention: What it attends with; None: sdpa, or eager where it has no sdpa.
-
-    Raises:
-        ModelError: There is no such model, or transformers can't build it.
     """
     source, reason = model_source(section), ""
     fields = json.dumps(read_json(source, "config.json"), sort_keys=True)
@@ -237,11 +218,7 @@ def refuse_other_shapes(section: ModelSection, skeleton: Skeleton) -> None:
 
 
 def read_config(name: str, source: Source) -> Any:
-    """Read a model's config.
-
-    Raises:
-        ModelError: It can't be read, or only with code of the model's folder.
-    """
+    """Read a model's config."""
     try:
         return AutoConfig.from_pretrained(
             source.path, revision=source.commit or "main", trust_remote_code=False

@@ -69,9 +69,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
     Which token pads makes no difference, since padding is masked by length; the end of text stays
     as it was published.
-
-    Raises:
-        ModelError: There is none, or none with the character offsets that masks are made from.
     """
     source = model_source(section)
     if source.commit is None and not any(source.folder.glob("*token*")):
@@ -144,9 +141,6 @@ def load_model(
         device: From `choose_device`.
         full: The weights themselves are to be trained, not an adapter on them.
         folder: Take the weights that an earlier stage wrote there.
-
-    Raises:
-        ModelError: There are no weights, not all of them, they can't be read, or aren't finite.
     """
     source = find_source(str(folder)) if folder else model_source(section)
     if source.commit is None and not weight_files(source.folder):

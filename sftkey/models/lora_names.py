@@ -26,9 +26,6 @@ def refuse_unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     Args:
         model: Without adapters; the meta device will do.
         lora: `peft.LoraConfig`'s fields.
-
-    Raises:
-        ModelError: Holds every such name; or those of `target_modules` alone.
     """
     check_targets(model, lora.get("target_modules"))
     problems = [*_unmatched(model, lora), *_tied(model, lora)]
@@ -121,11 +118,7 @@ def _tied(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, s
 
 
 def check_targets(model: PreTrainedModel, targets: Any) -> None:
-    """Refuse targets that match nothing (peft goes on if others do), and the output head.
-
-    Raises:
-        ModelError: Names what is absent, and the linear modules that there are.
-    """
+    """Refuse targets that match nothing (peft goes on if others do), and the output head."""
     one_by_one = [targets] if isinstance(targets, str) else [[each] for each in targets or ()]
     absent = sorted("".join(each) for each in one_by_one if not target_names(model, each))
     head = name_of(model, model.get_output_embeddings())
@@ -154,11 +147,7 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
 
 
 def matched(key: str, pattern: str, names: set[str]) -> set[str]:
-    """Return the names that a pattern of `lora` matches whole, as peft matches them.
-
-    Raises:
-        ModelError: That takes too long, or it is no pattern.
-    """
+    """Return the names that a pattern of `lora` matches whole, as peft matches them."""
     try:
         with bounded(num_bytes=None):
             return {name for name in names if re.fullmatch(pattern, name)}

@@ -37,27 +37,18 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's or an adapter's files lie.
+    """Where a model's or an adapter's files lie."""
 
-    Args:
-        path: What `from_pretrained` takes: a folder, or a hub id.
-        commit: Of a hub id; all files come from it.
-        folder: The folder on this machine: the one of `path`, or the snapshot in the hub's cache.
-    """
-
-    path: str
-    commit: str | None
+    path: str  # what `from_pretrained` takes: a folder, or a hub id
+    commit: str | None  # of a hub id; all files come from it
+    # The folder on this machine: the one of `path`, or the snapshot in the hub's cache.
     folder: Path
 
 
 def find_source(
     name_or_path: str, revision: str | None = None, config_file: str = "config.json"
 ) -> Source:
-    """Find a folder or a hub id by the one file that it must have.
-
-    Raises:
-        ModelError: It is nowhere, lacks that file, or the hub refuses it; the hint says what to do.
-    """
+    """Find a folder or a hub id by the one file that it must have."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if revision:

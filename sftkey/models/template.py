@@ -21,11 +21,7 @@ CONVERSATION = [
 
 
 def read_template(path: Path) -> str:
-    """Read a template file.
-
-    Raises:
-        ModelError: It is no file, isn't text, or is longer than any template.
-    """
+    """Read a template file."""
     try:
         if kind := irregular(path):
             what = f": expected a file; got {kind}"
@@ -44,9 +40,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuse a template that doesn't end, or fills the memory, on a short conversation.
 
     What else is wrong with it is said where the frame is read.
-
-    Raises:
-        ModelError: Names what it does.
     """
     if not tokenizer.chat_template:
         return

@@ -148,9 +148,6 @@ def read_as(
         path: The file.
         findings: What no field can tell alone.
         known_keys: Gives the keys beside an unknown one.
-
-    Raises:
-        RecipeError: With every problem: of the writing, those found, and the fields'.
     """
     model, found = None, list(findings)
     try:

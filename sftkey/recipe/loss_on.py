@@ -50,11 +50,7 @@ def trained_context(loss_on: str | Mapping[str, float]) -> list[str]:
 
 
 def checked_loss_on(value: Any) -> Any:
-    """Return a stage's `loss_on`, with numbers for weights.
-
-    Raises:
-        ValueError: It names no segment or group, or trains nothing.
-    """
+    """Return a stage's `loss_on`, with numbers for weights."""
     words = ("completion", "key", "answer")
     if isinstance(value, str) and value in words:
         return value
@@ -76,11 +72,7 @@ def checked_loss_on(value: Any) -> Any:
 
 
 def checked_weights(value: Any) -> Any:
-    """Return weights by segment or group, as numbers.
-
-    Raises:
-        ValueError: They are none.
-    """
+    """Return weights by segment or group, as numbers."""
     if not isinstance(value, dict):
         raise ValueError(f"expected weights by segment or group; got {shown(value)}")
     return checked_loss_on(value)
@@ -90,11 +82,7 @@ LOSSES = ("nll", "dft", "eaft")
 
 
 def checked_loss(value: str) -> str:
-    """Return a stage's `loss`.
-
-    Raises:
-        ValueError: It is neither a loss's name nor a function's.
-    """
+    """Return a stage's `loss`."""
     if value in LOSSES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
         return value
     near = did_you_mean(value, LOSSES)

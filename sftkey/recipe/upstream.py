@@ -125,11 +125,7 @@ class Field:
         return TypeAdapter(self.type, config=CONFIG)
 
     def convert(self, value: Any) -> Any:
-        """Turn a recipe's value into what upstream takes.
-
-        Raises:
-            ValueError: The value isn't one of the field; the message says what was expected.
-        """
+        """Turn a recipe's value into what upstream takes."""
         try:
             return self._adapter.validate_python(value)
         except ValidationError:

@@ -65,11 +65,7 @@ class RecipeSource:
 
 
 def read(path: Path) -> RecipeSource:
-    """Read a recipe file.
-
-    Raises:
-        RecipeError: There is no such file, or it holds no YAML mapping.
-    """
+    """Read a recipe file."""
     if kind := irregular(path):
         raise RecipeError(str(path), f"expected a recipe file; got {kind}")
     try:
@@ -98,22 +94,14 @@ def read(path: Path) -> RecipeSource:
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse to write a recipe where something lies.
-
-    Raises:
-        RecipeError: The path is taken.
-    """
+    """Refuse to write a recipe where something lies."""
     if os.path.lexists(path):
         hint = "give another FILE"
         raise RecipeError(str(path), "exists already, and nothing is overwritten", hint)
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a recipe into a new file, and never over one that came meanwhile.
-
-    Raises:
-        RecipeError: The path is taken, or can't be written.
-    """
+    """Write a recipe into a new file, and never over one that came meanwhile."""
     refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

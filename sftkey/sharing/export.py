@@ -31,11 +31,7 @@ NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices")  # vLLM'
 
 
 def converter_command(checkout: Path, folder: Path, file: Path, outtype: str) -> list[str]:
-    """Return the command that converts a model's folder to a GGUF file, with llama.cpp's converter.
-
-    Raises:
-        RunError: The checkout has no converter.
-    """
+    """Return the command by which llama.cpp converts a model's folder to a GGUF file."""
     script = checkout / CONVERTER
     if not script.is_file():
         what = f"expected a checkout of llama.cpp; it holds no {CONVERTER}"
@@ -94,11 +90,7 @@ def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str 
 
 
 def modelfile(renderer: Renderer, recipe: Recipe) -> str:
-    """Return a Modelfile: prompt, stops and sampling are those of the run's evaluation.
-
-    Raises:
-        RunError: The prompt holds what ends a text there.
-    """
+    """Return a Modelfile: prompt, stops and sampling are those of the run's evaluation."""
     settings = recipe.eval
     prompt = renderer.prompt_text(question_prompt(recipe.data, QUESTION))
     bos = renderer.tokenizer.bos_token
@@ -169,11 +161,7 @@ def write_vllm_lora(stage: SharedStage, folder: Path) -> str:
 
 
 def _lora_rank(stage: SharedStage) -> int:
-    """Return the smallest rank that vLLM takes and that holds the adapter's.
-
-    Raises:
-        RunError: There is no adapter, or not one that vLLM serves.
-    """
+    """Return the smallest rank that vLLM takes and that holds the adapter's."""
     hint = "`--to vllm` merges it"
     if stage.recipe.lora is None:
         raise RunError(str(stage.run), f"{stage.name} trained the model whole", hint)

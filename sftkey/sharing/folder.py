@@ -30,17 +30,12 @@ DESCRIBED = ("generation_config.json", "chat_template.jinja", "tokenizer_config.
 
 @dataclass(frozen=True)
 class FolderResult:
-    """How a model folder answered, against the run's own model.
+    """How a model folder answered, against the run's own model."""
 
-    Args:
-        comparison: The run's stage, then the folder; the difference stands in `between_runs`.
-        num_equal: Questions to which both wrote the same text.
-        num_questions: All of them.
-    """
-
+    # The run's stage, then the folder; the difference stands in `between_runs`.
     comparison: Comparison
-    num_equal: int
-    num_questions: int
+    num_equal: int  # questions to which both wrote the same text
+    num_questions: int  # all of them
 
 
 def grade_folder(

@@ -29,17 +29,11 @@ TOLERANCE, TOLERANCE_16_BITS = 0.05, 0.5
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did to the logits of a probe: the largest differences.
+    """What a merge did to the logits of a probe: the largest differences."""
 
-    Args:
-        effect: Of base and adapter from the base.
-        distance: Of the merged model from base and adapter.
-        dtype: Of the merged weights.
-    """
-
-    effect: float
-    distance: float
-    dtype: str
+    effect: float  # of base and adapter from the base
+    distance: float  # of the merged model from base and adapter
+    dtype: str  # of the merged weights
 
 
 @activity("writing the model")

@@ -18,21 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedStage:
-    """A trained stage of a run.
+    """A trained stage of a run."""
 
-    Args:
-        run: The run's folder.
-        recipe: The run's.
-        name: The stage's.
-        number: Its place, the first being 1.
-        weights: The folder of its adapter, or of its whole model.
-    """
-
-    run: Path
-    recipe: Recipe
-    name: str
-    number: int
-    weights: Path
+    run: Path  # the run's folder
+    recipe: Recipe  # the run's
+    name: str  # the stage's
+    number: int  # its place, the first being 1
+    weights: Path  # the folder of its adapter, or of its whole model
 
 
 def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStage:
@@ -42,9 +34,6 @@ def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStag
         run: A run folder.
         name: Default the last stage that is trained.
         what: What is to be done with its adapter, for the error.
-
-    Raises:
-        RunError: The folder is no run, or the stage isn't trained, or it is the base.
     """
     recipe = run_recipe(run)
     number = trained_stage(run, recipe, name)
@@ -76,11 +65,7 @@ def asked_questions(run: Path, recipe: Recipe) -> tuple[Prepared, list[Example]]
 
 
 def refuse_frozen(stage: SharedStage) -> None:
-    """Refuse a stage whose adapter doesn't act on all tokens, where weights are to be merged.
-
-    Raises:
-        RunError: Says what can be merged, and how the adapter can be served.
-    """
+    """Refuse a stage whose adapter doesn't act on all tokens, where weights are to be merged."""
     recipe = stage.recipe
     if recipe.stages[stage.number - 1].context != "frozen":
         return

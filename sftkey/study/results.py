@@ -241,11 +241,7 @@ class FinishedCell(Answered):
 
 
 def read_cells(folder: Path) -> list[FinishedCell]:
-    """Read the finished cells of a study's folder, by task, arm and seed.
-
-    Raises:
-        RunError: There is none, or a file that is no cell.
-    """
+    """Read the finished cells of a study's folder, by task, arm and seed."""
     hint = "move the file aside; `sftkey study` on its file runs the cell again"
     files = (folder / "cells").glob("*/*/seed-*.json")
     cells = [read_model(FinishedCell, file, hint) for file in files]
@@ -271,11 +267,7 @@ def same_questions(cells: Sequence[FinishedCell]) -> bool:
 def paired(
     arm: Sequence[FinishedCell], control: Sequence[FinishedCell]
 ) -> list[tuple[FinishedCell, FinishedCell]]:
-    """Pair the seeds that both have, on the same questions.
-
-    Raises:
-        RunError: The two of one seed answered other questions.
-    """
+    """Pair the seeds that both have, on the same questions."""
     others = {cell.seed: cell for cell in control}
     pairs = [(cell, others[cell.seed]) for cell in arm if cell.seed in others]
     for cell, other in pairs:

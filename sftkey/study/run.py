@@ -27,15 +27,10 @@ CONFIRM = "confirm.json"
 
 @dataclass(kw_only=True)
 class StudyRun(StudyRows):
-    """A study on its way; the other arguments are those of `StudyRows`.
+    """A study on its way; the other arguments are those of `StudyRows`."""
 
-    Args:
-        grade: Grades a stage's answers in its run folder.
-        command: The command that began the study, for the record.
-    """
-
-    grade: Callable[[Run, str], None]
-    command: str
+    grade: Callable[[Run, str], None]  # grades a stage's answers in its run folder
+    command: str  # the command that began the study, for the record
 
     def cells(self, choose: bool = True) -> Iterator[Cell]:
         """Return all cells in the order in which they are run: one that others start from is first.
@@ -96,11 +91,7 @@ class StudyRun(StudyRows):
                     raise DataError(str(task), what, "write data.test into the recipe")
 
     def keep_confirmed(self) -> None:
-        """Write down which arms the screening let through, before any test question is read.
-
-        Raises:
-            RunError: Others were written down before.
-        """
+        """Write down which arms the screening let through, before any test question is read."""
         file = self.folder.root / CONFIRM
         wanted = {"control": self.study.control, "confirm": sorted(self.study.confirm)}
         if not file.exists():
@@ -114,11 +105,7 @@ class StudyRun(StudyRows):
             )
 
     def finished(self, cell: Cell) -> bool:
-        """Tell whether a cell is done; one of another recipe is refused.
-
-        Raises:
-            RunError: Names the changed keys, where the cell's run is still there.
-        """
+        """Tell whether a cell is done; one of another recipe is refused."""
         file, folder = self.folder.record(cell), self.folder.run(cell)
         if not file.exists():
             return False

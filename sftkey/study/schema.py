@@ -97,9 +97,6 @@ def strategy_recipe(
 
     `chosen` is, for the first stages, what is laid over each: `weight`, of the key, `kl`, and
     settings of the trainer.
-
-    Raises:
-        RecipeError: The recipe is wrong, has no stage at a strategy's place, or can't do it.
     """
     laid = [*overrides, *strategy.overrides]
     recipe = load_recipe(file, laid)

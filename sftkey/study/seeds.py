@@ -104,16 +104,13 @@ def corrected(ps: Mapping[str, float], primary: str | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Supposed:
-    """What is supposed of a study before its results are looked at.
+    """What is supposed of a study before its results are looked at."""
 
-    Args:
-        differing: Share of questions that arm and control of one seed answer differently.
-        by_question: How much of that an arm does alike in all seeds; 0: each seed by chance.
-        between_seeds: Standard deviation of the true difference from seed to seed, as a share.
-    """
-
+    # Share of questions that arm and control of one seed answer differently.
     differing: float = 0.25
+    # How much of that an arm does alike in all seeds; 0: each seed by chance.
     by_question: float = 0.3
+    # Standard deviation of the true difference from seed to seed, as a share.
     between_seeds: float = 0.02
 
 
@@ -224,19 +221,12 @@ def _drawn(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the half width of an interval is made of: variances of a mean of S x Q flags `(…)`.
+    """What the half width of an interval is made of: variances of a mean of S x Q flags `(…)`."""
 
-    Args:
-        by_seed: Of the seeds, with the noise in it.
-        by_question: Of the questions, with the noise in it.
-        noise: Of single flags.
-        num_seeds: How many the first was estimated from.
-    """
-
-    by_seed: Any
-    by_question: Any
-    noise: Any
-    num_seeds: int
+    by_seed: Any  # of the seeds, with the noise in it
+    by_question: Any  # of the questions, with the noise in it
+    noise: Any  # of single flags
+    num_seeds: int  # how many the first was estimated from
 
     def half(self, alpha: Any) -> Any:
         """Return the half width of the interval that misses the truth with chance alpha.

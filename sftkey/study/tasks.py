@@ -59,9 +59,6 @@ def arm_recipe(
     """Return the recipe of an arm's cell, or of its first `num_stages` stages alone.
 
     `chosen` is what was chosen for the arm's stages, in their order.
-
-    Raises:
-        RecipeError: The recipe is wrong, or can't do what the arm wants.
     """
     strategy = study.strategy(arm)
     strategy = replace(strategy, stages=strategy.stages[:num_stages])

@@ -36,22 +36,15 @@ KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 @dataclass(frozen=True)
 class Aligned:
-    """A batch whose rows are shifted to the right so far that all keys begin in one column.
+    """A batch whose rows are shifted to the right so far that all keys begin in one column."""
 
-    Args:
-        input_ids: `(B, C + K)`: C columns of context, filled up on the left, and K of the key,
-            filled up on the right.
-        attention_mask: `(B, C + K)`; 0 where it is filled up.
-        position_ids: `(B, C + K)`: each token's place in its own row.
-        labels: `(B, K)`, the token that each column of the key predicts, or -100.
-        starts: `(B,)`, where the key's columns begin in the row as it came.
-    """
-
+    # `(B, C + K)`: C columns of context, filled up on the left, and K of the key, filled up on the
+    # right.
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    labels: torch.Tensor
-    starts: torch.Tensor
+    attention_mask: torch.Tensor  # `(B, C + K)`; 0 where it is filled up
+    position_ids: torch.Tensor  # `(B, C + K)`: each token's place in its own row
+    labels: torch.Tensor  # `(B, K)`, the token that each column of the key predicts, or -100
+    starts: torch.Tensor  # `(B,)`, where the key's columns begin in the row as it came
 
     @property
     def num_context(self) -> int:
@@ -263,11 +256,7 @@ def _num_chunks(input_ids: torch.Tensor) -> int:
 
 
 def refuse_other_caches(model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model whose layers keep something else of a context than keys and values.
-
-    Raises:
-        ModelError: Names the family and what it keeps.
-    """
+    """Refuse a model whose layers keep something else of a context than keys and values."""
     if kept := other_caches(model):
         raise _unfit(model, f"keeps of a context more than keys and values: {kept}")
 

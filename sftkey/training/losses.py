@@ -40,16 +40,12 @@ MOST_ENTROPY = 3.0  # nats of 20 tokens: ln 20, rounded
 
 @dataclass(frozen=True)
 class Beside:
-    """What is computed of hidden states in the same pass as the losses.
+    """What is computed of hidden states in the same pass as the losses."""
 
-    Args:
-        compute: Takes hidden states `(n, H)` and the model's head, which gives their logits
-            `(n, V)`; returns `(n,)` values.
-        places: `(B, T)`, at which positions; None: where there is a label.
-    """
-
+    # Takes hidden states `(n, H)` and the model's head, which gives their logits `(n, V)`; returns
+    # `(n,)` values.
     compute: Callable[[torch.Tensor, Logits], torch.Tensor]
-    places: torch.Tensor | None = None
+    places: torch.Tensor | None = None  # `(B, T)`, at which positions; None: where there is a label
 
 
 def token_losses(
@@ -297,9 +293,6 @@ def find_weighting(loss: str) -> Weighting | None:
             `(N, B, T - 1)`, without gradient; it returns factors of that shape, or of the
             segments'. A parameter `entropies` gets those of `likeliest_entropy`, shaped as the
             losses.
-
-    Raises:
-        RecipeError: There is no such function.
 
     >>> find_weighting("dft")(torch.tensor([[3]]), torch.tensor([[0.0]]))
     tensor([[1.]])

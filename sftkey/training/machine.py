@@ -39,11 +39,7 @@ def patience(recipe: Recipe) -> timedelta:
 
 @contextmanager
 def explained_faults(folder: Path) -> Iterator[None]:
-    """Turn running out of memory, or the loss of another process, into an error that says what now.
-
-    Raises:
-        DeviceError: In place of torch's error; ProcessLost is one.
-    """
+    """Turn a lack of memory, or the loss of another process, into a DeviceError with a way on."""
     try:
         yield
     except SFTKeyError:
@@ -122,9 +118,6 @@ def require_disk(ledger: Ledger, num_steps: dict[str, int]) -> str | None:
 
     Returns:
         None where all is trained, or the model's size isn't known.
-
-    Raises:
-        DiskError: With the needed and the free bytes.
     """
     planned = plan_disk(ledger.recipe, num_steps)
     opened = [n for n, record in enumerate(ledger.stages) if record.status == "open"]

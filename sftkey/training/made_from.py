@@ -44,11 +44,7 @@ def fingerprints(rows: Mapping[str, Any]) -> dict[str, str]:
 
 
 def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:
-    """Refuse other rows than those that the run has used; note those that it begins to use.
-
-    Raises:
-        RunError: With the number of rows of each split that differ, and the ways on.
-    """
+    """Refuse other rows than those that the run has used; note those that it begins to use."""
     now = made_from(ledger.recipe, prepared)
     hashes = fingerprints(now)
     answered = any((ledger.folder / "evaluation").glob("[!.]*.json*"))

@@ -104,9 +104,6 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
     The file is JSONL of objects with `index`, the row's number, and `text`, what was written after
     the prompt; a row may come as often as `own.samples` says, and be missing. `prompt`, as
     `sftkey prompts` writes it, is compared if it is there.
-
-    Raises:
-        DataError: With every line that can't be used.
     """
     examples = prepared.train_examples
     places = {example.key: place for place, example in enumerate(examples)}
@@ -156,11 +153,7 @@ def _asked_key(row: Mapping[str, Any], asked: Mapping[int, Sequence[QuestionKey]
 def require_valid(
     stage: StageSection, prepared: Prepared, written: Mapping[int, Generation]
 ) -> dict[int, str]:
-    """Return the thinkings that are closed and not empty, by their number.
-
-    Raises:
-        DataError: Fewer than half of them are: the model doesn't think.
-    """
+    """Return the thinkings that are closed and not empty, by their number."""
     thinkings = {key: prepared.renderer.parse(each.text).thinking for key, each in written.items()}
     valid = {key: each for key, each in thinkings.items() if each and each.strip()}
     if len(valid) >= LEAST_VALID * len(written):
@@ -241,11 +234,7 @@ def own_examples(
 def with_references(
     stage: StageSection, prepared: Prepared, used: list[Example], seed: int
 ) -> list[Example]:
-    """Add rows with the data's reasoning, until they are the share that `own.mix` says.
-
-    Raises:
-        DataError: No row has a reasoning.
-    """
+    """Add rows with the data's reasoning, until they are the share that `own.mix` says."""
     mix = stage.own_thinking.mix
     if not mix:
         return used
@@ -264,9 +253,6 @@ def own_rows(
 
     Returns:
         The rows, and how many examples gave none, by reason.
-
-    Raises:
-        DataError: No row is left to train on.
     """
     reason = "no thinking was closed and kept"
     if examples:

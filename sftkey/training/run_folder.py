@@ -41,9 +41,6 @@ def lock_run(folder: Path) -> FileLock:
 
     It is held until it is released or nobody has the object any more, and the system takes it from
     a process that dies.
-
-    Raises:
-        RunLocked: Another process has it; its host and pid are named.
     """
     lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
     try:
@@ -122,11 +119,7 @@ class Ledger:
             self.require_stages()
 
     def require_stages(self) -> None:
-        """Refuse a recipe whose stages aren't those that were trained: one of another run.
-
-        Raises:
-            RunError: Names both.
-        """
+        """Refuse a recipe whose stages aren't those that were trained: one of another run."""
         known = [record.name for record in self.stages]
         names = [stage.name for stage in self.recipe.stages]
         if known != names:
@@ -192,11 +185,7 @@ class Ledger:
         )
 
     def require(self, path: Path) -> None:
-        """Refuse a finished file or folder that is no longer as it was written.
-
-        Raises:
-            RunError: Names the file, and the ways on.
-        """
+        """Refuse a finished file or folder that is no longer as it was written."""
         for file, what in self.broken(path).items():
             raise broken_file(self.folder, file, what)
 
@@ -205,11 +194,7 @@ class Ledger:
 
 
 def require_whole(folder: Path, *patterns: str) -> None:
-    """Refuse finished files of a run, of such names, that are no longer as they were written.
-
-    Raises:
-        RunError: Names one, and the command that writes it anew, where there is one.
-    """
+    """Refuse finished files of a run, of such names, that are no longer as they were written."""
     files = (read_ledger(folder) or {}).get("files", {})
     asked = {name for pattern in patterns for name in fnmatch.filter(files, pattern)}
     for file, what in changed_files({folder / name: files[name] for name in asked}).items():
@@ -233,11 +218,7 @@ def put_back(folder: Path) -> str:
 
 
 def read_ledger(folder: Path) -> dict[str, Any] | None:
-    """Read the ledger of a run, or its copy; None where no run has begun.
-
-    Raises:
-        RunError: There was one, and none of the two is whole.
-    """
+    """Read the ledger of a run, or its copy; None where no run has begun."""
     for name in (LEDGER, COPY):
         try:
             content = read_json(folder / name)
@@ -317,9 +298,6 @@ def set_aside_broken(ledger: Ledger) -> None:
     """Move answers, grades and diagnoses that are no longer as they were written out of the way.
 
     Adapters are looked at when they are loaded, or passed by as finished.
-
-    Raises:
-        RunError: Another finished file is broken.
     """
     adapters = {str(ledger.adapter(number)) for number in range(len(ledger.stages))}
     for file, what in ledger.broken(leaving=adapters).items():
@@ -371,11 +349,7 @@ def keep_stages(ledger: Ledger, begun: Recipe) -> None:
 
 
 def refuse_changed(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on with a run under another recipe than the one that began it.
-
-    Raises:
-        RunError: Names every changed key.
-    """
+    """Refuse to go on with a run under another recipe than the one that began it."""
     begun, problems = load_recipe(folder / RECIPE), []
     for key in changed_keys(begun, recipe):
         was, now = (_value_at(each, key) for each in (begun, recipe))
@@ -395,11 +369,7 @@ def _value_at(recipe: Recipe, key: str) -> Any:
 
 
 def run_recipe(folder: Path) -> Recipe:
-    """Read the recipe of a run.
-
-    Raises:
-        RunError: The folder is no run.
-    """
+    """Read the recipe of a run."""
     refuse_irregular(folder.rglob("*"))
     if not (folder / RECIPE).is_file():
         hint = REWRITTEN if (folder / LEDGER).exists() else "runs lie in runs/<name>"
@@ -411,11 +381,7 @@ def run_recipe(folder: Path) -> Recipe:
 
 
 def known_stages(folder: Path, recipe: Recipe, name: str | None) -> list[str]:
-    """Return what `--stage` may name of a run, `base` first.
-
-    Raises:
-        RunError: The name that was given is none of them.
-    """
+    """Return what `--stage` may name of a run, `base` first."""
     names = stage_names(recipe)
     if name is not None and name not in names:
         raise RunError(str(folder), f"--stage: expected one of {', '.join(names)}; got {name!r}")
@@ -426,9 +392,6 @@ def trained_stage(folder: Path, recipe: Recipe, name: str | None) -> int:
     """Return the place of a trained stage, the first being 1; 0 is the base model.
 
     Without a name it is the last one that is trained.
-
-    Raises:
-        RunError: There is no such stage, or it isn't trained.
     """
     names = known_stages(folder, recipe, name)
     records = Ledger(folder, recipe, main=False).stages

@@ -79,9 +79,6 @@ def refuse_destroyed(
         end: The same after its last step.
         vocabulary: Tokens of the model's head.
         where: The stage, for the message.
-
-    Raises:
-        DivergedError: With both losses.
     """
     guess, change = math.log(vocabulary), change_of(start, end)
     if change is None:
@@ -111,9 +108,6 @@ def check_handoff(
 
     Where both were read in other batches or surroundings, there are `tokens` of each segment:
     their mean loss may differ by as much as they are rounded differently.
-
-    Raises:
-        RunError: The stage doesn't start from what the previous one wrote.
     """
     missed = {}
     for name in (each for each in end if each in start):
@@ -143,11 +137,7 @@ STANDARD_ERRORS = 6.0
 
 
 def check_behind_cache(behind: dict[str, float], tolerance: float, where: str) -> None:
-    """Compare the key's losses behind a cache with those of a full pass of the same model.
-
-    Raises:
-        RunError: They are losses of something else.
-    """
+    """Compare the key's losses behind a cache with those of a full pass of the same model."""
     allowed = max(MOST_NOISE * behind["spread"], ALWAYS_ALLOWED * tolerance)
     gap = abs(behind["loss"] - behind["full_pass"])
     if gap <= behind["bound"] and behind["noise"] <= allowed and not behind["misplaced"]:
@@ -167,11 +157,7 @@ def not_finite(losses: dict[str, float]) -> str:
 
 
 def refuse_unsound_end(end: dict[str, float], where: str) -> None:
-    """Refuse to save a stage whose last losses, by segment, aren't all finite.
-
-    Raises:
-        RunError: Names the segments.
-    """
+    """Refuse to save a stage whose last losses, by segment, aren't all finite."""
     if unsound := not_finite(end):
         raise RunError(
             where,

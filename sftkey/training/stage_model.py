@@ -32,9 +32,6 @@ def refuse_mixed_rows(model: PreTrainedModel | PeftModel, probe: bool = True) ->
     """Refuse a model, with adapters or without, that lets a row of a pack see those before it.
 
     A probe with two short rows, packed and alone, needs the whole weights.
-
-    Raises:
-        ModelError: Names the family and why.
     """
     whole = without_adapters(model)  # its layers hold them
     if kept := other_caches(whole):
@@ -130,11 +127,7 @@ def load_left(
 
 
 def require_same_base(ledger: Ledger, base: Base) -> None:
-    """Refuse to go on with a run on other weights than those that it began with.
-
-    Raises:
-        RunError: Names both.
-    """
+    """Refuse to go on with a run on other weights than those that it began with."""
     began = ledger.facts.get("base") or {}
     if None in (began.get("fingerprint"), base["fingerprint"]):
         return
@@ -182,11 +175,7 @@ def stands_on(recipe: Recipe, ledger: Ledger, number: int) -> Base:
 
 
 def refuse_other_context(folder: Path, context: Base) -> None:
-    """Refuse a key adapter beside another context than the one that it was trained on.
-
-    Raises:
-        ModelError: Names both.
-    """
+    """Refuse a key adapter beside another context than the one that it was trained on."""
     record = read_json(folder / BASE_FILE)
     was, now = (each["context_fingerprint"] for each in (record, context))
     if was != now:
