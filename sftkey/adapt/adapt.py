@@ -26,8 +26,7 @@ from sftkey.memory_plan.held import read_skeleton
 from sftkey.memory_plan.plan import gpu_size, make_plan
 from sftkey.models.device import has_cuda
 from sftkey.models.facts import read_facts
-from sftkey.recipe.collection import short_name
-from sftkey.recipe.load import changed_keys, load_recipe
+from sftkey.recipe.load import changed_keys, load_recipe, short_name
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.yaml_io import dotted, inline, write_recipe
 

@@ -36,7 +36,7 @@ from sftkey.errors import ModelError, RecipeError, SFTKeyError, first_line
 from sftkey.models.adapters import add_lora, load_adapter, read_adapter_config
 from sftkey.models.device import Device, sharded
 from sftkey.models.facts import Skeleton
-from sftkey.models.key_adapter import act, context_adapters
+from sftkey.models.key_pass import act, context_adapters
 from sftkey.models.lora_names import refuse_unmatched, short_names, target_names
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.recipe.stages import key_adapter_specs

@@ -10,7 +10,7 @@ import typer
 
 from sftkey.commands.arguments import GPU, recipe_file, recipe_names
 from sftkey.commands.terminal import WordConsole, quiet_libraries, stdout_console
-from sftkey.recipe.collection import RECIPES, recipe_files, short_name
+from sftkey.recipe.load import RECIPES, recipe_files, short_name
 from sftkey.recipe.yaml_io import refuse_existing, write_new
 
 if TYPE_CHECKING:

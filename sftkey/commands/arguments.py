@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sftkey.recipe.collection import find_recipe, short_names
+from sftkey.recipe.load import find_recipe, short_names
 
 
 def recipe_file(target: Path | None) -> Path | None:

@@ -11,8 +11,7 @@ import typer
 from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, recipe_file, recipe_names
 from sftkey.commands.terminal import WordConsole, say, stdout_console
 from sftkey.errors import RecipeError
-from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_name
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, describe, load_recipe, recipe_files, short_name
 from sftkey.recipe.yaml_io import write_new
 from sftkey.training.run_folder import run_recipe
 

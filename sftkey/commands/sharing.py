@@ -105,6 +105,6 @@ def push(
     if merged:
         refuse_frozen(shared)
     set_up()
-    from sftkey.sharing.push import push as pushed
+    from sftkey.sharing.export import push as pushed
 
     print(pushed(shared, repo, private=private, merged=merged))

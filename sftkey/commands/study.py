@@ -100,8 +100,7 @@ def write_report(checked: Study, recipes: Path, folder: Path) -> None:
 
     The study names its recipes from the folder `recipes`.
     """
-    from sftkey.study.page import write_page
-    from sftkey.study.pictures import draw_pictures, stage_weights
+    from sftkey.study.page import draw_pictures, stage_weights, write_page
     from sftkey.study.report import report
     from sftkey.study.results import read_cells
 

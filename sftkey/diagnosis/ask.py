@@ -24,8 +24,7 @@ from sftkey.evaluation.grading import grade
 from sftkey.generation.generate import Generation, generate, inferring
 from sftkey.generation.key_switch import Switch, find_switch
 from sftkey.models.adapters import without_adapters
-from sftkey.models.key_adapter import KEY, acting
-from sftkey.models.key_pass import cache_name
+from sftkey.models.key_pass import KEY, acting, cache_name
 from sftkey.recipe.schema import EvalSection
 from sftkey.training.detached import Aligned, align
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftkey.errors import DataError, RecipeError, RunError, did_you_mean
 from sftkey.files import read_json, write_json
-from sftkey.recipe.collection import find_recipe, short_names
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import find_recipe, load_recipe, short_names
 from sftkey.recipe.schema import EvalSection, Recipe
 from sftkey.recipe.stages import BASE, stage_names
 from sftkey.training.run_folder import Ledger, trained_stage

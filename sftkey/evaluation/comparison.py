@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sftkey.evaluation.judge import judge_sentence
 from sftkey.evaluation.results import StageResult, read_results
+from sftkey.evaluation.stage import ThinkingChange, thinking_change, thinking_table
 from sftkey.evaluation.statistics import (
     CHANCE,
     difference_with_interval,
@@ -21,7 +22,6 @@ from sftkey.evaluation.statistics import (
     two_sided_p,
 )
 from sftkey.evaluation.thinking import form_table
-from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change, thinking_table
 from sftkey.tables import FittedTable
 
 MOST_UNREAD = 0.05  # of the base's answers: with more, a difference may be that of the tags alone

@@ -21,8 +21,7 @@ from transformers import (
 from sftkey.data.response import decoded
 from sftkey.errors import FrameError
 from sftkey.models.adapters import without_adapters
-from sftkey.models.key_adapter import KEY, acting, context_adapters, key_adapters
-from sftkey.models.key_pass import cache_name
+from sftkey.models.key_pass import KEY, acting, cache_name, context_adapters, key_adapters
 
 if TYPE_CHECKING:
     from sftkey.data.renderer import Renderer

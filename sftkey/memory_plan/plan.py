@@ -15,8 +15,14 @@ from typing import Any
 
 from sftkey.errors import RecipeError, SFTKeyError, shown
 from sftkey.memory_plan import held
-from sftkey.memory_plan.batches import KEY_TOKENS, Batch, stage_batch
-from sftkey.memory_plan.held import Setting, read_skeleton, setting_of
+from sftkey.memory_plan.held import (
+    KEY_TOKENS,
+    Batch,
+    Setting,
+    read_skeleton,
+    setting_of,
+    stage_batch,
+)
 from sftkey.memory_plan.trace import head_bytes, traced
 from sftkey.models.facts import Skeleton
 from sftkey.models.source import at_hand

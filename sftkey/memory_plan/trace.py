@@ -24,9 +24,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sftkey.activity import activity
 from sftkey.errors import ModelError, first_line
-from sftkey.memory_plan import batches
-from sftkey.memory_plan.batches import Batch, Joint
-from sftkey.memory_plan.held import DTYPE_BYTES, Setting, named
+from sftkey.memory_plan.held import (
+    BESIDE_LOGITS,
+    CHUNK_TOKENS,
+    DTYPE_BYTES,
+    TILE_LOGITS,
+    TILE_ROWS,
+    WIDEST_TILE,
+    Batch,
+    Joint,
+    Setting,
+    named,
+)
 from sftkey.memory_plan.meta import META, Adapted, Device, Head, Memory, Nf4
 from sftkey.models.facts import Skeleton
 from sftkey.models.key_pass import ConstantContext, cache_name, checkpointed, shared_keys
@@ -75,14 +84,14 @@ def head_bytes(skeleton: Skeleton, setting: Setting, batch: Batch) -> int:
     weight = skeleton.model.get_output_embeddings().weight
     states = tokens * weight.shape[1] * (2 * size + 4)
     if setting.kind == "cpu":
-        tile = min(batches.TILE_LOGITS, tokens * batches.WIDEST_TILE)
+        tile = min(TILE_LOGITS, tokens * WIDEST_TILE)
         tiles = (tile + CPU_TILES * min(tile, tokens * weight.shape[0])) * 4
     else:
-        tiles = min(tokens, batches.TILE_ROWS) * batches.WIDEST_TILE * size
+        tiles = min(tokens, TILE_ROWS) * WIDEST_TILE * size
     if setting.keeps_start:
         every = batch.rows * batch.length
         states += 2 * every * weight.shape[1] * size  # of the start, and now
-        rows = min(max(batches.BESIDE_LOGITS // weight.shape[0], 1), every)
+        rows = min(max(BESIDE_LOGITS // weight.shape[0], 1), every)
         tiles = max(tiles, BESIDE_TILES * rows * weight.shape[0] * 4)
     if setting.full:  # the head's own gradient, before it is added to what there is
         states += weight.numel() * 4
@@ -279,7 +288,7 @@ class Tracer:
 
         The cache of the other pieces is filled with what one column leaves, many times over.
         """
-        start = max(context - max(batches.CHUNK_TOKENS // batch.rows, 1), 0)  # no piece is longer
+        start = max(context - max(CHUNK_TOKENS // batch.rows, 1), 0)  # no piece is longer
         if start:
             self._run(batch.rows, 0, 1, cache)
         for layer in cache.layers if start > 1 else ():

@@ -1,4 +1,4 @@
-"""Load what the recipe's `model` section names: the tokenizer, and the model on its device."""
+"""Load what the `model` section names: tokenizer, chat template, and the model on its device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from sftkey.activity import activity
+from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.renderer import Renderer
 from sftkey.errors import ModelError, first_line, shown
+from sftkey.files import irregular
 from sftkey.models.device import (
     DTYPES,
     Device,
@@ -41,8 +43,61 @@ from sftkey.models.source import (
     read_json,
     weight_files,
 )
-from sftkey.models.template import check_template, read_template
 from sftkey.recipe.schema import ModelSection, Recipe
+
+MOST_BYTES = 1 << 20  # of a template, and of what one makes of four short messages
+CONVERSATION = [
+    {"role": "user", "content": "How many are 2 and 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And one more?"},
+    {"role": "assistant", "content": "5"},
+]
+
+
+def read_template(path: Path) -> str:
+    """Read a template file."""
+    try:
+        if kind := irregular(path):
+            what = f": expected a file; got {kind}"
+        elif path.stat().st_size > MOST_BYTES:
+            what = f": expected at most {MOST_BYTES:,} bytes"
+        else:
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        what = ": expected text in UTF-8; got other bytes"
+    except OSError as error:
+        what = f" can't be read: {error.strerror}"
+    raise ModelError(str(path), f"model.chat_template{what}")
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a template that doesn't end, or fills the memory, on a short conversation.
+
+    What else is wrong with it is said where the frame is read.
+    """
+    if not tokenizer.chat_template:
+        return
+    for messages, generation in ((CONVERSATION, False), (CONVERSATION[:1], True)):
+        try:
+            with bounded():
+                text: Any = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation
+                )
+            if len(text) <= MOST_BYTES:
+                continue
+            what = f"makes {len(text):,} characters"
+        except Late:
+            what = f"takes more than {SECONDS:g} seconds"
+        except (MemoryError, OverflowError):
+            what = "takes memory without end"
+        except Exception:  # an error of the template's own
+            continue
+        raise ModelError(
+            where,
+            f"its chat template {what} of a conversation of {len(messages)} short messages",
+            "write a template of your own: model.chat_template",
+        )
+
 
 LOGGER = logging.getLogger("sftkey")
 GIB = 2**30

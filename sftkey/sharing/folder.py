@@ -21,7 +21,7 @@ from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import fingerprint
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import stage_names
-from sftkey.sharing.baking import asked_ids
+from sftkey.sharing.merging import asked_ids
 from sftkey.sharing.stage import asked_questions
 from sftkey.training.run_folder import Ledger
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
+from sftkey.evaluation.stage import MOST_LOSS
 from sftkey.evaluation.statistics import CHANCE, points_text, score_of
 from sftkey.evaluation.thinking import PASSED
-from sftkey.evaluation.thinking_change import MOST_LOSS
 from sftkey.study.results import ArmFigures, Detectable, StudyResults
 
 SAME_TIME = 0.1  # of it: what two runs of one length differ by on a machine that others use

@@ -12,9 +12,9 @@ from typing import Any
 
 from sftkey.evaluation.judge import judge_figures
 from sftkey.evaluation.results import answer_figures
+from sftkey.evaluation.stage import turned
 from sftkey.evaluation.statistics import CHANCE, by_conversation, num_conversations
 from sftkey.evaluation.thinking import valid_change
-from sftkey.evaluation.thinking_change import turned
 from sftkey.recipe.stages import BASE
 from sftkey.study.rates import buckets, rates, share
 from sftkey.study.results import (

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from sftkey.generation.generate import inferring
-from sftkey.models.key_adapter import key_adapters
+from sftkey.models.key_pass import key_adapters
 from sftkey.training.detached import Aligned
 
 LOGGER = logging.getLogger("sftkey")

@@ -18,9 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sftkey.data.labels import IGNORED
 from sftkey.errors import ModelError
 from sftkey.generation.generate import inferring
-from sftkey.memory_plan.batches import CHUNK_TOKENS
+from sftkey.memory_plan.held import CHUNK_TOKENS
 from sftkey.models.adapters import without_adapters
-from sftkey.models.key_adapter import joining
 from sftkey.models.key_pass import (
     ConstantContext,
     GroupedAttention,
@@ -28,6 +27,7 @@ from sftkey.models.key_pass import (
     checkpointed,
     is_checkpointed,
     join,
+    joining,
     shared_keys,
 )
 

@@ -19,7 +19,7 @@ from sftkey.data.collator import row_lengths
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
 from sftkey.files import free_bytes
-from sftkey.models.key_adapter import act, context_adapters
+from sftkey.models.key_pass import act, context_adapters
 from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.recipe.upstream import size_bytes
 from sftkey.training.context_cache import ContextCache, bytes_a_token

@@ -24,9 +24,15 @@ from sftkey.data.response import Segment
 from sftkey.errors import RecipeError
 from sftkey.files import text_hash
 from sftkey.generation.generate import inferring
-from sftkey.memory_plan import batches
+from sftkey.memory_plan.held import (
+    BESIDE_LOGITS,
+    NARROWEST_TILE,
+    TILE_LOGITS,
+    TILE_ROWS,
+    WIDEST_TILE,
+)
 from sftkey.models.adapters import without_adapters
-from sftkey.models.key_adapter import key_adapters
+from sftkey.models.key_pass import key_adapters
 from sftkey.recipe.schema import Recipe
 from sftkey.training.detached import key_losses, read_context, refuse_other_caches
 
@@ -231,7 +237,7 @@ def in_tiles(
         num_logits: What one row takes: a tile has so many rows that `BESIDE_LOGITS` hold them.
         rows: `(N, …)` each.
     """
-    size = max(batches.BESIDE_LOGITS // num_logits, 1)
+    size = max(BESIDE_LOGITS // num_logits, 1)
     tiles = zip(*(each.split(size) for each in rows), strict=True)
     found = [checkpoint(compute, *tile, use_reentrant=False) for tile in tiles]
     return torch.cat(found)
@@ -242,9 +248,9 @@ def _tiles_for(num_tokens: int, device: torch.device) -> Iterator[None]:
     """Narrow TRL's tiles of logits to what a CPU's cache holds; it looks at each call."""
     width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     if device.type == "cpu":
-        rows = max(min(num_tokens, batches.TILE_ROWS), 1)
-        narrow = max(batches.TILE_LOGITS // rows, batches.NARROWEST_TILE)
-        narrow = min(narrow, batches.WIDEST_TILE)
+        rows = max(min(num_tokens, TILE_ROWS), 1)
+        narrow = max(TILE_LOGITS // rows, NARROWEST_TILE)
+        narrow = min(narrow, WIDEST_TILE)
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = narrow
     try:
         yield

@@ -15,7 +15,7 @@ from sftkey.files import read_json
 from sftkey.generation.generate import inferring
 from sftkey.models.adapters import BASE_FILE, Base, add_lora, load_adapter, without_adapters
 from sftkey.models.device import Device, choose_device
-from sftkey.models.key_adapter import KEY, act, context_adapters
+from sftkey.models.key_pass import KEY, act, context_adapters
 from sftkey.models.loading import load_model
 from sftkey.models.source import ADAPTER_CONFIG, base_identity, find_source, fingerprint
 from sftkey.recipe.schema import Recipe

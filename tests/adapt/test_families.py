@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from sftkey.adapt.adapt import Nearest, find_nearest
-from sftkey.recipe.collection import RECIPES, recipe_files
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe, recipe_files
 from sftkey.recipe.schema import Recipe
 
 

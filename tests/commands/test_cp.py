@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from sftkey.cli import app, main
-from sftkey.recipe.collection import RECIPES
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe
 
 NAME = "qwen3-8b/gsm8k"
 FILE = RECIPES / "qwen3-8b" / "gsm8k.yaml"

@@ -19,7 +19,7 @@ from sftkey.errors import RunError
 from sftkey.generation.generate import generate as write
 from sftkey.generation.key_switch import find_switch
 from sftkey.models.device import Device
-from sftkey.models.key_adapter import acting, context_adapters
+from sftkey.models.key_pass import acting, context_adapters
 from sftkey.recipe.schema import DataSection
 from sftkey.training.stage_model import load_stage
 from tests.support.runs import STAGES, frame_of, ledger_of, made_run

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sftkey.commands.recipes import ls, planned_gib, print_table
 from sftkey.errors import RecipeError
-from sftkey.recipe.collection import RECIPES, describe, recipe_files, short_names
+from sftkey.recipe.load import RECIPES, describe, recipe_files, short_names
 from tests.support.model_folders import SMALL
 
 QLORA = """# A recipe.

@@ -23,7 +23,7 @@ from sftkey.diagnosis.ask import (
 )
 from sftkey.errors import FrameError
 from sftkey.generation.key_switch import find_switch
-from sftkey.models.key_adapter import KEY, acting
+from sftkey.models.key_pass import KEY, acting
 from sftkey.recipe.schema import EvalSection, ResponseSection
 from tests.support.models import EQUAL
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import sftkey.evaluation.thinking as module
 from sftkey.data.response import Example, QuestionKey, Response
 from sftkey.evaluation.results import StageResult
+from sftkey.evaluation.stage import ThinkingChange, Turned, thinking_change
 from sftkey.evaluation.thinking import judge_thinkings, thinking_hash
-from sftkey.evaluation.thinking_change import ThinkingChange, Turned, thinking_change
 from sftkey.generation.generate import Generation
 from tests.evaluation.test_grading import PIECES
 from tests.support.scoring import scored

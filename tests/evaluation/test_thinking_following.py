@@ -6,8 +6,8 @@ import pytest
 
 from sftkey.data.response import Example, Parsed
 from sftkey.evaluation.results import StageResult
+from sftkey.evaluation.stage import ThinkingChange, thinking_table
 from sftkey.evaluation.thinking import follow_thinkings, last_named
-from sftkey.evaluation.thinking_change import ThinkingChange, thinking_table
 
 
 def examples(*references: tuple[str, str]) -> list[Example]:

@@ -28,8 +28,8 @@ from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError, SFTKeyError, as_told
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.results import read_results
+from sftkey.models.loading import check_template
 from sftkey.models.source import find_source
-from sftkey.models.template import check_template
 from sftkey.pipeline import open_run
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe, ResponseSection

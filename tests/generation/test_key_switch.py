@@ -16,7 +16,7 @@ from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import FrameError
 from sftkey.generation.generate import Generation, generate, generate_to_file
 from sftkey.generation.key_switch import StopAtThinkingEnd, Switch, find_switch
-from sftkey.models.key_adapter import KEY, acting, context_adapters
+from sftkey.models.key_pass import KEY, acting, context_adapters
 from sftkey.recipe.schema import ResponseSection
 from tests.support.models import made_family, nf4, with_lora
 from tests.support.tiny import made_tokenizer

@@ -30,8 +30,7 @@ from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, gpu_size, make_p
 from sftkey.models.device import Device
 from sftkey.models.facts import Skeleton
 from sftkey.models.loading import load_model
-from sftkey.recipe.collection import RECIPES, recipe_files
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe, recipe_files
 from sftkey.recipe.schema import ModelSection, Recipe
 from tests.support.model_folders import model_folder, sums, write_rows
 

@@ -17,8 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftkey.memory_plan import trace
-from sftkey.memory_plan.batches import joint_pass
-from sftkey.memory_plan.held import Setting, gradient_bytes
+from sftkey.memory_plan.held import Setting, gradient_bytes, joint_pass
 from sftkey.memory_plan.plan import most, parts_of
 from sftkey.memory_plan.trace import Batch, Tracer, traced
 from sftkey.models.facts import Skeleton

@@ -23,8 +23,7 @@ from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.packaged import find_weights, gguf_folder
 from sftkey.models.source import at_hand, base_identity, find_source
-from sftkey.recipe.collection import RECIPES
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe
 from sftkey.recipe.schema import ModelSection
 from tests.support.leftovers import left_by_a_kill
 from tests.support.tiny import made_model

@@ -13,8 +13,8 @@ import pytest
 from sftkey.bounds import Late
 from sftkey.data import template as data_template
 from sftkey.errors import ModelError
-from sftkey.models import template
-from sftkey.models.template import check_template, read_template
+from sftkey.models import loading
+from sftkey.models.loading import check_template, read_template
 from tests.support.tiny import CHATML, made_tokenizer
 
 
@@ -43,8 +43,8 @@ def test_a_template_without_end_is_refused(
 ) -> None:
     """It is tried on a short conversation within bounds, and named."""
     seconds = 0.5 if "seconds" in what else 60  # no clock decides where memory or length does
-    monkeypatch.setattr(template.bounded.__wrapped__, "__defaults__", (seconds, 1 << 30))
-    monkeypatch.setattr(template, "SECONDS", seconds)
+    monkeypatch.setattr(loading.bounded.__wrapped__, "__defaults__", (seconds, 1 << 30))
+    monkeypatch.setattr(loading, "SECONDS", seconds)
     with pytest.raises(ModelError, match=what) as error:
         check_template(with_template(text), "model")
     assert "write a template of your own: model.chat_template" in str(error.value)
@@ -88,7 +88,7 @@ def test_an_alarm_that_python_drops_comes_again() -> None:
     since = time.monotonic()
 
     def endless() -> None:
-        with template.bounded(0.05):
+        with loading.bounded(0.05):
             Slow()
             while time.monotonic() - since < 5:
                 pass
@@ -104,7 +104,7 @@ def test_a_template_file_is_text(tmp_path: Path) -> None:
     pipe, binary, huge = (tmp_path / name for name in ("pipe", "binary", "huge"))
     os.mkfifo(pipe)
     binary.write_bytes(b"\xff\xfe\x00")
-    huge.write_text("x" * (template.MOST_BYTES + 1))
+    huge.write_text("x" * (loading.MOST_BYTES + 1))
     for file, what in (
         (pipe, "expected a file; got a pipe"),
         (binary, "expected text in UTF-8; got other bytes"),

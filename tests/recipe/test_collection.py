@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sftkey.errors import RecipeError
-from sftkey.recipe.collection import RECIPES, find_recipe, recipe_files, short_name, short_names
+from sftkey.recipe.load import RECIPES, find_recipe, recipe_files, short_name, short_names
 
 
 @pytest.fixture

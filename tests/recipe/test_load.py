@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftkey.errors import RecipeError
-from sftkey.recipe.collection import recipe_files
-from sftkey.recipe.load import changed_keys, load_recipe
+from sftkey.recipe.load import changed_keys, load_recipe, recipe_files
 from sftkey.recipe.rules import REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
 from sftkey.recipe.schema import Recipe
 

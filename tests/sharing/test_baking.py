@@ -16,7 +16,7 @@ from sftkey.data.sources import question_prompt
 from sftkey.errors import FrameError
 from sftkey.pipeline import open_run
 from sftkey.recipe.schema import DataSection, ResponseSection
-from sftkey.sharing.baking import (
+from sftkey.sharing.merging import (
     asked_ids,
     baked_generation_config,
     baked_template,

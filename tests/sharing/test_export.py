@@ -17,8 +17,8 @@ from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError
 from sftkey.models.device import Device
 from sftkey.models.loading import load_renderer
-from sftkey.sharing.baking import asked_ids, with_template
 from sftkey.sharing.export import converter_command, modelfile
+from sftkey.sharing.merging import asked_ids, with_template
 from sftkey.sharing.stage import shared_stage
 from sftkey.training.stage_model import load_stage
 from tests.support.real_tokenizers import llama_cpp, real_tokenizer

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import sftkey.sharing.card
-import sftkey.sharing.push
+import sftkey.sharing.export
 from sftkey.cli import main
 from sftkey.commands.sharing import card, push
 from sftkey.data.response import Example, Response
@@ -49,7 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_of_the_tests")
-        for module in (sftkey.sharing.card, sftkey.sharing.push):
+        for module in (sftkey.sharing.card, sftkey.sharing.export):
             monkeypatch.setattr(module, "hub_id", lambda name: f"tiny/{Path(name).name}")
         yield served
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sftkey.recipe.loss_on import loss_weights
-from sftkey.study.pictures import draw_pictures, stage_weights
+from sftkey.study.page import draw_pictures, stage_weights
 from sftkey.study.results import FinishedCell, StudyResults
 from sftkey.study.schema import load_study
 from sftkey.study.summary import summarize

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sftkey.evaluation.judge import JudgeFigures
-from sftkey.study.pictures import draw_pictures
+from sftkey.study.page import draw_pictures
 from sftkey.study.report import chosen, equals, report, said, table, thinking, to_confirm, warnings
 from sftkey.study.results import (
     ArmFigures,

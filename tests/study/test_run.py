@@ -18,8 +18,7 @@ from filelock import FileLock
 from sftkey.commands.study import study, study_run
 from sftkey.errors import RecipeError, RunError, RunLocked
 from sftkey.files import write_json
-from sftkey.recipe.collection import RECIPES
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe
 from sftkey.recipe.stages import num_stage_steps, prefix_key
 from sftkey.study.cells import recipe_hash, take_over
 from sftkey.study.choose import StudyChoices, validation_loss

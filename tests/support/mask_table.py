@@ -18,8 +18,7 @@ from sftkey.data.response import TOOLS, Example
 from sftkey.data.template import reads_of
 from sftkey.data.tokenization import OWN_TAGS, Row, tokenize
 from sftkey.errors import FrameError
-from sftkey.recipe.collection import RECIPES, recipe_files
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe, recipe_files
 from sftkey.recipe.schema import Recipe, ResponseSection
 from tests.support.families import FAMILIES, Family
 

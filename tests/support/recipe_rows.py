@@ -17,8 +17,7 @@ import pytest
 import yaml
 
 from sftkey.data import sources
-from sftkey.recipe.collection import RECIPES
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, load_recipe
 from sftkey.recipe.schema import DataSection, Recipe
 
 NUM_TRAINED, NUM_OTHERS = 60, 30  # beside the rows of train that a recipe holds out

@@ -10,7 +10,7 @@ import yaml
 from sftkey.data.renderer import Renderer
 from sftkey.models.adapters import DEFAULT, add_lora, save_adapter, save_model
 from sftkey.models.device import Device
-from sftkey.models.key_adapter import KEY
+from sftkey.models.key_pass import KEY
 from sftkey.models.loading import load_model, load_tokenizer
 from sftkey.models.source import base_identity
 from sftkey.recipe.load import load_recipe

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from sftkey.errors import ModelError
-from sftkey.models.key_adapter import act, acting, context_adapters, key_adapters
+from sftkey.models.key_pass import act, acting, context_adapters, key_adapters
 from sftkey.training import frozen
 from sftkey.training.losses import add_token_losses, token_losses
 from tests.support.models import (
@@ -128,7 +128,7 @@ def test_a_grid_refuses_modules_that_see_no_rows() -> None:
     keys = {name: lora(r=2, target_modules=["gate_proj"]) for name in ("key_0", "key_1")}
     model = adapted(made_family("llama"), **keys)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and "key-0" in m.lora_A)
-    from sftkey.models.key_adapter import joining
+    from sftkey.models.key_pass import joining
 
     with pytest.raises(ModelError) as error, joining(model, ["key-0", "key-1"]):
         layer(torch.zeros(6, 32))

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from sftkey.data.response import Segment
 from sftkey.errors import ModelError
 from sftkey.evaluation.grading import grade
-from sftkey.models.key_adapter import KEY, acting, context_adapters
+from sftkey.models.key_pass import KEY, acting, context_adapters
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import Run, start
 from sftkey.training.stage_model import load_stage

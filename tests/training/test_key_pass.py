@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftkey.memory_plan import batches
+from sftkey.memory_plan import held
 from sftkey.models.adapters import add_lora
 from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.training import detached, validating
@@ -64,7 +64,7 @@ def test_joint_pass_equals_separate_ones(family: str, context: str, anew: bool) 
 
 def test_doctests_hold() -> None:
     """The examples of joined batches and of what goes together are what the code gives."""
-    assert [doctest.testmod(each).failed for each in (detached, validating, batches)] == [0, 0, 0]
+    assert [doctest.testmod(each).failed for each in (detached, validating, held)] == [0, 0, 0]
 
 
 def test_a_pass_takes_what_fits() -> None:
@@ -88,8 +88,8 @@ def test_no_pass_is_larger_than_planned(
 ) -> None:
     """Whatever goes together, of rows no longer than the longest and keys no longer either."""
     context, keys = (max(each) for each in zip(*sizes, strict=True))
-    largest = batches.Batch(rows, context + keys, keys - 1)
-    planned = batches.joint_pass(largest, len(sizes), copies, most_tokens)
+    largest = held.Batch(rows, context + keys, keys - 1)
+    planned = held.joint_pass(largest, len(sizes), copies, most_tokens)
     together = None
     found = [KeyBatch(rows * copies, *size) for size in sizes]
     for batch, ends in zip(found, pass_ends(found, most_tokens), strict=True):

@@ -84,7 +84,7 @@ def test_a_stage_is_held_by_its_start(
     make: Any, logits: int, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss, divergence and gradient of three steps; the divergence is 0 at the first alone."""
-    monkeypatch.setattr(losses_module.batches, "BESIDE_LOGITS", logits)
+    monkeypatch.setattr(losses_module, "BESIDE_LOGITS", logits)
     trainer, oracle = stage(tiny_tokenizer, tmp_path, make)
     trainer.train()
     lines = [(x["loss"], x["kl"], x["grad_norm"]) for x in training_lines(trainer)]

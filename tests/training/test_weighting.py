@@ -103,7 +103,7 @@ def test_eaft_weighs_by_the_entropy_of_the_likeliest_tokens(
     logits: int, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first step's loss is the sum by hand; a function and a method of one's own equal it."""
-    monkeypatch.setattr(losses_module.batches, "BESIDE_LOGITS", logits)
+    monkeypatch.setattr(losses_module, "BESIDE_LOGITS", logits)
     model, rows = made_model(tiny_tokenizer), made_rows(len(tiny_tokenizer)).select(range(4))
     with torch.no_grad():
         whole = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]

@@ -10,8 +10,7 @@ import pytest
 from sftkey.errors import RunError
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_results
-from sftkey.evaluation.stage import grade_stage
-from sftkey.evaluation.thinking_change import ThinkingChange, thinking_change
+from sftkey.evaluation.stage import ThinkingChange, grade_stage, thinking_change
 from sftkey.recipe.load import load_recipe
 from sftkey.study.cells import take_over
 from sftkey.training import frozen

@@ -12,8 +12,7 @@ from sftkey.checks.mask_proof import judge, prove
 from sftkey.data.examples import make_rule
 from sftkey.data.prepare import Prepared, prepare
 from sftkey.data.tokenization import tokenize
-from sftkey.recipe.collection import RECIPES, describe, recipe_files
-from sftkey.recipe.load import load_recipe
+from sftkey.recipe.load import RECIPES, describe, load_recipe, recipe_files
 from tests.support.families import FAMILIES, Family
 from tests.support.mask_table import num_refused_otherwise
 from tests.support.recipe_rows import loaded
