@@ -275,11 +275,7 @@ def refuse_irregular(paths: Iterable[Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text; the file appears under its name only when it is whole.
-
-    Raises:
-        DiskError: The disk is full.
-    """
+    """Write a text; the file appears under its name only when it is whole."""
     content = text.encode()
     with appearing(path, len(content)) as temporary:
         temporary.write_bytes(content)

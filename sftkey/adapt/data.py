@@ -69,9 +69,6 @@ def choose_data(
         plain: The frame is plain: prompts are texts, and end with a line.
         renderer: Rows that it can't tokenize are left out, or asked about where they are many.
         options: What the recipe says of its rows elsewhere.
-
-    Raises:
-        DataError: The source can't be read.
     """
     rows = load_rows(DataSection(source=source), seed, "train")
     choice = DataChoice({"source": source}, {"source": "built in: sftkey knows its columns"})

@@ -170,11 +170,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], why: str)
 def _clean(
     tokenizer: PreTrainedTokenizerBase, section: ResponseSection, kwargs: dict[str, Any]
 ) -> tuple[ResponseSection, Renderer, str]:
-    """Probe these tags in the first writing that no token straddles; the text stays the same.
-
-    Raises:
-        FrameError: The tokenizer or its template can't carry them.
-    """
+    """Probe these tags in the first writing that no token straddles; the text stays the same."""
     renderer = Renderer.read(tokenizer, section, kwargs)
     if _is_clean(renderer):
         return section, renderer, "no token straddles the end of the thinking"

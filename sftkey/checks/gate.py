@@ -196,9 +196,6 @@ def unreadable_answers(recipe: Recipe, prepared: Prepared) -> dict[str, list[int
     """Return the rows by split whose answer the grader wouldn't call right: no model's could be.
 
     The package behind `math` takes a millisecond or more for each, so it isn't asked about train.
-
-    Raises:
-        RecipeError: `math` without the package that does it.
     """
     splits = {"test": prepared.test, "validation": prepared.validation_examples}
     if recipe.eval.grader != "math":

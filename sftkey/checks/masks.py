@@ -172,11 +172,7 @@ def _decode(renderer: Renderer, rows: Sequence[Sequence[int]]) -> list[str]:
 
 
 def id_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
-    """Find tokens of the frame that the model's embedding has no row for.
-
-    Raises:
-        ModelError: The model's config can't be read.
-    """
+    """Find tokens of the frame that the model's embedding has no row for."""
     size, tokenizer = num_embeddings(recipe.model), renderer.tokenizer
     tags = renderer.encode([renderer.response.render("", "")])[0].ids
     own = {"pad": tokenizer.pad_token_id, "begin of text": tokenizer.bos_token_id}

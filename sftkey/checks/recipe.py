@@ -112,9 +112,6 @@ def stop_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
 
     A chat template may come with a base model that has never seen its end of turn, and LoRA on the
     linear layers trains neither its embedding nor its row of the output head.
-
-    Raises:
-        ModelError: The model's config can't be read.
     """
     published, verified = published_stops(recipe.model)
     if not verified:

@@ -76,11 +76,7 @@ _PASSED: set[str] = set()  # by what a rehearsal depends on: a study's cells dif
 
 
 def rehearsal_findings(recipe: Recipe, prepared: Prepared, skeleton: Skeleton) -> Iterator[Finding]:
-    """Try every stage of a recipe, whose form and rows are sound, on a small model.
-
-    Raises:
-        SFTKeyError: The first thing that upstream would refuse.
-    """
+    """Try every stage of a recipe, whose form and rows are sound, on a small model."""
     sections = {"model", "lora", "trainer", "stages"}
     key = json.dumps(recipe.model_dump(mode="json", include=sections), sort_keys=True, default=str)
     if key in _PASSED:

@@ -112,11 +112,7 @@ def rendered_numbers(numbers: dict[str, Any]) -> list[RenderableType]:
 
 
 def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) -> None:
-    """Print a recipe's plan alone; no data are read.
-
-    Raises:
-        SystemExit: With 2, where it doesn't fit.
-    """
+    """Print a recipe's plan alone; no data are read."""
     from sftkey.checks.findings import Finding, Report
     from sftkey.memory_plan.plan import fit
 

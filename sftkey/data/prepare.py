@@ -124,13 +124,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
 
 
 def prepare_splits(recipe: Recipe, splits: Splits, renderer: Renderer) -> Prepared:
-    """Tokenize what is trained and validated on, of rows that are loaded already.
-
-    Raises:
-        DataError: A row can't be tokenized and the recipe doesn't let such rows drop, no rows are
-            left, or a stage finds nothing to train in them.
-        FrameError: A plain frame got chat messages.
-    """
+    """Tokenize what is trained and validated on, of rows that are loaded already."""
     counts: dict[str, Any] = {"dropped": deepcopy(splits.dropped)}
     counts |= {name: {} for name in ("trimmed", "noted", "tokens")}
     rows: dict[str, Dataset | None] = {"train": None, "validation": None, "test": None}

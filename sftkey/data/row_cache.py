@@ -108,10 +108,6 @@ def tokenized_rows(
 
     Returns:
         Rows with `input_ids`, `segment_ids` (lists of one length a row) and `index`; and the rest.
-
-    Raises:
-        DataError: The cache can't be written.
-        FrameError: A plain frame got chat messages.
     """
     key = content_key(examples, renderer, {"max_length": max_length, "trim": trim})
     folder = cache_folder() / "rows" / key

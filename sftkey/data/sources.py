@@ -118,11 +118,7 @@ def has_splits(data: DataSection) -> bool:
 def load_examples(
     data: DataSection, seed: int, split: str = "train", options: RowOptions = USUAL
 ) -> Loaded:
-    """Read one split, given by its name or as a file, and make its examples.
-
-    Raises:
-        DataError: The source can't be read, holds no rows, or lacks columns that the section names.
-    """
+    """Read one split, given by its name or as a file, and make its examples."""
     return make_examples(load_rows(data, seed, split), with_defaults(data), options)
 
 

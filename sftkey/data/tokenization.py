@@ -126,11 +126,7 @@ class _Text:
 
 
 def tokenize(examples: Sequence[Example], renderer: Renderer) -> list[Row | Refusal]:
-    """Make a row of each example, or say why it can't be one; in order.
-
-    Raises:
-        FrameError: A plain frame got chat messages.
-    """
+    """Make a row of each example, or say why it can't be one; in order."""
     return [row for batch in tokenize_batches(examples, renderer) for row in batch]
 
 
@@ -141,9 +137,6 @@ def tokenize_batches(
 
     The tokenizer works outside of Python's lock: while its threads are at the next batches, one on
     each core, this thread makes rows of the last.
-
-    Raises:
-        FrameError: A plain frame got chat messages.
     """
     num_threads = _num_cores()
     batches = (examples[n : n + BATCH_SIZE] for n in range(0, len(examples), BATCH_SIZE))

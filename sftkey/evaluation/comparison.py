@@ -121,11 +121,7 @@ def _corrected(differences: Iterable[Difference | None]) -> list[Difference | No
 
 
 def compare_runs(folders: Iterable[Path], alpha: float | None = None) -> Comparison:
-    """Compare run folders.
-
-    Raises:
-        RunError: A folder holds no results, or files that aren't results.
-    """
+    """Compare run folders."""
     return compare({str(folder): read_results(folder) for folder in folders}, alpha)
 
 

@@ -81,11 +81,7 @@ def read_untagged(text: str, reference: str, response: Response, grader: str) ->
 
 
 def unreadable(references: Mapping[int, str], grader: str) -> list[int]:
-    """List the rows whose reference a grader can't read: every answer to them would be wrong.
-
-    Raises:
-        RecipeError: `math` without the package that does it.
-    """
+    """List the rows whose reference a grader can't read: every answer to them would be wrong."""
     return [row for row, text in references.items() if not grade(text, text, grader)]
 
 

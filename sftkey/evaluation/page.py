@@ -146,9 +146,6 @@ def write_page(folder: Path, recipe: Recipe, prepared: Prepared | str) -> list[P
     """Write `report.html` and `losses.png` of a run, and return those that were written.
 
     `prepared` are its rows; or, where they can't be read, why, which then stands in their place.
-
-    Raises:
-        RunError: A file of the run holds something else than it should.
     """
     losses = read_losses(folder, recipe)
     page = folder / "report.html"

@@ -277,11 +277,7 @@ def write_result(folder: Path, result: StageResult) -> Path:
 
 
 def read_result(file: Path) -> StageResult:
-    """Read what `write_result` wrote.
-
-    Raises:
-        RunError: The file holds something else.
-    """
+    """Read what `write_result` wrote."""
     hint = "move the file aside; `sftkey evaluate` on its run writes it anew"
     return read_model(StageResult, file, hint)
 

@@ -259,11 +259,7 @@ def track_grades(run: Run, stage: str) -> None:
 
 
 def refuse_unready_judge(recipe: Recipe) -> None:
-    """Refuse a judge whose package or key is missing, before anything else is done.
-
-    Raises:
-        RecipeError: Says what to install or to set.
-    """
+    """Refuse a judge whose package or key is missing, before anything else is done."""
     if recipe.eval.judge is not None:
         open_client(recipe.eval.judge).close()
 

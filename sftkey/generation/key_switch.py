@@ -103,11 +103,7 @@ class Switch:
 def find_switch(
     model: PreTrainedModel | PeftModel, renderer: Renderer, *, thinking_given: bool = False
 ) -> Switch | None:
-    """Say where a model switches to its key adapter; None for a model that has none.
-
-    Raises:
-        FrameError: No tag ends the thinking: neither has a character.
-    """
+    """Say where a model switches to its key adapter; None for a model that has none."""
     if not key_adapters(model):
         return None
     tags = renderer.response.thinking_close, renderer.response.answer_open

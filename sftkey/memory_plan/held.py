@@ -170,12 +170,7 @@ def features(module: Any) -> tuple[int, int]:
 
 
 def read_skeleton(section: ModelSection) -> Skeleton:
-    """Return a recipe's model without weights, with the recipe's attention.
-
-    Raises:
-        ModelError: There is no such model, transformers can't build it, or its weights come
-            quantized.
-    """
+    """Return a recipe's model without weights, with the recipe's attention."""
     skeleton = skeleton_of(section, section.attn_implementation)
     if skeleton.quantized is not None:
         raise ModelError(

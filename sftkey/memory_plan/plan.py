@@ -193,12 +193,7 @@ def gpu_size(text: str) -> int:
 
 
 def make_plan(recipe: Recipe, skeleton: Skeleton, gpu_bytes: int) -> Plan:
-    """Plan all stages of a recipe on one GPU, for rows as long as the recipe allows.
-
-    Raises:
-        CheckError: The recipe asks for something that isn't planned.
-        ModelError: The model can't be run without weights.
-    """
+    """Plan all stages of a recipe on one GPU, for rows as long as the recipe allows."""
     room = gpu_bytes - RESERVED_BYTES
     stages = tuple(StagePlan(recipe, each, skeleton, room) for each in recipe.stages)
     return Plan(recipe.name, gpu_bytes, stages)
@@ -399,11 +394,7 @@ def _written(recipe: Recipe, key: str, values: dict[str, Any]) -> Overrides:
 
 
 def fit(recipe: Path, overrides: Sequence[str], gpu: str) -> Plan:
-    """Plan a recipe on a GPU, and look for what makes it fit.
-
-    Raises:
-        SFTKeyError: The size, the recipe or its model can't be read, or aren't planned.
-    """
+    """Plan a recipe on a GPU, and look for what makes it fit."""
     size = gpu_size(gpu)
 
     def load(more: Sequence[str]) -> Recipe:

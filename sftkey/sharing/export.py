@@ -87,12 +87,7 @@ def _convert(command: list[str]) -> None:
 
 
 def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str = "auto") -> None:
-    """Write a new folder with `model.gguf` and the Modelfile that makes an Ollama model of it.
-
-    Raises:
-        RunError: As in `write_gguf`, or the prompt can't stand in a Modelfile.
-        ModelError: The weights can't be loaded.
-    """
+    """Write a new folder with `model.gguf` and the Modelfile that makes an Ollama model of it."""
     refuse_existing(folder)
     text = modelfile(load_renderer(stage.recipe), stage.recipe)
     write_gguf(stage, checkout, folder / "model.gguf", outtype)
@@ -142,9 +137,6 @@ def write_vllm_lora(stage: SharedStage, folder: Path) -> str:
 
     Returns:
         The command that serves the adapter under the run's name.
-
-    Raises:
-        RunError: The folder exists, or vLLM doesn't serve such an adapter.
     """
     from transformers import GenerationConfig
 
@@ -191,9 +183,6 @@ def write_task(stage: SharedStage, folder: Path) -> str:
 
     Returns:
         The command that evaluates the stage with it.
-
-    Raises:
-        RunError: The folder exists, or the run asks no questions.
     """
     recipe = stage.recipe
     refuse_existing(folder)

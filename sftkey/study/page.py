@@ -360,9 +360,6 @@ def stage_weights(study: Study, folder: Path, arm: ArmFigures) -> StageWeights:
     """Return the weight of each segment in the losses of an arm's stages.
 
     The folder is that of the study's file, from which its recipes are named.
-
-    Raises:
-        RecipeError: A recipe of the study can't be read.
     """
     task = next((task for task in tasks_of(study, folder) if task.name == arm.task), None)
     if task is None or arm.name not in study.arms:

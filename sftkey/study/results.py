@@ -185,11 +185,7 @@ def find_results(path: Path) -> Path | None:
 
 
 def read_results_file(file: Path) -> StudyResults:
-    """Read what `write_results` wrote.
-
-    Raises:
-        RunError: The file holds something else.
-    """
+    """Read what `write_results` wrote."""
     hint = "`sftkey study` on the study's file writes its results anew"
     return read_model(StudyResults, file, hint)
 

@@ -296,11 +296,7 @@ class Study(Section):
 
 
 def load_study(path: Path) -> Study:
-    """Read a study's file and check it; its recipes are read where their arms are made.
-
-    Raises:
-        RecipeError: With every problem of the file.
-    """
+    """Read a study's file and check it; its recipes are read where their arms are made."""
     source = read_yaml(path)
     _name_arms(source)
     for number, recipe in enumerate(recipes := _listed(source.data, "recipes")):

@@ -129,9 +129,6 @@ def summarize(
 
     Arms that `arms` doesn't name follow in the order of the cells; that of `primary` is tested
     first.
-
-    Raises:
-        RunError: Arms of one seed answered other questions.
     """
     tasks = {task: list(group) for task, group in groupby(cells, key=lambda cell: cell.task)}
     figures: list[ArmFigures] = []

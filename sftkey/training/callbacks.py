@@ -350,11 +350,7 @@ class StopAfterStep(TrainerCallback):
             control.should_save = control.should_log = True
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """End the run where a signal has come: the checkpoint is written and sealed.
-
-        Raises:
-            RunStopped: One has come.
-        """
+        """End the run where a signal has come: the checkpoint is written and sealed."""
         if number := self._of_any_process():
             self.request.number, self.request.in_training = number, False
             raise self.request.stopped()

@@ -318,11 +318,7 @@ def find_weighting(loss: str) -> Weighting | None:
 
 
 def own_losses(recipe: Recipe) -> dict[str, str]:
-    """Return the hash of each module that holds a function of a stage's `loss`, for the record.
-
-    Raises:
-        RecipeError: There is no such function.
-    """
+    """Return the hash of each module that holds a function of a stage's `loss`, for the record."""
     found = {}
     for stage in recipe.stages:
         if stage.loss not in BUILT_IN:

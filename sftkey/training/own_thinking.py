@@ -312,9 +312,6 @@ def own_validation(stage: StageSection, prepared: Prepared, writer: Writer) -> D
     """Return validation rows behind the model's own thinking, for data without any reasoning.
 
     All stages of a run are measured on those that its first stage's model wrote.
-
-    Raises:
-        DataError: Too few thinkings are valid.
     """
     examples = prepared.validation_examples or prepared.train_examples[:NUM_WITHOUT_VALIDATION]
     valid = require_valid(stage, prepared, writer.write("validation", examples, 1, 0.0))

@@ -315,9 +315,6 @@ def keep_stages(ledger: Ledger, begun: Recipe) -> None:
     """Keep the stages that a changed recipe leaves as they were, and set aside what came after.
 
     Nothing is deleted: it is moved into `replaced/` of the run folder.
-
-    Raises:
-        RunError: The first stage would be another one, too, or the change concerns all stages.
     """
     recipe, folder = ledger.recipe, ledger.folder
     most = min(len(begun.stages), len(recipe.stages))
