@@ -121,13 +121,8 @@ class RunStopped(Told):
     """A signal has stopped a run, which has kept what it had reached.
 
     It is no `Exception`, as KeyboardInterrupt is none: it is raised wherever the signal comes, and
-    a library that goes on after any error of its own would go on after this.
-
-    Args:
-        where: The run folder.
-        what: Where it stands.
-        hint: The command that goes on.
-        number: The signal's.
+    a library that goes on after any error of its own would go on after this. `number` is the
+    signal's.
     """
 
     def __init__(self, where: str, what: str, hint: str, number: int) -> None:

@@ -28,11 +28,8 @@ def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
 
     It may be a file or a folder, and replaces what has the name. It is on the disk before it is
     renamed, so that no power cut leaves a name without its content. After an error nothing is left;
-    what a killed process left is removed by the next one that writes the same.
-
-    Args:
-        path: Its folder is made if there is none.
-        num_bytes: What it will take, if that is known: the error of a full disk says so.
+    what a killed process left is removed by the next one that writes the same. Its folder is made
+    if there is none; `num_bytes`, if they are known, stand in a full disk's error.
 
     Raises:
         DiskError: The disk is full.

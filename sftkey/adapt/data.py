@@ -296,11 +296,8 @@ def measure(
 ) -> Lengths:
     """Choose the sequence length: what 99.5 of 100 rows need, or all of them where that is close.
 
-    Args:
-        examples: The data.
-        renderer: The run's renderer.
-        most: The longest row that the model can read, if it says so.
-        thinking: Tokens to leave for the thinking that the model writes itself.
+    Rows have `most` tokens at most, if the model says so; `thinking` so many of them are left for
+    the thinking that it writes itself.
     """
     some = examples[:: math.ceil(len(examples) / MOST_ROWS)]
     rows = [row for row in tokenize(some, renderer) if isinstance(row, Row)]

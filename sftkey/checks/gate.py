@@ -15,7 +15,6 @@ from sftkey.checks.findings import Finding, Report, of_error, of_rows
 from sftkey.checks.masks import Masks, id_findings, judged_findings, read_ids, read_masks
 from sftkey.checks.recipe import recipe_findings, stop_findings, undecided
 from sftkey.checks.rehearsal import rehearsal_findings
-from sftkey.data.collator import packed_rows, stage_rows
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.prepare import Prepared, prepare_splits, refuse_evaluation_without_rows
@@ -39,9 +38,7 @@ T = TypeVar("T")
 def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
     """Find all that is wrong with a recipe; a check whose input can't be read is skipped.
 
-    Args:
-        recipe: A recipe of right form.
-        env: What a launcher says of its config and of the number of its processes.
+    `env` has what a launcher says of its config and of the number of its processes.
 
     Returns:
         Findings, statistics and, where rows could be made, the rows.
@@ -121,11 +118,10 @@ def _numbers(
     """
     shares = masks.key_shares
     tokens = prepared.counts["tokens"]["train"]
-    packs = packed_rows(recipe, prepared.train)
     stages = {}
     for stage in recipe.stages:
         trainer, weights = recipe.stage_trainer(stage), weights_by_segment(stage.loss_on)
-        num_rows = len(stage_rows(recipe, stage, prepared.train, packs)) * stage.rows_each
+        num_rows = prepared.num_rows(recipe, stage)
         reads = num_stage_epochs(trainer, num_rows, num_processes) * stage.rows_each
         trained = sum(tokens[segment.name] for segment in Segment if weights[segment])
         stages[stage.name] = {

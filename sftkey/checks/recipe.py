@@ -32,9 +32,7 @@ KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", 
 def recipe_findings(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:
     """Find what no row and no file is needed for.
 
-    Args:
-        recipe: A recipe of right form.
-        env: `accelerate launch` says in it what its config asks for.
+    `accelerate launch` says in `env` what its config asks for.
     """
     for keys, value in undecided(recipe):
         what = f"{dotted(keys)} is still to be decided: {value.removeprefix(UNDECIDED).strip()}"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sftkey.checks.findings import Finding, of_rows
-from sftkey.data.collator import packed_rows, row_lengths, stage_rows
+from sftkey.data.collator import row_lengths
 from sftkey.data.prepare import Prepared
 from sftkey.data.prompt import THINK_TAG
 from sftkey.data.refused import left_out, numbered
@@ -34,12 +34,7 @@ def lenient(data: DataSection) -> DataSection:
 
 
 def dropped_findings(data: DataSection, dropped: Mapping[str, Any]) -> Iterator[Finding]:
-    """Find the rows that are left out; they refuse the recipe if it doesn't allow it.
-
-    Args:
-        data: The recipe's section.
-        dropped: By "split: reason", as `Prepared.counts` has them.
-    """
+    """Find the rows that are left out; they refuse the recipe if it doesn't allow it."""
     for each in left_out(data, dropped):
         message = f"{each.split}: {each.what}"
         yield Finding(each.code, each.rows, message, each.hint, each.hint is not None)
@@ -72,11 +67,7 @@ def frame_findings(renderer: Renderer) -> Iterator[Finding]:
 
 
 def noted_findings(noted: Mapping[str, Any]) -> Iterator[Finding]:
-    """Find what rows lose that are trained all the same.
-
-    Args:
-        noted: By "split: what", as `Prepared.counts` has them.
-    """
+    """Find what rows lose that are trained all the same."""
     for where, counted in noted.items():
         drops = where.endswith(DROPS_THINKING)
         code = "template-drops-thinking" if drops else "changed"
@@ -99,8 +90,7 @@ def _dropped_batches(recipe: Recipe, prepared: Prepared, num_processes: int) -> 
         trainer = recipe.stage_trainer(stage)
         if not trainer_setting(trainer, "dataloader_drop_last"):
             continue
-        packs = packed_rows(recipe, prepared.train)
-        num_rows = len(stage_rows(recipe, stage, prepared.train, packs)) * stage.rows_each
+        num_rows = prepared.num_rows(recipe, stage)
         if num_stage_batches(trainer, num_rows, num_processes):
             continue
         size = trainer_setting(trainer, "per_device_train_batch_size") * num_processes

@@ -31,27 +31,9 @@ def reads_packs(recipe: Recipe, stage: StageSection) -> bool:
     return recipe.data.packing and stage.context == "exact" and stage.thinking == "reference"
 
 
-def packed_rows(recipe: Recipe, train: Dataset) -> Dataset | None:
-    """Pack the training rows if a stage of the recipe reads packs."""
-    if not any(reads_packs(recipe, stage) for stage in recipe.stages):
-        return None
-    return pack_rows(train, recipe.data.max_length)
-
-
-def stage_rows(
-    recipe: Recipe, stage: StageSection, train: Dataset, packs: Dataset | None
-) -> Dataset:
-    """Return what a stage's batches are made of: rows, or packs of them."""
-    return packs if packs is not None and reads_packs(recipe, stage) else train
-
-
 @activity("packing the rows")
 def pack_rows(rows: Dataset, max_length: int) -> Dataset:
     """Pack rows with TRL's packer (best fit decreasing); the same rows always pack alike.
-
-    Args:
-        rows: Columns `input_ids` and `segment_ids`, and others, which packs don't have.
-        max_length: Tokens of a pack at most.
 
     Returns:
         Packs with `input_ids`, `segment_ids`, and `seq_lengths`: the lengths of a pack's rows.

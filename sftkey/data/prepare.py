@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from datasets import Dataset
 
+from sftkey.data.collator import pack_rows, reads_packs
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.refused import count_row, numbered, refuse_left_out, refuse_none_left
@@ -20,7 +21,7 @@ from sftkey.data.row_cache import SCHEMA, CachedRows, tokenized_rows
 from sftkey.data.splits import Splits, load_splits
 from sftkey.data.tokenization import Refusal, tokenize
 from sftkey.errors import DataError, Problem, RecipeError
-from sftkey.recipe.schema import DataSection, Recipe
+from sftkey.recipe.schema import DataSection, Recipe, StageSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,7 @@ class Prepared:
     validation_examples: list[Example] = field(default_factory=list)
     train_examples: list[Example] = field(default_factory=list)
     test_rows: Dataset | None = None  # the columns of train; None where there are no such rows
+    _packs: list[Dataset] = field(default_factory=list, init=False)  # those of `packs`, once made
 
     @property
     def loss_name(self) -> str:
@@ -98,6 +100,23 @@ class Prepared:
         """What whoever looks at the rows should know of them, where it isn't as usual."""
         written = "these rows have no reasoning: the model writes it when a stage begins"
         return [written] * self.answers_only + [NO_VALIDATION] * (self.validation is None)
+
+    def packs(self, recipe: Recipe) -> Dataset | None:
+        """Return the training rows in packs; None where no stage of their recipe reads such."""
+        if not any(reads_packs(recipe, stage) for stage in recipe.stages):
+            return None
+        if not self._packs:
+            self._packs.append(pack_rows(self.train, recipe.data.max_length))
+        return self._packs[0]
+
+    def stage_rows(self, recipe: Recipe, stage: StageSection) -> Dataset:
+        """Return what a stage's batches are made of: rows, or packs of them."""
+        packs = self.packs(recipe) if reads_packs(recipe, stage) else None
+        return self.train if packs is None else packs
+
+    def num_rows(self, recipe: Recipe, stage: StageSection) -> int:
+        """Count the rows, or packs, of a stage's epoch, where it keeps all own thinkings."""
+        return len(self.stage_rows(recipe, stage)) * stage.rows_each
 
     def questions(self, recipe: Recipe) -> list[Example]:
         """Return the test rows that are asked: always the same ones, drawn by the recipe's seed."""

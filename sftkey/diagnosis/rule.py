@@ -144,10 +144,8 @@ def _nats_gap(
     """Return a difference of losses a token over pairs of rows, with a 95% t interval.
 
     Losses a token are ratios of two sums, so each row counts with its residuals from them
-    (linearization: Cochran 1977, Sampling Techniques, section 6.4).
-
-    Args:
-        pairs: Nats and tokens of a row before, and after.
+    (linearization: Cochran 1977, Sampling Techniques, section 6.4). Of each row `pairs` has nats
+    and tokens before, and after.
     """
     if not pairs:
         return None, None

@@ -31,10 +31,6 @@ def read_generations(
     A row is an object with `index` and `text`; `num_tokens` and `stopped` may stand in it, and
     `turn` must where several turns of one conversation are asked.
 
-    Args:
-        file: As another engine wrote it, or a run's own `evaluation/<stage>.jsonl`.
-        expected: Row and turn of each question.
-
     Raises:
         DataError: With all rows that are no generations, stand twice or belong to no question,
             and with the questions that have none.

@@ -79,9 +79,7 @@ class Comparison:
 def compare(runs: Mapping[str, Sequence[StageResult]], alpha: float | None = None) -> Comparison:
     """Lay the stages of runs side by side.
 
-    Args:
-        runs: Each run's results by its name, in the order of its stages, the base model first.
-        alpha: Weight of Acc in Score; by default each result's own.
+    `alpha` is the weight of Acc in Score; by default each result's own.
     """
     rows: list[StageRow] = []
     lasts: list[StageRow] = []

@@ -17,10 +17,6 @@ class WholeReply(httpx2.BaseTransport):
     A server that sends a byte from time to time keeps every single read alive, of the headers too.
     So each request has a thread of its own, which is left behind when its time is over: it ends
     with the process, or when the client is closed.
-
-    Args:
-        seconds: For one try, from the connection to the reply's last byte.
-        inner: What sends; tests hand in their own.
     """
 
     def __init__(self, seconds: float, inner: httpx2.BaseTransport | None = None) -> None:

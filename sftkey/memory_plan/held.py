@@ -53,13 +53,8 @@ class Batch:
 def joint_pass(batch: Batch, micro_batches: int, copies: int, most_tokens: int) -> Joint:
     """Return the largest pass over keys that a step has with rows of a length, or shorter ones.
 
-    Shorter rows have as long keys, so that more of these go together.
-
-    Args:
-        batch: A micro-batch.
-        micro_batches: Of a step.
-        copies: Of each row, for the adapters of a grid.
-        most_tokens: `key_batch_tokens`.
+    Shorter rows have as long keys, so that more of these go together. A step has so many
+    `micro_batches`, and each row `copies` for the adapters of a grid.
 
     >>> joint_pass(Batch(1, 401, 9), micro_batches=8, copies=1, most_tokens=50)
     Joint(rows=3, context=267, keys=17)

@@ -169,12 +169,7 @@ class Head(torch.autograd.Function):
 
 
 class Adapted(nn.Module):
-    """A linear module with LoRA adapters, which keeps what peft's keeps.
-
-    Args:
-        base: The module, in NF4 or not.
-        setting: Says which adapters there are.
-    """
+    """A linear module with LoRA adapters, which keeps what peft's keeps."""
 
     def __init__(self, base: Any, setting: Setting) -> None:
         super().__init__()

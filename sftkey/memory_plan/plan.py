@@ -264,11 +264,6 @@ def changes_that_fit(load: Load, skeleton: Skeleton, gpu_bytes: int) -> Override
     anew and smaller batches give the same gradients, 8 bits and NF4 nearly the same, a detached
     context optimizes something else, and shorter rows leave some out.
 
-    Args:
-        load: Returns the recipe with overrides.
-        skeleton: The model's.
-        gpu_bytes: What the GPU has.
-
     Returns:
         Overrides; none where it fits as it is, and None where all of them don't suffice.
     """

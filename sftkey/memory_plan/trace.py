@@ -99,12 +99,7 @@ def head_bytes(skeleton: Skeleton, setting: Setting, batch: Batch) -> int:
 
 
 class Tracer:
-    """The model of one setting on the meta device, with its first layer and one of each kind.
-
-    Args:
-        skeleton: The whole model.
-        setting: Of the stage.
-    """
+    """The model of one setting on the meta device, with its first layer and one of each kind."""
 
     def __init__(self, skeleton: Skeleton, setting: Setting) -> None:
         self.setting = setting
@@ -190,10 +185,7 @@ class Tracer:
     def _step(self, memory: Memory, inputs: dict[str, Any], before: list[int]) -> tuple[int, int]:
         """Run forward and backward; return what is kept between them, and the peak of both.
 
-        Args:
-            memory: Counts.
-            inputs: The decoder's.
-            before: What each layer already holds.
+        Each layer holds `before` already.
         """
         others = [torch.empty_like(inputs["input_ids"]) for _ in range(TOKEN_INTEGERS)]
         memory.phase = "forward"

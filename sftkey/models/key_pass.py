@@ -44,9 +44,7 @@ def _adapters(model: torch.nn.Module) -> Iterable[str]:
 def acting(model: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let these LoRA adapters act and no others; what requires gradients stays as it is.
 
-    Args:
-        model: With its adapters, or the model below them.
-        names: None at all: the base model alone.
+    No names at all: the base model alone.
     """
     layers = _layers(model)
     before = [layer._active_adapter for layer in layers]
@@ -162,8 +160,7 @@ class ConstantContext(DynamicLayer):
 def cache_name(model: torch.nn.Module) -> str:
     """Return the argument of the cache, which transformers 5.24 renamed.
 
-    Args:
-        model: A language model or its decoder, without a wrapper of peft's.
+    The model is a language model or its decoder, without a wrapper of peft's.
     """
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
@@ -171,9 +168,8 @@ def cache_name(model: torch.nn.Module) -> str:
 def join(caches: Sequence[DynamicCache], copies: int = 1) -> DynamicCache:
     """Put the rows of several caches one behind another; shorter contexts are filled up in front.
 
-    Args:
-        caches: Whose contexts end in their last column. They are emptied, layer by layer.
-        copies: So many times over all rows.
+    The contexts end in their caches' last column; caches are emptied, layer by layer. All rows are
+    put so many `copies` of times.
     """
     first = caches[0]
     if len(caches) == 1 and copies == 1:
@@ -254,8 +250,7 @@ def _computed_anew(again: Again, layer: Any) -> Iterator[None]:
 def shared_keys(attention: GroupedAttention | None = None) -> Iterator[None]:
     """Let the models that attend with SDPA do so without the copies.
 
-    Args:
-        attention: Of a pass that is gone through again, whose masks it has made.
+    Of a pass that is gone through again `attention` has made the masks.
     """
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention or GroupedAttention()
     try:

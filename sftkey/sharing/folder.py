@@ -44,15 +44,9 @@ def grade_folder(
     """Let a model folder answer a run's test questions, as a server of the folder would.
 
     Prompts come from the folder's own chat template, stops from its own generation config. What it
-    answers lies in `evaluation/models/` of the run, and isn't asked again while the folder stays
-    as it is.
-
-    Args:
-        run: The run's folder.
-        recipe: The run's.
-        number: The place of the stage that it is compared with, the first being 1; 0 is the base.
-        folder: The model's: weights, tokenizer and config.
-        report: Called with the number of finished answers and that of all.
+    answers lies in `evaluation/models/` of the run, and isn't asked again while the folder stays as
+    it is. The stage at `number` is compared with it, the first being 1 and 0 the base; `report`
+    gets the number of finished answers and that of all.
 
     Raises:
         RunError: The stage's own answers aren't graded, or there are no questions.

@@ -35,10 +35,6 @@ def baked_template(renderer: Renderer, data: DataSection) -> str:
 
     Messages that have all of it already, a row's own system message for one, stay as they are.
 
-    Args:
-        renderer: The run's.
-        data: The recipe's section: its `system`, and the text that `prompt` has around a question.
-
     Raises:
         FrameError: The template doesn't write the run's prompt.
     """
@@ -220,11 +216,6 @@ def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
 
     The base is loaded without quantization, in the type it was published in, on the CPU: merged
     into quantized weights, the adapter would be quantized with them.
-
-    Args:
-        recipe: The run's.
-        weights: What the stage wrote.
-        output: A new folder; it appears when it is whole.
 
     Returns:
         What the merge did; None where there was none.

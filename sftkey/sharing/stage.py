@@ -30,10 +30,8 @@ class SharedStage:
 def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStage:
     """Find a trained stage.
 
-    Args:
-        run: A run folder.
-        name: Default the last stage that is trained.
-        what: What is to be done with its adapter, for the error.
+    Without a name it is the last one that is trained; `what` is done with its adapter, for the
+    error.
     """
     recipe = run_recipe(run)
     number = trained_stage(run, recipe, name)

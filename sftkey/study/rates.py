@@ -52,10 +52,8 @@ Cells = Sequence[FinishedCell]
 def buckets(cells: Cells, control: Cells, measure: Measure) -> tuple[Bucket, ...]:
     """Divide the questions near their quarters, never between equal measures.
 
-    Args:
-        cells: An arm's, one a seed.
-        control: The control's; empty for its own row.
-        measure: `length`: the tokens of the reference's thinking; `ratio`: these by its key's.
+    The control has no cells of its own row. The measure is the `length` of the reference's thinking
+    in tokens, or its `ratio` to the key's.
 
     Returns:
         Up to four; none where a cell doesn't have the lengths, or all questions have one measure.

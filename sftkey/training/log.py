@@ -361,13 +361,7 @@ class Trackers:
         return tracker
 
     def log(self, values: Mapping[str, float], stage: int, step: int) -> None:
-        """Log figures by their names.
-
-        Args:
-            values: The figures.
-            stage: Whose they are, the first being 1; 0 is the base model.
-            step: Of this stage; those of the stages before it are added.
-        """
+        """Log figures by their names."""
         if not self.ledger.main or not self.names:
             return
         before = sum(record.num_steps for record in self.ledger.stages[: max(stage - 1, 0)])

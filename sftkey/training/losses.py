@@ -368,10 +368,6 @@ class StageStart:
 
         Over the whole vocabulary, a tile of positions at a time: of the start only hidden states
         are kept until then.
-
-        Args:
-            inputs: What the model takes; `labels` are left aside.
-            segment_ids: `(B, T)`.
         """
         places = pad(thinking_targets(inputs, segment_ids), (0, 1))
         start = self.call(self._states, inputs, places)

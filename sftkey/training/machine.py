@@ -112,9 +112,7 @@ class StageDisk:
 def require_disk(ledger: Ledger, num_steps: dict[str, int]) -> str | None:
     """Say in a line what the open stages will write; refuse where the disk can't hold it.
 
-    Args:
-        ledger: The run's; what its open stages have written already is there already.
-        num_steps: Of each open stage.
+    What the open stages, of so many steps each, have written already is there already.
 
     Returns:
         None where all is trained, or the model's size isn't known.

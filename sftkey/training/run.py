@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftkey.activity import activity
-from sftkey.data.collator import pack_counts, pack_line, packed_rows, stage_rows
+from sftkey.data.collator import pack_counts, pack_line
 from sftkey.data.prepare import (
     NO_VALIDATION,
     NUM_WITHOUT_VALIDATION,
@@ -69,7 +69,6 @@ class Run:
     prepared: Prepared
     progress: RunProgress
     grade: Grader  # tells whether an answer is right, for stages over the model's own thinking
-    packs: Dataset | None  # the training rows, packed, for the stages that read packs
     # Each makes what writes something more of each stage's model than its answers.
     reports: Sequence[Callable[[Run], StageReport]]
     measures_gradients: bool  # whether the ledger gets the gradient norm of each segment's loss
@@ -103,8 +102,7 @@ class Run:
     def stages(self, train: bool = True) -> Iterator[str]:
         """Do what isn't done yet; yield `base` and each stage's name when its answers lie there.
 
-        Args:
-            train: Train the stages that aren't; otherwise only the trained ones answer.
+        Without `train` only the trained stages answer.
 
         Raises:
             DeviceError: The device has too little memory.
@@ -153,7 +151,7 @@ class Run:
     def _load(self, number: int) -> PreTrainedModel | PeftModel:
         """Load the model as the stage at `number` starts from it."""
         model = load_stage(self.recipe, self.ledger, self.device, self.prepared.renderer, number)
-        refuse_unfit(model, self.recipe, packed=self.packs is not None)
+        refuse_unfit(model, self.recipe, packed=self.prepared.packs(self.recipe) is not None)
         return model
 
     def _train(
@@ -167,7 +165,7 @@ class Run:
         if stage.thinking == "own":
             rows = self._own_rows(number, model)
         else:
-            rows = stage_rows(self.recipe, stage, self.prepared.train, self.packs)
+            rows = self.prepared.stage_rows(self.recipe, stage)
         trainer = make_trainer(
             self.recipe,
             stage,
@@ -285,7 +283,7 @@ def start(
                     what = "early_stop: expected validation rows to ask; got none"
                     hint = "write data.validation into the recipe"
                     raise DataError(f"stages.{stage.name}", what, hint)
-            packs = packed_rows(recipe, prepared.train)
+            packs = prepared.packs(recipe)
         ledger = open_run(recipe, folder, fresh) if processes.is_main_process else None
         if ledger is not None:
             require_same_rows(ledger, prepared, uses)
@@ -299,16 +297,13 @@ def start(
         prepared.counts["packing"] = pack_counts(packs, recipe.data.max_length)
     if ledger.main:
         write_json(ledger.folder / "data.json", prepared.counts)
-    progress = make_progress(ledger, device, prepared, packs)
+    progress = make_progress(ledger, device, prepared)
     for line in ledger.notes:
         progress.note(line)
-    more = packs, reports, measures_gradients
-    return Run(recipe, ledger, device, prepared, progress, grade, *more)
+    return Run(recipe, ledger, device, prepared, progress, grade, reports, measures_gradients)
 
 
-def make_progress(
-    ledger: Ledger, device: Device, prepared: Prepared, packs: Dataset | None
-) -> RunProgress:
+def make_progress(ledger: Ledger, device: Device, prepared: Prepared) -> RunProgress:
     """Count the steps of all stages, and say what is going to be trained where."""
     world = PartialState().num_processes
     steps = {}
@@ -316,7 +311,7 @@ def make_progress(
         folder = ledger.stage_folder(number) / "checkpoints"
         stage_arguments(ledger.recipe, stage, device, folder, on_start=True)  # upstream's checks
         trainer = ledger.recipe.stage_trainer(stage)
-        num_rows = len(stage_rows(ledger.recipe, stage, prepared.train, packs)) * stage.rows_each
+        num_rows = prepared.num_rows(ledger.recipe, stage)
         steps[stage.name] = num_stage_steps(trainer, num_rows, world)
     left = {each.name: steps[each.name] for each in ledger.stages if each.status == "open"}
     progress = RunProgress(left, quiet=not ledger.main)
@@ -327,6 +322,6 @@ def make_progress(
     )
     if prepared.validation is None:
         progress.note(NO_VALIDATION)
-    if packs is not None:
+    if "packing" in prepared.counts:
         progress.note(pack_line(prepared.counts["packing"]))
     return progress
