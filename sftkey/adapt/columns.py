@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from sftkey.data.examples import RawRow, Template, columns_of, make_rule
-from sftkey.data.messages import ROLE_KEYS, read_messages
+from sftkey.data.messages import ROLE_KEYS, SAYS_NOTHING, read_messages
 from sftkey.data.values import RowError, parsed_json
 
 PROMPT = ("prompt", "question", "problem", "instruction", "query", "input")
@@ -36,6 +36,7 @@ ABOUT |= {"correctness", "finish", "license", "version", "difficulty", "level", 
 # In front of what a column holds these say whose it is: `model_reasoning` is one.
 WHOSE = {"model", "original"}
 WRITTEN = (str, int, float, Decimal, date)  # what a template writes; a table may hold dates
+UNNAMED = re.compile(r"[{}!:]|\A\s*\Z")  # no template can name such a column
 # No blank, and no script that writes without blanks.
 WORD = re.compile(r"[!-~]*\Z")
 
@@ -65,10 +66,9 @@ class Table:
 
     def is_messages(self, column: str) -> bool:
         """Tell whether it holds lists of messages."""
-        values = [value for value in self.values(column) if value is not None]
+        values = [value for value in self.values(column) if value not in SAYS_NOTHING]
         return bool(values) and all(
             isinstance(value, list)
-            and bool(value)
             and all(isinstance(each, dict) and each.keys() & {*ROLE_KEYS} for each in value)
             for value in values[:20]
         )
@@ -150,7 +150,12 @@ class Table:
                 pairs = inner.items() if isinstance(inner, dict) else ()
                 flat |= {f"{column}[{key}]": item for key, item in pairs} or {column: value}
             rows.append(flat)
-        return Table(rows, columns_of(rows))
+        return table_of(rows)
+
+
+def table_of(rows: Sequence[RawRow], of: Sequence[RawRow] | None = None) -> Table:
+    """Return a table of rows, with the columns of all that can stand in a template's braces."""
+    return Table(rows, [name for name in columns_of(of or rows) if not UNNAMED.search(name)])
 
 
 def _are_texts(values: Sequence[Any]) -> bool:

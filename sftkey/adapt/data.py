@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from sftkey.activity import activity
-from sftkey.adapt.columns import ENOUGH, Table
+from sftkey.adapt.columns import ANSWER, ENOUGH, UNNAMED, Table, table_of
 from sftkey.adapt.own import read_answers_only
 from sftkey.adapt.readings import Reading, decide, read, why_not
 from sftkey.checks.recipe import UNDECIDED
@@ -24,7 +24,7 @@ from sftkey.data.splits import MOST_EMPTY
 from sftkey.data.tokenization import Row, tokenize, tokenize_batches
 from sftkey.data.values import Refusal
 from sftkey.errors import DataError
-from sftkey.evaluation.grading import unreadable
+from sftkey.evaluation.grading import grade, unreadable
 from sftkey.recipe.schema import DataSection
 
 NUM_ODD = 3  # rows that are printed
@@ -92,13 +92,11 @@ def choose_data(
     if options.turns == "last":
         choice.notes.extend(_untrained_turns(loaded["train"].examples))
     examples = usable["train"].examples
-    choice.examples.extend(each for each in examples if not (drops_empty and _is_empty(each)))
+    choice.examples.extend(each for each in examples if each.has_thinking or not drops_empty)
+    if source not in BUILT_IN:
+        choice.notes.extend(_contrary(table, choice))
     _hold_out(choice, loaded, len(choice.examples))
     return choice
-
-
-def _is_empty(example: Example) -> bool:
-    return not example.thinking.strip()
 
 
 def _own_splits(choice: DataChoice, seed: int, options: RowOptions) -> dict[str, Loaded]:
@@ -107,7 +105,7 @@ def _own_splits(choice: DataChoice, seed: int, options: RowOptions) -> dict[str,
     for name in ("validation", "test") if has_splits(data) else ():
         with suppress(DataError):
             loaded = load_examples(data, seed, name, options)
-            if choice.own or not all(map(_is_empty, loaded.examples)):
+            if choice.own or any(each.has_thinking for each in loaded.examples):
                 found[name] = loaded
     return found
 
@@ -158,7 +156,9 @@ def _ask_for_rows(source: str, unused: Sequence[tuple[str, Refusal]]) -> str:
 
 def _leave_out_empty(choice: DataChoice, loaded: Iterable[Loaded]) -> bool:
     """Count the empty thinkings; where the gate wouldn't let them through, let them drop."""
-    counts = [(sum(map(_is_empty, each.examples)), len(each.examples)) for each in loaded]
+    counts = [
+        (sum(not row.has_thinking for row in each.examples), len(each.examples)) for each in loaded
+    ]
     num_empty, num_examples = map(sum, zip(*counts, strict=True))
     many = any(num > MOST_EMPTY * of for num, of in counts)
     if num_empty:
@@ -173,7 +173,7 @@ def _decide(rows: Sequence[RawRow]) -> tuple[Reading, Table, bool]:
     """Find the reading of rows, and whether it reads answers alone: nothing else is left to ask."""
     reading, table = decide(rows)
     if str(reading.fields.get("thinking", "")).startswith(UNDECIDED):
-        whole = Table(rows, columns_of(rows))
+        whole = table_of(rows)
         for each in (whole, whole.flattened()):
             fields = read_answers_only(each)
             if fields is not None:
@@ -209,6 +209,9 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
     if rest and not asked:
         notes.append(f"columns that aren't used: {', '.join(rest)}")
         notes += _judged(table, rest)
+    unnamed = [name for name in columns_of(table.rows) if UNNAMED.search(name)]
+    if unnamed:
+        notes.append(f"columns that no template can name: {', '.join(unnamed)}; rename them")
     column = reading.fields.get("response", "" if "prompt" in reading.fields else "messages")
     chats = table.messages(column) if column in table.columns and table.is_messages(column) else []
     if num := sum(bool(chat) and chat[-1]["role"] != "assistant" for chat in chats):
@@ -231,9 +234,28 @@ def _judged(table: Table, columns: Sequence[str]) -> Iterator[str]:
     """Say of columns of true and false that they leave no row out: some may call rows bad."""
     for name in columns:
         values = table.values(name)
-        if {*map(type, values)} == {bool} and len(set(values)) == 2:
-            said = f"{name} is false in {values.count(False)} of {len(values)} rows"
+        if {*map(type, values)} <= {bool, int, float} and set(values) == {0, 1}:
+            no = "false" if isinstance(values[0], bool) else "0"
+            said = f"{name} is {no} in {values.count(0)} of {len(values)} rows"
             yield f"{said}; they are trained, too: where it calls them bad, remove them"
+
+
+def _contrary(table: Table, choice: DataChoice) -> Iterator[str]:
+    """Say in how many rows a column that isn't used holds another answer than the one read."""
+    used = _used(table, choice.fields)
+    for name in table.called(ANSWER) if choice.examples else ():
+        texts = table.texts(name)
+        given = [
+            (example.answer, replace(example, answer=texts[example.index]))
+            for example in choice.examples
+            if name not in used and example.index < len(texts) and texts[example.index].strip()
+        ]
+        grader, _ = choose_grader([example for _, example in given])
+        if grader in ("number", "choice"):
+            others = sum(not grade(answer, example.answer, grader) for answer, example in given)
+            if 0 < others <= len(given) / 2:  # else it holds something else
+                said = f"{name} holds another answer than the one read"
+                yield f"{said} in {others} of {len(given)} rows"
 
 
 def _used(table: Table, fields: Mapping[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ from sftkey.adapt.columns import (
     Fit,
     Table,
     find_rule,
+    table_of,
 )
 from sftkey.adapt.prompt import options_of, prompt_of
 from sftkey.checks.recipe import UNDECIDED
@@ -28,12 +29,11 @@ from sftkey.data.examples import (
     Loaded,
     RawRow,
     RowOptions,
-    columns_of,
     make_examples,
     make_rule,
 )
 from sftkey.data.messages import SAYS_NOTHING, SYSTEM
-from sftkey.data.response import Example
+from sftkey.data.response import SAYS_NONE, Example
 from sftkey.data.sources import with_defaults
 from sftkey.data.values import PLACES
 from sftkey.recipe.schema import DataSection
@@ -60,7 +60,7 @@ class Reading:
 
 def decide(rows: Sequence[RawRow]) -> tuple[Reading, Table]:
     """Find the reading of all rows by the first; in it stands what the user must decide."""
-    table = Table(rows[:NUM_SEEN], columns_of(rows))
+    table = table_of(rows[:NUM_SEEN], rows)
     reading = _decide(table)
     inner = table.flattened()
     if inner.columns != table.columns and _num_asked(reading):
@@ -79,7 +79,8 @@ def _decide(table: Table) -> Reading:
     prompt, chats = prompt_and_chats(table)
     listed = f"the columns are {', '.join(table.columns)}"
     if prompt is None and not chats:
-        ask = f'{UNDECIDED} a template, such as "{{{table.columns[0]}}}"; {listed}'
+        first = next(iter(table.columns), "column")
+        ask = f'{UNDECIDED} a template, such as "{{{first}}}"; {listed}'
         broken = [(name, table.unreadable(name)) for name in table.columns]
         ask += "".join(f"; {name}: {why}" for name, why in broken if why)
         return Reading({"prompt": ask, **_asked(table, [], listed, "")})
@@ -154,7 +155,7 @@ def _different(rows: Sequence[RawRow], readings: Sequence[Reading]) -> list[Read
     found: dict[tuple[Any, ...], Reading] = {}
     for reading in readings:
         loaded = read(rows, reading.fields)
-        thought = sum(bool(each.thinking.strip()) for each in loaded.examples)
+        thought = sum(each.has_thinking for each in loaded.examples)
         if thought < ENOUGH * len(rows) or _num_tagged(loaded) > (1 - ENOUGH) * len(rows):
             continue
         found.setdefault(tuple(map(_key, loaded.examples)), reading)
@@ -381,6 +382,7 @@ def why_not(table: Table) -> Iterator[str]:
     num_rows = len(table.rows)
     for name in table.called(THINKING):
         values = [value for value in table.values(name) if value not in SAYS_NOTHING]
+        values = [value for value in values if str(value).strip().lower() not in SAYS_NONE]
         kinds = sorted({type(value).__name__ for value in values})
         if not values:
             yield f"{name}: empty in all rows"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal
 
 from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.messages import (
+    SAYS_NOTHING,
     check_beside,
     check_trained,
     columns_beside,
@@ -188,7 +190,8 @@ def _reader(
     rule = make_rule(data.split_rule) if data.split_rule else None
     conversation = _conversation_column(data, columns, rows)
     if conversation is not None:
-        return lambda row: _conversation(read_messages(row.get(conversation)), rule, options)
+        chats = parse_field(conversation, columns)
+        return lambda row: _conversation(read_messages(chats.value(row)), rule, options)
     wanted = {"prompt": data.prompt}
     messages = data.response is not None and _holds_messages(data.response, rows)
     if data.response is None:
@@ -202,9 +205,9 @@ def _reader(
         raise DataError(data.source, what)
     templates = _templates(data, wanted, columns, rows)
     if messages:
-        column = data.response or ""
+        chats = parse_field(data.response or "", columns)
         return lambda row: _conversation(
-            _joined(_prompt(row, templates["prompt"]), read_messages(row.get(column)), column),
+            _joined(_prompt(row, templates["prompt"]), read_messages(chats.value(row)), chats.name),
             rule,
             options,
         )
@@ -230,14 +233,18 @@ def _joined(prompt: Any, messages: Sequence[dict[str, Any]], column: str) -> Any
 
 
 def _holds_messages(column: str, rows: Sequence[RawRow]) -> bool:
-    """Tell whether a column holds lists of messages, or JSON of such, by its first value."""
+    """Tell whether a column holds lists of messages, or JSON of such, by its first full value."""
     first = _first_value(column, rows)
     return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
 
 
 def _first_value(column: str, rows: Sequence[RawRow]) -> Any:
-    values = (row.get(column) for row in rows)
-    return parsed_json(next((value for value in values if value is not None), None))
+    for row in rows:
+        with suppress(RowError):
+            value = parsed_json(parse_field(column, tuple(row)).value(row))
+            if value not in SAYS_NOTHING:
+                return value
+    return None
 
 
 def _lines_of(data: DataSection, columns: Sequence[str], rows: Sequence[RawRow]) -> str | None:

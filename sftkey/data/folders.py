@@ -13,7 +13,7 @@ import yaml
 from sftkey.data.readers import Rows, is_data_file, read_file, table_rows
 from sftkey.errors import DataError, first_line
 
-SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?\Z")
+SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\Z")
 SLICE = re.compile(r"(?P<split>.+?)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]\Z")
 # The names that `datasets` knows for the three splits.
 ALSO = {
@@ -70,7 +70,7 @@ def read_folder(folder: Path, split: str, config: str | None) -> Rows:
     if named is not None:
         if split not in named:
             raise _no_split(folder, split, named)
-        return read_files(named[split])
+        return _read_whole(named[split], folder)
     inside = folder / (config or "")
     folder = inside if inside.is_dir() else folder
     saved = _saved(folder, split)
@@ -83,6 +83,21 @@ def read_folder(folder: Path, split: str, config: str | None) -> Rows:
             f"expected one kind of file for the split {split!r}; found {', '.join(sorted(kinds))}"
         )
         raise DataError(str(folder), what)
+    return _read_whole(files, folder)
+
+
+def _read_whole(files: Sequence[Path], folder: Path) -> Rows:
+    """Read files of a split; of `train-00000-of-00002` the other part must be there, too."""
+    parts = [match for file in files if (match := SHARD.search(_stem(file)))]
+    there = {(each.string[: each.start()], int(each["number"])) for each in parts}
+    wanted = {(each.string[: each.start()], int(each["count"])) for each in parts}
+    for name, count in sorted(wanted):
+        missing = [each for each in range(count) if (name, each) not in there]
+        if missing:
+            what = f"expected {count} parts of {name!r}; part {missing[0]}, counted from 0, "
+            what += f"and {len(missing) - 1} others are" if missing[1:] else "is"
+            hint = "fetch the others, too, or name the files that are meant as a pattern: *.parquet"
+            raise DataError(str(folder), f"{what} missing", hint)
     return read_files(files)
 
 
@@ -155,12 +170,17 @@ def _split_of(file: Path) -> str:
     for parent in reversed(file.parent.parts):
         if parent in KNOWN:
             return parent
+    stem = SHARD.sub("", _stem(file))
+    words = [word for word in re.split(r"[^a-zA-Z]+", stem) if word in KNOWN]
+    return words[0] if len(words) == 1 else stem
+
+
+def _stem(file: Path) -> str:
+    """Return a file's name without all its endings."""
     stem = file.name
     while is_data_file(stem):
         stem = Path(stem).stem
-    stem = SHARD.sub("", stem)
-    words = [word for word in re.split(r"[^a-zA-Z]+", stem) if word in KNOWN]
-    return words[0] if len(words) == 1 else stem
+    return stem
 
 
 def _named_in_readme(folder: Path, config: str | None) -> dict[str, list[Path]] | None:

@@ -93,7 +93,7 @@ class Prepared:
     @property
     def answers_only(self) -> bool:
         """Whether no row of train has a reasoning: the model writes what the stages read."""
-        return not any(example.thinking.strip() for example in self.train_examples)
+        return not any(example.has_thinking for example in self.train_examples)
 
     @property
     def remarks(self) -> list[str]:

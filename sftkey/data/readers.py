@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import math
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -282,10 +283,14 @@ def _object(item: Any, file: Path, place: str) -> dict[str, Any]:
 def _csv(text: io.TextIOWrapper, file: Path, kind: str) -> Rows:
     csv.field_size_limit(MOST_LINE_BYTES)  # the default refuses responses of more than 128 KiB
     header = text.readline(MOST_LINE_BYTES)
-    text.seek(0)
+    if header.startswith(('{"', '[{"')):
+        raise DataError(str(file), "expected a head of columns; got JSON", "name it .jsonl")
+    said = re.fullmatch("sep=(.)\\s*", header)  # Excel's own line before the head
+    if not said:
+        text.seek(0)
     # A German or French spreadsheet writes semicolons.
-    delimiter = "\t" if kind == ".tsv" else ","
-    if delimiter not in header:
+    delimiter = said[1] if said else "\t" if kind == ".tsv" else ","
+    if not said and delimiter not in header:
         delimiter = next((each for each in ";\t,|" if each in header), delimiter)
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     if twice := sorted(name for name, num in Counter(reader.fieldnames or ()).items() if num > 1):

@@ -46,6 +46,9 @@ class QuestionKey(NamedTuple):
         return f"row {self.row}" + (f", turn {self.turn}" if self.turn else "")
 
 
+SAYS_NONE = {"", "none", "null", "nan", "n/a", "na", "-", "...", "…"}  # in a column of reasoning
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a data set, before any tokenizer has seen it.
@@ -75,6 +78,11 @@ class Example:
     def key(self) -> QuestionKey:
         """Row and turn."""
         return QuestionKey(self.index, self.turn)
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the reasoning says anything; what stands for nothing, such as `N/A`, doesn't."""
+        return self.thinking.strip().lower() not in SAYS_NONE
 
     @property
     def question(self) -> str:

@@ -67,7 +67,7 @@ def load_splits(
         if not options.reasoning:
             return loaded.examples
         kept = _without_empty_thinking(loaded.examples, data, name, dropped)
-        if rows := [each.index for each in kept if not each.thinking.strip()]:
+        if rows := [each.index for each in kept if not each.has_thinking]:
             empty[name] = rows
         return kept
 
@@ -86,7 +86,7 @@ def _without_empty_thinking(
     examples: list[Example], data: DataSection, split: str, dropped: dict[str, Any]
 ) -> list[Example]:
     """Leave out the rows whose thinking is empty, if they are many or the recipe says so."""
-    rows = [example.index for example in examples if not example.thinking.strip()]
+    rows = [example.index for example in examples if not example.has_thinking]
     few = data.empty_thinking == "error" and len(rows) <= MOST_EMPTY * len(examples)
     if not rows or few or data.empty_thinking == "keep":
         return examples
@@ -95,7 +95,7 @@ def _without_empty_thinking(
         raise DataError(data.source, where, OTHERS["empty-thinking"].hint)
     for row in rows:
         count_row(dropped, where, row, "empty-thinking")
-    return [example for example in examples if example.thinking.strip()]
+    return [example for example in examples if example.has_thinking]
 
 
 def _amounts(data: DataSection) -> dict[str, Amount]:

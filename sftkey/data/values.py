@@ -8,7 +8,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LABELS = ("label", "key", "id", "letter")
@@ -158,20 +158,30 @@ class Field:
     conversion: str | None
     spec: str
 
+    @property
+    def name(self) -> str:
+        """The column with the keys into it."""
+        return "".join([self.column, *(f"[{key}]" for key in self.keys)])
+
+    def value(self, row: RawRow) -> Any:
+        """Return the value; JSON text is looked into."""
+        value = row.get(self.column)
+        for place, key in enumerate(self.keys, 1):
+            value = row_json(value)
+            try:
+                value = value[int(key) if isinstance(value, list) else key]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                name = replace(self, keys=self.keys[:place]).name
+                raise RowError(f"`{name}` does not exist") from error
+        return value
+
     def text(self, row: RawRow) -> str:
         """Return the value as text; null, NaN, lists and mappings are no text.
 
         Three formats are our own: `letters` writes options a line each; `letter` turns the place of
         one, counted from 0, into its letter, and `letter_from_1` one that is counted from 1.
         """
-        value, name = row.get(self.column), self.column
-        for key in self.keys:
-            value = row_json(value)
-            name = f"{name}[{key}]"
-            try:
-                value = value[int(key) if isinstance(value, list) else key]
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise RowError(f"`{name}` does not exist") from error
+        value, name = self.value(row), self.name
         if value is None:
             raise RowError(f"`{name}` is null")
         if self.spec == "letters":

@@ -74,6 +74,10 @@ def turns(content: str, **more: str) -> list[dict[str, str]]:
         ),
         ({"messages": turns(THOUGHT)}, {"split_rule": "think_tags"}),
         ({"messages": turns("7", reasoning_content="c"), "prompt": "Q"}, {}),
+        (
+            {"data": {"conversations": turns(THOUGHT)}},
+            {"response": "data[conversations]", "split_rule": "think_tags"},
+        ),
     ],
     ids=lambda value: "-".join(value) if "-".join(value) else "none",
 )
@@ -121,6 +125,9 @@ def test_columns_that_say_what_they_are(
         ({"question": "Q", "cot": "<think>c d</think>", "answer": "7"}, {"thinking"}),
         ({"question": "Q", "cot": "c d", "answer": "<answer>7</answer>"}, {"thinking"}),
         ({"messages": turns("7", reasoning_content="<think>c</think>")}, {"thinking"}),
+        ({"question": "Q", "thinking": "N/A", "answer": "7"}, {"thinking"}),
+        ({"Q!": "Q", "cot:": "c", "{answer}": "7"}, {"prompt", "thinking", "answer"}),
+        ({"question": "Q", "": "c d", "answer": "7"}, {"thinking"}),
     ],
 )
 def test_columns_that_do_not_are_left_to_the_user(
@@ -261,6 +268,11 @@ HALF_EMPTY = [
         "thinking: empty in 20 of 40 rows; the reasoning's column: ",
     ),
     (
+        [{"prompt": "Q", "thinking": "None", "answer": "7"}],
+        [{"prompt": "Q", "thinking": "c d", "answer": "7"}],
+        "thinking: empty in 20 of 40 rows; the reasoning's column: ",
+    ),
+    (
         [{"messages": turns("<think></think>7")}],
         [{"messages": turns(THOUGHT)}],
         "split_rule: think_tags reads 20 of 40 rows, in others: the thinking is empty; "
@@ -306,14 +318,35 @@ def test_dates_and_decimals_of_a_table_are_answers(tmp_path: Path) -> None:
 
 
 def test_rows_that_may_be_called_bad_are_said(tmp_path: Path) -> None:
-    """A column of true and false leaves no row out."""
-    rows = [{"prompt": "Q", "completion": THOUGHT, "label": each} for each in (True, False) * 20]
+    """A column of true and false, or of 1 and 0, leaves no row out; nor do other answers."""
+    row = {"prompt": "Q", "completion": THOUGHT}
+    rows = [row | {"good": each, "reward": float(each)} for each in (True, False) * 20]
+    rows = [row | {"answer": "7" if place else "8"} for place, row in enumerate(rows)]
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
-    assert choice.notes[:2] == [
-        "columns that aren't used: label",
-        "label is false in 20 of 40 rows; they are trained, too: where it calls them bad, remove "
-        "them",
+    trained = "they are trained, too: where it calls them bad, remove them"
+    assert choice.notes == [
+        "columns that aren't used: good, reward, answer",
+        f"good is false in 20 of 40 rows; {trained}",
+        f"reward is 0 in 20 of 40 rows; {trained}",
+        "data.split_rule splits 40 of 40 rows",
+        "answer holds another answer than the one read in 1 of 40 rows",
     ]
+
+
+def test_columns_that_no_template_can_name_are_said(tmp_path: Path) -> None:
+    """They would be read as a format, or as nothing."""
+    rows = [row | {"is it so?!": "yes"} for row in sums(40)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.undecided == []
+    assert "columns that no template can name: is it so?!; rename them" in choice.notes
+
+
+def test_conversations_of_some_rows_are_read(tmp_path: Path) -> None:
+    """An empty list is a row without an answer, and no reason to take the column for another."""
+    rows = [{"messages": turns(THOUGHT) if n else []} for n in range(40)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert (choice.fields["split_rule"], choice.fields["unsplit_rows"]) == ("think_tags", "drop")
+    assert choice.notes[-1] == "  row 0: no assistant turn"
 
 
 def test_what_follows_the_last_answer_is_said(tmp_path: Path) -> None:

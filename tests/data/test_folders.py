@@ -75,6 +75,18 @@ def test_two_data_sets_in_one_folder_are_no_one(tmp_path: Path) -> None:
     assert files_of(tmp_path, config="socratic") == ["socratic/train.jsonl"]
 
 
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    """Half a download is no data set; a pattern reads what is there."""
+    put(tmp_path, *(f"data/train-0000{part}-of-00004.jsonl" for part in (0, 3)))
+    assert message_of(tmp_path) == (
+        f"{tmp_path}: expected 4 parts of 'train'; part 1, counted from 0, and 1 others are missing"
+        "\nhint: fetch the others, too, or name the files that are meant as a pattern: *.parquet"
+    )
+    assert len(read_matching(f"{tmp_path}/data/train-*.jsonl")) == 2
+    put(tmp_path, "data/train-00001-of-00004.jsonl")
+    assert "part 2, counted from 0, is missing" in message_of(tmp_path)
+
+
 CARD = """---
 configs:
 - config_name: easy

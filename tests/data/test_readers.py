@@ -196,12 +196,20 @@ def test_keys_of_one_name_are_refused(tmp_path: Path, name: str, text: str, wher
         ("r.csv", "q;a\n1,5?;007\n"),
         ("r.CSV", 'q,a\n"1,5?",007\n'),
         ("r.csv", "q|a\n1,5?|007\n"),
+        ("r.csv", "sep=;\nq;a\n1,5?;007\n"),
     ],
 )
 def test_tables_of_text(tmp_path: Path, name: str, text: str) -> None:
     """Tabs, a spreadsheet's semicolons, commas; cells stay as they were written."""
     (tmp_path / name).write_text(text)
     assert read_file(tmp_path / name) == [{"q": "1,5?", "a": "007"}]
+
+
+def test_json_under_the_name_of_a_table_is_refused(tmp_path: Path) -> None:
+    """Its first row would be a head."""
+    (tmp_path / "r.csv").write_text('{"q": "1", "a": "2"}\n')
+    said = "FILE: expected a head of columns; got JSON\nhint: name it .jsonl"
+    assert message_of(tmp_path / "r.csv") == said
 
 
 def test_tables_of_arrow(tmp_path: Path) -> None:
