@@ -39,6 +39,7 @@ def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
         with explained_disk(path.parent, num_bytes, litter=temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_left(path)
+            remove(temporary)  # a killed process's that had this one's number
             yield temporary
             for file in files_below(temporary):
                 _let_others_read(file)
@@ -84,6 +85,17 @@ def _remove_left(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         found = form.fullmatch(left.name)
         if found and not is_alive(int(found[1])):
+            remove(left)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what killed processes left half written anywhere in a folder that is ours alone.
+
+    Processes of other hosts are gone, too: a container or a machine may have a new name.
+    """
+    for left in folder.rglob(".*.tmp*"):
+        found = re.fullmatch(r"\..+-(\d+)\.tmp(\.old)?", left.name)
+        if found and not (f".{_host()}-{found[1]}.tmp" in left.name and is_alive(int(found[1]))):
             remove(left)
 
 

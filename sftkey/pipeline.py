@@ -334,9 +334,10 @@ def evaluate_run(
     recipe = evaluated_recipe(Path(folder), generations, stage)
     refuse_unready_judge(recipe)
     from sftkey.evaluation.grading import grade
+    from sftkey.training.made_from import ASKS
     from sftkey.training.run import start
 
-    run = start(recipe, Path(folder), grade=grade, uses=("test",))
+    run = start(recipe, Path(folder), grade=grade, uses=ASKS)
     failures = []
     with run.progress:
         for name in run.stages(train=False) if stage is None else [stage]:

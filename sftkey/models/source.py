@@ -62,6 +62,9 @@ def find_source(
         raise ModelError(
             name_or_path, what, f"model={{name_or_path: {folder.parent}, file: {folder.name}}}"
         )
+    if folder.is_file():
+        what = "a file; expected the folder that it lies in"
+        raise ModelError(name_or_path, what, f"write {folder.parent}")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise ModelError(name_or_path, "no such folder")
     snapshot = _snapshot(name_or_path, revision, config_file)

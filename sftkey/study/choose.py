@@ -26,7 +26,8 @@ from sftkey.study.cells import remove_checkpoints, take_over
 from sftkey.study.schema import Choice, has_weight
 from sftkey.study.tasks import Picked, StudyRows, Task, arm_recipe
 from sftkey.training.run import Run, start
-from sftkey.training.run_folder import lock_run, open_run
+from sftkey.training.run_folder import open_run
+from sftkey.training.run_lock import lock_run
 
 ChoiceFigures = dict[str, float | None]  # of a value that was tried
 Grid = dict[str, tuple[float, ...]]
@@ -91,8 +92,10 @@ class StudyChoices:
         stages: dict[str, Any] = record["stages"]
         if self._grids(choice).keys() <= stages.keys():
             for folder in self._runs.glob("*"):
-                with suppress(RunLocked), lock_run(folder):  # others choose for other arms
+                with suppress(RunLocked):  # others choose for other arms
+                    lock = lock_run(folder)
                     shutil.rmtree(folder, ignore_errors=True)
+                    lock.release(force=True)
             with suppress(OSError):  # it isn't empty, or isn't there
                 self._runs.rmdir()
         return stages

@@ -18,8 +18,11 @@ from sftkey.recipe.schema import Recipe
 from sftkey.training.losses import own_losses
 from sftkey.training.run_folder import ROWS, Ledger, put_back
 
-TRAINS = ("train", "validation", "template")
+ASKS = ("template", "tokenizer", "test")
+TRAINS = ("train", "validation", "template", "tokenizer")
 ALL = (*TRAINS, "test")
+# Two tokenizers of one vocabulary cut something of it differently.
+PROBE = "The 12,345.67  naïve ÉTUDES don't I'LL \n\n\tx² + 2=4; 日本語 🙂 <|x|> internationally"
 
 
 def row_hashes(rows: Sequence[Example]) -> list[str]:
@@ -28,13 +31,20 @@ def row_hashes(rows: Sequence[Example]) -> list[str]:
 
 
 def made_from(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
-    """Return hashes of the rows that train, validate and are asked, and of the template."""
-    template = prepared.renderer.tokenizer.chat_template
+    """Return hashes of the rows that train, validate and are asked, of template and tokenizer.
+
+    Of the tokenizer they are of its vocabulary and of what it makes of a text: its file may be
+    written otherwise by another version of its library.
+    """
+    tokenizer = prepared.renderer.tokenizer
+    template, vocabulary = tokenizer.chat_template, sorted(tokenizer.get_vocab().items())
+    tokens = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     return {
         "train": row_hashes(prepared.train_examples),
         "validation": row_hashes(prepared.validation_examples),
         "test": row_hashes(prepared.questions(recipe)),
         "template": [text_hash(repr(template))[:16]],
+        "tokenizer": [text_hash(repr((vocabulary, tokens)))[:16]],
     }
 
 
@@ -94,8 +104,9 @@ def _other_rows(ledger: Ledger, now: dict[str, list[str]], differing: list[str])
 
 
 def _difference(name: str, before: list[str] | None, now: list[str]) -> str:
-    if name == "template":
-        return "the chat template isn't the one that this run began with"
+    if name in ("template", "tokenizer"):
+        what = "chat template" if name == "template" else name
+        return f"the {what} isn't the one that this run began with"
     if before is None:
         return "the rows aren't those that this run began with"
     num = max(len(before), len(now)) - (Counter(before) & Counter(now)).total()

@@ -1,20 +1,18 @@
-"""A run's folder: recipe, ledger of its stages, its lock, and whether each file is whole."""
+"""A run's folder: recipe, ledger of its stages, and whether each file is whole."""
 
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from platform import node
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import BaseModel, Field
 
-from sftkey.errors import Problem, RecipeError, RunError, RunLocked
+from sftkey.errors import Problem, RecipeError, RunError
 from sftkey.files import (
     changed_files,
     file_hash,
@@ -22,6 +20,7 @@ from sftkey.files import (
     free_name,
     read_json,
     refuse_irregular,
+    remove_litter,
     text_hash,
     value_hash,
     write_json,
@@ -30,40 +29,10 @@ from sftkey.files import (
 from sftkey.recipe.load import changed_keys, load_recipe
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import BASE, prefix_key, stage_names
+from sftkey.training.run_lock import lock_run
 
 LEDGER, COPY, RECIPE, ROWS = "ledger.json", "ledger.copy.json", "recipe.yaml", "rows.json"
-LOCK, HOLDER = ".lock", ".running.json"
 REWRITTEN = "`sftkey train` on the recipe that began this run writes it anew"
-
-
-def lock_run(folder: Path) -> FileLock:
-    """Lock a run folder for this process, which may do so again: two would tear each other's files.
-
-    It is held until it is released or nobody has the object any more, and the system takes it from
-    a process that dies.
-    """
-    lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
-    try:
-        if not lock.is_locked:
-            lock.acquire()
-            write_json(folder / HOLDER, {"host": node(), "pid": os.getpid()})
-    except Timeout:
-        raise RunLocked(
-            str(folder),
-            f"another process works on this run: {_holder(folder)}",
-            "wait for it, or end it; `name=…` begins another run beside it",
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        pass
-    return lock
-
-
-def _holder(folder: Path) -> str:
-    try:
-        holder = read_json(folder / HOLDER)
-        return f"pid {holder['pid']} on {holder['host']}"
-    except (RunError, KeyError):
-        return "it hasn't said which one"
 
 
 @dataclass
@@ -271,6 +240,7 @@ def _stamp() -> str:
 def _opened(recipe: Recipe, folder: Path) -> Ledger:
     """Read or begin the run in a folder that this process has for itself."""
     refuse_irregular(folder.rglob("*"))
+    remove_litter(folder)
     ledger = Ledger(folder, recipe)
     for name in ("stages", "evaluation"):
         (folder / name).mkdir(exist_ok=True)

@@ -27,6 +27,7 @@ from sftkey.files import (
     explained_disk,
     irregular,
     read_json,
+    remove_litter,
     write_text,
 )
 from sftkey.recipe.yaml_io import write_new
@@ -83,6 +84,33 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     alive.write_text("half")
     write_text(file, "whole")
     assert {each.name for each in tmp_path.iterdir()} == {"ledger.json", alive.name}
+
+
+@pytest.mark.fault("a write cut short")
+def test_what_a_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A container that is started again gives the same numbers."""
+    left = tmp_path / f".adapter.{files._host()}-{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").write_text("half")
+    with appearing(tmp_path / "adapter") as making:
+        making.mkdir()
+    assert files.files_below(tmp_path) == []
+
+
+@pytest.mark.fault("a write cut short")
+def test_litter_goes_where_nobody_else_writes(tmp_path: Path) -> None:
+    """Of dead processes, and of hosts by another name; a running process's stays."""
+    (tmp_path / "stages").mkdir()
+    dead = left_by_a_kill(tmp_path / "stages" / "adapter")
+    dead.mkdir()
+    (dead / "half").write_text("half")
+    host = files._host()
+    names = [f".x.not-{host}-1.tmp", f".x.not.{host}.x-{os.getppid()}.tmp.old"]
+    kept = [f".x.{host}-{os.getppid()}.tmp", ".running.json", "x.tmp", ".lock", ".x.tmp"]
+    for name in names + kept:
+        (tmp_path / name).write_text("half")
+    remove_litter(tmp_path)
+    assert sorted(each.name for each in files.files_below(tmp_path)) == sorted(kept)
 
 
 REPLACING = """

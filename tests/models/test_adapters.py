@@ -322,6 +322,18 @@ def refusal(tiny_folder: Path, folder: Path, lora: dict[str, Any] | None = None)
     return str(error.value)
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(
+    ours: Path, tiny_folder: Path, base: dict[str, str | None]
+) -> None:
+    """The folder that it lies in is what was meant."""
+    file = adapter_weights(ours)
+    with pytest.raises(ModelError) as error:
+        load_adapter(loaded(tiny_folder), file, base)
+    assert str(error.value) == (
+        f"{file}: a file; expected the folder that it lies in\nhint: write {ours}"
+    )
+
+
 def test_base_may_have_moved(ours: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """The weights count, not the folder's name."""
     copy = shutil.copytree(tiny_folder, tmp_path / "renamed")

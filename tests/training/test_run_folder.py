@@ -1,32 +1,33 @@
-"""What a run folder notices: other rows, broken files, a second process, changed later stages."""
+"""What a run folder notices: other rows, broken files, changed later stages."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.normalizers import Lowercase
 
-from sftkey.errors import RunError, RunLocked
+from sftkey.data.prepare import Prepared
+from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.grading import grade
 from sftkey.evaluation.results import read_results
 from sftkey.evaluation.stage import grade_stage
 from sftkey.pipeline import evaluate_run, open_run, report_run
 from sftkey.recipe.load import load_recipe
+from sftkey.recipe.schema import Recipe
 from sftkey.sharing.stage import shared_stage
-from sftkey.training.made_from import changed_facts
-from sftkey.training.run import Run, start
-from sftkey.training.run_folder import lock_run, read_ledger
+from sftkey.training.made_from import ALL, ASKS, changed_facts
+from sftkey.training.run import Run, read_rows, start
+from sftkey.training.run_folder import read_ledger
 from sftkey.training.stage_model import require_same_base
-from tests.support.tiny import made_rows, write_recipe
+from tests.support.tiny import CHATML, made_rows, write_recipe
 from tests.training.test_run import Killed, adapter_of, kill_at_step
 
 
@@ -276,33 +277,6 @@ def test_a_run_of_before_is_read(copied: Path) -> None:
     assert json.loads((folder / "ledger.json").read_text())["rows"] == ledger["rows"]
 
 
-LOCKING = """
-import sys
-from pathlib import Path
-from sftkey.training.run_folder import lock_run
-lock = lock_run(Path(sys.argv[1]))
-print("locked", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.fault("a second process, a dead one's lock")
-def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
-    """The first one's host and pid are named; when it is killed its lock is free."""
-    command = [sys.executable, "-c", LOCKING, str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "locked\n"
-        for _ in range(2):  # who was refused has taken nothing away
-            with pytest.raises(RunLocked, match=f"process works on this run: pid {other.pid}"):
-                lock_run(tmp_path)
-        other.kill()
-        other.wait()
-    with lock_run(tmp_path):
-        assert lock_run(tmp_path) is lock_run(tmp_path), "the same process may ask again"
-
-
 @pytest.mark.fault("settings changed, a stage added")
 def test_changed_later_stages_leave_the_first_as_it_is(
     copied: Path, capsys: pytest.CaptureFixture[str]
@@ -329,6 +303,34 @@ def test_a_stage_can_be_added(copied: Path) -> None:
     stages += "trainer: {learning_rate: 5.0e-4}}, {name: more, loss_on: key}]"
     run = go_on(copied, stages)
     assert [each.status for each in run.ledger.stages] == ["trained", "trained", "open"]
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("chat template", lambda tokenizer: setattr(tokenizer, "chat_template", CHATML + " ")),
+        ("tokenizer", lambda tokenizer: tokenizer.add_tokens(["zebra"])),
+        (
+            "tokenizer",
+            lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+        ),
+    ],
+)
+@pytest.mark.parametrize("uses", [ALL, ASKS])
+@pytest.mark.fault("rows, template or weights changed between two commands")
+def test_another_template_or_tokenizer_is_refused(
+    uses: tuple[str, ...], what: str, change: Callable[[Any], None], copied: Path
+) -> None:
+    """By training as by evaluating: the answers of two of them are no comparison."""
+
+    def read(recipe: Recipe) -> Prepared:
+        prepared = read_rows(recipe)
+        change(prepared.renderer.tokenizer)
+        return prepared
+
+    with pytest.raises(RunError, match=f": the {what} isn't the one that this run began with"):
+        go_on(copied, read=read, uses=uses)
+    go_on(copied, uses=uses)
 
 
 @pytest.mark.fault("rows, template or weights changed between two commands")

@@ -1,0 +1,71 @@
+"""One process works on a run folder; which one, the folder says."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from platform import node
+
+import psutil
+from filelock import FileLock, Timeout
+
+from sftkey.errors import RunError, RunLocked
+from sftkey.files import read_json, write_json
+
+LOCK, HOLDER = ".lock", ".running.json"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # some network file systems
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Lock a run folder for this process, which may do so again: two would tear each other's files.
+
+    It is held until it is released or nobody has the object any more, and the system takes it from
+    a process that dies.
+
+    On a file system without locks it is the process that the folder names, as long as that runs on
+    this host.
+
+    Raises:
+        RunLocked: Another process has it; its host and pid are named.
+    """
+    lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
+    try:
+        if lock.is_locked:
+            return lock
+        lock.acquire()
+    except Timeout:
+        raise _locked(folder) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        if _holder_runs(folder):
+            raise _locked(folder) from None
+    pid = os.getpid()
+    since = psutil.Process(pid).create_time()
+    write_json(folder / HOLDER, {"host": node(), "pid": pid, "since": since})
+    return lock
+
+
+def _locked(folder: Path) -> RunLocked:
+    try:
+        holder = read_json(folder / HOLDER)
+        who = f"pid {holder['pid']} on {holder['host']}"
+    except (RunError, KeyError):
+        who = "it hasn't said which one"
+    return RunLocked(
+        str(folder),
+        f"another process works on this run: {who}",
+        "wait for it, or end it; `name=…` begins another run beside it",
+    )
+
+
+def _holder_runs(folder: Path) -> bool:
+    """Tell whether the process that a run names runs here; its number may be another's now."""
+    try:
+        holder = read_json(folder / HOLDER)
+        since = psutil.Process(holder["pid"]).create_time()
+        others = holder["pid"] != os.getpid() and holder["host"] == node()
+        return others and abs(since - holder["since"]) < 1
+    except (RunError, KeyError, TypeError, ValueError, psutil.Error):
+        return False
