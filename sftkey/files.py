@@ -276,6 +276,24 @@ def irregular(path: Path) -> str | None:
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), None)
 
 
+def read_text(path: Path, most_bytes: int) -> str:
+    """Return a file's text, in UTF-8.
+
+    Raises:
+        ValueError: It says why there is none.
+    """
+    if kind := irregular(path):
+        raise ValueError(f"expected a file; got {kind}")
+    try:
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"expected at most {most_bytes:,} bytes")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("expected text in UTF-8; got other bytes") from None
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror}") from error
+
+
 def refuse_irregular(paths: Iterable[Path]) -> None:
     """Refuse a pipe or a device in a file's place: reading it may never end."""
     for path in paths:
@@ -311,6 +329,12 @@ def read_json(path: Path) -> dict[str, Any]:
         f"expected what a command wrote there; {what}",
         "put it back from a copy; or move it aside, and run the command that wrote it again",
     )
+
+
+def unwritable_cache(error: OSError, what: str = "the cache") -> tuple[str, str, str]:
+    """Return where, what and hint of an error: something can't be written into the cache."""
+    reason = f"{what} can't be written: {error.strerror or error}"
+    return str(cache_folder()), reason, "set SFTKEY_CACHE to a folder of yours"
 
 
 def free_name(path: Path) -> Path:

@@ -52,7 +52,8 @@ def _rows_report(recipe: Recipe, env: Mapping[str, str] = os.environ) -> Report:
         _add(findings, stop_findings(recipe, renderer))
         _add(findings, id_findings(recipe, renderer))
     if not undecided(recipe, "data"):
-        splits = _attempt(findings, lambda: _read_splits(recipe))
+        data, options = rows.lenient(recipe.data), RowOptions.of(recipe)
+        splits = _attempt(findings, lambda: load_splits(data, recipe.seed, options))
     if splits is not None:
         if renderer is not None:
             prepared = _read_rows(findings, recipe, renderer, splits)
@@ -85,11 +86,6 @@ def _attempt(findings: list[Finding], make: Callable[[], T]) -> T | None:
 def _add(findings: list[Finding], more: Iterable[Finding]) -> None:
     """Add findings; an error that comes among them becomes findings, too."""
     _attempt(findings, lambda: findings.extend(more))
-
-
-def _read_splits(recipe: Recipe) -> Splits:
-    need_test = recipe.data.test is not None
-    return load_splits(rows.lenient(recipe.data), recipe.seed, need_test, RowOptions.of(recipe))
 
 
 def _read_rows(

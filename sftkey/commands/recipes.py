@@ -108,7 +108,7 @@ def show(
     from sftkey.models.facts import published_stops
     from sftkey.models.loading import load_tokenizer
 
-    prepared = prepare(checked, load_tokenizer(checked.model), need_test=False)
+    prepared = prepare(checked, load_tokenizer(checked.model))
     rows = preview_rows(checked, prepared, num_rows)
     numbers = rendered_statistics(statistics(checked, prepared))
     if as_json:
@@ -150,7 +150,7 @@ def prompts(
     from sftkey.models.loading import load_tokenizer
     from sftkey.training.own_thinking import with_hint
 
-    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    prepared = prepare(recipe, load_tokenizer(recipe.model))
     rows = {
         "train": prepared.train_examples,
         "validation": prepared.validation_examples,

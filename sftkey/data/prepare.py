@@ -129,7 +129,7 @@ def drawn(num_all: int, count: int, seed: int | str) -> list[int]:
     return sorted(random.Random(seed).sample(range(num_all), min(count, num_all)))
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool = True) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Load the recipe's data and tokenize what is trained and validated on.
 
     Raises:
@@ -138,7 +138,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, need_test: bool 
         FrameError: The tokenizer or its template can't carry the response.
     """
     renderer = Renderer.read(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
-    splits = load_splits(recipe.data, recipe.seed, need_test, RowOptions.of(recipe))
+    splits = load_splits(recipe.data, recipe.seed, RowOptions.of(recipe))
     return prepare_splits(recipe, splits, renderer)
 
 

@@ -26,7 +26,7 @@ from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Refusal, Row, fit, tokenize_batches
 from sftkey.errors import DataError
-from sftkey.files import appearing, cache_folder, file_hash, write_json
+from sftkey.files import appearing, cache_folder, file_hash, unwritable_cache, write_json
 
 LIBRARIES = ("tokenizers", "transformers", "jinja2")  # what renders and tokenizes
 
@@ -117,9 +117,7 @@ def tokenized_rows(
             try:
                 _make(folder, examples, renderer, max_length, trim)
             except OSError as error:
-                where, hint = str(cache_folder()), "set SFTKEY_CACHE to a folder of yours"
-                what = f"the cache can't be written: {error.strerror or error}"
-                raise DataError(where, what, hint) from error
+                raise DataError(*unwritable_cache(error)) from error
             found = _read(folder)
     if found is None:
         raise DataError(str(folder), "what was written there can't be read back")

@@ -35,9 +35,7 @@ class Splits:
 
 
 @activity("reading the rows")
-def load_splits(
-    data: DataSection, seed: int, need_test: bool = True, options: RowOptions = USUAL
-) -> Splits:
+def load_splits(data: DataSection, seed: int, options: RowOptions = USUAL) -> Splits:
     """Load the splits that the recipe names; the choice of rows, and made rows, depend on the seed.
 
     Raises:
@@ -46,12 +44,6 @@ def load_splits(
     """
     data = with_defaults(data)
     amounts = _amounts(data)
-    if need_test and amounts["test"] is None:
-        raise DataError(
-            data.source,
-            "data.test: expected a count, a share, a split or a file; got none",
-            hint="`data.test: 200` keeps 200 rows of train for the test",
-        )
     dropped: dict[str, Any] = {}
     empty: dict[str, list[int]] = {}
 

@@ -118,7 +118,7 @@ def _of_recipe(target: str, recipe: Recipe, folder: Path, number: int, num_rows:
     from sftkey.models.loading import load_tokenizer
     from sftkey.training.stage_model import load_left
 
-    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    prepared = prepare(recipe, load_tokenizer(recipe.model))
     if prepared.validation is None:
         raise DataError(
             target,

@@ -14,8 +14,8 @@ from sftkey.activity import activity, tell
 from sftkey.data.response import Example, Parsed, QuestionKey
 from sftkey.errors import DataError, Problem, RunError, shortened
 from sftkey.evaluation.grading import Grade, grade
-from sftkey.files import refuse_irregular, write_text
-from sftkey.generation.generate import Generation, by_row, key_of, read_row
+from sftkey.files import write_text
+from sftkey.generation.generate import Generation, by_row, key_of, lines_of, read_row
 from sftkey.training.run_folder import require_whole
 
 if TYPE_CHECKING:
@@ -36,17 +36,10 @@ def read_generations(
             and with the questions that have none.
     """
     hint = 'a row is {"index": 7, "text": "…"}, one for each question; `stopped` is optional'
-    refuse_irregular([file])
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(str(file), f"can't be read: {error.strerror}", hint) from None
     generations: dict[QuestionKey, Generation] = {}
     first_lines: dict[QuestionKey, int] = {}
     problems, asked = [], by_row(expected)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(file, hint):
         where = ""
         try:
             row = read_row(line)
@@ -203,10 +196,14 @@ def read_answers(run: Path, stage: str) -> list[GradedAnswer]:
         lines = file.read_bytes().splitlines()
         return [GradedAnswer.model_validate_json(line) for line in lines]
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"]))
         hint = f"move the file aside; sftkey evaluate {run} writes it anew"
-        raise RunError(str(file), [Problem(where, detail["msg"])], hint) from None
+        raise RunError(str(file), problems_of(error), hint) from None
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """Return what pydantic finds wrong, and where in what was read."""
+    found = error.errors()
+    return shortened([Problem(".".join(map(str, each["loc"])), each["msg"]) for each in found])
 
 
 def chosen(

@@ -19,6 +19,7 @@ from sftkey.evaluation.statistics import (
     holm,
     p_text,
     points_text,
+    score_of,
     two_sided_p,
 )
 from sftkey.evaluation.thinking import form_table
@@ -64,7 +65,7 @@ class StageRow:
     @property
     def score(self) -> float:
         """Score with the comparison's alpha, not always the one of the evaluation."""
-        return self.result.score_at(self.alpha)
+        return score_of(self.result.acc, self.result.fmt, self.alpha)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sftkey.data.response import Example, QuestionKey
 from sftkey.errors import JudgeError, RecipeError, first_line
-from sftkey.files import cache_folder, text_hash, value_hash
+from sftkey.files import cache_folder, text_hash, unwritable_cache, value_hash
 from sftkey.recipe.schema import JudgeSection
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ class Verdicts:
                     stream.write(json.dumps({"prompt_sha256": key, "right": right}) + "\n")
                 self._known[key] = right
         except OSError as error:
-            what = f"the judge's verdicts can't be written: {error.strerror or error}"
-            hint = "set SFTKEY_CACHE to a folder of yours"
-            raise JudgeError(str(cache_folder()), what, hint) from error
+            raise JudgeError(*unwritable_cache(error, "the judge's verdicts")) from error
 
 
 def _row(line: str) -> dict[str, bool]:

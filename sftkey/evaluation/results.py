@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from sftkey.data.response import Example, QuestionKey, Response
-from sftkey.errors import DataError, Problem, RunError, shortened
-from sftkey.evaluation.answers import GradedText, OfQuestion
+from sftkey.errors import DataError, RunError
+from sftkey.evaluation.answers import GradedText, OfQuestion, problems_of
 from sftkey.evaluation.grading import Untagged, read_untagged
 from sftkey.evaluation.judge import JudgeFigures, judge_figures
 from sftkey.evaluation.statistics import num_conversations, score_of, share_interval
@@ -144,10 +144,6 @@ class StageResult(BaseModel):
         """The conversation of each question."""
         return [question.index for question in self.questions]
 
-    def score_at(self, alpha: float) -> float:
-        """Return alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
-        return score_of(self.acc, self.fmt, alpha)
-
 
 def score(
     recipe: Recipe,
@@ -193,7 +189,9 @@ def score(
             "temperature": section.temperature,
             **(settings or {}),
         },
-        questions_sha256=_fingerprint(examples),
+        questions_sha256=text_hash(
+            json.dumps([(each.index, each.prompt, each.answer) for each in examples])
+        ),
         questions=questions,
     )
 
@@ -290,10 +288,7 @@ def read_model(kind: type[M], file: Path, hint: str) -> M:
     try:
         return kind.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        problems = [
-            Problem(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()
-        ]
-        raise RunError(str(file), shortened(problems), hint) from None
+        raise RunError(str(file), problems_of(error), hint) from None
 
 
 def read_results(run_folder: Path) -> list[StageResult]:
@@ -311,9 +306,3 @@ def read_graded(run_folder: Path) -> list[StageResult]:
     require_whole(run_folder, "evaluation/*.json")
     files = (run_folder / "evaluation").glob("[!.]*.json")
     return sorted(map(read_result, files), key=lambda result: (result.position, result.stage))
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    """Hash what makes questions the same: their rows, prompts and reference answers."""
-    rows = [(example.index, example.prompt, example.answer) for example in examples]
-    return text_hash(json.dumps(rows))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftkey.activity import activity, tell
 from sftkey.data.response import QuestionKey, decoded, require_text
-from sftkey.errors import Problem, RunError
+from sftkey.errors import DataError, Problem, RunError
+from sftkey.files import refuse_irregular
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,10 @@ def generate(
                 written = write(model, asked, config, streamer)
         for position, ids in zip(batch, written, strict=True):
             if position not in skip:
-                yield position, _generation(tokenizer, ids, stop_ids)
+                # What stands behind a row's first stop is padding.
+                end = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
+                text = decoded(tokenizer, ids[:end])
+                yield position, Generation(text, end, end < len(ids), tuple(ids[:end]))
 
 
 def _bounds(
@@ -198,6 +202,16 @@ def key_of(asked: Sequence[Key], turn: int | None) -> Key | None:
     if len(asked) > 1:
         raise ValueError(f"turn: expected which of the row's {len(asked)} questions; got none")
     return asked[0] if asked else None
+
+
+def lines_of(file: Path, hint: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file of generations that aren't empty, and their numbers from 1."""
+    refuse_irregular([file])
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(str(file), f"can't be read: {error.strerror}", hint) from None
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 _FIELDS = {
@@ -298,14 +312,6 @@ def _unpublished(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         base.generation_config = published
         if router_loss:
             text_config.output_router_logits = router_loss
-
-
-def _generation(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: Collection[int]
-) -> Generation:
-    """Cut a row at its first stop; what stands after it is padding."""
-    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
-    return Generation(decoded(tokenizer, ids[:end]), end, end < len(ids), tuple(ids[:end]))
 
 
 @contextmanager

@@ -184,6 +184,7 @@ def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Ki
     if problems:
         raise CheckError(f"{recipe.name}, stage {stage.name}", problems, "leave --gpu out")
     compute, weights = _dtypes(recipe, skeleton, kind)
+    unpacked = kind == "cpu" and recipe.model.unpack == "auto" and compute == weights
     rows = lora.get("trainable_token_indices") or ()
     lists = rows.values() if isinstance(rows, dict) else [rows]
     frozen = stage.context == "frozen"
@@ -193,7 +194,7 @@ def setting_of(recipe: Recipe, stage: StageSection, skeleton: Skeleton, kind: Ki
     targets = trained[0].get("target_modules") or ()
     return Setting(
         kind=kind,
-        quantized=_stays_packed(recipe.model, kind, compute == weights),
+        quantized=recipe.model.quantization == "nf4" and not unpacked,
         weights=weights,
         compute=compute,
         attention=recipe.model.attn_implementation,
@@ -221,12 +222,6 @@ def _uncounted(recipe: Recipe, stage: StageSection) -> Iterator[Problem]:
     attention = recipe.model.attn_implementation
     if attention not in ("sdpa", "eager") and not attention.startswith("flash_attention"):
         yield Problem("model.attn_implementation", f"{attention}: what it keeps isn't planned")
-
-
-def _stays_packed(section: ModelSection, kind: Kind, one_type: bool) -> bool:
-    """Whether NF4 weights are held packed: on a CPU they are unpacked after loading."""
-    unpacked = kind == "cpu" and section.unpack == "auto" and one_type
-    return section.quantization == "nf4" and not unpacked
 
 
 def _dtypes(recipe: Recipe, skeleton: Skeleton, kind: Kind) -> tuple[str, str]:

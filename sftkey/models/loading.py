@@ -23,7 +23,7 @@ from sftkey.activity import activity
 from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.renderer import Renderer
 from sftkey.errors import ModelError, first_line, shown
-from sftkey.files import irregular
+from sftkey.files import read_text
 from sftkey.models.device import (
     DTYPES,
     Device,
@@ -57,17 +57,9 @@ CONVERSATION = [
 def read_template(path: Path) -> str:
     """Read a template file."""
     try:
-        if kind := irregular(path):
-            what = f": expected a file; got {kind}"
-        elif path.stat().st_size > MOST_BYTES:
-            what = f": expected at most {MOST_BYTES:,} bytes"
-        else:
-            return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        what = ": expected text in UTF-8; got other bytes"
-    except OSError as error:
-        what = f" can't be read: {error.strerror}"
-    raise ModelError(str(path), f"model.chat_template{what}")
+        return read_text(path, MOST_BYTES)
+    except ValueError as error:
+        raise ModelError(str(path), f"model.chat_template: {error}") from None
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

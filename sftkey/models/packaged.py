@@ -26,7 +26,14 @@ from typing import BinaryIO
 from packaging.requirements import Requirement
 
 from sftkey.errors import ModelError
-from sftkey.files import CHUNK_BYTES, appearing, cache_folder, file_hash, text_hash
+from sftkey.files import (
+    CHUNK_BYTES,
+    appearing,
+    cache_folder,
+    file_hash,
+    text_hash,
+    unwritable_cache,
+)
 from sftkey.recipe.schema import ModelSection
 
 LOGGER = logging.getLogger("sftkey")
@@ -62,22 +69,18 @@ def gguf_folder(section: ModelSection) -> Path:
     """
     from filelock import FileLock
 
-    cache, folder = cache_folder(), converted_folder(section)
+    folder = converted_folder(section)
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "models" / f"{folder.name}.lock"):
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
                 _make(section, folder)
     except OSError as error:
         if error.errno is None:  # not the system's: one of ours
             raise
-        raise ModelError(
-            str(cache),
-            f"the cache can't be written: {error.strerror}",
-            "set SFTKEY_CACHE to a folder of yours",
-        ) from error
+        raise ModelError(*unwritable_cache(error)) from error
     return folder
 
 

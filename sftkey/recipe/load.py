@@ -237,6 +237,8 @@ def find_recipe(target: Path, folder: Path = RECIPES) -> Path:
 def describe(file: Path, folder: Path = RECIPES) -> dict[str, Any]:
     """Read what `ls` shows of a recipe; `gpu_memory_gib` is None until it has been measured."""
     recipe = load_recipe(file)
+    head = re.match(r"(?:#.*\n)*", file.read_text(encoding="utf-8"))
+    measured = re.search(r"^# Fits:.*?([\d.]+) GiB", head[0], re.MULTILINE) if head else None
     return {
         "recipe": short_name(file, folder),
         "file": shortest(file),
@@ -245,7 +247,7 @@ def describe(file: Path, folder: Path = RECIPES) -> dict[str, Any]:
         "data": " ".join(filter(None, (recipe.data.source, recipe.data.config, recipe.data.task))),
         "method": method(recipe),
         "stages": [stage.name for stage in recipe.stages],
-        "gpu_memory_gib": measured_memory(file.read_text(encoding="utf-8")),
+        "gpu_memory_gib": float(measured[1]) if measured else None,
     }
 
 
@@ -260,10 +262,3 @@ def method(recipe: Recipe) -> str:
     if recipe.lora is None:
         return "full"
     return "LoRA" if recipe.model.quantization == "none" else "QLoRA"
-
-
-def measured_memory(text: str) -> float | None:
-    """Read the GiB of the `# Fits:` line in the comment at a recipe's head."""
-    head = re.match(r"(?:#.*\n)*", text)
-    found = re.search(r"^# Fits:.*?([\d.]+) GiB", head[0], re.MULTILINE) if head else None
-    return float(found[1]) if found else None

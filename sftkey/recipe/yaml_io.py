@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sftkey.errors import Problem, RecipeError, did_you_mean, shown
-from sftkey.files import explained_disk, irregular
+from sftkey.files import explained_disk, read_text
 
 Keys = tuple[str | int, ...]
 MOST_BYTES = 1 << 20  # of a recipe
@@ -66,19 +66,14 @@ class RecipeSource:
 
 def read(path: Path) -> RecipeSource:
     """Read a recipe file."""
-    if kind := irregular(path):
-        raise RecipeError(str(path), f"expected a recipe file; got {kind}")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise RecipeError(str(path), f"expected a recipe of at most {MOST_BYTES:,} bytes")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        hint = "`sftkey ls` shows the recipes that there are"
-        raise RecipeError(str(path), "expected a recipe file; there is none", hint) from None
-    except UnicodeDecodeError:
-        raise RecipeError(str(path), "expected text in UTF-8; got other bytes") from None
-    except OSError as error:
-        raise RecipeError(str(path), f"can't be read: {error.strerror}") from None
+        text = read_text(path, MOST_BYTES)
+    except ValueError as error:
+        what, hint = str(error), None
+        if isinstance(error.__cause__, FileNotFoundError):
+            what = "expected a recipe file; there is none"
+            hint = "`sftkey ls` shows the recipes that there are"
+        raise RecipeError(str(path), what, hint) from None
     source = RecipeSource({})
     try:
         data = _load(text, (), source, None)

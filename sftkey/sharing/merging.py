@@ -38,30 +38,19 @@ def baked_template(renderer: Renderer, data: DataSection) -> str:
     Raises:
         FrameError: The template doesn't write the run's prompt.
     """
-    pieces = _text_around(data)
+    # The recipe's text before a question, after it, and between where it stands twice.
+    pieces = as_messages(question_prompt(data, QUESTION))[-1]["content"].split(QUESTION)
     if renderer.kind == "plain":
         template = _plain_template(renderer, pieces)
-    else:
-        own = renderer.tokenizer.get_chat_template()
-        template = _defaults(renderer.chat_template_kwargs)
-        template += _system(data.system) + _around(pieces) + own
+    else:  # variables are set where the caller doesn't
+        template = "".join(
+            f"{{%- if {it} is not defined %}}{{%- set {it} = {_literal(value)} %}}{{%- endif %}}"
+            for it, value in renderer.chat_template_kwargs.items()
+        )
+        template += _system(data.system) + _around(pieces)
+        template += renderer.tokenizer.get_chat_template()
     _prove(renderer, data, template)
     return template
-
-
-def _text_around(data: DataSection) -> list[str]:
-    """Return the recipe's text before a question, after it, and between where it stands twice."""
-    prompt = question_prompt(data, QUESTION)
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return text.split(QUESTION)
-
-
-def _defaults(variables: Any) -> str:
-    """Set variables of the template where the caller doesn't."""
-    return "".join(
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
-        for name, value in variables.items()
-    )
 
 
 def _system(system: str | None) -> str:

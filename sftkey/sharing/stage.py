@@ -55,7 +55,7 @@ def asked_questions(run: Path, recipe: Recipe) -> tuple[Prepared, list[Example]]
     from sftkey.data.prepare import prepare
     from sftkey.models.loading import load_tokenizer
 
-    prepared = prepare(recipe, load_tokenizer(recipe.model), need_test=False)
+    prepared = prepare(recipe, load_tokenizer(recipe.model))
     questions = list(prepared.questions(recipe))
     if not questions:
         raise RunError(str(run), "expected test rows; its recipe has none", "write data.test")

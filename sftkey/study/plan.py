@@ -19,6 +19,7 @@ from sftkey.study.seeds import MOST_SEEDS, seeds_needed
 from sftkey.study.summary import stated, supposed_of
 from sftkey.study.tasks import Cell
 from sftkey.tables import FittedTable
+from sftkey.training.log import clock
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> Renderabl
     table = FittedTable("task, arm, seed", ("stages and their steps", "tokens", "time"))
     for each in planned:
         cell, stages = each.cell, ", ".join(map(_stage, each.stages))
-        time = "finished" if each.finished else _time(each.seconds)
+        time = "finished" if each.finished else clock(each.seconds)
         name = f"{cell.task} {cell.arm} {cell.seed}"
         table.add([name, stages, str(each.left("num_tokens")), time])
     times = [each.seconds for each in planned]  # 0 of a finished one
@@ -149,7 +150,7 @@ def rendered(planned: list[PlannedCell], notes: Sequence[str] = ()) -> Renderabl
     steps, tokens = (sum(each.left(count) for each in planned) for count in counts)
     sentence = (
         f"{len(planned)} cells, {sum(each.finished for each in planned)} of them finished; "
-        f"{steps} steps and {tokens} tokens to train; time: {_time(known)}"
+        f"{steps} steps and {tokens} tokens to train; time: {clock(known)}"
     )
     return Group(table, *map(Text, (sentence, *notes)))
 
@@ -210,10 +211,3 @@ def _stage(stage: PlannedStage) -> str:
     if stage.paced_as and not stage.shared:
         return f"{stage.name} as long as {stage.num_steps} of {stage.paced_as}"
     return f"{stage.name} {'shared' if stage.shared else stage.num_steps}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

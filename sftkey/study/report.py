@@ -32,7 +32,11 @@ def report(
         for head, found in LISTS.items():
             if items := found(results, task):
                 lines += [f"### {head}", "", *(f"- {item}" for item in items), ""]
-    lines += [] if pictures is None else _pictures(pictures)
+    for file in pictures or ():
+        lines += [f"![{file.removesuffix('.png')}]({file})", ""]
+    if pictures is not None and not pictures:
+        how = 'python -m pip install "sftkey[plots]"'
+        lines += [f"No pictures: matplotlib isn't installed (`{how}`, then the same command).", ""]
     lines += ["## Where it was measured", "", f"`{results.command}`, {where(results)}"]
     return "\n".join([*lines, "", NOTES, ""])
 
@@ -51,13 +55,6 @@ NOTES = (
     "more. Tokens are the trained ones and time that of training, of all stages, the mean over "
     "seeds; the time of those on the first one's hardware."
 )
-
-
-def _pictures(files: Sequence[str]) -> list[str]:
-    if not files:
-        how = 'python -m pip install "sftkey[plots]"'
-        return [f"No pictures: matplotlib isn't installed (`{how}`, then the same command).", ""]
-    return [line for file in files for line in (f"![{file.removesuffix('.png')}]({file})", "")]
 
 
 def equals(results: StudyResults, task: str) -> list[str]:

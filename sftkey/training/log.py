@@ -137,12 +137,14 @@ class RunProgress:
         self.note(" ".join(f"{cells[name]:>{width}}" for name, width in widths.items()))
 
 
-def clock(seconds: float) -> str:
-    """Write a time as `m:ss`, or `h:mm:ss`.
+def clock(seconds: float | None) -> str:
+    """Write a time as `m:ss`, or `h:mm:ss`; one that nobody knows as `unknown`.
 
     >>> clock(59.6), clock(3600)
     ('1:00', '1:00:00')
     """
+    if seconds is None:
+        return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

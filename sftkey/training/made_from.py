@@ -58,7 +58,11 @@ def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str
     now = made_from(ledger.recipe, prepared)
     hashes = fingerprints(now)
     answered = any((ledger.folder / "evaluation").glob("[!.]*.json*"))
-    used = dict.fromkeys(TRAINS, _begun(ledger)) | {"test": answered}
+    written = ("checkpoints/checkpoint-*", "thinkings.*")  # steps that would be lost
+    begun = any(record.status == "trained" for record in ledger.stages) or any(
+        any(ledger.folder.glob(f"stages/*/{each}")) for each in written
+    )
+    used = dict.fromkeys(TRAINS, begun) | {"test": answered}
     differing = [
         name
         for name in splits
@@ -72,13 +76,6 @@ def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str
         write_json(ledger.folder / ROWS, before | {name: now[name] for name in noted})
         ledger.rows |= {name: hashes[name] for name in noted}
         ledger.save()
-
-
-def _begun(ledger: Ledger) -> bool:
-    """Tell whether a step has been taken that would be lost."""
-    trained = any(record.status == "trained" for record in ledger.stages)
-    written = ("checkpoints/checkpoint-*", "thinkings.*")
-    return trained or any(any(ledger.folder.glob(f"stages/*/{each}")) for each in written)
 
 
 def _kept(ledger: Ledger) -> dict[str, list[str]]:

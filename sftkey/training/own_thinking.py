@@ -21,8 +21,8 @@ from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, QuestionKey
 from sftkey.data.row_cache import tokenized_rows
 from sftkey.errors import DataError, Problem, shortened
-from sftkey.files import refuse_irregular, write_json
-from sftkey.generation.generate import Generation, by_row, generated_in, key_of, read_row
+from sftkey.files import write_json
+from sftkey.generation.generate import Generation, by_row, generated_in, key_of, lines_of, read_row
 from sftkey.generation.key_switch import Switch
 from sftkey.recipe.schema import Recipe, StageSection
 from sftkey.training.answers import write_parts
@@ -111,15 +111,7 @@ def read_thinkings(file: Path, stage: StageSection, prepared: Prepared) -> dict[
     written: dict[int, Generation] = {}
     seen: Counter[int] = Counter()
     problems = []
-    refuse_irregular([file])
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        what = f"can't be read: {error.strerror}"
-        raise DataError(str(file), what, "see stages.own.file") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(file, "see stages.own.file"):
         try:
             row = read_row(line)
             place = places[_asked_key(row, asked)]

@@ -237,9 +237,8 @@ class Run:
 
 
 def read_rows(recipe: Recipe) -> Prepared:
-    """Load the tokenizer and the rows; the test rows may be missing."""
-    tokenizer = load_tokenizer(recipe.model)
-    prepared = prepare(recipe, tokenizer, need_test=recipe.data.test is not None)
+    """Load the tokenizer and the rows."""
+    prepared = prepare(recipe, load_tokenizer(recipe.model))
     refuse_evaluation_without_rows(recipe, prepared)
     return prepared
 

@@ -72,7 +72,7 @@ def call(folder: Path, num_rows: int) -> Job:
     from sftkey.data.tokenization import _write
 
     recipe, renderer = framed(folder, {"source": str(folder / ROWS)})
-    written = (_write(each, renderer) for each in load_splits(recipe.data, 0, False).train)
+    written = (_write(each, renderer) for each in load_splits(recipe.data, 0).train)
     texts = [text.prompt + text.rest for text in written]  # type: ignore[union-attr]
     assert len(texts) == num_rows
 
@@ -102,7 +102,7 @@ def check(folder: Path, num_rows: int) -> Job:
     recipe, renderer = framed(folder, {"source": str(folder / ROWS)})
 
     def check_all() -> None:
-        prepared = prepare_splits(recipe, load_splits(recipe.data, 0, False), renderer)
+        prepared = prepare_splits(recipe, load_splits(recipe.data, 0), renderer)
         assert len(prepared.train) == num_rows
         assert not read_masks(recipe, renderer, prepared.train).faults
         assert not unreadable_answers(recipe, prepared)
@@ -117,7 +117,7 @@ def tokenized(folder: Path, num_rows: int, proven: bool) -> Job:
 
     made = {"source": "made", "task": "orders", "num_rows": num_rows}
     recipe, renderer = framed(folder, made)
-    examples = load_splits(recipe.data, 0, False).train
+    examples = load_splits(recipe.data, 0).train
 
     def make_rows() -> None:
         with ExitStack() as unproven:

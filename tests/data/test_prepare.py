@@ -23,17 +23,17 @@ ROWS = [
 def prepared(tiny_recipe: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path) -> Write:
     """Return a function that writes rows and a recipe over them, and prepares it."""
 
-    def write(rows: list[dict[str, str]], *overrides: str, need_test: bool = False) -> Prepared:
+    def write(rows: list[dict[str, str]], *overrides: str) -> Prepared:
         source = write_rows(tmp_path / "these.jsonl", rows)
         recipe = tiny_recipe(data={"source": source})
-        return prepare(load_recipe(recipe, overrides), tiny_tokenizer, need_test)
+        return prepare(load_recipe(recipe, overrides), tiny_tokenizer)
 
     return write
 
 
 def test_rows_of_each_split(prepared: Write) -> None:
     """Train and validation become tokens, test stays examples; counts add up, and are JSON."""
-    done = prepared(ROWS, "data.validation=2", "data.test=3", need_test=True)
+    done = prepared(ROWS, "data.validation=2", "data.test=3")
     assert done.validation is not None
     assert (done.train.num_rows, done.validation.num_rows, len(done.test)) == (4, 2, 3)
     assert done.train.column_names == ["input_ids", "segment_ids", "index"]
@@ -54,7 +54,7 @@ def test_rows_of_each_split(prepared: Write) -> None:
 
 def test_questions_are_drawn_by_the_seed(prepared: Write, tiny_recipe: Callable[..., Path]) -> None:
     """A recipe asks the same test rows again, in their order; another seed draws others."""
-    done = prepared(ROWS, "data.validation=1", "data.test=7", need_test=True)
+    done = prepared(ROWS, "data.validation=1", "data.test=7")
 
     def asked(seed: int) -> list[int]:
         recipe = load_recipe(tiny_recipe(), [f"seed={seed}", "eval.num_questions=3"])

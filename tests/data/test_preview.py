@@ -45,7 +45,7 @@ def made_recipe(
             (tmp_path / f"{name}.jsonl").write_text("".join(lines).replace("Q", name))
         section = {"source": str(tmp_path / "six.jsonl"), **data}
         recipe = load_recipe(tiny_recipe(data=section, stages=STAGES), ["data.unsplit_rows=drop"])
-        return recipe, prepare(recipe, tiny_tokenizer, need_test=False)
+        return recipe, prepare(recipe, tiny_tokenizer)
 
     return make
 

@@ -32,10 +32,9 @@ def jsonl(file: Path, items: list[dict[str, Any]]) -> Path:
 
 def load(source: object, seed: int = 7, **fields: Any) -> Splits:
     """Load the splits of a source that may be a path."""
-    need_test = fields.pop("need_test", True)
     options = RowOptions(fields.pop("turns", "last"))
     data = DataSection.model_validate({"source": str(source), **fields})
-    return load_splits(data, seed, need_test, options)
+    return load_splits(data, seed, options)
 
 
 def message_of(source: object, **fields: Any) -> str:
@@ -128,11 +127,7 @@ def test_a_source_with_splits_has_defaults(tmp_path: Path) -> None:
     jsonl(tmp_path / "test.jsonl", rows(2, "test"))
     assert sizes(load(tmp_path)) == {"train": 1, "validation": 200, "test": 2}
     file = tmp_path / "train.jsonl"
-    assert sizes(load(file, need_test=False)) == {"train": 201, "validation": 0, "test": 0}
-    assert message_of(file, validation=2) == (
-        f"{file}: data.test: expected a count, a share, a split or a file; got none\n"
-        "hint: `data.test: 200` keeps 200 rows of train for the test"
-    )
+    assert sizes(load(file)) == {"train": 201, "validation": 0, "test": 0}
 
 
 def test_more_rows_than_there_are_is_an_error(tmp_path: Path) -> None:

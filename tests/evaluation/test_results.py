@@ -76,7 +76,6 @@ def test_score_weighs_acc_by_alpha() -> None:
     result = scored(strict)
     assert (result.acc, result.fmt) == (0.25, 1)
     assert result.score == pytest.approx(0.7 * 0.25 + 0.3)
-    assert (result.score_at(1), result.score_at(0)) == (0.25, 1)
 
 
 def test_thinking_is_counted_in_tokens(tiny_tokenizer: Any) -> None:

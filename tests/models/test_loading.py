@@ -69,7 +69,7 @@ def test_missing_chat_template(tiny_folder: Path) -> None:
     with pytest.raises(ModelError) as error:
         load_tokenizer(section(tiny_folder, chat_template="gone.jinja"))
     assert str(error.value) == (
-        "gone.jinja: model.chat_template can't be read: No such file or directory"
+        "gone.jinja: model.chat_template: can't be read: No such file or directory"
     )
 
 

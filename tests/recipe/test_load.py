@@ -774,7 +774,7 @@ def test_a_file_that_is_not_there_gets_one_error(tmp_path: Path, monkeypatch: An
         "FILE: expected a recipe file; there is none\n"
         "hint: `sftkey ls` shows the recipes that there are"
     )
-    assert refusal(tmp_path) == "FILE: expected a recipe file; got a folder"
+    assert refusal(tmp_path) == "FILE: expected a file; got a folder"
 
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")

@@ -98,7 +98,7 @@ def test_a_recipe_is_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     for path, kind in ((pipe, "a pipe"), (Path("/dev/zero"), "a device")):
-        with pytest.raises(RecipeError, match=f"expected a recipe file; got {kind}"):
+        with pytest.raises(RecipeError, match=f"expected a file; got {kind}"):
             read(path)
 
 

@@ -87,7 +87,7 @@ def read(layout: Layout) -> Splits:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(body, encoding="utf-8")
     recipe = recipe_with(layout.recipe)
-    return load_splits(recipe.data, recipe.seed, False, RowOptions.of(recipe))
+    return load_splits(recipe.data, recipe.seed, RowOptions.of(recipe))
 
 
 def written(example: Example) -> str:
