@@ -8,8 +8,6 @@ The names below are imported when they are first used, so that `import sftkey` s
 '4'
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

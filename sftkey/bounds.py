@@ -1,7 +1,5 @@
 """Bounds of time and memory for what strangers write: templates, regular expressions."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

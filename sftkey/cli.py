@@ -3,8 +3,6 @@
 A command imports torch and what needs it inside its function, so `--help` starts at once.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

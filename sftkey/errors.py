@@ -1,7 +1,5 @@
 """The errors that a user can cause, in one form: where, what was expected and came, what to do."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass

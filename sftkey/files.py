@@ -1,7 +1,5 @@
 """Files and folders that get their name only when they are whole; hashes, free names, the cache."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib

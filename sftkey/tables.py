@@ -1,7 +1,5 @@
 """Tables and lines in which no terminal breaks a word: a table too wide is a block a row."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """`python -m sftkey.train RECIPE`, which every launcher can start: the same as `sftkey train`."""
 
-from __future__ import annotations
-
 import sys
 
 from sftkey.cli import main

@@ -1,7 +1,5 @@
 """What three ways of answering show, and the recommendation that follows."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Stages, and runs, compared on the questions that they share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Whether an answer is right: numbers, choices, mathematics, or the same text."""
 
 # ruff: noqa: RUF001  (quotes and dashes as models write them)
-from __future__ import annotations
-
 import math
 import re
 import threading

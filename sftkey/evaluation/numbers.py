@@ -7,8 +7,6 @@ from, nothing is stated: no rule picks one, so none is right by luck.
 """
 
 # ruff: noqa: RUF001  (minus, times and fraction signs as models write them)
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

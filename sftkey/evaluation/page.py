@@ -1,7 +1,5 @@
 """A run's `report.html` and `losses.png`: its trained tokens, losses, results and answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

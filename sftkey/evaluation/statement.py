@@ -1,8 +1,6 @@
 r"""Which part of a text is its answer: a box, what follows "the answer is", the last correction."""
 
 # ruff: noqa: RUF001  (quotes and dashes as models write them)
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import NamedTuple

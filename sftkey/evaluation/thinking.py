@@ -1,7 +1,5 @@
 """Is a written thinking valid, is it right, and is it the same one as before? No model is asked."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Requests to a judge that end in time: the client's own limit is for each read, not for all."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone
 from threading import Thread

@@ -1,7 +1,5 @@
 """What a stage holds from its first step to its last, and how large its batches are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache

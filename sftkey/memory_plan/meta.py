@@ -5,8 +5,6 @@ they change what is allocated and when. Adapters keep what peft's keep, and NF4 
 keeps (tests compare): importing those takes seconds.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable

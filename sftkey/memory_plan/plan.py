@@ -4,8 +4,6 @@ It is made from the model's config alone. What is held is counted to the byte (`
 of the model is run on torch's meta device to see what a batch needs (`trace`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """LoRA adapters: added, saved, loaded onto the base that they were trained on."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

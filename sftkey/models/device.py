@@ -1,7 +1,5 @@
 """The device of this process and the type that it computes well in."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What is known of a model without its weights: config, modules, tokenizer, ends."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

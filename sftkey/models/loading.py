@@ -1,7 +1,5 @@
 """Load what the `model` section names: tokenizer, chat template, and the model on its device."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec

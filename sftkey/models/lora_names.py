@@ -1,7 +1,5 @@
 """The modules that a recipe's `lora` names; what matches nothing, or does nothing, is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -6,8 +6,6 @@ large for one package lies as FILE.part00, FILE.part01, ... in packages that thi
 One's own lies in a folder: `name_or_path: FOLDER` with `file`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

@@ -4,8 +4,6 @@ A source is found before anything is loaded from it, so that whatever is missing
 once and the same way; weights and tokenizer then come from one commit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

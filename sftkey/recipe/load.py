@@ -1,7 +1,5 @@
 """Find a recipe by path or short name, read file and overrides, and tell two recipes apart."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

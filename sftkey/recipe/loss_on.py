@@ -1,7 +1,5 @@
 """Which segments a stage trains: the words of `loss_on`, and the weights that they stand for."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Rules that concern several settings of a recipe, or upstream's fields."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Recipes: what a run trains, on what, and how it is judged."""
 
-from __future__ import annotations
-
 import re
 import string
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The fields of `SFTConfig` and `LoraConfig`, read from the installed sources."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """YAML read with the place of each key, overridden by dotted paths, and written for people."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """A model card: what was trained, from what, how it was measured, and what that can't say."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

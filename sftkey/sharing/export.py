@@ -1,7 +1,5 @@
 """What others get of a stage: GGUF, Modelfile, vLLM's command, lm-eval task, hub commit."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """A model folder graded on a run's questions, beside the stage that it was made from."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A copy of this file lies in the task's folder as utils.py, where lm-evaluation-h
 harness needs sftkey beside it.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

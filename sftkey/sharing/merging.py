@@ -1,7 +1,5 @@
 """A stage's model as a folder that needs nothing beside it, and answers as its run asked it."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence

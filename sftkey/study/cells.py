@@ -1,7 +1,5 @@
 """What a study's cell has found, as its file holds it, and the stages that cells share."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """Chooses each stage's learning rate, weight or kl on validation rows; no test row is read."""
 
-from __future__ import annotations
-
 import gc
 import math
 import shutil

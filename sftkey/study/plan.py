@@ -1,7 +1,5 @@
 """What a study is going to cost: cells, steps, tokens and time, before anything is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Shares over seeds and questions: of flags, thinking forms, parts by the reference's length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """A study's results as people read them: a table for each task, and what was shown and what not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 

@@ -3,8 +3,6 @@
 Every figure has its n beside it. Shares run from 0 to 1, differences from -1 to 1.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

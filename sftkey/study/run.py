@@ -1,7 +1,5 @@
 """Runs the cells of a study, seed by seed; a finished cell is a file, and is not run again."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

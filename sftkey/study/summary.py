@@ -1,7 +1,5 @@
 """From finished cells to the figures of each arm."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict

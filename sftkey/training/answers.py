@@ -1,7 +1,5 @@
 """A model's answers to the test questions, each written once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

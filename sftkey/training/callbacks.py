@@ -1,7 +1,5 @@
 """What happens to a stage between its steps: checkpoints, an early end, a signal that stops it."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

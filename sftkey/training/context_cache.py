@@ -1,7 +1,5 @@
 """A frozen stage's contexts, read by the model once and kept in files until the stage ends."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Key stages that let no gradient through the context."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The trainer of a stage that can't hurt the thinking: its adapters act on the key alone."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Per-token losses, where the head runs on labelled positions only; their weights; a divergence."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import types

@@ -1,7 +1,5 @@
 """What a run needs of its machine: room on the disk, memory, and processes that go on together."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

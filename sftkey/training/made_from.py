@@ -1,7 +1,5 @@
 """What a run was made from: its rows, as fingerprints in the run folder, and what computed it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version

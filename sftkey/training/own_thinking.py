@@ -1,7 +1,5 @@
 """The thinkings that a stage's model writes for itself, and the rows that they become."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections import Counter

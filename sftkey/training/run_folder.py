@@ -1,7 +1,5 @@
 """A run's folder: recipe, ledger of its stages, and whether each file is whole."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Collection
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Whether a stage's losses are sound: they begin where they should, are finite, get no worse."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

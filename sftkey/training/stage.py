@@ -1,7 +1,5 @@
 """One stage's trainer: its arguments, what it saves, and the gradient norm of each segment."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

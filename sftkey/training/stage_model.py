@@ -1,7 +1,5 @@
 """The model of a stage: base, the adapters of the stages before, its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TRL's SFTTrainer with weights a token, and batches grouped by length."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

@@ -82,7 +82,9 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         f"{tmp_path}: expected 4 parts of 'train'; part 1, counted from 0, and 1 others are missing"
         "\nhint: fetch the others, too, or name the files that are meant as a pattern: *.parquet"
     )
-    assert len(read_matching(f"{tmp_path}/data/train-*.jsonl")) == 2
+    assert files_of(f"{tmp_path}/data/train-*.jsonl") == [
+        f"data/train-0000{part}-of-00004.jsonl" for part in (0, 3)
+    ]
     put(tmp_path, "data/train-00001-of-00004.jsonl")
     assert "part 2, counted from 0, is missing" in message_of(tmp_path)
 

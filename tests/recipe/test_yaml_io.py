@@ -78,7 +78,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         pytest.param("a: " + "[" * 5000, "nested more than 50 deep", id="nested for ever"),
         pytest.param("a: " + "9" * 4000, "a whole number of 4000 characters", id="digits"),
         pytest.param("a: " + ":".join("1" * 900), "number of 1799 characters", id="base 60"),
-        pytest.param("# " + "x" * (1 << 20), "a recipe of at most 1,048,576 bytes", id="long"),
+        pytest.param("# " + "x" * (1 << 20), "expected at most 1,048,576 bytes", id="long"),
     ],
 )
 @pytest.mark.fault("recipes, templates, rows and weights of strangers")
