@@ -85,6 +85,12 @@ def test_the_docs_results_are_those_of_the_files(folder: Path) -> None:
         ("answers-only", "own_exact", "own_frozen"),
         ("answers-only", "own_exact", "reference"),
         ("answers-only", "own_frozen", "reference"),
+        ("answers-only", "own_right", "base"),
+        ("answers-only", "own_right", "own_exact"),
+        ("answers-only", "own_anchored", "own_right"),
+        ("answers-only", "own_hint", "own_right"),
+        ("answers-only", "own_hint", "own_exact"),
+        ("answers-only", "own_hint", "reference"),
         ("long", "weighted_long", "sft_long"),
     ],
 )
