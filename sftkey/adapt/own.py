@@ -30,7 +30,7 @@ from sftkey.adapt.readings import (
     unread_system,
 )
 from sftkey.checks.recipe import UNDECIDED
-from sftkey.data.examples import think_tags
+from sftkey.data.examples import columns_of, think_tags
 from sftkey.data.messages import SAYS_NOTHING, SYSTEM
 from sftkey.data.response import Response
 from sftkey.training.own_thinking import NUM_PROBED
@@ -64,7 +64,9 @@ def _columns(table: Table, prompt: str) -> dict[str, Any] | None:
     known = {*asked, *named, *same, *table.called(SYSTEM), *single_options(table).values()}
     known |= set(table.called(OPTIONS))
     wholes = table.wholes(asked)
-    if any(_may_reason(table, name, wholes) for name in table.columns if name not in known):
+    if any(
+        _may_reason(table, name, wholes) for name in columns_of(table.rows) if name not in known
+    ):
         return None
     answer = {"response": named[0], **blocks} if blocks else answer_fields(table, named[0])
     return {"prompt": prompt, **system_field(table), **answer}
@@ -84,7 +86,9 @@ def _conversation(table: Table, column: str, prompt: str | None) -> dict[str, An
     asked = table.asked(fields.get("prompt", ""))
     wholes = ["\n".join(message["content"] for message in chat) for chat in read]
     known = {column, *asked, *table.called(SYSTEM)}
-    if any(_may_reason(table, name, wholes) for name in table.columns if name not in known):
+    if any(
+        _may_reason(table, name, wholes) for name in columns_of(table.rows) if name not in known
+    ):
         return None
     return {**fields, **system_field(table), **blocks}
 

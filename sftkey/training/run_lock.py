@@ -14,7 +14,8 @@ from sftkey.errors import RunError, RunLocked
 from sftkey.files import read_json, write_json
 
 LOCK, HOLDER = ".lock", ".running.json"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # some network file systems
+# What some network file systems say.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def lock_run(folder: Path) -> FileLock:
@@ -29,15 +30,16 @@ def lock_run(folder: Path) -> FileLock:
     Raises:
         RunLocked: Another process has it; its host and pid are named.
     """
-    lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
+    file = folder.resolve() / LOCK
+    lock = FileLock(file, timeout=0, is_singleton=True, fallback_to_soft=False)
     try:
         if lock.is_locked:
             return lock
         lock.acquire()
     except Timeout:
         raise _locked(folder) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise
         if _holder_runs(folder):
             raise _locked(folder) from None

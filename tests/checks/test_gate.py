@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import sftkey.training.stage
+import sftkey.training.stage_model
 from sftkey.checks.findings import Finding, Report
 from sftkey.checks.gate import _rows_report as check
 from sftkey.checks.gate import check_recipe as gate_of
@@ -690,7 +690,7 @@ def test_training_is_refused_before_any_weight(
 ) -> None:
     """The error holds every finding, and no run folder is left in which a mended recipe differs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sftkey.training.stage, "load_model", None)
+    monkeypatch.setattr(sftkey.training.stage_model, "load_model", None)
     odd = {"prompt": "S", "thinking": "a", "answer": "<|im_end|>"}
     overrides = ["data.validation=null", "data.test=null", "trainer.learning_rate=1"]
     with pytest.raises(CheckError) as caught:

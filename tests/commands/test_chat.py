@@ -98,13 +98,13 @@ def test_base_and_stages_answer_side_by_side(
     """Each under its name, every model loaded once."""
     folder, _ = run
     loaded: list[int] = []
-    load = sftkey.training.stage.load_stage
+    load = sftkey.training.stage_model.load_stage
 
     def counted(recipe: Any, ledger: Any, device: Any, renderer: Any, number: int) -> Any:
         loaded.append(number)
         return load(recipe, ledger, device, renderer, number)
 
-    monkeypatch.setattr("sftkey.training.stage.load_stage", counted)
+    monkeypatch.setattr("sftkey.training.stage_model.load_stage", counted)
     typed(monkeypatch, "2 + 2?", "3 + 3?")
     chat(folder, stages=True, max_new_tokens=2)
     lines = capsys.readouterr().out.splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import sftkey.training.stage
+import sftkey.training.stage_model
 from sftkey.commands.results import evaluate
 from sftkey.commands.train import train
 from sftkey.errors import DataError, RunError
@@ -52,7 +52,7 @@ def test_grading_again_needs_no_weights(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is answered already is graded from its files, in the order of the stages."""
-    monkeypatch.setattr(sftkey.training.stage, "load_model", refuse)
+    monkeypatch.setattr(sftkey.training.stage_model, "load_model", refuse)
     for file in (run / "evaluation").glob("*.json"):
         file.unlink()
     (run / "evaluation" / "key.graded.jsonl").unlink()

@@ -286,7 +286,7 @@ def test_what_cannot_be_diagnosed_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each mistake has an error of its own, before any weight is loaded."""
-    monkeypatch.setattr("sftkey.training.stage.load_model", None)
+    monkeypatch.setattr("sftkey.training.stage_model.load_model", None)
     monkeypatch.setattr(sftkey.diagnosis.ask, "generate", None)
     assert refused(*arguments, capsys=capsys) == f"error: {message}"
 

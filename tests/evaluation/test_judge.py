@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-import sftkey.training.stage
+import sftkey.training.stage_model
 from sftkey.checks.gate import check_recipe
 from sftkey.commands.results import evaluate
 from sftkey.commands.study import study
@@ -457,7 +457,7 @@ def test_training_goes_on_without_its_judge(
     assert lines.count(f"key: graded by the rule; {what}") == 1
     assert captured.err.count("can't be asked") == 1  # base wrote nothing to be asked about
     run.ask(section(server))
-    monkeypatch.setattr(sftkey.training.stage, "load_model", None)
+    monkeypatch.setattr(sftkey.training.stage_model, "load_model", None)
     train(run.recipe)
     assert run.flags() == [(True, True), (True, True), (False, True), (False, False)]
 
