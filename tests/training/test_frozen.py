@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from sftkey.errors import ModelError
 from sftkey.models.key_pass import act, acting, context_adapters, key_adapters
 from sftkey.training import frozen
+from sftkey.training.detached import read_context
 from sftkey.training.losses import add_token_losses, token_losses
 from tests.support.models import (
     EQUAL,
@@ -110,6 +111,20 @@ def test_a_grid_gives_each_adapter_what_it_gets_alone(family: str) -> None:
         assert (rows[number] - losses).abs().max() < EQUAL
         expected = gradients(alone, losses)
         assert differences({key: found[key] for key in expected}, expected) < EQUAL
+
+
+def test_a_frozen_context_is_read_without_dropout() -> None:
+    """As the model reads it when it answers, while the key's own adapters drop."""
+    dropping = get_peft_model(made_family("llama"), lora(lora_dropout=0.5))
+    model = adapted(dropping, context=False, key=lora()).train()
+    batch = made_batch()
+    batch["labels"] = batch["labels"].roll(-1, 1)
+    first, second = (read_context(model, **batch, key_starts=STARTS).cache for _ in range(2))
+    assert model.training
+    assert all(
+        torch.equal(one.keys, other.keys)
+        for one, other in zip(first.layers, second.layers, strict=True)
+    )
 
 
 def test_the_context_is_what_it_was_without_key_adapters() -> None:

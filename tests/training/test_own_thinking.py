@@ -180,6 +180,23 @@ def test_a_stage_without_thinkings_is_refused(
 
 
 @pytest.mark.fault("settings that would hang or train nothing")
+def test_a_model_that_closes_empty_thinkings_is_refused(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the probe: an empty thinking is closed, and says nothing all the same."""
+    asked = []
+
+    def write(file: Path, prompts: Any) -> Any:
+        asked.append(file.name)
+        return {index: Generation("<Thinking>\n\n</Thinking>\n7", 1, True) for index in prompts}
+
+    writes_as(monkeypatch, write)
+    with pytest.raises(DataError, match="0 of 8 thinkings are valid"):
+        trained_rows(tiny_recipe(stages=[FIRST, own()]), tmp_path, monkeypatch)
+    assert asked == ["probe.jsonl"]
+
+
+@pytest.mark.fault("settings that would hang or train nothing")
 def test_nothing_kept_is_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
