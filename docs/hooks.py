@@ -84,9 +84,10 @@ def study() -> str:
 
 def refused() -> str:
     """List the upstream fields that a recipe may not set."""
-    from sftkey.recipe import rules
+    from sftkey.recipe import upstream_rules as rules
 
-    refusals = rules.REFUSED_TRAINER_KEYS, rules.REFUSED_LORA_KEYS, rules.REFUSED_KEY_LORA_KEYS
+    of_lora = rules.REFUSED_LORA_KEYS | rules.UNSERVED_LORA_KEYS
+    refusals = rules.REFUSED_TRAINER_KEYS, of_lora, rules.REFUSED_KEY_LORA_KEYS
     lines = ["| key | why, or what to write |", "| --- | --- |"]
     for place, keys in zip(("trainer", "lora", "stages[].lora"), refusals, strict=True):
         lines += [f"| `{place}.{key}` | {why} |" for key, why in keys.items()]

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
+from torch.nn import Identity
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -63,7 +65,10 @@ SHORT: dict[str, Any] = {
     "dataloader_num_workers": 0,
     "dataloader_prefetch_factor": None,
     "dataloader_persistent_workers": False,
+    "dataloader_multiprocessing_context": None,
     "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
     "use_cpu": True,
 }
 # Names of later layers, which the small model hasn't; the whole model's were looked up.
@@ -203,7 +208,9 @@ class Rehearsal:
         """
         model = self._with_adapters(recipe, stage)
         settings = recipe.stage_trainer(stage)
-        short = recipe.model_copy(update={"trainer": {**settings, **SHORT}})
+        by_losses = settings.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+        evaluating = {"eval_strategy": "steps", "eval_steps": 1} if by_losses else {}
+        short = recipe.model_copy(update={"trainer": {**settings, **SHORT, **evaluating}})
         short_stage = stage.model_copy(update={"trainer": {}})
         with quiet(), torch.random.fork_rng(devices=[]):
             trainer = make_trainer(
@@ -321,9 +328,13 @@ def _refuse_arguments(recipe: Recipe, stage: StageSection, folder: Path) -> None
     try:
         with quiet():
             arguments = stage_arguments(recipe, stage, DEVICE, folder, on_start=True)
+            if arguments.torch_compile:  # a step of a compiled model would take minutes
+                backend = str(arguments.torch_compile_backend).lower()
+                DynamoBackend(backend.upper())
+                torch.compile(Identity(), backend=backend, mode=arguments.torch_compile_mode)
     except SFTKeyError:
         raise
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise RecipeError(where, f"trl.SFTConfig refuses it: {_said(error)}") from error
     _refuse_idle_optimizer_settings(arguments, where)
 
@@ -332,7 +343,7 @@ def _refuse_idle_optimizer_settings(arguments: SFTConfig, where: str) -> None:
     """Refuse settings of an optimizer that the one which is built never reads."""
     defaults = {each.name: each.default for each in dataclasses.fields(SFTConfig)}
     read = Trainer.get_optimizer_cls_and_kwargs
-    for key in ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"):
+    for key in ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"):
         if getattr(arguments, key) == defaults[key]:
             continue
         plain = copy.copy(arguments)

@@ -27,7 +27,7 @@ from sftkey.models.source import at_hand
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.loss_on import trained_context
 from sftkey.recipe.schema import ModelSection, Recipe, StageSection
-from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.stages import NEWER_NAMES, trainer_setting
 from sftkey.recipe.upstream import size_bytes
 
 GIB = 2**30
@@ -303,6 +303,8 @@ def _checkpointing(recipe: Recipe, plan: Plan) -> Iterator[Overrides]:
     """Compute activations anew in the backward pass."""
     key = "gradient_checkpointing"
     kept = {name: "true" for name, anew in _by_stage(recipe, key).items() if not anew}
+    if any(NEWER_NAMES[key] in recipe.stage_trainer(stage) for stage in recipe.stages):
+        key = NEWER_NAMES[key]
     if kept:
         yield _written(recipe, key, kept)
 

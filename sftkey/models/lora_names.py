@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +24,7 @@ def refuse_unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     peft warns of some of it, and goes on without.
     """
     check_targets(model, lora.get("target_modules"))
-    problems = [*_unmatched(model, lora), *_tied(model, lora)]
+    problems = [*_unmatched(model, lora), *_tied(model, lora)] or [*_none_left(model, lora)]
     if problems:
         raise ModelError("lora", [Problem(key, what) for key, what in problems])
 
@@ -42,6 +44,22 @@ def _unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[s
     if lora.get("layer_replication"):
         yield "layer_replication", "an adapter on replicated layers can't be merged"
     yield from _rows(model, lora.get("trainable_token_indices"), modules)
+
+
+def _none_left(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Refuse targets of which other settings leave none, by peft's own rule."""
+    targets, layers = lora.get("target_modules") or [], lora.get("layers_to_transform")
+    if isinstance(targets, str) and targets.lower() != "all-linear" and layers is not None:
+        what = "peft reads it beside a list of target_modules alone"
+        yield "layers_to_transform", f"{what}; name the layers in the pattern: .*layers\\.0\\..*"
+        return
+    names = sorted(target_names(model, targets))
+    wanted = short_names(set(names)) if isinstance(targets, str) else targets
+    told: Any = SimpleNamespace(**{**lora, "target_modules": wanted})
+    if names and not any(check_target_module_exists(told, name) for name in names):
+        others = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        beside = " and ".join(key for key in others if lora.get(key))
+        yield "target_modules", f"{beside} leave none of the {len(names)} modules that it names"
 
 
 def _absent(key: str, wanted: Iterable[str] | None, names: set[str]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from sftkey.errors import RecipeError, did_you_mean, shown
 from sftkey.recipe import yaml_io
-from sftkey.recipe.rules import REFUSED_TRAINER_KEYS, Finding, check_together, check_upstream
+from sftkey.recipe.rules import check_together
 from sftkey.recipe.schema import (
     DataSection,
     EvalSection,
@@ -24,6 +24,7 @@ from sftkey.recipe.schema import (
     Section,
     StageSection,
 )
+from sftkey.recipe.upstream_rules import REFUSED_TRAINER_KEYS, Finding, check_upstream
 from sftkey.recipe.yaml_io import Keys, RecipeSource
 
 T = TypeVar("T", bound=Section)

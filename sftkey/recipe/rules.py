@@ -1,189 +1,17 @@
-"""Rules that concern several settings of a recipe, or upstream's fields."""
+"""Rules that concern several settings of a recipe."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sftkey.errors import did_you_mean, shown
-from sftkey.recipe.loss_on import SEGMENTS, annealed, loss_weights, trained_context
+from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
 from sftkey.recipe.schema import KEY_BATCH_TOKENS
-from sftkey.recipe.stages import lora_setting, trainer_setting
-from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
+from sftkey.recipe.stages import trainer_setting
+from sftkey.recipe.upstream import as_number
+from sftkey.recipe.upstream_rules import METRICS, Finding, idle
 from sftkey.recipe.yaml_io import Keys
 
-Finding = tuple[Keys, str]
-
 MADE_SOURCES = ("reasoning_gym", "made")
-PUSHES = "it would push each stage over the other; after the run, `sftkey push RUN REPO`"
-REFUSED_TRAINER_KEYS = {
-    "packing": "write `data.packing`",
-    "packing_strategy": "write `data.packing`",
-    "eval_packing": "write `data.packing`",
-    "padding_free": "sftkey's collator pads, and this would do nothing",
-    "max_length": "write `data.max_length`",
-    "truncation_mode": "it cuts off the answer; write `data.too_long`",
-    "dataset_kwargs": "sftkey tokenizes the rows itself; describe them under `data`",
-    "dataset_text_field": "sftkey tokenizes the rows itself; describe them under `data`",
-    "dataset_num_proc": "sftkey tokenizes the rows itself, and this would do nothing",
-    "shuffle_dataset": "the rows are shuffled in each epoch anyway, and this would do nothing",
-    "length_column_name": "sftkey counts the tokens of its rows itself",
-    "remove_unused_columns": "sftkey's collator needs all columns",
-    "completion_only_loss": "write `loss_on: completion` in a stage",
-    "assistant_only_loss": "write `loss_on: completion` in a stage",
-    "loss_type": "the loss is sftkey's own; write `loss_on` in a stage",
-    "output_dir": "a run lies in runs/<name>; write `name`",
-    "seed": "write `seed` at the top of the recipe",
-    "resume_from_checkpoint": "the same command again goes on where the run stopped",
-    "eos_token": "the frame's end of turn ends an answer; with `frame: plain` write `response.end`",
-    "pad_token": "padding is masked by length, and the token makes no difference",
-    "chat_template_path": "write `model.chat_template`",
-    "model_init_kwargs": "write the model's settings under `model`",
-    "enable_jit_checkpoint": "it counts a stage that a signal has cut as trained",
-    "trust_remote_code": "sftkey loads the model itself and runs no code of a model folder",
-    "bf16": "the device decides, or `model.dtype` does",
-    "fp16": "the device decides, or `model.dtype` does",
-    "average_tokens_across_devices": "the loss is always averaged over all processes",
-    "eval_on_start": "the validation rows are always read before a stage's first step",
-    "disable_tqdm": "the run has one progress bar of its own",
-    "label_smoothing_factor": "sftkey's loss doesn't smooth, and this would do nothing",
-    "router_aux_loss_coef": "sftkey's loss has no load-balancing term, and this would do nothing",
-    "auto_find_batch_size": "a batch that shrinks by itself can't be resumed; set the batch size",
-    "use_liger_kernel": "its loss isn't proven equal to sftkey's yet",
-    "liger_kernel_config": "its loss isn't proven equal to sftkey's yet",
-    **dict.fromkeys(
-        [
-            *("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"),
-            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
-            *("bf16_full_eval", "fp16_full_eval"),
-        ],
-        "sftkey validates by segment itself, and this would do nothing",
-    ),
-    **dict.fromkeys(
-        ["do_train", "do_eval", "do_predict"],
-        "a run trains, validates and evaluates by itself, and this would do nothing",
-    ),
-    **dict.fromkeys(
-        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"], PUSHES
-    ),
-}
-METRICS = ("loss", *(f"loss_{segment}" for segment in SEGMENTS))
-# What does nothing beside another key of such a value.
-IDLE_BESIDE: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "eval_delay": ("eval_strategy", ("no",)),
-    "eval_steps": ("eval_strategy", ("no", "epoch")),
-    "gradient_checkpointing_kwargs": ("gradient_checkpointing", (False,)),
-    "dataloader_persistent_workers": ("dataloader_num_workers", (0,)),
-    "layers_pattern": ("layers_to_transform", (None,)),
-}
-# Refused where they ask for something: false asks for nothing.
-REFUSED_WHERE_TRUE = {
-    "greater_is_better": "all that a stage can be chosen by are losses",
-    "push_to_hub": PUSHES,
-    "ignore_data_skip": "a stage that goes on would read other rows than one that ran through",
-    "save_only_model": "a stage could not go on from a checkpoint without its optimizer",
-}
-REFUSED_LORA_KEYS = dict.fromkeys(
-    [
-        *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type"),
-        *("inference_mode", "auto_mapping"),
-    ],
-    "sftkey sets it itself",
-)
-UNSERVED_LORA_KEYS = {
-    "alora_invocation_tokens": "such an adapter acts from a token on that answers don't hold; a "
-    "stage with `context: frozen` trains one that acts on the key",
-    "megatron_config": "sftkey trains without Megatron",
-    "megatron_core": "sftkey trains without Megatron",
-    "use_qalora": "it acts on GPTQ's layers, which sftkey doesn't load",
-    "qalora_group_size": "it acts on GPTQ's layers, which sftkey doesn't load",
-}
-REFUSED_KEY_LORA_KEYS = {
-    **dict.fromkeys(
-        ["trainable_token_indices", "modules_to_save"],
-        "it acts on all tokens, and a frozen stage trains what acts on the key alone",
-    ),
-    "use_dora": "a frozen stage's adapter adds to the previous one's, and DoRA's norm would not",
-}
-_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "a number above 0")
-_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: value >= 1, "a whole number above 0")
-_NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or a number above")
-LIMITS = {
-    "num_train_epochs": _POSITIVE,
-    "max_steps": (
-        lambda value: value == -1 or value >= 1,
-        "a whole number above 0, or -1 for none",
-    ),
-    "per_device_train_batch_size": _COUNT,
-    "per_device_eval_batch_size": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "learning_rate": _NOT_NEGATIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "max_grad_norm": _NOT_NEGATIVE,
-    "logging_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "save_total_limit": _COUNT,
-    "r": _COUNT,
-    "lora_alpha": _COUNT,
-    "lora_dropout": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-}
-
-
-def check_upstream(data: dict[str, Any]) -> Iterator[Finding]:
-    """Check `trainer` and `lora`, the stages' too; turn texts such as `5e-5` into numbers."""
-    stages = data.get("stages")
-    places: list[tuple[Keys, Any]] = [((), data)]
-    places += [
-        (("stages", number), stage)
-        for number, stage in enumerate(stages if isinstance(stages, list) else ())
-        if isinstance(stage, dict)
-    ]
-    for keys, section in places:
-        lora = section.get("lora")
-        for key, what in _idle(lora if isinstance(lora, dict) else {}, lora_setting):
-            yield (*keys, "lora", key), what
-        refused = REFUSED_LORA_KEYS | UNSERVED_LORA_KEYS
-        refused |= REFUSED_KEY_LORA_KEYS if keys else {}
-        yield from _check_settings(lora, (*keys, "lora"), refused, lora_config_fields())
-        yield from _check_settings(
-            section.get("trainer"), (*keys, "trainer"), REFUSED_TRAINER_KEYS, sft_config_fields()
-        )
-
-
-def _check_settings(
-    settings: Any, keys: Keys, refused: dict[str, str], fields: dict[str, Field]
-) -> Iterator[Finding]:
-    if not isinstance(settings, dict):
-        return
-    upstream = "peft.LoraConfig" if keys[-1] == "lora" else "trl.SFTConfig"
-    for key, value in settings.items():
-        if key in refused:
-            yield (*keys, key), f"refused: {refused[key]}"
-        elif key in REFUSED_WHERE_TRUE and value is True:
-            yield (*keys, key), f"refused: {REFUSED_WHERE_TRUE[key]}"
-        elif key not in fields:
-            near = did_you_mean(key, sorted(fields.keys() - refused.keys()))
-            yield (*keys, key), "unknown key" + (near or f"; it is no field of {upstream}")
-        else:
-            try:
-                settings[key] = fields[key].convert(value)
-                holds, expected = LIMITS.get(key, (None, ""))
-                if holds and settings[key] is not None and not holds(settings[key]):
-                    raise ValueError(f"expected {expected}; got {shown(value)}")
-            except ValueError as error:
-                yield (*keys, key), str(error)
-
-
-def _idle(
-    settings: dict[str, Any], setting: Callable[[dict[str, Any], str], Any]
-) -> Iterator[tuple[str, str]]:
-    """Find what does nothing beside another setting, which `setting` reads or knows the default of.
-
-    The settings are those of a trainer or of an adapter.
-    """
-    for key, (other, idle) in IDLE_BESIDE.items():
-        if settings.get(key) and (told := setting(settings, other)) in idle:
-            yield key, f"does nothing where {other} is {shown(told)}: change that, or leave it out"
 
 
 def check_together(data: dict[str, Any]) -> Iterator[Finding]:
@@ -219,7 +47,7 @@ def _check_trainer(
     if trainer.get("data_seed") is not None and grouped:
         what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
         yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
-    for key, what in _idle(trainer, trainer_setting):
+    for key, what in idle(trainer, trainer_setting):
         yield place(key), what
     evaluates = trainer_setting(trainer, "eval_strategy") != "no"
     if trainer.get("save_strategy") == "best" and not evaluates:

@@ -48,8 +48,22 @@ STEP_SETTINGS = (
 )
 
 
+# transformers takes the newer name where a recipe has it, and renames nothing else.
+NEWER_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
 def trainer_setting(trainer: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of a stage's trainer, or upstream's default where the recipe has none."""
+    """Return a setting of a stage's trainer, or upstream's default where the recipe has none.
+
+    >>> trainer_setting({"activation_checkpointing": False}, "gradient_checkpointing")
+    False
+    """
+    newer = NEWER_NAMES.get(name, name)
+    if trainer.get(newer) is not None:
+        name = newer
     return trainer[name] if name in trainer else sft_config_fields()[name].default
 
 

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from sftkey.errors import RecipeError, did_you_mean
 from sftkey.recipe.load import load_recipe, read_as
-from sftkey.recipe.rules import Finding
 from sftkey.recipe.schema import Count, Number, Recipe, RunName, Section, Text
 from sftkey.recipe.stages import KEY_WEIGHT, trainer_setting
+from sftkey.recipe.upstream_rules import Finding
 from sftkey.recipe.yaml_io import Keys, RecipeSource
 from sftkey.recipe.yaml_io import read as read_yaml
 

@@ -68,6 +68,43 @@ NAMES = {
         "does nothing where gradient_checkpointing is false"
     ),
     "trainer.dataloader_persistent_workers=true": "does nothing where dataloader_num_workers is 0",
+    "trainer={dataloader_num_workers: 1, dataloader_prefetch_factor: -2}": (
+        "expected a whole number above 0; got -2"
+    ),
+    "trainer.dataloader_multiprocessing_context=fork": (
+        "does nothing where dataloader_num_workers is 0"
+    ),
+    "trainer={activation_checkpointing: false, gradient_checkpointing: true}": (
+        "gradient_checkpointing: does nothing where activation_checkpointing is false"
+    ),
+    "trainer={activation_checkpointing: false, activation_checkpointing_kwargs: {a: 1}}": (
+        "does nothing where gradient_checkpointing is false"
+    ),
+    "trainer={lr_scheduler_type: constant, warmup_steps: 5}": (
+        "does nothing where lr_scheduler_type is 'constant'"
+    ),
+    "trainer={lr_scheduler_type: constant_with_warmup, lr_scheduler_kwargs: {a: 1}}": (
+        "does nothing where lr_scheduler_type is 'constant_with_warmup'"
+    ),
+    "trainer.run_name=mine": "does nothing where report_to is 'none'",
+    "trainer.optim_target_modules=[q_proj]": "adamw_torch_fused never reads it",
+    "trainer.accelerator_config=absent.json": "trl.SFTConfig refuses it: FileNotFoundError",
+    "trainer.accelerator_config={gradient_accumulation_kwargs: {num_steps: 3}}": (
+        "gradient_accumulation_kwargs: refused: write gradient_accumulation_steps"
+    ),
+    "trainer={torch_compile: true, torch_compile_backend: foo}": "'FOO' is not a valid Dynamo",
+    "stages.key.trainer.use_cpu=true": "a run has one device",
+    "lora={target_modules: [q_proj], exclude_modules: [q_proj]}": (
+        "exclude_modules leave none of the 2 modules that it names"
+    ),
+    "lora={target_modules: [q_proj], layers_to_transform: [0], layers_pattern: h}": (
+        "layers_to_transform and layers_pattern leave none of the 2 modules"
+    ),
+    "lora={target_modules: '.*q_proj', layers_to_transform: [0]}": (
+        "peft reads it beside a list of target_modules alone"
+    ),
+    "lora.loftq_config={loftq_bits: 4}": "it goes with an init_lora_weights that changes the base",
+    "lora.fan_in_fan_out=true": "peft reads from each layer how its weights lie",
     "trainer.ignore_data_skip=true": "would read other rows than one that ran through",
     "trainer.batch_eval_metrics=true": "sftkey validates by segment itself",
     "trainer={optim: sgd, adam_beta1: 0.5}": "adam_beta1=0.5: sgd never reads it",
@@ -93,6 +130,10 @@ def test_what_would_fail_or_do_nothing_is_one_refusal(
 
 
 SOUND = [
+    "trainer={dataloader_num_workers: 2, dataloader_multiprocessing_context: fork, max_steps: 2}",
+    "trainer={activation_checkpointing: false, eval_strategy: epoch, lr_scheduler_type: "
+    "reduce_lr_on_plateau}",
+    "lora={target_modules: all-linear, layers_to_transform: [1], layers_pattern: layers}",
     "lora={r: 2, target_modules: [q_proj, v_proj], rank_pattern: {q_proj: 4}, use_rslora: true}",
     "lora={r: 2, target_modules: all-linear, exclude_modules: [down_proj], lora_bias: true}",
     "lora={r: 2, target_modules: '.*layers.1.*q_proj'}",

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import changed_keys, load_recipe, recipe_files
-from sftkey.recipe.rules import REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
 from sftkey.recipe.schema import Recipe
+from sftkey.recipe.upstream_rules import REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
 
 ROOT = Path(__file__).parents[2]
 TEXT = """\
@@ -480,6 +480,27 @@ RULE = (
         ("trainer.per_device_train_batch_size=0", "expected a whole number above 0; got 0"),
         ("trainer.learning_rate=-1e-3", "expected 0 or a number above; got '-1e-3'"),
         ("lora.lora_dropout=1", "expected a number from 0 to below 1; got 1"),
+        (
+            "trainer.per_device_train_batch_size=1" + "0" * 20,
+            "expected a whole number above 0; got 1" + "0" * 20,
+        ),
+        ("trainer.adam_beta1=1.5", "expected a number from 0 to below 1; got 1.5"),
+        ("trainer.dataloader_num_workers=-1", "expected 0 or a number above; got -1"),
+        ("trainer.neftune_noise_alpha=0", "expected a number above 0; got 0"),
+        ("trainer.pad_to_multiple_of=-8", "expected a whole number above 0, or auto; got -8"),
+        (
+            "trainer.log_level=foo",
+            "expected one of detail, debug, info, warning, error, critical, passive; got 'foo'",
+        ),
+        (
+            "lora.rank_pattern={q_proj: 0}",
+            "expected a whole number above 0 for each name; got {'q_proj': 0}",
+        ),
+        (
+            "lora.alpha_pattern={q_proj: b}",
+            "expected a number above 0 for each name; got {'q_proj': 'b'}",
+        ),
+        ("lora.trainable_token_indices=[]", "expected ids of the vocabulary, or null; got []"),
         ("data.max_length=0", "expected 1 or more; got 0"),
         # our own fields
         (

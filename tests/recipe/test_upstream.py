@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sftkey.recipe import upstream
-from sftkey.recipe.rules import LIMITS, REFUSED_LORA_KEYS, REFUSED_TRAINER_KEYS
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
+from sftkey.recipe.upstream_rules import (
+    LIMITS,
+    REFUSED_LORA_KEYS,
+    REFUSED_TRAINER_KEYS,
+    REFUSED_WHERE_TRUE,
+)
 
 
 def field_of(annotation: str) -> Field:
@@ -176,3 +183,29 @@ def test_a_package_or_class_that_is_missing_is_named() -> None:
         upstream._fields((("no_such_package", "a.py", "A"),))
     with pytest.raises(LookupError, match=r"^training_args\.py has no class Nothing$"):
         upstream._fields((("transformers", "training_args.py", "Nothing"),))
+
+
+def test_what_a_recipe_may_switch_reaches_the_trainer(tmp_path: Path) -> None:
+    """No switch that passes is set back by sftkey's own arguments, which would say nothing."""
+    from sftkey.models.device import Device
+    from sftkey.recipe.schema import Recipe
+    from sftkey.training.stage import stage_arguments
+
+    device = Device("cpu", 0, torch.float32)
+    kept = REFUSED_TRAINER_KEYS.keys() | REFUSED_WHERE_TRUE.keys()
+    kept |= {"use_cpu", "tf32", "torch_compile", "load_best_model_at_end"}  # need more than this
+    for key, field in sft_config_fields().items():
+        if not isinstance(field.default, bool) or key in kept:
+            continue
+        recipe = Recipe.model_validate(
+            {
+                "name": "x",
+                "model": {"name_or_path": "x"},
+                "lora": None,
+                "data": {"source": "x.jsonl"},
+                "trainer": {key: not field.default, "dataloader_num_workers": 1},
+                "stages": [{"name": "key", "loss_on": "key"}],
+            }
+        )
+        made = stage_arguments(recipe, recipe.stages[0], device, tmp_path, on_start=True)
+        assert getattr(made, key) is not field.default, key
