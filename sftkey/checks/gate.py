@@ -26,7 +26,7 @@ from sftkey.errors import CheckError, Problem, SFTKeyError
 from sftkey.evaluation.grading import unreadable
 from sftkey.evaluation.stage import refuse_unready_judge
 from sftkey.memory_plan.plan import Plan, fit
-from sftkey.models.facts import refuse_other_shapes, skeleton_of
+from sftkey.models.facts import refuse_other_shapes, refuse_unloadable, skeleton_of
 from sftkey.models.loading import load_renderer
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
@@ -170,6 +170,7 @@ def check_recipe(recipe: Recipe) -> Report:
         if not any(finding.refuses for finding in findings):
             skeleton = _attempt(findings, lambda: skeleton_of(recipe.model))
             if skeleton is not None:
+                _attempt(findings, lambda: refuse_unloadable(recipe.model, skeleton))
                 _attempt(findings, lambda: refuse_other_shapes(recipe.model, skeleton))
                 findings += rows.length_findings(recipe, prepared, skeleton)
                 _add(findings, rehearsal_findings(recipe, prepared, skeleton))

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import AutoQuantizationConfig
 
-from sftkey.errors import ModelError, first_line
+from sftkey.errors import ModelError, first_line, shown
 from sftkey.models.loading import load_tokenizer
 from sftkey.models.lora_names import linear_modules, name_of, short_names
 from sftkey.models.packaged import find_weights
@@ -187,6 +194,40 @@ def _built(name: str, source: Source, fields: str, attention: str) -> Skeleton:
         what = f"its config.json makes {len(empty)} weights without a number in them, such as"
         raise ModelError(name, f"{what} {empty[0]}", NOT_ITS_CONFIG)
     return skeleton
+
+
+def refuse_unloadable(section: ModelSection, skeleton: Skeleton) -> None:
+    """Refuse settings of a model's folder that its loading, or its first step, would fail on.
+
+    Raises:
+        ModelError: Names the file, the setting, and what was expected.
+    """
+    name, source, file = section.name_or_path, model_source(section), "generation_config.json"
+    if read_json(source, file) is not None:
+        try:
+            stops: Any = GenerationConfig.from_pretrained(
+                source.path, revision=source.commit or "main"
+            ).eos_token_id
+        except UNREADABLE as error:
+            raise ModelError(name, f"its {file} can't be read: {first_line(error)}") from error
+        ids = stops if isinstance(stops, list) else [stops]
+        if stops is not None and any(type(each) is not int for each in ids):
+            what = f"{file}: eos_token_id: expected an id, a list of ids or null"
+            raise ModelError(name, f"{what}; got {shown(stops)}", "write the ids as whole numbers")
+    for key, value in vars(skeleton.text).items():
+        is_rate = key.endswith(("dropout", "_pdrop")) and isinstance(value, int | float)
+        if is_rate and not 0 <= value <= 1:
+            what = f"config.json: {key}: expected a number from 0 to 1; got {shown(value)}"
+            raise ModelError(name, what, "write the rate that the model was trained with")
+    told = getattr(skeleton.config, "quantization_config", None)
+    if isinstance(told, dict):
+        try:
+            AutoQuantizationConfig.from_dict(told)
+        except (*UNREADABLE, RuntimeError) as error:
+            what = f"config.json: quantization_config: {first_line(error)}"
+            raise ModelError(
+                name, what, "take the model's weights that aren't quantized"
+            ) from error
 
 
 def refuse_other_shapes(section: ModelSection, skeleton: Skeleton) -> None:

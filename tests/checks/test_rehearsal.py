@@ -133,7 +133,7 @@ SOUND = [
     "trainer={dataloader_num_workers: 2, dataloader_multiprocessing_context: fork, max_steps: 2}",
     "trainer={activation_checkpointing: false, eval_strategy: epoch, lr_scheduler_type: "
     "reduce_lr_on_plateau}",
-    "lora={target_modules: all-linear, layers_to_transform: [1], layers_pattern: layers}",
+    "lora={target_modules: [q_proj], layers_to_transform: [1], layers_pattern: layers}",
     "lora={r: 2, target_modules: [q_proj, v_proj], rank_pattern: {q_proj: 4}, use_rslora: true}",
     "lora={r: 2, target_modules: all-linear, exclude_modules: [down_proj], lora_bias: true}",
     "lora={r: 2, target_modules: '.*layers.1.*q_proj'}",
@@ -240,3 +240,29 @@ def test_what_was_rehearsed_once_is_not_rehearsed_again(
     assert refused(tiny_recipe(), rate) == []
     monkeypatch.setattr(rehearsal, "small_model", lambda skeleton: pytest.fail("once more"))
     assert refused(tiny_recipe(), rate, "seed=3", "name=another") == []
+
+
+PUBLISHED: dict[str, tuple[str, Any, str]] = {
+    "eos": (
+        "generation_config.json",
+        {"eos_token_id": "2"},
+        "an id, a list of ids or null; got '2'",
+    ),
+    "several": ("generation_config.json", {"num_return_sequences": 3}, "can't be read: Greedy"),
+    "dropout": ("config.json", {"attention_dropout": 2.0}, "a number from 0 to 1; got 2.0"),
+    "method": ("config.json", {"quantization_config": {"quant_method": "foo"}}, "foo"),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_what_a_model_folder_says_is_refused_where_it_can_not_be_used(
+    case: str, tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Loading the model, or its first step, would fail on it."""
+    file, told, what = PUBLISHED[case]
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, **told}))
+    messages = refused(tiny_recipe(), f"model.name_or_path={folder}")
+    assert what in messages[0]
