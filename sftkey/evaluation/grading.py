@@ -125,14 +125,16 @@ _LETTER = re.compile(
 _DIGITS = re.compile(r"(?<![\w.,])(\d{1,2})(?!\w|[.,]\d)")
 _LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|than|instead of|except|cannot be|can't be|neither|nor|eliminate|rule out"
+    r"(?:\b(?:not|never|than|over|after|before|instead of|except|cannot be|can't be|neither|nor"
+    r"|eliminate|rule out"
     r"|(?:every|any)thing but|(?:all|any) but)"
     r"|n['’]t)(?: be| option| choice)? ?$",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    r"[)\].:]* ?(?:(?:is|are|was|seems|looks|must be|has to be) (?:(?:all|both) )?(?:not|wrong"
-    r"|incorrect|false|tempting|too|ruled|out|eliminated|impossible)\b|isn\b|cannot\b|can['’]t\b"
+    r"[)\].:]* ?(?:\?|too\b"  # a letter that is asked for, too, isn't stated
+    r"|(?:is|are|was|seems|looks|must be|has to be) (?:(?:all|both) )?(?:not|wrong|incorrect"
+    r"|false|tempting|too|ruled|out|eliminated|impossible)\b|isn\b|cannot\b|can['’]t\b"
     r"|fails\b|doesn\b|would be wrong)",
     re.IGNORECASE,
 )
@@ -145,7 +147,8 @@ _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
 )
 _STOP = re.compile(
-    r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- |(?: (?:because|since|as|it|that|this|they)\b))"
+    r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- "
+    r"|(?: (?:because|since|as|it|that(?= is)|this|they)\b))"
 )
 _LABELLED = re.compile(
     r"[(\[<]?(?P<label>[A-Z]|\d{1,2})(?:[)\]>][.:]?|[.:])(?= |$)(?P<text>.*)", re.DOTALL
@@ -314,7 +317,7 @@ def _latex(text: str) -> str:
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb{\1}", text)
     text = re.sub(r"\\?\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\?\bexp\s?\(([^()]*)\)", r"e^{\1}", text)
-    text = re.sub(r"(?<![\\A-Za-z])(pi|theta|infty)\b", r"\\\1", text)
+    text = re.sub(r"(?<![\\A-Za-z])(pi|theta|infty|ln|log|sin|cos|tan)\b", r"\\\1", text)
     text = text.replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\*", r" \\cdot ", text.replace("**", "^"))
     text = re.sub(r"\+\s?-", "-", text)

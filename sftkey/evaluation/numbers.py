@@ -37,19 +37,19 @@ class Stated(NamedTuple):
 
 
 _SCALES = {
-    "hundred": 100,
     "dozen": 12,
-    **dict.fromkeys(["thousand", "k", "K"], 10**3),
+    **dict.fromkeys(["hundred", "百", "백"], 100),
+    **dict.fromkeys(["thousand", "k", "K", "Tausend", "тыс", "тысяч", "千", "천"], 10**3),
+    **dict.fromkeys(["万", "萬", "만"], 10**4),
     "lakh": 10**5,
-    **dict.fromkeys(["million", "M", "mn"], 10**6),
+    **dict.fromkeys(["million", "M", "mn", "Mio", "Millionen", "millone", "млн"], 10**6),
     "crore": 10**7,
-    **dict.fromkeys(["billion", "B", "bn"], 10**9),
+    **dict.fromkeys(["億", "亿", "억"], 10**8),
+    **dict.fromkeys(["billion", "B", "bn", "Mrd", "Milliarden", "млрд"], 10**9),
     "trillion": 10**12,
 }
-_SMALL = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen
-"""
+_SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+_SMALL += " fifteen sixteen seventeen eighteen nineteen"
 _UNITS = {word: value for value, word in enumerate(_SMALL.split())}
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _UNITS |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
@@ -70,7 +70,8 @@ _TOKEN = re.compile(
       (?:[eE](?P<power>[+-]?\d+)(?!\w)|\ ?(?:\^|\*\*)\ ?[{{(]?(?P<raised>[+-]?\d+)[}})]?)?
     )
     (?:(?P<factorial>!)|(?P<ordinal>st|nd|rd|th)\b)?
-    (?P<scale>(?:\ ?(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illions?|mn|bn)|[kKMB])\b)?
+    (?P<scale>(?:\ ?(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illions?|mn|bn|Mio|Mrd
+      |Tausend|Mill(?:ionen|iarden|ones)|тыс(?:яч)?|млн|млрд)|[kKMB])\b|\ ?[百백千천万萬만億亿억])?
     (?P<percent>\ ?(?:%|percent\b|per\ cent\b))?
     """,
     re.VERBOSE,
@@ -386,6 +387,7 @@ def plain(text: str) -> str:
     text = re.sub(r"[^\S\n]+", " ", spaced(text)).replace("\\%", "%").replace("\\$", "$")
     text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
     text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
+    text = re.sub(r"((?:^|[=:({$]) ?)- ?\((\d[\d.,]*)\)", r"\1-\2", text)  # -(12)
     text = re.sub(r"\\[()\[\],;:!> ]|\\+(?:n\b|\s|$)", " ", text)  # LaTeX's own brackets and spaces
     text = re.sub(r"(?<=\d)\s*\\([dtc]?frac)", r" \\\1", text)
     number = r"\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}"

@@ -14,7 +14,7 @@ _TAGS = re.compile(
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad]")
 
 _ANSWER = (
-    r"(?<![^\W_])(?:answer|ans|solution|result|antwort|lösung|r[ée]ponse|respuesta|risposta"
+    r"(?<![^\W_])(?:answer|ans|solution|result|label|verdict|antwort|lösung|r[ée]ponse|respuesta|risposta"
     r"|resposta|ответ)"
 )
 _IS = (

@@ -37,6 +37,7 @@ from sftkey.evaluation.grading import grade
             "Ответ: B",
             "故选：B",
         ],
+        *["A? No. B.", "I would pick B over A", "A is too small, C too big; B"],
         *["B</Answer>", "B<|im_end|>", "<answer>B", "~~A~~ B", "A... Actually B"],
     ],
 )
@@ -53,6 +54,7 @@ def test_choice_reads_a_letter(answer: str) -> None:
     [
         *["A dog", "I think so", "A or B", "(A) or (B)", "A/B", "either A or else B", "not A"],
         *["It isn't A", "None", "", "A is wrong", "neither A nor B", "maybe (A), maybe (B)"],
+        *["A?", "A? Or B?", "the letter after A", "before B"],
         *["A) is wrong", "A must be false", "everything but A", "anything but A", "A\n\nB"],
         *[
             "A seems right, but B",
@@ -84,6 +86,8 @@ def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None
         ("It is not true.", "true", False),
         ("It is not true.", "false", False),
         ("True or false", "true", False),
+        ("True that it is false", "true", False),
+        ("Label: true", "true", True),
         ("Yes.", "yes", True),
         ("Yes it did", "yes", True),
         ("Yes - it rained", "yes", True),

@@ -19,6 +19,8 @@ from sftkey.evaluation.grading import Grade, grade, same_formula
         ("The answer is $\\frac12$.", "1/2", True),
         ("The answer is 42.", "42", True),
         ("x = 5", "5", True),
+        ("ln 2", "\\ln 2", True),
+        ("ln 3", "\\ln 2", False),
         ("(1, 2)", "(1,2)", True),
         ("\\$42", "42", True),
         ("42 euros", "42", True),
