@@ -312,6 +312,7 @@ def _formula(text: str) -> str | None:
 def _latex(text: str) -> str:
     """Write in LaTeX what is often written without: `2*pi`, `sqrt(2)`, `3 1/2`, `x²`."""
     text = re.sub(r"√\s?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda found: f" {normalize(found[0])}", text.replace("−", "-"))
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{{{normalize(found[0])[1:]}}}", text)
     text = re.sub(r"(?<=\d) (?:[cdkm]?m|ft|in)\^\{?[23]\}?$", "", text)  # 10 cm^2
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb{\1}", text)

@@ -1,5 +1,6 @@
 """Formulas: which forms are equal, and that none is evaluated for ever."""
 
+# ruff: noqa: RUF001  (a minus sign as models write it)
 from __future__ import annotations
 
 import sys
@@ -20,6 +21,9 @@ from sftkey.evaluation.grading import Grade, grade, same_formula
         ("The answer is 42.", "42", True),
         ("x = 5", "5", True),
         ("ln 2", "\\ln 2", True),
+        ("−½", "-\\frac{1}{2}", True),
+        ("3½", "\\frac{7}{2}", True),
+        ("½", "2", False),
         ("ln 3", "\\ln 2", False),
         ("(1, 2)", "(1,2)", True),
         ("\\$42", "42", True),
