@@ -263,6 +263,8 @@ def _used(table: Table, fields: Mapping[str, str]) -> list[str]:
     templates = [fields[key] for key in ("prompt", "thinking", "answer") if key in fields]
     named = [fields[key] for key in ("response", "system_column") if key in fields]
     chat = [] if {"prompt", "response"} & fields.keys() else ["messages"]
+    if any(isinstance(value, list | Mapping) and value for value in table.values("tools")):
+        named.append("tools")  # written before the prompts
     return [*chain.from_iterable(map(table.asked, templates)), *named, *chat]
 
 

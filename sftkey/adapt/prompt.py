@@ -13,6 +13,7 @@ from sftkey.data.values import options_in
 
 # Columns that hold one option each.
 LETTERED = re.compile(r"(?:option|choice|op|answer)?_?([A-Ha-h])\Z")
+PICTURE = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad|_?\d+)?\|?>", re.IGNORECASE)
 OPEN_TAG = re.compile(r"<\|?\w+\|?>\s*\Z|◁\w+▷\s*\Z")
 
 
@@ -37,6 +38,11 @@ def prompt_of(table: Table) -> str | None:
         return (
             f"{UNDECIDED} the prompts in {columns[-1]} end with a tag, which belongs to the "
             "response; remove it from the rows"
+        )
+    if len(list(filter(PICTURE.search, table.texts(columns[-1])))) * 2 > len(table.rows):
+        return (
+            f"{UNDECIDED} the prompts in {columns[-1]} stand beside pictures or sounds, which no "
+            "text model sees; take other rows"
         )
     if unread := _unread_context(table):
         return unread

@@ -178,6 +178,14 @@ def test_answers_alone_are_read_where_nothing_can_be_a_reasoning(
     assert not used & set(said.replace(",", " ").split())
 
 
+def test_tools_that_the_prompts_hold_are_used(tmp_path: Path) -> None:
+    """A column that is read by its name isn't told as left out; words in it are."""
+    for tools, notes in (([{"name": "add"}], []), ("saw", ["columns that aren't used: tools"])):
+        rows = [{"question": "Q", "cot": "c d", "answer": "7", "tools": tools}] * 40
+        choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+        assert [note for note in choice.notes if "used" in note] == notes
+
+
 @pytest.mark.parametrize("late", ["", "Three and four make seven."])
 def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, late: str) -> None:
     """All rows are looked at, though readings are found on the first thousand."""
@@ -195,6 +203,12 @@ def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, l
             "answer",
             "from which number the options are counted: "
             '"{answer:letter}" (from 0) or "{answer:letter_from_1}" (from 1)',
+        ),
+        (
+            {"question": "<image>\nQ", "cot": "c d", "answer": "7"},
+            "prompt",
+            "the prompts in question stand beside pictures or sounds, which no text model sees; "
+            "take other rows",
         ),
         (
             {"Frage": "Q", "Antwort": "7"},
