@@ -235,6 +235,7 @@ def open_client(section: JudgeSection) -> OpenAI:
     """Return what speaks to the endpoint; nothing is sent yet.
 
     `timeout_seconds` is for each of the library's tries, from its start to the reply's last byte.
+    No redirect is followed: questions and answers go to the recipe's address alone.
     """
     try:
         from openai import DefaultHttpxClient, OpenAI
@@ -254,7 +255,9 @@ def open_client(section: JudgeSection) -> OpenAI:
         )
     key = os.environ[section.api_key_env] if section.api_key_env else "none"
     seconds = section.timeout_seconds
-    client = DefaultHttpxClient(transport=WholeReply(seconds), timeout=seconds)
+    client = DefaultHttpxClient(
+        transport=WholeReply(seconds), timeout=seconds, follow_redirects=False
+    )
     return OpenAI(base_url=section.base_url, api_key=key, timeout=seconds, http_client=client)
 
 
@@ -263,7 +266,7 @@ def reply(client: OpenAI, section: JudgeSection, prompt: str) -> str | None:
 
     No limit of tokens is sent: servers name it differently, and refuse the name that they lack.
     """
-    from openai import OpenAIError
+    from openai import APIStatusError, OpenAIError
 
     try:
         completion = client.chat.completions.create(
@@ -272,6 +275,8 @@ def reply(client: OpenAI, section: JudgeSection, prompt: str) -> str | None:
         return completion.choices[0].message.content
     except OpenAIError as error:
         got = first_line(error)
+        if isinstance(error, APIStatusError) and error.response.has_redirect_location:
+            got = f"it redirects to {error.response.headers['location']}, which isn't followed"
         if section.api_key_env:
             got = got.replace(client.api_key, "…")
     except (AttributeError, IndexError, TypeError, ValueError):  # it takes any 200 for one

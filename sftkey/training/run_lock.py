@@ -44,8 +44,7 @@ def lock_run(folder: Path) -> FileLock:
         if _holder_runs(folder):
             raise _locked(folder) from None
     pid = os.getpid()
-    since = psutil.Process(pid).create_time()
-    write_json(folder / HOLDER, {"host": node(), "pid": pid, "since": since})
+    write_json(folder / HOLDER, {"host": node(), "pid": pid, "since": _since_boot(pid)})
     return lock
 
 
@@ -66,8 +65,16 @@ def _holder_runs(folder: Path) -> bool:
     """Tell whether the process that a run names runs here; its number may be another's now."""
     try:
         holder = read_json(folder / HOLDER)
-        since = psutil.Process(holder["pid"]).create_time()
         others = holder["pid"] != os.getpid() and holder["host"] == node()
-        return others and abs(since - holder["since"]) < 1
+        return others and abs(_since_boot(holder["pid"]) - holder["since"]) < 1
     except (RunError, KeyError, TypeError, ValueError, psutil.Error):
         return False
+
+
+def _since_boot(pid: int) -> float:
+    """Return when a process began, in seconds since the system did: whatever the clock is set to.
+
+    Raises:
+        psutil.Error: No such process runs.
+    """
+    return psutil.Process(pid).create_time() - psutil.boot_time()

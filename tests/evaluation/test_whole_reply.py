@@ -99,3 +99,36 @@ def test_a_reply_without_end_is_given_up_at_its_size(
     said = failure(flood(head, sent), 60)
     assert said.endswith("the judge m can't be asked: Connection error.")
     assert sum(sent) < 3 * (16 << 20)  # in three tries
+
+
+@pytest.mark.parametrize(
+    ("status", "target"),
+    [(301, "http://elsewhere.invalid/v1"), (302, "file:///dev/zero"), (307, "/v1/again")],
+)
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
+def test_a_redirect_is_not_followed(
+    status: int, target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """Neither round and round, a deadline each, nor to a host that the recipe doesn't name."""
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
+    asked: list[int] = []
+
+    def send(connection: socket.socket) -> None:
+        asked.append(1)
+        head = f"HTTP/1.1 {status} Elsewhere\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n"
+        connection.sendall(head.encode())
+
+    said = failure(send, 5)
+    assert said.endswith(f"can't be asked: it redirects to {target}, which isn't followed")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD + b"Content-Length: 99\r\n\r\n{"], ids=["none", "half"])
+@pytest.mark.fault("a hub or judge that is gone, slow or endless")
+def test_a_connection_that_closes_early_is_one_error(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """Before the reply, or within its body."""
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
+    said = failure(lambda connection: connection.sendall(sent), 5)
+    assert said.endswith("the judge m can't be asked: Connection error.")

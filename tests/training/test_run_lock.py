@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from platform import node
 
+import psutil
 import pytest
 
 from sftkey.errors import RunLocked
@@ -77,6 +78,18 @@ def test_without_locks_the_process_that_the_folder_names_counts(
     lock_run(tmp_path)
     lock_run(tmp_path)
     assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.usefixtures("without_locks")
+@pytest.mark.fault("a second process, a dead one's lock")
+def test_without_locks_a_clock_that_is_set_hides_no_process(
+    other: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Linux: the time of its start is told from the time of the system's."""
+    boot_time = psutil.boot_time()
+    monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot_time - 60)
+    with pytest.raises(RunLocked, match=f"process works on this run: pid {other.pid}"):
+        lock_run(tmp_path)
 
 
 @pytest.mark.parametrize(
