@@ -255,9 +255,8 @@ def open_client(section: JudgeSection) -> OpenAI:
         )
     key = os.environ[section.api_key_env] if section.api_key_env else "none"
     seconds = section.timeout_seconds
-    client = DefaultHttpxClient(
-        transport=WholeReply(seconds), timeout=seconds, follow_redirects=False
-    )
+    transport = WholeReply(seconds, section.base_url)
+    client = DefaultHttpxClient(transport=transport, timeout=seconds, follow_redirects=False)
     return OpenAI(base_url=section.base_url, api_key=key, timeout=seconds, http_client=client)
 
 

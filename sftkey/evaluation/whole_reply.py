@@ -3,6 +3,8 @@
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone
 from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
@@ -17,8 +19,8 @@ class WholeReply(httpx2.BaseTransport):
     with the process, or when the client is closed.
     """
 
-    def __init__(self, seconds: float, inner: httpx2.BaseTransport | None = None) -> None:
-        self.seconds, self.inner = seconds, inner or httpx2.HTTPTransport()
+    def __init__(self, seconds: float, address: str) -> None:
+        self.seconds, self.inner = seconds, httpx2.HTTPTransport(proxy=_proxy(address))
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request, and return the reply with its whole body.
@@ -62,6 +64,14 @@ class WholeReply(httpx2.BaseTransport):
     def close(self) -> None:
         """Close the connections."""
         self.inner.close()
+
+
+def _proxy(address: str) -> str | None:
+    """Return the proxy that the environment names, which a client with a transport leaves aside."""
+    asked, proxies = urlsplit(address), getproxies()
+    if proxy_bypass(asked.hostname or ""):
+        return None
+    return proxies.get(asked.scheme, proxies.get("all"))
 
 
 FRAMING = ("content-length", "transfer-encoding", "content-encoding")  # said anew of the whole body

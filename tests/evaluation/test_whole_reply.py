@@ -132,3 +132,24 @@ def test_a_connection_that_closes_early_is_one_error(
     monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
     said = failure(lambda connection: connection.sendall(sent), 5)
     assert said.endswith("the judge m can't be asked: Connection error.")
+
+
+def test_a_judge_behind_a_proxy_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    """The one that the environment names, but for hosts that it excepts."""
+    monkeypatch.setenv("SFTKEY_CACHE", str(tmp_path))
+    reply = HEAD + b'Content-Length: 48\r\n\r\n{"choices": [{"message": {"content": "right"}}]}'
+    asked: list[str] = []
+
+    def send(connection: socket.socket) -> None:
+        asked.append("proxy")
+        connection.sendall(reply)
+
+    made = {"base_url": "http://judge.invalid/v1", "model": "m", "api_key_env": None}
+    with sending(send) as address:
+        monkeypatch.setenv("http_proxy", address.removesuffix("/v1"))
+        for excepted in ("", "judge.invalid"):
+            monkeypatch.setenv("no_proxy", excepted)
+            Judge(JudgeSection(**made, timeout_seconds=5), lambda text: None).flags(
+                [Example(f"Double 1{excepted}?", "", "2", 1)], ["2"]
+            )
+    assert asked == ["proxy"]
