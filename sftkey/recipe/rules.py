@@ -8,7 +8,7 @@ from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
 from sftkey.recipe.schema import KEY_BATCH_TOKENS
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.upstream import as_number
-from sftkey.recipe.upstream_rules import METRICS, Finding, idle
+from sftkey.recipe.upstream_rules import IDLE_BESIDE, METRICS, Finding, idle
 from sftkey.recipe.yaml_io import Keys
 
 MADE_SOURCES = ("reasoning_gym", "made")
@@ -48,7 +48,8 @@ def _check_trainer(
         what = "rows that are grouped by length are shuffled by `seed`, and this would do nothing"
         yield place("data_seed"), f"{what}; write train_sampling_strategy: random beside it"
     for key, what in idle(trainer, trainer_setting):
-        yield place(key), what
+        if key in own or IDLE_BESIDE[key][0] not in own:  # else it is for the other stages
+            yield place(key), what
     evaluates = trainer_setting(trainer, "eval_strategy") != "no"
     if trainer.get("save_strategy") == "best" and not evaluates:
         what = "without evaluations none is the best, and no checkpoint is saved"

@@ -204,6 +204,14 @@ def test_values_come_out_as_meant(file: Path, override: str, value: Any) -> None
     assert (found, type(found)) == (value, type(value))
 
 
+def test_a_stage_may_leave_aside_what_other_stages_read(file: Path) -> None:
+    """A schedule of its own reads no warm-up that all stages are told; one of its own is idle."""
+    overrides = ["trainer.warmup_steps=0.1", "stages.key.trainer.lr_scheduler_type=constant"]
+    load_recipe(file, overrides)
+    with pytest.raises(RecipeError, match="warmup_steps: does nothing where lr_scheduler_type is"):
+        load_recipe(file, [*overrides, "stages.key.trainer.warmup_steps=0.2"])
+
+
 def test_a_packaged_model_is_taken(file: Path) -> None:
     """A model inside a package has a file and its hash."""
     model = load_recipe(file, [PACKAGED]).model
