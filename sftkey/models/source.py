@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
+from sftkey.activity import activity
 from sftkey.errors import ModelError, first_line
 from sftkey.files import refuse_irregular
 from sftkey.models.packaged import converted_folder, gguf_folder
@@ -77,6 +78,7 @@ def _without_config(name: str, config_file: str, is_adapter: bool) -> ModelError
 
 
 @lru_cache
+@activity("asking the hub for the model")
 def _snapshot(repo_id: str, revision: str | None, config_file: str) -> Path:
     """Return the cached folder of a hub id's commit; asked once, so a process sees one commit."""
     try:

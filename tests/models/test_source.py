@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import errors as hub
 
+from sftkey.activity import current
 from sftkey.errors import ModelError
 from sftkey.models import source
 from sftkey.models.source import base_identity, find_source, model_source
@@ -27,6 +28,7 @@ def hub_answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[A
 
         def download(repo_id: str, file: str, revision: str | None) -> str:
             calls.append((repo_id, file, revision))
+            assert str(current()) == "asking the hub for the model"  # it may retry for minutes
             if isinstance(result, Exception):
                 raise result
             return str(result / file)
