@@ -10,7 +10,8 @@ import typer
 
 from sftkey.commands.arguments import GPU, recipe_file, recipe_names
 from sftkey.commands.terminal import WordConsole, quiet_libraries, stdout_console
-from sftkey.recipe.load import RECIPES, recipe_files, short_name
+from sftkey.errors import ModelError
+from sftkey.recipe.load import RECIPES, recipe_files, short_name, short_names
 from sftkey.recipe.yaml_io import refuse_existing, write_new
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def adapt(
     """Write a recipe for a model and prove its masks."""
     if output is not None:
         refuse_existing(output)
+    refuse_recipe(model)
     from sftkey.adapt.adapt import adapt as make_recipe
 
     quiet_libraries()
@@ -62,6 +64,14 @@ def adapt(
     console = stdout_console()
     console.print(f"{output}: written")
     _report(adapted, console)
+
+
+def refuse_recipe(model: str) -> None:
+    """Refuse a recipe where a model is expected: no hub is asked for it."""
+    file = Path(model)
+    if model in short_names() or (file.suffix in {".yaml", ".yml"} and not file.is_dir()):
+        hint = f"write the model's name or folder; --like {model} takes over the recipe's settings"
+        raise ModelError(model, "a recipe; expected a model", hint)
 
 
 def _report(adapted: Adapted, console: Console) -> None:

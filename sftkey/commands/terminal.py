@@ -136,6 +136,8 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     if not any(isinstance(each, StderrHandler) for each in logger.handlers):
         logger.addHandler(StderrHandler())
+    # On a CPU bitsandbytes advises to install a package that then asks the hub at run time.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def require_numbers() -> None:
@@ -160,8 +162,6 @@ def quiet_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # On a CPU bitsandbytes advises to install a package that then asks the hub at run time.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL switches gradient checkpointing on by its old name, which transformers reports.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 

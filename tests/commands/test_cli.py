@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -181,6 +182,14 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """`sftkey --version` prints it alone."""
     assert ended("--version") == 0
     assert capsys.readouterr().out == f"sftkey {sftkey.__version__}\n"
+
+
+def test_bitsandbytes_advises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It does when it is imported, which any command may be the first to do."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.setLevel(logging.NOTSET)
+    ended("--version")
+    assert not logger.isEnabledFor(logging.WARNING)
 
 
 def test_no_telemetry_is_sent(

@@ -79,6 +79,16 @@ def test_commands_take_a_short_name(
     assert FILE in got
 
 
+@pytest.mark.parametrize("model", [NAME, "mine.yaml"])
+def test_adapt_takes_no_recipe_for_a_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No hub is asked for what it can't have; the option that takes a recipe is named."""
+    assert ended("adapt", model, "--data", "rows.jsonl") == 2
+    assert capsys.readouterr().err == (
+        f"error: {model}: a recipe; expected a model\n"
+        f"hint: write the model's name or folder; --like {model} takes over the recipe's settings\n"
+    )
+
+
 def test_diagnose_takes_a_short_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its target may be a model too, so a name is looked for, and a near one told."""
     from sftkey.diagnosis import run
