@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,20 @@ LOSSES = [
         {"thinking": [(0, 2.0), (4, 0.1)]},
     )
 ]
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# What a reader does: press /, type, and look at what is left.
+READER = """<script>
+document.dispatchEvent(new KeyboardEvent("keydown", {key: "/"}));
+const box = document.activeElement;
+box.value = "question 1";
+box.dispatchEvent(new Event("input"));
+const seen = [...document.querySelectorAll(".asked")].filter((each) => each.offsetHeight);
+document.title = [
+  box.id, count.textContent, seen.length, performance.getEntriesByType("resource").length,
+  document.documentElement.scrollWidth <= innerWidth, getComputedStyle(document.body).color
+].join("; ");
+</script>"""
 
 
 @pytest.fixture
@@ -72,6 +89,26 @@ def test_a_page_holds_tokens_losses_results_and_answers(recipe: Recipe, tmp_path
     assert [each["aria-labelledby"] for each in page.all("section")] == [
         *("results", "map", "losses", "answers", "recipe")
     ]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(
+    ("scheme", "colour"), [(0, "rgb(230, 234, 238)"), (1, "rgb(27, 31, 36)")], ids=["dark", "light"]
+)
+def test_a_browser_shows_and_searches_a_page(
+    scheme: int, colour: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Without network, by keys alone, within a narrow window, in light and dark."""
+    grade(tmp_path, recipe, 1, ["<t>so</t><a>8</a>", "<t>so</t><a>7</a>", "7"])
+    text = render_page(tmp_path, recipe, read_rows(recipe), LOSSES)
+    file = tmp_path / "read.html"
+    file.write_text(text.replace("</body>", f"{READER}</body>"))
+    settings = [f"--blink-settings=preferredColorScheme={scheme}", "--window-size=800,600"]
+    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c"]
+    command = [str(CHROMIUM), *quiet, *settings, "--dump-dom", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (title,) = re.findall("<title>(.*)</title>", done.stdout)
+    assert title == f"search; 1 of 3 questions; 1; 0; true; {colour}"
 
 
 def test_a_run_without_results_rows_or_losses_has_a_page(recipe: Recipe, tmp_path: Path) -> None:
