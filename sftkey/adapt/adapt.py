@@ -15,7 +15,6 @@ from sftkey.adapt.frame import choose_frame
 from sftkey.adapt.own import own_notes
 from sftkey.adapt.write import OWN_TOKENS, Choices, head, last_part, sections
 from sftkey.checks.mask_proof import Proof, prove
-from sftkey.checks.recipe import UNDECIDED, undecided
 from sftkey.data.examples import USUAL, RowOptions
 from sftkey.data.preview import row_tokens
 from sftkey.data.renderer import Renderer
@@ -27,6 +26,7 @@ from sftkey.memory_plan.plan import gpu_size, make_plan
 from sftkey.models.device import has_cuda
 from sftkey.models.facts import read_facts
 from sftkey.recipe.load import changed_keys, load_recipe, short_name
+from sftkey.recipe.rules import undecided
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.yaml_io import dotted, inline, write_recipe
 
@@ -110,10 +110,7 @@ class Adapted:
     @property
     def undecided(self) -> dict[str, str]:
         """The keys whose values the user must decide, with what is to be chosen from."""
-        return {
-            dotted(keys): value.removeprefix(UNDECIDED).strip()
-            for keys, value in undecided(self.recipe)
-        }
+        return {dotted(keys): value for keys, value in undecided(self.recipe)}
 
 
 def adapt(

@@ -14,7 +14,6 @@ from sftkey.activity import activity
 from sftkey.adapt.columns import ANSWER, ENOUGH, UNNAMED, Table, table_of
 from sftkey.adapt.own import read_answers_only
 from sftkey.adapt.readings import Reading, decide, read, why_not
-from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import USUAL, Loaded, RawRow, RowOptions, columns_of
 from sftkey.data.refused import count_row, left_out
 from sftkey.data.renderer import Renderer
@@ -25,6 +24,7 @@ from sftkey.data.tokenization import Row, tokenize, tokenize_batches
 from sftkey.data.values import Refusal
 from sftkey.errors import DataError
 from sftkey.evaluation.grading import grade, unreadable
+from sftkey.recipe.rules import UNDECIDED
 from sftkey.recipe.schema import DataSection
 
 NUM_ODD = 3  # rows that are printed

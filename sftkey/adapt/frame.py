@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sftkey.adapt.data import DataChoice, choose_data, choose_grader, measure
 from sftkey.checks.mask_proof import Oracle, trained
-from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Response, Segment
 from sftkey.data.sources import load_examples
@@ -27,6 +26,7 @@ from sftkey.data.template import (
 from sftkey.data.tokenization import Row, fit, tokenize
 from sftkey.errors import FrameError, Problem, RecipeError
 from sftkey.models.facts import ModelFacts, read_facts
+from sftkey.recipe.rules import UNDECIDED
 from sftkey.recipe.schema import DataSection, ModelSection, ResponseSection
 
 THINK = ResponseSection(thinking=("<think>\n", "\n</think>"), answer=("\n\n", ""))

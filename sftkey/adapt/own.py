@@ -29,10 +29,10 @@ from sftkey.adapt.readings import (
     system_field,
     unread_system,
 )
-from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import columns_of, think_tags
 from sftkey.data.messages import SAYS_NOTHING, SYSTEM
 from sftkey.data.response import Response
+from sftkey.recipe.rules import UNDECIDED
 from sftkey.training.own_thinking import NUM_PROBED
 
 SENTENCES = re.compile(r"[.!?:;]\s+\S|\n")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from sftkey.adapt.columns import ANSWER, CONTEXT, ENOUGH, OPTIONS, PROMPT, Table, plain
-from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.messages import SAYS_NOTHING
 from sftkey.data.values import options_in
+from sftkey.recipe.rules import UNDECIDED
 
 # Columns that hold one option each.
 LETTERED = re.compile(r"(?:option|choice|op|answer)?_?([A-Ha-h])\Z")

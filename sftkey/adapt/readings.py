@@ -23,7 +23,6 @@ from sftkey.adapt.columns import (
     table_of,
 )
 from sftkey.adapt.prompt import options_of, prompt_of
-from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.examples import (
     USUAL,
     Loaded,
@@ -36,6 +35,7 @@ from sftkey.data.messages import SAYS_NOTHING, SYSTEM
 from sftkey.data.response import SAYS_NONE, Example
 from sftkey.data.sources import with_defaults
 from sftkey.data.values import PLACES
+from sftkey.recipe.rules import UNDECIDED
 from sftkey.recipe.schema import DataSection
 
 NUM_TRIED = 20  # rows of a column in which tags are looked for

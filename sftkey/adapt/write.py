@@ -10,11 +10,11 @@ from typing import Any
 
 from sftkey.adapt.data import DataChoice, Lengths, choose_grader, plain_prompt
 from sftkey.adapt.frame import FrameChoice
-from sftkey.checks.recipe import UNDECIDED
 from sftkey.data.readers import is_data_file
 from sftkey.data.sources import with_defaults
 from sftkey.memory_plan.plan import largest_part
 from sftkey.models.facts import ModelFacts
+from sftkey.recipe.rules import UNDECIDED
 from sftkey.recipe.schema import DataSection, Recipe, ResponseSection
 from sftkey.recipe.stages import KEY_WEIGHT, trainer_setting
 from sftkey.recipe.yaml_io import Line, WrittenSection

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sftkey.checks import rows
 from sftkey.checks.findings import Finding, Report, of_error, of_rows
 from sftkey.checks.masks import Masks, id_findings, judged_findings, read_ids, read_masks
-from sftkey.checks.recipe import recipe_findings, stop_findings, undecided
+from sftkey.checks.recipe import recipe_findings, stop_findings
 from sftkey.checks.rehearsal import rehearsal_findings
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
@@ -28,6 +28,7 @@ from sftkey.evaluation.stage import refuse_unready_judge
 from sftkey.memory_plan.plan import Plan, fit
 from sftkey.models.facts import refuse_other_shapes, refuse_unloadable, skeleton_of
 from sftkey.models.loading import load_renderer
+from sftkey.recipe.rules import undecided
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import num_stage_epochs, num_stage_steps
 

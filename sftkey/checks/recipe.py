@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from sftkey.checks.findings import Finding
 from sftkey.data.labels import weights_by_segment
@@ -13,11 +12,11 @@ from sftkey.data.response import Segment
 from sftkey.models.device import launched_with
 from sftkey.models.facts import published_stops, skeleton_of
 from sftkey.models.source import ADAPTER_CONFIG, find_source, model_source, read_json
+from sftkey.recipe.rules import DECIDE, undecided
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import trainer_setting
-from sftkey.recipe.yaml_io import Keys, dotted
+from sftkey.recipe.yaml_io import dotted
 
-UNDECIDED = "DECIDE:"  # what `sftkey adapt` writes in the place of a value that it can't choose
 # For all weights between the 5e-6 of arXiv 2512.21017 and the 2e-5 of TRL's example, for LoRA the
 # 2e-4 of the same example (trl/scripts/sft.py, 1.16).
 USUAL_LEARNING_RATES = {"full fine-tuning": 1e-5, "LoRA": 2e-4}
@@ -35,29 +34,12 @@ def recipe_findings(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]
     `accelerate launch` says in `env` what its config asks for.
     """
     for keys, value in undecided(recipe):
-        what = f"{dotted(keys)} is still to be decided: {value.removeprefix(UNDECIDED).strip()}"
-        yield Finding("undecided", (), what, f"write a value in the place of `{UNDECIDED} …`")
+        what = f"{dotted(keys)} is still to be decided: {value}"
+        yield Finding("undecided", (), what, DECIDE)
     yield from _launcher(recipe, env)
     yield from _learning_rates(recipe)
     if recipe.model.adapter is None:
         yield from _end_untrained(recipe)
-
-
-def undecided(recipe: Recipe, *sections: str) -> list[tuple[Keys, str]]:
-    """List the marked values, of all sections or of these."""
-    values = recipe.model_dump(mode="json", include=set(sections) or None)
-    return list(_marked(values, ()))
-
-
-def _marked(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
-    if isinstance(value, str) and value.startswith(UNDECIDED):
-        yield keys, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _marked(inner, (*keys, key))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _marked(inner, (*keys, number))
 
 
 def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:

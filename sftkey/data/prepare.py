@@ -21,6 +21,7 @@ from sftkey.data.row_cache import SCHEMA, CachedRows, tokenized_rows
 from sftkey.data.splits import Splits, load_splits
 from sftkey.data.tokenization import Refusal, tokenize
 from sftkey.errors import DataError, Problem, RecipeError
+from sftkey.recipe.rules import refuse_undecided
 from sftkey.recipe.schema import DataSection, Recipe, StageSection
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         DataError: The data can't be read or split as the recipe says, a row can't be tokenized and
             the recipe doesn't let such rows drop, or no rows are left.
         FrameError: The tokenizer or its template can't carry the response.
+        RecipeError: Something is still to be decided.
     """
+    refuse_undecided(recipe)
     renderer = Renderer.read(tokenizer, recipe.response, recipe.model.chat_template_kwargs)
     splits = load_splits(recipe.data, recipe.seed, RowOptions.of(recipe))
     return prepare_splits(recipe, splits, renderer)

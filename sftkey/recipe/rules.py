@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sftkey.errors import did_you_mean, shown
+from sftkey.errors import Problem, RecipeError, did_you_mean, shown
 from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
-from sftkey.recipe.schema import KEY_BATCH_TOKENS
+from sftkey.recipe.schema import KEY_BATCH_TOKENS, Recipe
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.upstream import as_number
 from sftkey.recipe.upstream_rules import IDLE_BESIDE, METRICS, Finding, idle
-from sftkey.recipe.yaml_io import Keys
+from sftkey.recipe.yaml_io import Keys, dotted
 
+UNDECIDED = "DECIDE:"  # what `sftkey adapt` writes in the place of a value that it can't choose
+DECIDE = f"write a value in the place of `{UNDECIDED} …`"
 MADE_SOURCES = ("reasoning_gym", "made")
 
 
@@ -197,3 +199,31 @@ def _numbers(loss_on: Any) -> Any:
 def _trained_context(loss_on: Any) -> str:
     """Name the parts before the key that a loss trains, as far as it holds weights."""
     return " and ".join(trained_context(_numbers(loss_on)))
+
+
+def refuse_undecided(recipe: Recipe) -> None:
+    """Refuse a recipe with marked values: read as they stand, they would be text in each row.
+
+    Raises:
+        RecipeError: Names each of them, with what is to be chosen from.
+    """
+    found = [Problem(dotted(keys), f"to be decided: {value}") for keys, value in undecided(recipe)]
+    if found:
+        raise RecipeError(recipe.name, found, DECIDE)
+
+
+def undecided(recipe: Recipe, *sections: str) -> list[tuple[Keys, str]]:
+    """List the marked values, of all sections or of these, each without its mark."""
+    values = recipe.model_dump(mode="json", include=set(sections) or None)
+    return list(_marked(values, ()))
+
+
+def _marked(value: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    if isinstance(value, str) and value.startswith(UNDECIDED):
+        yield keys, value.removeprefix(UNDECIDED).strip()
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _marked(inner, (*keys, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _marked(inner, (*keys, number))

@@ -11,9 +11,9 @@ import pytest
 
 from sftkey.checks.gate import check_recipe
 from sftkey.commands.check import diagnose
-from sftkey.commands.recipes import show
+from sftkey.commands.recipes import prompts, show
 from sftkey.commands.train import train
-from sftkey.errors import CheckError, DataError
+from sftkey.errors import CheckError, DataError, RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.training.run import read_rows
 from tests.support.model_folders import write_rows
@@ -107,6 +107,18 @@ def test_every_command_refuses_the_rows_that_training_refuses(
             read()
         assert str(refused.value) == (
             f"{recipe.data.source}: 1 problem\n  {finding.message}\nhint: {finding.hint}"
+        )
+
+
+def test_what_is_to_be_decided_is_no_text_of_a_row(weightless: Path) -> None:
+    """A mark may hold a column in braces, as a template does; no command reads it as one."""
+    asks = ["data.thinking='DECIDE: the reasoning: {answer}'"]
+    for read in (show, prompts, lambda recipe, changes: diagnose(str(recipe), changes)):
+        with pytest.raises(RecipeError) as refused:
+            read(weightless, asks)
+        assert str(refused.value) == (
+            "tiny: 1 problem\n  data.thinking: to be decided: the reasoning: {answer}\n"
+            "hint: write a value in the place of `DECIDE: …`"
         )
 
 
