@@ -208,7 +208,7 @@ def test_a_stage_may_leave_aside_what_other_stages_read(file: Path) -> None:
     """A schedule of its own reads no warm-up that all stages are told; one of its own is idle."""
     overrides = ["trainer.warmup_steps=0.1", "stages.key.trainer.lr_scheduler_type=constant"]
     load_recipe(file, overrides)
-    with pytest.raises(RecipeError, match="=0.2: does nothing where lr_scheduler_type is"):
+    with pytest.raises(RecipeError, match=r"=0\.2: does nothing where lr_scheduler_type is"):
         load_recipe(file, [*overrides, "stages.key.trainer.warmup_steps=0.2"])
 
 
