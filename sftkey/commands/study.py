@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,17 +66,73 @@ def study(
             choosing = to_choose(run) if run is runs[0] else []  # phases share their choices
             stdout_console().print(rendered(planned, choosing + notes))
         return
+    gpus = visible_gpus()
+    if len(gpus) > 1:  # a process without a cell would have nothing to report
+        num_cells = min(len(list(run.cells(choose=False))) for run in runs)
+        run_beside(gpus[:num_cells], [sys.executable, "-m", "sftkey", "study", str(file)])
     for run in runs:
-        if checked.screen is not None and not run.test_seeds:
-            run.keep_confirmed()
-        for _ in run.run():
-            write_figures(run.study, run.folder.root)
+        if len(gpus) < 2:
+            if checked.screen is not None and not run.test_seeds:
+                run.keep_confirmed()
+            for _ in run.run():
+                write_figures(run.study, run.folder.root)
         write_report(run.study, file.parent, run.folder.root)
     if checked.confirming() is None:
         from sftkey.study.report import to_confirm
 
         names = to_confirm(write_figures(runs[0].study, runs[0].folder.root))
         say(NEXT.format(", ".join(names)))
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES takes."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def run_beside(gpus: Sequence[str], command: Sequence[str]) -> None:
+    """Run a command once for each GPU, all at the same time; print what they say, by GPU.
+
+    Each sees its GPU alone, so each takes a cell that no other one has. A signal is handed on; the
+    command ends when all of them have, with the first exit code that isn't 0.
+    """
+    processes = {
+        gpu: subprocess.Popen(
+            command,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+            stdout=subprocess.DEVNULL,  # each one's report; the last one's cells are in none
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches them once, by `hand_on`
+        )
+        for gpu in gpus
+    }
+
+    def relay(gpu: str, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        with process.stderr as lines:
+            for line in lines:
+                say(f"GPU {gpu}: {line.rstrip()}")
+
+    def hand_on(number: int, _: object) -> None:
+        for process in processes.values():
+            process.send_signal(number)
+
+    readers = [threading.Thread(target=relay, args=each) for each in processes.items()]
+    before = {each: signal.signal(each, hand_on) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        codes = [process.wait() for process in processes.values()]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code := next(filter(None, codes), 0):
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def phases(checked: Study, file: Path) -> list[StudyRun]:
