@@ -66,22 +66,27 @@ def study(
             choosing = to_choose(run) if run is runs[0] else []  # phases share their choices
             stdout_console().print(rendered(planned, choosing + notes))
         return
+    run_phases(runs, file)
+    if checked.confirming() is None:
+        from sftkey.study.report import to_confirm
+
+        names = to_confirm(write_figures(runs[0].study, runs[0].folder.root))
+        say(NEXT.format(", ".join(names)))
+
+
+def run_phases(runs: Sequence[StudyRun], file: Path) -> None:
+    """Run the cells of a study's phases, on several GPUs beside each other; write their reports."""
     gpus = visible_gpus()
     if len(gpus) > 1:  # a process without a cell would have nothing to report
         num_cells = min(len(list(run.cells(choose=False))) for run in runs)
         run_beside(gpus[:num_cells], [sys.executable, "-m", "sftkey", "study", str(file)])
     for run in runs:
         if len(gpus) < 2:
-            if checked.screen is not None and not run.test_seeds:
+            if run.study.screen is not None and not run.test_seeds:
                 run.keep_confirmed()
             for _ in run.run():
                 write_figures(run.study, run.folder.root)
         write_report(run.study, file.parent, run.folder.root)
-    if checked.confirming() is None:
-        from sftkey.study.report import to_confirm
-
-        names = to_confirm(write_figures(runs[0].study, runs[0].folder.root))
-        say(NEXT.format(", ".join(names)))
 
 
 def visible_gpus() -> list[str]:
