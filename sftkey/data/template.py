@@ -107,16 +107,17 @@ def read_template(template: str) -> Reads:
 def _has_fixed_header(tree: nodes.Template, of_run: set[str]) -> bool:
     """Tell whether a template's end alone heeds `add_generation_prompt`, and nothing of the row.
 
-    The variables `of_run` have one value in a whole run.
+    One that never asks for it, as Mistral's, writes the same either way. The variables `of_run`
+    have one value in a whole run.
     """
-    last = tree.body[-1] if tree.body else None
-    if not isinstance(last, nodes.If):
-        return False
-    stored = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
     asked = [name for name in tree.find_all(nodes.Name) if name.name == ASKED]
+    last = tree.body[-1] if tree.body else None
+    if not asked or not isinstance(last, nodes.If):
+        return not asked
+    stored = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
     names = list(last.find_all(nodes.Name))
     own = (of_run - stored) | FUNCTIONS | {ASKED}
-    return len(asked) == sum(name.name == ASKED for name in names) > 0 and all(
+    return len(asked) == sum(name.name == ASKED for name in names) and all(
         name.ctx == "load" and name.name in own for name in names
     )
 

@@ -338,7 +338,7 @@ END = "{% endif %}"
         (ROLES + ASKS + END, True),
         (ROLES + ASKS + "{% if enable_thinking %}<think>{% endif %}" + END, True),
         (ROLES + ASKS + "{% else %}{{ eos_token }}" + END, True),
-        (ROLES, False),
+        (ROLES, True),  # it writes the same whether it is asked or not
         (ROLES + ASKS + END + "{{ messages[0].content }}", False),
         (ROLES + ASKS + "{{ messages[0].role }}" + END, False),
         (ROLES + ASKS + "{% if tools %}<think>{% endif %}" + END, False),

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -378,11 +378,13 @@ def test_two_tokens_end_a_turn() -> None:
 
 def test_the_tokenizer_appends_its_end() -> None:
     """A plain frame whose tokenizer ends every text by itself has one end, not two."""
-    processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer = changed(None)
+    end, number = tokenizer.eos_token, tokenizer.eos_token_id
+    processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
     renderer = framed(None, ResponseSection(frame="plain"), processor=processor)
     row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
     assert isinstance(row, Row)
-    assert row.input_ids.count(2) == 1
+    assert row.input_ids.count(number) == 1
 
 
 def test_adapt_judges_the_template_in_use() -> None:
@@ -671,11 +673,13 @@ def real(name: str) -> Any:
         test_normalizer_rewrites,
         test_an_added_token_eats_white_space,
         test_control_text_in_earlier_reasoning,
+        partial(test_the_end_swallows_a_blank, "4 "),
         test_two_tokens_end_a_turn,
+        test_the_tokenizer_appends_its_end,
         test_kwargs,
         test_adapt_judges_the_template_in_use,
     ],
-    ids=lambda case: case.__name__.removeprefix("test_"),
+    ids=lambda case: getattr(case, "func", case).__name__.removeprefix("test_"),
 )
 def test_on_real_tokenizers(
     case: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPatch
@@ -690,7 +694,7 @@ def test_on_real_tokenizers(
     "kind",
     [
         *("header", "tools", "flags", "normalizer", "tags inside", "control text", "two ends"),
-        *("eats white space", "ids without a row", "layouts"),
+        *("eats white space", "ids without a row", "layouts", "rewritten system", "prefix blank"),
     ],
 )
 def test_the_commands_say_it_of_a_real_tokenizer(
