@@ -148,8 +148,12 @@ def as_told(error: Told | OSError) -> Told:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's text, or its kind where it has none.
+
+    Where it ends with a colon, the reason stands in the next line.
+    """
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def shown(value: Any) -> str:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -11,7 +13,6 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -24,19 +25,21 @@ from sftkey.models.loading import load_tokenizer
 from sftkey.models.lora_names import linear_modules, name_of, short_names
 from sftkey.models.packaged import find_weights
 from sftkey.models.source import (
+    NOT_ITS_CONFIG,
     UNREADABLE,
     Source,
     model_source,
-    needs_code,
+    read_config,
     read_json,
+    unusable,
     weight_files,
 )
 from sftkey.recipe.schema import ModelSection
 
 # Rotary positions that a whole batch scales by its longest row.
 SCALED = ("dynamic", "longrope")
+LAYER = re.compile(r"(.*?\.)\d+\.")  # a weight's layer, the outermost one
 MOST_LAYERS = 1000  # the deepest published models have about 130
-NOT_ITS_CONFIG = "put the config.json there that the weights were published with"
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +174,8 @@ def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton
     Without an `attention` it is sdpa, or eager where the model has no sdpa.
     """
     source, reason = model_source(section), ""
-    fields = json.dumps(read_json(source, "config.json"), sort_keys=True)
+    told = read_json(source, "config.json") or {}
+    fields = json.dumps(told, sort_keys=True)
     for each in [attention] if attention else ("sdpa", "eager"):
         try:
             return _built(section.name_or_path, source, fields, each)
@@ -179,7 +183,14 @@ def skeleton_of(section: ModelSection, attention: str | None = None) -> Skeleton
             if isinstance(error, ModelError):
                 raise
             reason = first_line(error)
-    raise ModelError(section.name_or_path, f"no language model can be built of it: {reason}")
+
+    def build(config: Any) -> Any:
+        return Skeleton(config, attention or "eager").model
+
+    what = f"no language model can be built of it: {reason}"
+    raise unusable(section.name_or_path, told, build, reason) or ModelError(
+        section.name_or_path, what
+    )
 
 
 @lru_cache(maxsize=64)
@@ -219,6 +230,7 @@ def refuse_unloadable(section: ModelSection, skeleton: Skeleton) -> None:
         if is_rate and not 0 <= value <= 1:
             what = f"config.json: {key}: expected a number from 0 to 1; got {shown(value)}"
             raise ModelError(name, what, "write the rate that the model was trained with")
+    _refuse_rope(name, skeleton)
     told = getattr(skeleton.config, "quantization_config", None)
     if isinstance(told, dict):
         try:
@@ -230,10 +242,31 @@ def refuse_unloadable(section: ModelSection, skeleton: Skeleton) -> None:
             ) from error
 
 
-def refuse_other_shapes(section: ModelSection, skeleton: Skeleton) -> None:
-    """Refuse weights on this machine that can't be read, or whose shapes aren't the config's.
+def _refuse_rope(name: str, skeleton: Skeleton) -> None:
+    """Refuse rotary positions that transformers' own check finds wrong; it logs this alone."""
+    logged, validate = [], getattr(skeleton.text, "validate_rope", None)
+    logger = logging.getLogger("transformers.modeling_rope_utils")
 
-    Their heads alone are read. Those that come quantized have shapes of their own.
+    def keep(record: logging.LogRecord) -> bool:
+        logged.append(record.getMessage())
+        return False
+
+    logger.addFilter(keep)
+    try:
+        if validate is not None:
+            validate()
+    finally:
+        logger.removeFilter(keep)
+    for text in logged:
+        if " must " in text:
+            raise ModelError(name, f"config.json: {first_line(ValueError(text))}", NOT_ITS_CONFIG)
+
+
+def refuse_other_shapes(section: ModelSection, skeleton: Skeleton) -> None:
+    """Refuse weights on this machine that can't be read, or that aren't those of the config.
+
+    Their heads alone are read: the shapes, and whether there are more layers or biases than the
+    config says, which transformers leaves aside. Those that come quantized have other shapes.
 
     Raises:
         ModelError: Names the first weight and both shapes.
@@ -251,18 +284,28 @@ def refuse_other_shapes(section: ModelSection, skeleton: Skeleton) -> None:
             if found[name] != wanted[name]:
                 what = f"{name} has the shape {found[name]}; its config.json says {wanted[name]}"
                 raise ModelError(section.name_or_path, what, NOT_ITS_CONFIG)
+        if beside := _left_aside(skeleton.model, found.keys(), wanted.keys()):
+            what = f"its config.json has no place for {len(beside)} of the weights, such as"
+            raise ModelError(section.name_or_path, f"{what} {beside[0]}", NOT_ITS_CONFIG)
 
 
-def read_config(name: str, source: Source) -> Any:
-    """Read a model's config."""
-    try:
-        return AutoConfig.from_pretrained(
-            source.path, revision=source.commit or "main", trust_remote_code=False
-        )
-    except UNREADABLE as error:
-        if "auto_map" in (read_json(source, "config.json") or {}):
-            raise needs_code(name, "config.json") from error
-        raise ModelError(name, f"its config.json can't be read: {first_line(error)}") from error
+def _left_aside(model: Any, found: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """List weights of layers above the model's last one, and biases of modules without one."""
+    names = set(wanted)
+    layers = {told[0] for told in map(LAYER.match, names) if told}
+    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+
+    def has_no_place(name: str) -> bool:
+        layer = LAYER.match(name)
+        if layer and layer[0] not in layers:
+            return f"{layer[1]}0." in layers
+        return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in names
+
+    return [
+        name
+        for name in sorted(set(found) - names)
+        if has_no_place(name) and not any(re.search(pattern, name) for pattern in known)
+    ]
 
 
 def mixing_length(config: Any) -> int | None:

@@ -38,6 +38,7 @@ from sftkey.models.source import (
     hub_error,
     model_source,
     needs_code,
+    read_config,
     read_json,
     weight_files,
 )
@@ -342,6 +343,7 @@ def _load_error(
     of_the_hub = (hub.HfHubHTTPError, hub.LocalEntryNotFoundError)
     if source.commit and isinstance(error.__cause__, of_the_hub):
         return hub_error(section.name_or_path, section.revision, error.__cause__)
+    read_config(section.name_or_path, source)  # else its fault is said to be the tokenizer's
     said = first_line(error)
     if "ignore_mismatched_sizes" in said:  # transformers sends its reader to a log
         said = "its weights have other shapes than its config.json says"

@@ -49,12 +49,13 @@ def _unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[s
 def _none_left(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Refuse targets of which other settings leave none, by peft's own rule."""
     targets, layers = lora.get("target_modules") or [], lora.get("layers_to_transform")
-    if isinstance(targets, str) and layers is not None:
-        names_of_all = ", ".join(short_names(linear_modules(model)))
-        what = "peft reads it beside a list of target_modules alone"
-        yield "layers_to_transform", f"{what}; got {targets!r}; take from {names_of_all}"
-        return
     names = sorted(target_names(model, targets))
+    whole = [targets] if isinstance(targets, str) else sorted({*targets}.intersection(names))
+    if whole and layers not in (None, []):
+        names_of_all = ", ".join(short_names(linear_modules(model)))
+        what = "peft reads it beside a list of target_modules without their layers alone"
+        yield "layers_to_transform", f"{what}; got {whole[0]!r}; take from {names_of_all}"
+        return
     wanted = short_names(set(names)) if isinstance(targets, str) else targets
     told: Any = SimpleNamespace(**{**lora, "target_modules": wanted})
     if names and not any(check_target_module_exists(told, name) for name in names):

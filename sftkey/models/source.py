@@ -6,6 +6,8 @@ once and the same way; weights and tokenizer then come from one commit.
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import Any
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.utils.hub import cached_file
 
 from sftkey.activity import activity
-from sftkey.errors import ModelError, first_line
+from sftkey.errors import ModelError, first_line, shown
 from sftkey.files import refuse_irregular
 from sftkey.models.packaged import converted_folder, gguf_folder
 from sftkey.recipe.schema import ModelSection
@@ -25,6 +28,7 @@ from sftkey.recipe.schema import ModelSection
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "*.safetensors"
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+NOT_ITS_CONFIG = "put the config.json there that the weights were published with"
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 # What transformers raises of files that it can't make a config, a tokenizer or a model of.
 UNREADABLE = (
@@ -156,6 +160,42 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
         return dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(file, f"expected JSON; got {error}") from error
+
+
+def read_config(name: str, source: Source) -> Any:
+    """Read a model's config.
+
+    Raises:
+        ModelError: It can't be read; names the key that it fails on, where there is one.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            source.path, revision=source.commit or "main", trust_remote_code=False
+        )
+    except UNREADABLE as error:
+        told, reason = read_json(source, "config.json") or {}, first_line(error)
+        if "auto_map" in told:
+            raise needs_code(name, "config.json") from error
+        found = unusable(name, told, lambda config: config, reason)
+        what = f"its config.json can't be read: {reason}"
+        raise found or ModelError(name, what) from error
+
+
+def unusable(
+    name: str, told: dict[str, Any], build: Callable[[Any], Any], reason: str
+) -> ModelError | None:
+    """Return the error that names the key of a config without which `build` takes it, if any."""
+    kind = told.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    for key, value in told.items():
+        if key == "model_type" or value is None:
+            continue
+        with suppress(*UNREADABLE, RuntimeError):
+            build(CONFIG_MAPPING[kind].from_dict({k: v for k, v in told.items() if k != key}))
+            what = f"config.json: {key}: {reason}; got {shown(value)}"
+            return ModelError(name, what, NOT_ITS_CONFIG)
+    return None
 
 
 def needs_code(name_or_path: str, file: str) -> ModelError:

@@ -8,7 +8,7 @@ from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
 from sftkey.recipe.schema import KEY_BATCH_TOKENS, Recipe
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.upstream import as_number
-from sftkey.recipe.upstream_rules import IDLE_BESIDE, METRICS, Finding, idle
+from sftkey.recipe.upstream_rules import IDLE_BESIDE, METRIC_READERS, METRICS, Finding, idle
 from sftkey.recipe.yaml_io import Keys, dotted
 
 UNDECIDED = "DECIDE:"  # what `sftkey adapt` writes in the place of a value that it can't choose
@@ -69,6 +69,9 @@ def _check_trainer(
         near = did_you_mean(metric, METRICS)
         what = f"expected a validation loss, one of {', '.join(METRICS)}; got {shown(metric)}"
         yield place("metric_for_best_model"), what + near
+    elif metric and not any(trainer.get(key) == value for key, value in METRIC_READERS.items()):
+        words = (f"{key}: {shown(value)}" for key, value in METRIC_READERS.items())
+        yield place("metric_for_best_model"), f"does nothing without one of {', '.join(words)}"
 
 
 def _check_model(model: dict[str, Any], full: bool) -> Iterator[Finding]:

@@ -72,12 +72,19 @@ REFUSED_TRAINER_KEYS = {
 }
 REFUSED_STAGE_TRAINER_KEYS = {"use_cpu": "a run has one device; write it in the shared `trainer`"}
 METRICS = ("loss", *(f"loss_{segment}" for segment in SEGMENTS))
+METRIC_READERS = {  # one of them must stand beside metric_for_best_model
+    "load_best_model_at_end": True,
+    "save_strategy": "best",
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+}
 # What does nothing beside another key of such a value.
 IDLE_BESIDE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "warmup_steps": ("lr_scheduler_type", ("constant", "reduce_lr_on_plateau", "greedy")),
     "lr_scheduler_kwargs": ("lr_scheduler_type", ("constant", "constant_with_warmup")),
     "eval_delay": ("eval_strategy", ("no",)),
     "eval_steps": ("eval_strategy", ("no", "epoch")),
+    "save_steps": ("save_strategy", ("epoch", "best")),
+    "logging_steps": ("logging_strategy", ("epoch",)),
     "gradient_checkpointing": ("activation_checkpointing", (True, False)),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", (False,)),
     "activation_checkpointing_kwargs": ("gradient_checkpointing", (False,)),

@@ -101,7 +101,14 @@ NAMES = {
         "layers_to_transform and layers_pattern leave none of the 2 modules"
     ),
     "lora={target_modules: '.*q_proj', layers_to_transform: [0]}": (
-        "peft reads it beside a list of target_modules alone"
+        "peft reads it beside a list of target_modules without their layers alone"
+    ),
+    "lora={target_modules: [model.layers.1.self_attn.q_proj, v_proj], layers_to_transform: 0}": (
+        "without their layers alone; got 'model.layers.1.self_attn.q_proj'; take from down_proj"
+    ),
+    "trainer={save_strategy: epoch, save_steps: 5}": "does nothing where save_strategy is 'epoch'",
+    "trainer.metric_for_best_model=loss_answer": (
+        "does nothing without one of load_best_model_at_end: true, save_strategy: 'best'"
     ),
     "lora.loftq_config={loftq_bits: 4}": "it goes with an init_lora_weights that changes the base",
     "lora.fan_in_fan_out=true": "peft reads from each layer how its weights lie",
@@ -251,6 +258,21 @@ PUBLISHED: dict[str, tuple[str, Any, str]] = {
     "several": ("generation_config.json", {"num_return_sequences": 3}, "can't be read: Greedy"),
     "dropout": ("config.json", {"attention_dropout": 2.0}, "a number from 0 to 1; got 2.0"),
     "method": ("config.json", {"quantization_config": {"quant_method": "foo"}}, "foo"),
+    "text": ("config.json", {"quantization_config": "gptq"}, "config.json: quantization_config: "),
+    "yarn": ("config.json", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: "),
+    "dtype": ("config.json", {"dtype": "foo"}, "config.json: dtype: "),
+    "heads": ("config.json", {"num_attention_heads": 3}, "(32) is not a multiple of the number"),
+    "act": ("config.json", {"hidden_act": "foo"}, "config.json: hidden_act: 'foo'; got 'foo'"),
+    "rope": (
+        "config.json",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}},
+        "factor field must be a float or int >= 1, got 0.5",
+    ),
+    "layers": (
+        "config.json",
+        {"num_hidden_layers": 1},
+        "no place for 9 of the weights, such as model.layers.1.input_layernorm.weight",
+    ),
 }
 
 

@@ -143,7 +143,9 @@ def test_a_config_with_a_field_of_another_type_is_refused(
     for read in (skeleton_of, published_stops):
         with pytest.raises(ModelError) as raised:
             read(section)
-        assert str(raised.value).startswith(f"{folder}: its ")
+        [(key, value)] = fields.items()
+        assert str(raised.value).startswith(f"{folder}: config.json: {key}: ")
+        assert f"got {value!r}\nhint: " in str(raised.value)
 
 
 def test_a_skeleton_is_built_once_for_a_config(tmp_path: Path) -> None:
