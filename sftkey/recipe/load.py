@@ -116,6 +116,7 @@ def _known_keys(keys: Keys) -> Iterable[str]:
 _EXPECTED = {
     "string_type": "text",
     "string_too_short": "text that isn't empty",
+    "string_too_long": "text of at most {max_length} characters",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",

@@ -155,6 +155,10 @@ def _check_context(stage: dict[str, Any], keys: Keys, last: bool) -> Iterator[Fi
     if isinstance(how, dict) and how["keep"] == "mixed" and how["samples"] == 1:
         what = "mixed keeps questions that were answered right once and wrong once"
         yield (*keys, "own", "keep"), f"{what}: it needs own.samples of 2 or more"
+    sampled = isinstance(how, dict) and how["file"] is None and as_number(how["samples"]) != 1
+    if isinstance(how, dict) and sampled and as_number(how["temperature"]) == 0:
+        what = "0 is greedy, and all samples of a question would be the same"
+        yield (*keys, "own", "temperature"), f"{what}; write 0.7, or own.samples of 1"
     for key in ("lora", "grid"):
         if context != "frozen" and stage[key] is not None:
             yield (*keys, key), "only with `context: frozen`, which trains an adapter of its own"
@@ -177,16 +181,21 @@ def _check_early_stop(
     name = stop.get("as_long_as")
     if isinstance(name, str) and name.lower() not in earlier:
         yield (*keys, "early_stop", "as_long_as"), f"expected an earlier stage; got {shown(name)}"
+    if name is None and as_number(stop.get("times", 1)) != 1:
+        what = "does nothing without as_long_as, an earlier stage's name"
+        yield (*keys, "early_stop", "times"), what
 
 
 def _check_anneal(stage: dict[str, Any], keys: Keys) -> Iterator[Finding]:
     """Check that a stage trains the same segments from its first step to its last."""
     loss_on, anneal = (_numbers(stage.get(key)) for key in ("loss_on", "anneal"))
-    if not anneal or isinstance(anneal, str):
-        return
+    if not isinstance(anneal, dict) or not any(anneal.values()) or min(anneal.values()) < 0:
+        return  # its own check says what is wrong with it
     first, last = (loss_weights(each) for each in (loss_on, annealed(loss_on, anneal)))
     changed = [name for name in first if (first[name] > 0) != (last[name] > 0)]
-    if changed:
+    if first == last:
+        yield (*keys, "anneal"), "does nothing: these are the weights that `loss_on` begins with"
+    elif changed:
         what = f"{' and '.join(changed)}: expected a weight above 0 at both ends, or at none"
         yield (*keys, "anneal"), what
 

@@ -30,8 +30,8 @@ def _grid(value: Any) -> Any:
     """Check each list of values; `5e-5` is text to YAML."""
     wanted: dict[str, tuple[str, Any]] = {
         "learning_rate": ("numbers above 0", lambda x: isinstance(x, int | float) and x > 0),
-        "r": ("whole numbers above 0", lambda x: isinstance(x, int) and x > 0),
-        "seed": ("whole numbers from 0", lambda x: isinstance(x, int) and x >= 0),
+        "r": ("whole numbers above 0", lambda x: isinstance(x, int) and 0 < x < 2**31),
+        "seed": ("whole numbers from 0", lambda x: isinstance(x, int) and 0 <= x < 2**32),
     }
     if not isinstance(value, dict) or not value:
         names = ", ".join(wanted)
@@ -125,15 +125,16 @@ Number = Annotated[float, BeforeValidator(as_number)]
 Count = Annotated[int, Field(ge=1)]
 # YAML has lists where we have pairs, which types that guess at nothing would refuse.
 Tags = Annotated[tuple[str, str], Field(strict=False)]
+Name = Annotated[str, Field(max_length=100)]  # files whose names hold it have 255 bytes at most
 RunName = Annotated[
-    str,
+    Name,
     _form(
         "[A-Za-z0-9_][A-Za-z0-9_.-]*",
         "letters, digits, `.`, `-` and `_`, since a folder gets this name",
     ),
 ]
 StageName = Annotated[
-    str,
+    Name,
     AfterValidator(_stage_name),
     _form("[A-Za-z0-9_][A-Za-z0-9_-]*", "letters, digits, `-` and `_`, since files get this name"),
 ]

@@ -521,6 +521,10 @@ RULE = (
             "stages.key.name=a.b",
             "expected letters, digits, `-` and `_`, since files get this name; got 'a.b'",
         ),
+        *(
+            (f"{key}={'a' * 101}", f"expected text of at most 100 characters; got '{'a' * 56}...")
+            for key in ("name", "stages.key.name")
+        ),
         ("stages.key.name=Completion", "stages[0] has this name, too; write another"),
         ("stages.key.loss_on=answers", f"{WORDS}; got 'answers'; did you mean `answer`?"),
         ("stages.key.loss_on=3", f"{WORDS}; got 3"),
@@ -602,6 +606,28 @@ RULE = (
         (
             f"{FROZEN}, grid: {{learning_rate: [1e-4, -1]}}}}",
             "stages[1].grid: expected a list of numbers above 0 as learning_rate; got ['1e-4', -1]",
+        ),
+        (
+            f"{FROZEN}, grid: {{seed: [4294967296]}}}}",
+            "stages[1].grid: expected a list of whole numbers from 0 as seed; got [4294967296]",
+        ),
+        (
+            "stages.key={name: key, loss_on: key, thinking: own, own: {samples: 4, temperature: 0, "
+            "keep: mixed}}",
+            "stages[1].own.temperature: 0 is greedy, and all samples of a question would be the "
+            "same; write 0.7, or own.samples of 1",
+        ),
+        (
+            "stages.key.early_stop={times: 2}",
+            "stages[1].early_stop.times: does nothing without as_long_as, an earlier stage's name",
+        ),
+        (
+            "stages.key.anneal={key: 1}",
+            "does nothing: these are the weights that `loss_on` begins with",
+        ),
+        (
+            "stages.key.anneal={key: 0}",
+            "expected a weight above 0, else nothing is trained; got {'key': 0}",
         ),
         (
             f"{FROZEN}, grid: {{seed: [1, 1]}}}}",
