@@ -232,5 +232,10 @@ def refuse_evaluation_without_rows(recipe: Recipe, prepared: Prepared) -> None:
         for key, value in recipe.stage_trainer(stage).items()
         if key in ("eval_strategy", "load_best_model_at_end") and value not in (False, "no")
     ]
+    problems += [
+        Problem(f"stages.{stage.name}.early_stop", "it asks validation rows; got none")
+        for stage in recipe.stages
+        if stage.early_stop is not None
+    ]
     if problems and prepared.validation is None:
         raise RecipeError(recipe.name, problems, "write data.validation: a number of rows of train")

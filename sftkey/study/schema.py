@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sftkey.errors import RecipeError, did_you_mean
+from sftkey.errors import RecipeError, did_you_mean, shown
 from sftkey.recipe.load import load_recipe, read_as
 from sftkey.recipe.schema import Count, Number, Recipe, RunName, Section, Text
 from sftkey.recipe.stages import KEY_WEIGHT, trainer_setting
+from sftkey.recipe.upstream import as_number
 from sftkey.recipe.upstream_rules import Finding
 from sftkey.recipe.yaml_io import Keys, RecipeSource
 from sftkey.recipe.yaml_io import read as read_yaml
@@ -341,6 +342,7 @@ def _check(data: dict[str, Any]) -> Iterator[Finding]:
     if isinstance(control, str) and arms and control not in arms:
         yield ("control",), f"expected one of the arms; got '{control}'"
     yield from _check_phases(data, arms, seeds)
+    yield from _check_overrides(data)
     primary = data.get("primary")
     if isinstance(primary, str) and arms and primary not in set(arms) - {control}:
         yield ("primary",), f"expected one of the arms beside the control; got '{primary}'"
@@ -349,6 +351,12 @@ def _check(data: dict[str, Any]) -> Iterator[Finding]:
             yield ("strategies", name), "this name is a built-in strategy's; write another"
         elif name not in arms:
             yield ("strategies", name), "no arm has this name"
+        stages = _listed(own[name], "stages") if isinstance(own[name], dict) else []
+        for number, stage in enumerate(stages):
+            for key in OWN_KEYS if isinstance(stage, dict) else ():
+                if not isinstance(stage.get(key, False), bool):
+                    what = f"expected true or false; got {shown(stage[key])}"
+                    yield ("strategies", name, "stages", number, key), what
     choose = data.get("choose")
     if isinstance(choose, dict):
         yield from _check_choice(choose, arms, own)
@@ -372,12 +380,31 @@ def _check_phases(
         yield ("primary",), "expected one of the arms in `confirm`"
 
 
+def _check_overrides(data: dict[str, Any]) -> Iterator[Finding]:
+    """Refuse overrides of what the study itself gives each cell."""
+    recipes, own = _listed(data, "recipes"), data.get("strategies")
+    own = own if isinstance(own, dict) else {}
+    places: list[tuple[Keys, Any]] = [((), data)]
+    places += [(("recipes", number), each) for number, each in enumerate(recipes)]
+    places += [(("strategies", name), each) for name, each in own.items()]
+    for keys, section in places:
+        overrides = _listed(section, "overrides") if isinstance(section, dict) else []
+        for number, text in enumerate(overrides):
+            key = text.partition("=")[0].strip() if isinstance(text, str) else ""
+            if key in ("name", "seed"):
+                what = f"the study gives each run its {key}, by its own `name` and `seeds`"
+                yield (*keys, "overrides", number), what
+
+
 def _check_choice(
     choose: dict[str, Any], arms: Sequence[Any], own: Mapping[Any, Any]
 ) -> Iterator[Finding]:
     if not any(choose.get(name) for name in ("learning_rate", "weight", "kl")):
         what = "expected values of learning_rate, weight or kl to choose from; got none"
         yield ("choose",), what
+    for name in ("learning_rate", "weight", "kl"):
+        values = [as_number(value) for value in _listed(choose, name)]
+        yield from ((("choose", *keys), what) for keys, what in _twice(name, values))
     stages = [stage for arm in arms if arm in STRATEGIES for stage in STRATEGIES[arm].stages]
     for strategy in own.values():
         stages += _listed(strategy, "stages") if isinstance(strategy, dict) else []

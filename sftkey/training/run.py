@@ -24,7 +24,6 @@ from sftkey.data.prepare import (
     prepare,
     refuse_evaluation_without_rows,
 )
-from sftkey.errors import DataError
 from sftkey.files import explained_disk, write_json
 from sftkey.models.device import Device, choose_device
 from sftkey.models.loading import load_tokenizer
@@ -277,11 +276,6 @@ def start(
     with explained_faults(folder):
         with processes.main_process_first():
             prepared = read(recipe)
-            for stage in recipe.stages:
-                if stage.early_stop is not None and not prepared.validation_examples:
-                    what = "early_stop: expected validation rows to ask; got none"
-                    hint = "write data.validation into the recipe"
-                    raise DataError(f"stages.{stage.name}", what, hint)
             packs = prepared.packs(recipe)
         ledger = open_run(recipe, folder, fresh) if processes.is_main_process else None
         if ledger is not None:

@@ -1106,6 +1106,12 @@ Sections = dict[str, Any]
          "`sftkey_kl` does"),
         ({"choose": {"learning_rate": [0.0]}}, "choose.learning_rate[0]: expected a number above "
          "0; got 0.0"),
+        ({"choose": {"learning_rate": [1e-4, "1e-4"]}}, "choose.learning_rate[1]: `0.0001` stands "
+         "twice"),
+        ({"overrides": ["seed=3"]}, "overrides[0]: the study gives each run its seed, by its own "
+         "`name` and `seeds`"),
+        ({"strategies": {"mine": {"stages": [{"long": "yes"}]}}, "arms": ["sft_twice", "mine"]},
+         "strategies.mine.stages[0].long: expected true or false; got 'yes'"),
         ({"choose": {"learning_rate": [1e-4], "zzz": 3}}, "choose.zzz: unknown key; the keys "
          "here are learning_rate, weight, kl, seed, max_rounds, num_rows, by"),
         ({"strategies": {"dft": {"stages": [{}]}}}, "strategies.dft: this name is a built-in "
