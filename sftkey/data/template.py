@@ -177,12 +177,7 @@ def probe_template(
             doesn't go on where its generation prompt ends.
     """
     name = name_of(tokenizer)
-    if not tokenizer.chat_template:
-        raise FrameError(
-            name,
-            "expected a chat template, the tokenizer has none",
-            hint="a base model takes response.frame: plain; else give model.chat_template",
-        )
+    _check_there_is_one(tokenizer, kwargs)
     question = [{"role": "user", "content": QUESTION}]
     _check_kwargs(tokenizer, kwargs)
     try:
@@ -217,6 +212,23 @@ def probe_template(
             hint="give a model.chat_template that heeds add_generation_prompt",
         )
     return Probe(assistant_prefix, after, header, tail, more.partition(SENTINEL)[2])
+
+
+def _check_there_is_one(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer without a chat template, or with several of which none is the usual."""
+    name = name_of(tokenizer)
+    if not tokenizer.chat_template:
+        raise FrameError(
+            name,
+            "expected a chat template, the tokenizer has none",
+            hint="a base model takes response.frame: plain; else give model.chat_template",
+        )
+    named: Any = tokenizer.chat_template
+    if isinstance(named, dict) and named.keys().isdisjoint(
+        ("default", "tool_use") if kwargs.get("tools") else ("default",)
+    ):
+        what = f"expected a chat template named default; got {', '.join(sorted(named))}"
+        raise FrameError(name, what, "write the one to use into a file: model.chat_template")
 
 
 def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:

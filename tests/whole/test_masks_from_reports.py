@@ -321,6 +321,12 @@ def test_tools_of_the_recipe_are_judged_as_those_of_a_row(tools: Any, what: str)
         assert isinstance(outcome(renderer, Example(prompt, "2 and 2.", "4", 8)), row)
 
 
+def test_named_templates_without_a_default() -> None:
+    """None of them is taken unsaid, and none is called bad Jinja."""
+    with pytest.raises(FrameError, match="expected a chat template named default; got a, b"):
+        framed({"b": CHATML, "a": WITH_TOOLS})  # type: ignore[arg-type]
+
+
 def test_the_template_that_tools_choose_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once for each row that has tools."""
     renderer = framed({"default": CHATML, "tool_use": WITH_TOOLS})  # type: ignore[arg-type]
