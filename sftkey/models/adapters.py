@@ -37,7 +37,7 @@ from sftkey.models.lora_names import (
     short_names,
     target_names,
 )
-from sftkey.models.source import ADAPTER_CONFIG, Source, find_source
+from sftkey.models.source import ADAPTER_CONFIG, UNREADABLE, Source, find_source
 from sftkey.recipe.stages import lora_setting
 
 LOGGER = logging.getLogger("sftkey")
@@ -109,7 +109,8 @@ def add_lora(
     refuse_unmatched(without_adapters(model), lora)
     try:
         with torch.random.fork_rng(devices=[]), peft_warnings_logged():
-            config = LoraConfig(**lora, task_type=TaskType.CAUSAL_LM)
+            # peft adds to its lists, and a recipe doesn't change.
+            config = LoraConfig(**copy.deepcopy(lora), task_type=TaskType.CAUSAL_LM)
             # peft draws on the CPU whatever the device; torch.manual_seed would reseed GPUs too.
             torch.default_generator.manual_seed(seed)
             return _put(config, name, model)
@@ -206,11 +207,17 @@ def load_adapter(
             raise
         raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
     refuse_not_finite(weights, source.path)
-    with peft_warnings_logged():
-        adapted = _put(config, name, model)
+    try:
+        with peft_warnings_logged():
+            adapted = _put(config, name, model)
+    except (*UNREADABLE, RuntimeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        what = f"its {ADAPTER_CONFIG} doesn't fit the model: {first_line(error)}"
+        raise ModelError(source.path, what) from error
     try:
         result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelError(source.path, f"its weights don't fit the model: {reason}") from error
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}" in key]

@@ -125,6 +125,12 @@ def _tied(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, s
         if each.rpartition(".")[2] in pair and not ensured:
             what = f"{each} is tied to the model's other end, and peft would untie its copy"
             yield "modules_to_save", f"{what}; {NEEDS_TIE}"
+    rows = lora.get("trainable_token_indices")
+    end = name_of(model, head).rpartition(".")[2]
+    for each in rows if isinstance(rows, dict) else ():
+        if each.rpartition(".")[2] == end:
+            what = f"{each} is tied to the embedding, and peft would untie its rows"
+            yield "trainable_token_indices", f"{what}; write the ids alone, as a list"
     touched = short_names(target_names(model, lora.get("target_modules") or []))
     for name in sorted(pair.intersection(touched)):
         what = f"{name} is tied to the output head, so that the adapter could not be merged"

@@ -15,7 +15,7 @@ from sftkey.activity import activity
 from sftkey.data.renderer import Renderer, render, stop_ids
 from sftkey.data.response import as_messages
 from sftkey.data.sources import question_prompt
-from sftkey.errors import FrameError, RunError
+from sftkey.errors import FrameError, RunError, first_line
 from sftkey.files import appearing
 from sftkey.generation.generate import generation_config
 from sftkey.models.adapters import load_adapter, peft_warnings_logged
@@ -235,8 +235,12 @@ def _merged(base: Any, adapter: Path, recipe: Recipe, renderer: Renderer) -> tup
     plain = _logits(base, probe)
     model: Any = load_adapter(base, adapter, base_identity(recipe.model), trainable=False)
     adapted = _logits(model.eval(), probe)
-    with peft_warnings_logged():
-        merged = model.merge_and_unload()
+    try:
+        with peft_warnings_logged():
+            merged = model.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        hint = "serve it beside its base, with peft or vLLM"
+        raise RunError(str(adapter), f"can't be merged: {first_line(error)}", hint) from error
     found = Merged(
         effect=float((adapted - plain).abs().max()),
         distance=float((_logits(merged, probe) - adapted).abs().max()),

@@ -179,6 +179,10 @@ def test_half_of_a_tied_pair_is_refused(
     assert "ensure_weight_tying=true" in message
     [message] = refused(recipe, "lora={target_modules: [embed_tokens, q_proj]}")
     assert "the adapter could not be merged" in message
+    rows = "lora={target_modules: [q_proj], trainable_token_indices: %s}"
+    [message] = refused(recipe, rows % "{lm_head: [5]}")
+    assert "peft would untie its rows; write the ids alone, as a list" in message
+    assert refused(recipe, rows % "[5]") == []
 
 
 def test_tokens_without_a_row_of_the_embedding_are_refused(

@@ -471,6 +471,27 @@ def test_weights_of_another_rank(ours: Path, tiny_folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", "4"),
+        ("lora_dropout", 2.0),
+        ("rank_pattern", [1]),
+        ("lora_alpha", "9"),
+        ("trainable_token_indices", [10**6]),
+        ("bias", "foo"),
+        ("modules_to_save", ["lm_head"]),
+        ("megatron_config", {"a": 1}),
+    ],
+)
+def test_a_config_that_was_changed_is_one_error(
+    ours: Path, tiny_folder: Path, key: str, value: Any
+) -> None:
+    """Whatever peft makes of it."""
+    rewrite(ours, **{key: value})
+    assert refusal(tiny_folder, ours).startswith(f"{ours}: its ")
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
 def test_weights_that_match_nothing(ours: Path, tiny_folder: Path, change: str) -> None:
     """Peft would leave out what doesn't match, and warn at most."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sftkey.errors import CheckError, RecipeError
+from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
 from sftkey.training import callbacks
 from sftkey.training.callbacks import verdict
@@ -161,6 +161,6 @@ def test_what_does_not_fit_is_refused(
 def test_validation_rows_are_needed(tiny_folder: Path, tmp_path: Path) -> None:
     """Before anything is trained."""
     recipe = recipe_of(tmp_path, tiny_folder)
-    with pytest.raises(CheckError, match="early_stop: it asks validation rows; got none"):
+    with pytest.raises(RecipeError, match="early_stop: it asks validation rows; got none"):
         done(recipe, tmp_path / "runs", "data.validation=null")
     assert not (tmp_path / "runs").exists()
