@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sftkey.errors import Problem, RecipeError, did_you_mean, shown
-from sftkey.recipe.loss_on import annealed, loss_weights, trained_context
+from sftkey.recipe.loss_on import annealed, checked_weights, loss_weights, trained_context
 from sftkey.recipe.schema import KEY_BATCH_TOKENS, Recipe
 from sftkey.recipe.stages import trainer_setting
 from sftkey.recipe.upstream import as_number
@@ -188,9 +188,11 @@ def _check_early_stop(
 
 def _check_anneal(stage: dict[str, Any], keys: Keys) -> Iterator[Finding]:
     """Check that a stage trains the same segments from its first step to its last."""
-    loss_on, anneal = (_numbers(stage.get(key)) for key in ("loss_on", "anneal"))
-    if not isinstance(anneal, dict) or not any(anneal.values()) or min(anneal.values()) < 0:
-        return  # its own check says what is wrong with it
+    loss_on, anneal = _numbers(stage.get("loss_on")), stage.get("anneal")
+    try:
+        anneal = checked_weights(anneal)
+    except ValueError:
+        return  # there is none, or its own check says what is wrong with it
     first, last = (loss_weights(each) for each in (loss_on, annealed(loss_on, anneal)))
     changed = [name for name in first if (first[name] > 0) != (last[name] > 0)]
     if first == last:
