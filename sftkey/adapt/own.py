@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sftkey.adapt.columns import (
@@ -64,9 +64,7 @@ def _columns(table: Table, prompt: str) -> dict[str, Any] | None:
     known = {*asked, *named, *same, *table.called(SYSTEM), *single_options(table).values()}
     known |= set(table.called(OPTIONS))
     wholes = table.wholes(asked)
-    if any(
-        _may_reason(table, name, wholes) for name in columns_of(table.rows) if name not in known
-    ):
+    if any(_may_reason(table, name, wholes) for name in _beside(table, known)):
         return None
     answer = {"response": named[0], **blocks} if blocks else answer_fields(table, named[0])
     return {"prompt": prompt, **system_field(table), **answer}
@@ -86,9 +84,7 @@ def _conversation(table: Table, column: str, prompt: str | None) -> dict[str, An
     asked = table.asked(fields.get("prompt", ""))
     wholes = ["\n".join(message["content"] for message in chat) for chat in read]
     known = {column, *asked, *table.called(SYSTEM)}
-    if any(
-        _may_reason(table, name, wholes) for name in columns_of(table.rows) if name not in known
-    ):
+    if any(_may_reason(table, name, wholes) for name in _beside(table, known)):
         return None
     return {**fields, **system_field(table), **blocks}
 
@@ -109,6 +105,11 @@ def _is_short(texts: Sequence[str], is_answer: bool) -> bool:
     if any(BOX.search(text) or HAS_TAG.search(text) or "####" in text for text in texts):
         return False
     return not any("\n" in text if is_answer else SENTENCES.search(text) for text in texts)
+
+
+def _beside(table: Table, known: Collection[str]) -> list[str]:
+    """List all other columns of the rows, also those that no template can name."""
+    return [name for name in columns_of(table.rows) if name not in known]
 
 
 def _may_reason(table: Table, column: str, wholes: Sequence[str]) -> bool:
