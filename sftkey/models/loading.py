@@ -307,27 +307,32 @@ def _unpack(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     free memory, where a launcher shards them, and where the model hands on another type than it
     multiplies in, since bitsandbytes converts at each module.
     """
-    from bitsandbytes.functional import dequantize_4bit
-
     if sharded() or model.dtype != compute_dtype:
         return
-    packed = _packed_modules(model)
-    size = sum(each.in_features * each.out_features for _, each in packed) * compute_dtype.itemsize
+    sizes = (each.in_features * each.out_features for _, each in _packed_modules(model))
+    size = sum(sizes) * compute_dtype.itemsize
     needed = f"{size / GIB:.1f} GiB"
     if size > UNPACKED_SHARE * free_bytes():
         LOGGER.info("NF4 weights stay packed: unpacked they would need %s", needed)
         return
-    for name, module in packed:
+    unpack(model)
+    LOGGER.info("NF4 weights are unpacked once, to %s", needed)
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Hold NF4 weights as plain ones of the model's type, with the values that NF4 gave them."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, module in _packed_modules(model):
         weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
         with torch.device("meta"):  # the weight takes the place of one that is never made
             linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
-        linear.weight = torch.nn.Parameter(weight.to(compute_dtype), requires_grad=False)
+        linear.weight = torch.nn.Parameter(weight.to(model.dtype), requires_grad=False)
         linear.bias = module.bias
         model.set_submodule(name, linear.train(module.training))
     loaded: Any = model  # upstream sets these on it while loading
     loaded.hf_quantizer.remove_quantization_config(model)
     loaded.is_loaded_in_4bit = False
-    LOGGER.info("NF4 weights are unpacked once, to %s", needed)
 
 
 def _packed_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:

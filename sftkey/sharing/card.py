@@ -171,7 +171,10 @@ def _limits(stage: SharedStage, result: StageResult | None) -> str:
             lines.append(f"- {result.num_never_stopped} responses reached the longest length.")
     if recipe.model.quantization != "none":
         held = recipe.model.quantization
-        lines.append(f"- It was trained and measured on a base in {held}; merged, it may differ.")
+        lines.append(
+            f"- It was trained and measured on a base in {held}; beside the published weights it "
+            "may answer otherwise."
+        )
     return "\n".join(lines)
 
 

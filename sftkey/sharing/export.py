@@ -149,6 +149,8 @@ def write_vllm_lora(stage: SharedStage, folder: Path) -> str:
         baked_generation_config(published, renderer, recipe).save_pretrained(made)
     words = ["vllm", "serve", base.path, "--enable-lora", "--max-lora-rank", str(rank)]
     words += ["--lora-modules", f"{recipe.name}={stage.weights}"]
+    if recipe.model.quantization == "nf4":  # what the adapter was trained on
+        words += ["--quantization", "bitsandbytes"]
     words += ["--chat-template", str(folder / "chat_template.jinja")]
     words += ["--generation-config", str(folder), *_sampling(recipe)]
     return shlex.join(words)

@@ -20,7 +20,7 @@ from sftkey.files import appearing
 from sftkey.generation.generate import generation_config
 from sftkey.models.adapters import load_adapter, peft_warnings_logged
 from sftkey.models.device import Device
-from sftkey.models.loading import load_model, load_renderer
+from sftkey.models.loading import load_model, load_renderer, unpack
 from sftkey.models.source import base_identity
 from sftkey.recipe.schema import DataSection, Recipe
 from sftkey.sharing.stage import refuse_existing
@@ -201,8 +201,9 @@ def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
     template and generation config say what the recipe said beside the weights: system message, the
     text around a question, variables of the template, stop tokens, longest response.
 
-    The base is loaded without quantization, in the type it was published in, on the CPU: merged
-    into quantized weights, the adapter would be quantized with them.
+    The base's weights are of the type they were published in, on the CPU. Where the run held them
+    in NF4 they are unpacked from it: they have the values that the adapter was trained and
+    measured on, from which the published ones differ by what quantization rounds away.
 
     Returns:
         What the merge did; None where there was none.
@@ -214,12 +215,15 @@ def write_model(recipe: Recipe, weights: Path, output: Path) -> Merged | None:
     refuse_existing(output)  # what may refuse comes before any weights are loaded
     renderer = load_renderer(recipe)
     template = baked_template(renderer, recipe.data)
-    section = recipe.model.model_copy(update={"quantization": "none", "dtype": "auto"})
+    section = recipe.model.model_copy(update={"dtype": "auto", "unpack": "never"})
     device, found = Device("cpu", 0, torch.float32), None
     if recipe.lora is None:
         model: Any = load_model(section, device, folder=weights)
     else:
-        model, found = _merged(load_model(section, device).eval(), weights, recipe, renderer)
+        base = load_model(section, device).eval()
+        if section.quantization == "nf4":
+            unpack(base)
+        model, found = _merged(base, weights, recipe, renderer)
     config = baked_generation_config(model.generation_config, renderer, recipe)
     model.generation_config = config
     with appearing(output, model.get_memory_footprint()) as saving:

@@ -14,6 +14,7 @@ from sftkey.commands.sharing import merge
 from sftkey.data.renderer import Renderer
 from sftkey.errors import RunError
 from sftkey.models.device import Device
+from sftkey.models.loading import load_renderer
 from sftkey.sharing.merging import Merged
 from sftkey.training.stage_model import load_stage
 from tests.support.models import ROUNDED
@@ -70,10 +71,10 @@ def test_the_merged_model_is_base_and_adapter(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_quantized_run_is_merged_in_the_published_type(
+def test_a_quantized_run_is_merged_into_what_it_was_trained_on(
     dtype: torch.dtype, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    """NF4 is for training: the weights that are merged are the published ones."""
+    """The values that NF4 gave the weights, as plain ones of the published type."""
     from transformers import AutoModelForCausalLM
 
     model = tmp_path / "model"
@@ -85,6 +86,15 @@ def test_a_quantized_run_is_merged_in_the_published_type(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == dtype
     assert not hasattr(merged.config, "quantization_config")
+    renderer, cpu = load_renderer(recipe), Device("cpu", 0, torch.float32)
+    trained = logits(load_stage(recipe, ledger_of(folder, recipe), cpu, renderer, 1))
+    published = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"quantization": "none"})}
+    )
+    other = logits(load_stage(published, ledger_of(folder, published), cpu, renderer, 1))
+    far = (other - trained).abs().max()
+    rounded = ROUNDED if dtype == torch.float32 else far / 3
+    assert (logits(merged.float()) - trained).abs().max() < rounded < far
 
 
 def test_a_frozen_stage_is_refused(run: tuple[Path, Any], tmp_path: Path) -> None:

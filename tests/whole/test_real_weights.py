@@ -19,6 +19,7 @@ from sftkey.evaluation.grading import grade
 from sftkey.evaluation.stage import grade_stage
 from sftkey.models.packaged import gguf_folder
 from sftkey.recipe.load import load_recipe
+from sftkey.sharing.folder import grade_folder
 from sftkey.training.run import Run, start
 from tests.support.real_tokenizers import python_with
 
@@ -134,10 +135,15 @@ def test_a_base_model_learns_to_stop_where_the_end_of_turns_row_is_trained(
 
 
 def test_the_demo_runs_both_stages_in_nf4(tmp_path: Path) -> None:
-    """The demo's own recipe, cut short: the losses fall, and the stages hand over."""
+    """The demo's own recipe, cut short: losses fall, stages hand over, the merge answers alike."""
     overrides = ("data.num_rows=400", "trainer.max_steps=6", "eval.num_questions=4")
     run = start(load_recipe(DEMO, overrides), tmp_path / "demo", grade=grade)
     assert list(run.stages()) == ["base", "completion", "key"]
     first, second = (record.validation for record in run.ledger.stages)
     assert first["end"]["thinking"] < first["start"]["thinking"] - 0.5
     assert second["start"] == pytest.approx(first["end"], abs=1e-3)
+    merge(tmp_path / "demo", tmp_path / "merged")
+    grade_stage(run, "key")
+    recipe, number = run.ledger.recipe, len(run.ledger.recipe.stages)
+    answered = grade_folder(tmp_path / "demo", recipe, number, tmp_path / "merged", print)
+    assert answered.num_equal == answered.num_questions == 4
