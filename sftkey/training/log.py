@@ -386,6 +386,8 @@ class TrackStage(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Log the numbers of one log line, named as transformers names them."""
-        said = (logs or {}).items()
+        step, said = state.global_step, (logs or {}).items()
+        if step == 0 and self.stage > 1:  # what the stage before ended with, at the same step:
+            return  # wandb holds one row for both, which would say that it is of this stage
         numbers = {key: value for key, value in said if isinstance(value, int | float)}
-        self.trackers.log(rewrite_logs(numbers), self.stage, state.global_step)
+        self.trackers.log(rewrite_logs(numbers), self.stage if step else 0, step)
