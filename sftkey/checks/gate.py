@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import median
 from typing import Any, TypeVar
 
@@ -25,7 +24,6 @@ from sftkey.data.splits import Splits, load_splits
 from sftkey.errors import CheckError, Problem, SFTKeyError
 from sftkey.evaluation.grading import unreadable
 from sftkey.evaluation.stage import refuse_unready_judge
-from sftkey.memory_plan.plan import Plan, fit
 from sftkey.models.facts import refuse_other_shapes, refuse_unloadable, skeleton_of
 from sftkey.models.loading import load_renderer
 from sftkey.recipe.rules import undecided
@@ -133,18 +131,6 @@ def _numbers(
         "num_processes": num_processes,
         "stages": stages,
     }
-
-
-def with_plan(
-    report: Report, recipe: Path, overrides: Sequence[str], gpu: str
-) -> tuple[Report, Plan | None]:
-    """Add what the plan finds to what the gate found; the plan itself where there is one."""
-    new: list[Finding] = []
-    found = _attempt(new, lambda: fit(recipe, overrides, gpu))
-    if found and not found.fits:
-        new.append(Finding("memory", (), found.message, found.hint))
-    new = [each for each in new if each not in report.findings]
-    return dataclasses.replace(report, findings=(*report.findings, *new)), found
 
 
 def check_recipe(recipe: Recipe) -> Report:
