@@ -1,7 +1,5 @@
 """Small models and tokenizers made in-process: no test of the default run needs a download."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib.metadata

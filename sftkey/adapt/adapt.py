@@ -1,7 +1,5 @@
 """The recipe that ships for the nearest model, and in what another differs from it."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import tempfile

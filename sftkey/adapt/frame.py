@@ -1,7 +1,5 @@
 """Which tags a model's responses get, and what its chat template is told: by probing, in order."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The gate: every check of a recipe and its rows, before training."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -1,7 +1,5 @@
 """Say what a bug report needs: versions, processor, GPUs, free memory and disk."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What is done with a recipe beside training it: list, copy, show its tokens, write its prompts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

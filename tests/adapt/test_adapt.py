@@ -1,7 +1,5 @@
 """A recipe is written for a model from its config and tokenizer; the gate has the last word."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

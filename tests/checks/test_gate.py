@@ -1,7 +1,5 @@
 """The gate finds everything at once, says each thing whole, and stands before every training."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

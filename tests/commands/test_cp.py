@@ -1,7 +1,5 @@
 """`sftkey cp` copies a recipe to edit, and every command that takes a recipe takes its name."""
 
-from __future__ import annotations
-
 from functools import wraps
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the commands print is readable on a terminal of any width."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Sequence

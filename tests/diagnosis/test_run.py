@@ -1,7 +1,5 @@
 """`sftkey diagnose` on a recipe, on a run's stages, on somebody's model; and inside a run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Intervals and tests: published figures, exact coverage, symmetries."""
 
-from __future__ import annotations
-
 from itertools import product
 from math import sqrt
 

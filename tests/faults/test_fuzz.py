@@ -3,8 +3,6 @@
 The default run tries a few of each; `pytest -m fuzz -n 0` tries 10,000.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

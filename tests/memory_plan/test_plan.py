@@ -1,7 +1,5 @@
 """The plan counts what is held, finds what fits, and says what to write where nothing does."""
 
-from __future__ import annotations
-
 import functools
 import json
 import subprocess

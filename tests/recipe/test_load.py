@@ -1,7 +1,5 @@
 """Recipes: what is taken, what is refused and in which words, and how fast."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import sys

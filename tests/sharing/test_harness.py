@@ -1,7 +1,5 @@
 """`sftkey export --to lm-eval` writes the run's prompts and verdicts for the harness."""
 
-from __future__ import annotations
-
 import importlib.util
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sftkey merge` writes a model that is base and adapter, or says why there is none."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

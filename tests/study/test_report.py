@@ -1,7 +1,5 @@
 """A study's report: its table, what its sentences claim, and what it warns of."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Intervals and tests over seeds and questions hold in simulated studies."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

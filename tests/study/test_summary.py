@@ -1,7 +1,5 @@
 """From finished cells to a study's results: each arm's figures, by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import sqrt
 from statistics import fmean, variance

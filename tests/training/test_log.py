@@ -1,7 +1,5 @@
 """What a person is told of how long a run still takes."""
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path

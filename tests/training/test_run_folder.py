@@ -1,7 +1,5 @@
 """What a run folder notices: other rows, broken files, changed later stages."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Rows with answers and no reasoning: the model writes what its key is trained behind."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

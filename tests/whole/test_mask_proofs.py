@@ -3,8 +3,6 @@
 An oracle that only decodes judges every row, and tries in another way to build what was refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What README and docs show is what comes: the tokens of the demo, the script of a trainer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
