@@ -12,11 +12,9 @@ from sftkey.commands.arguments import AsJSON
 from sftkey.commands.terminal import available_cores, stdout_console
 from sftkey.errors import first_line
 from sftkey.files import free_bytes
+from sftkey.recipe.upstream import LIBRARIES
 
-PACKAGES = (
-    *("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
-    *("tokenizers", "huggingface_hub"),
-)
+PACKAGES = (*LIBRARIES, "datasets", "tokenizers", "huggingface_hub")
 
 
 def env(as_json: AsJSON = False) -> None:
