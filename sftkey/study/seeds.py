@@ -40,43 +40,34 @@ class Estimate:
     num_questions: int
 
 
-def mean_interval(right: Any, same_questions: bool = True) -> tuple[Floats, Floats, Floats]:
-    """Return the share of right flags `(…)` and the ends of its 95% interval over both chances."""
-    values = np.asarray(right, dtype=np.float64)
-    low, high = _ends(_with(values, _ADDED_TO_SHARES), same_questions)
-    share = values.mean((-2, -1))  # where all flags agree, the added ones draw both ends inwards
-    return share, np.maximum(np.minimum(low, share), 0.0), np.minimum(np.maximum(high, share), 1.0)
-
-
-def difference_interval(
-    arm: Any, control: Any, same_questions: bool = True
+def interval(
+    right: Any, control: Any = None, same_questions: bool = True
 ) -> tuple[Floats, Floats, Floats]:
-    """Return how much more an arm has right `(…)` than the control, and its 95% interval's ends.
+    """Return the share of right flags `(…)` and the ends of its 95% interval over both chances.
 
-    Both have flags `(…, S, Q)` of the same seeds and questions; `same_questions` tells whether all
-    seeds answered the same ones.
+    With a `control`, whose flags `(…, S, Q)` are of the same seeds and questions, it is how much
+    larger the share is than that one's. `same_questions` tells whether all seeds answered the same.
     """
-    values = _difference(arm, control)
-    low, high = _ends(_with(values, _ADDED_TO_DIFFERENCES), same_questions)
-    return values.mean((-2, -1)), np.maximum(low, -1.0), np.minimum(high, 1.0)
+    values, least, added = np.asarray(right, dtype=np.float64), 0.0, _ADDED_TO_SHARES
+    if control is not None:
+        values, least, added = _difference(right, control), -1.0, _ADDED_TO_DIFFERENCES
+    # Where all flags agree, the added ones draw both ends inwards.
+    value, more = values.mean((-2, -1)), _with(values, added)
+    centre, half = more.mean((-2, -1)), _parts(more, same_questions).half(CHANCE)
+    low, high = np.minimum(centre - half, value), np.maximum(centre + half, value)
+    return value, np.maximum(low, least), np.minimum(high, 1.0)
 
 
-def mean_estimate(right: Any, same_questions: bool = True) -> Estimate:
-    """Return the interval of flags `(S, Q)`."""
-    value, low, high = map(float, mean_interval(right, same_questions))
+def estimate(right: Any, control: Any = None, same_questions: bool = True) -> Estimate:
+    """Return the interval of flags `(S, Q)`, or with a control of the difference from it."""
+    value, low, high = map(float, interval(right, control, same_questions))
     return Estimate(value, (low, high), *np.shape(right))
-
-
-def difference_estimate(arm: Any, control: Any, same_questions: bool = True) -> Estimate:
-    """Return the interval of the difference of flags `(S, Q)`."""
-    value, low, high = map(float, difference_interval(arm, control, same_questions))
-    return Estimate(value, (low, high), *np.shape(arm))
 
 
 def difference_p(arm: Any, control: Any, same_questions: bool = True) -> Floats:
     """Return the two-sided p `(…)` of the difference of flags `(…, S, Q)`.
 
-    It is the smallest alpha whose interval (`difference_interval` is that of 0.05) excludes 0, so
+    It is the smallest alpha whose interval (`interval` has that of 0.05) excludes 0, so
     p and interval say the same, and both take seeds and questions as drawn by chance.
     """
     values = _with(_difference(arm, control), _ADDED_TO_DIFFERENCES)
@@ -261,12 +252,6 @@ def _parts(values: Any, same_questions: bool) -> _Parts:
     shared = num_seeds * (values.mean(-2) ** 2).sum(-1) - num_flags * centre**2
     noise = np.maximum(left - shared, 0.0) / ((num_seeds - 1) * (num_questions - 1)) / num_flags
     return _Parts(by_seed, shared / (num_questions - 1) / num_flags, noise, num_seeds)
-
-
-def _ends(values: Any, same_questions: bool) -> tuple[Any, Any]:
-    half = _parts(values, same_questions).half(CHANCE)
-    centre = values.mean((-2, -1))
-    return centre - half, centre + half
 
 
 def _difference(arm: Any, control: Any) -> Any:
