@@ -26,8 +26,8 @@ MOST_SEEDS = 50  # that are looked at for a wish
 # Questions that nobody asked, which keep a width where all flags agree: of shares two right and
 # two wrong (Agresti and Coull 1998), of paired differences one half of each kind (Agresti and Min
 # 2005), whose squares sum to 1.
-_ADDED_TO_SHARES = (0.0, 0.0, 1.0, 1.0)
-_ADDED_TO_DIFFERENCES = (sqrt(0.5), -sqrt(0.5))
+_ADDED_TO_SHARES: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)
+_ADDED_TO_DIFFERENCES: tuple[float, ...] = (sqrt(0.5), -sqrt(0.5))
 
 
 @dataclass(frozen=True)
