@@ -150,10 +150,7 @@ class TrainedRun:
             what = f"data.prompt puts {count} columns together"
             LOGGER.warning("%s; the question is taken as all of it", what)
         model, renderer = self._model(number)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if max_new_tokens and isinstance(most, int) and max_new_tokens > most:
-            what = f"expected at most the model's {most:,} positions; got {max_new_tokens:,}"
-            raise RunError("max_new_tokens", what)
+        _refuse_too_many(model, max_new_tokens)
         # Before a frozen stage stand key adapters that aren't trained yet.
         frozen = number > 0 and self.recipe.stages[number - 1].context == "frozen"
         written = generate(
@@ -185,6 +182,13 @@ class TrainedRun:
             model = load_left(self.recipe, self.folder, renderer, number)
             self._loaded[number] = model, renderer
         return self._loaded[number]
+
+
+def _refuse_too_many(model: Any, max_new_tokens: int | None) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens and isinstance(most, int) and max_new_tokens > most:
+        what = f"expected at most the model's {most:,} positions; got {max_new_tokens:,}"
+        raise RunError("max_new_tokens", what)
 
 
 def _without(prefix: str, on_text: Callable[[str], None]) -> Callable[[str], None]:

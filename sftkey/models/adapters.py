@@ -198,15 +198,9 @@ def load_adapter(
             base, or contradicts `lora`.
     """
     source, config = read_adapter_config(model, adapter, lora or {}, base)
-    try:
-        config.inference_mode = False  # so that float32 comes before the weights
-        config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
-        weights = load_peft_weights(str(weights_folder(source)), device="cpu")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
-    refuse_not_finite(weights, source.path)
+    config.inference_mode = False  # so that float32 comes before the weights
+    config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
+    weights = _read_weights(source)
     try:
         with peft_warnings_logged():
             adapted = _put(config, name, model)
@@ -227,6 +221,19 @@ def load_adapter(
     if not trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def _read_weights(source: Source) -> dict[str, torch.Tensor]:
+    """Read an adapter's weights, which must be finite."""
+    try:
+        weights: dict[str, torch.Tensor]
+        weights = load_peft_weights(str(weights_folder(source)), device="cpu")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
+    refuse_not_finite(weights, source.path)
+    return weights
 
 
 def weights_folder(source: Source) -> Path:

@@ -212,8 +212,7 @@ def load_model(
             raise
         raise _load_error(section, source, "model", error) from error
     model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         what = f"{len(missing)} of the model's weights are not there, such as {missing[0]}"
         raise ModelError(source.path, what)
     if model.generation_config is not None:
