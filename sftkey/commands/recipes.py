@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, recipe_file, recipe_names
+from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, RecipeOrRun
 from sftkey.commands.terminal import WordConsole, say, stdout_console
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import RECIPES, describe, load_recipe, recipe_files, short_name
@@ -18,15 +18,6 @@ HOW_TO_PLAN = (
     "of one recipe: sftkey check RECIPE --gpu 24GB --plan-only"
 )
 SPLITS = ("train", "validation", "test")
-RecipeOrRun = Annotated[
-    Path,
-    typer.Argument(
-        metavar="TARGET",
-        help="A recipe's file or name, or a run's folder.",
-        callback=recipe_file,
-        autocompletion=recipe_names,
-    ),
-]
 
 
 def ls(
