@@ -78,7 +78,7 @@ def _convert(command: list[str]) -> None:
         ) from error
 
 
-def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str = "auto") -> None:
+def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str) -> None:
     """Write a new folder with `model.gguf` and the Modelfile that makes an Ollama model of it."""
     refuse_existing(folder)
     text = modelfile(load_renderer(stage.recipe), stage.recipe)

@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 LEAST_LOG_P = -100.0  # the logarithm of the smallest p that is told apart from 0
 MOST_SEEDS = 50  # that are looked at for a wish
+NUM_DRAWS, POWER = 20_000, 0.85  # studies that are drawn, and the share of them that show it
 # Questions that nobody asked, which keep a width where all flags agree: of shares two right and
 # two wrong (Agresti and Coull 1998), of paired differences one half of each kind (Agresti and Min
 # 2005), whose squares sum to 1.
@@ -136,12 +137,11 @@ def detectable_difference(
     *,
     num_arms: int = 1,
     same_questions: bool = True,
-    power: float = 0.85,
 ) -> float | None:
     """Return the difference that is shown in at least four of five studies, as a share.
 
     Shown is one whose Holm-corrected p is below 0.05. The means are taken as normal and their
-    squares as chi-squared, which real flags are not quite: so `power` is above 0.8.
+    squares as chi-squared, which real flags are not quite: so POWER is above 0.8.
 
     Args:
         num_questions: Of each seed.
@@ -149,7 +149,6 @@ def detectable_difference(
         supposed: Default `Supposed()`.
         num_arms: How many are compared with the control; the worst case of Holm's correction.
         same_questions: Whether all seeds answer the same ones.
-        power: Share of drawn studies that show it.
 
     Returns:
         None with one seed, which shows nothing of the ways of training.
@@ -158,7 +157,7 @@ def detectable_difference(
         return None
     dice = np.random.default_rng(0)
     drawn, parts = _drawn(num_questions, num_seeds, supposed or Supposed(), same_questions, dice)
-    return float(min(1.0, np.quantile(parts.half(CHANCE / num_arms) - drawn, power)))
+    return float(min(1.0, np.quantile(parts.half(CHANCE / num_arms) - drawn, POWER)))
 
 
 def seeds_needed(
@@ -185,7 +184,6 @@ def _drawn(
     supposed: Supposed,
     same_questions: bool,
     dice: np.random.Generator,
-    num_draws: int = 20_000,
 ) -> tuple[Floats, _Parts]:
     """Draw differences of studies without a true one, and the parts of their intervals."""
     # Variances that a single flag has from its question, from chance, and (times Q) from its seed.
@@ -197,7 +195,7 @@ def _drawn(
 
     def mean_square(expected: float, degrees: int) -> Floats:
         degrees = max(degrees, 1)  # of one question alone
-        return expected / num_flags * dice.chisquare(degrees, num_draws) / degrees
+        return expected / num_flags * dice.chisquare(degrees, NUM_DRAWS) / degrees
 
     # Each part is drawn as the mean square that estimates it would be.
     by_seed = mean_square(rest + seed, num_seeds - 1)
@@ -207,7 +205,7 @@ def _drawn(
         noise = mean_square(rest, (num_seeds - 1) * (num_questions - 1))
         by_question = mean_square(rest + num_seeds * question, num_questions - 1)
     parts = _Parts(by_seed, by_question, noise, num_seeds)
-    return dice.normal(0.0, sqrt(variance), num_draws), parts
+    return dice.normal(0.0, sqrt(variance), NUM_DRAWS), parts
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def fingerprints(rows: Mapping[str, Any]) -> dict[str, str]:
     return {name: value_hash(each) for name, each in rows.items()}
 
 
-def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:
+def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str]) -> None:
     """Refuse other rows than those that the run has used; note those that it begins to use."""
     now = made_from(ledger.recipe, prepared)
     hashes = fingerprints(now)
