@@ -23,6 +23,7 @@ from sftkey.bounds import bounded
 from sftkey.data.prepare import prepare
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import QuestionKey
+from sftkey.diagnosis.run import choose_subject
 from sftkey.errors import RunError, SFTKeyError, as_told
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.results import read_results
@@ -264,6 +265,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(run: Path) -> None:
     for look in (
         lambda: open_run(run),
         lambda: read_results(run),
+        lambda: choose_subject(str(run), (), None, None, 9),
         lambda: run_folder.open_run(recipe, run),
         lambda: read_generations(pipe, []),  # as another engine would have written them
         lambda: find_source(str(pipe.parent), config_file="validation.json"),  # a model's folder
