@@ -240,6 +240,7 @@ def train_recipe(
     from sftkey.checks.gate import require_trainable
     from sftkey.diagnosis.run import StageDiagnosis, refuse_empty_thinking
     from sftkey.evaluation.grading import grade
+    from sftkey.evaluation.results import result_file
     from sftkey.evaluation.stage import grade_stage, note_thinking, track_grades
     from sftkey.training.run import start
 
@@ -249,7 +250,7 @@ def train_recipe(
     )
     with run.progress:
         for stage in run.stages():
-            graded = (place / "evaluation" / f"{stage}.json").exists()
+            graded = result_file(place, stage).exists()
             try:
                 grade_stage(run, stage)
             except JudgeError as error:
