@@ -226,30 +226,28 @@ def load_model(
     return model
 
 
-def refuse_not_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuse weights of a file that hold NaN or infinity: what they answer is noise.
+GET_ANEW = "get them anew from where they came; what was trained, train with a lower learning_rate"
+
+
+def refuse_not_finite(
+    tensors: Mapping[str, torch.Tensor], where: str, hint: str = GET_ANEW
+) -> None:
+    """Refuse weights that hold NaN or infinity: what they answer is noise.
+
+    Packed ones aren't looked into.
 
     Raises:
         ModelError: Names how many, and one of them.
     """
-    if broken := not_finite(tensors):
-        raise ModelError(
-            where,
-            f"expected finite weights; {len(broken)} of {len(tensors)} hold NaN or infinity, "
-            f"such as {broken[0]}",
-            "get them anew from where they came; what was trained, train with a lower "
-            "learning_rate",
-        )
-
-
-def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """List the weights that hold NaN or infinity; packed ones aren't looked into."""
     floats = {name: each for name, each in tensors.items() if each.is_floating_point()}
-    return [
+    broken = [
         name
         for name, each in floats.items()
         if each.itemsize > 1 and not torch.isfinite(each).all()
     ]
+    if broken:
+        what = f"{len(broken)} of {len(tensors)} hold NaN or infinity, such as {broken[0]}"
+        raise ModelError(where, f"expected finite weights; {what}", hint)
 
 
 def _ready_packed(model: PreTrainedModel, section: ModelSection, device: Device) -> None:
