@@ -18,6 +18,7 @@ from typing import Any
 from sftkey.errors import DiskError, RunError, Told
 
 CHUNK_BYTES = 1 << 20
+GIB = 2**30
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sftkey
 from sftkey.commands.arguments import AsJSON
 from sftkey.commands.terminal import available_cores, stdout_console
 from sftkey.errors import first_line
-from sftkey.files import free_bytes
+from sftkey.files import GIB, free_bytes
 from sftkey.recipe.upstream import LIBRARIES
 
 PACKAGES = (*LIBRARIES, "datasets", "tokenizers", "huggingface_hub")
@@ -108,4 +108,4 @@ def _version(package: str) -> str | None:
 
 
 def _gib(num_bytes: int) -> float:
-    return round(num_bytes / 2**30, 1)
+    return round(num_bytes / GIB, 1)

@@ -9,6 +9,7 @@ import typer
 from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, RecipeOrRun
 from sftkey.commands.terminal import WordConsole, say, stdout_console
 from sftkey.errors import RecipeError
+from sftkey.files import GIB
 from sftkey.recipe.load import RECIPES, describe, load_recipe, recipe_files, short_name
 from sftkey.recipe.yaml_io import write_new
 from sftkey.training.run_folder import run_recipe
@@ -42,7 +43,7 @@ def ls(
 
 def planned_gib(file: Path) -> float | None:
     """Plan a recipe's peak, and say so; None where its model isn't here, or isn't planned."""
-    from sftkey.memory_plan.plan import GIB, peak_bytes
+    from sftkey.memory_plan.plan import peak_bytes
 
     peak = peak_bytes(load_recipe(file))
     if peak is None:

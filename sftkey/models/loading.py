@@ -21,7 +21,7 @@ from sftkey.activity import activity
 from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.renderer import Renderer
 from sftkey.errors import ModelError, first_line, shown
-from sftkey.files import read_text
+from sftkey.files import GIB, read_text
 from sftkey.models.device import (
     DTYPES,
     Device,
@@ -91,7 +91,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 
 LOGGER = logging.getLogger("sftkey")
-GIB = 2**30
 INDEX = "model.safetensors.index.json"
 # What transformers makes a tokenizer of where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from sftkey.adapt.adapt import adapt
 from sftkey.commands.check import check
 from sftkey.errors import CheckError, ModelError, RecipeError
+from sftkey.files import GIB
 from sftkey.memory_plan.held import (
     adapter_bytes,
     constant_bytes,
@@ -24,7 +25,7 @@ from sftkey.memory_plan.held import (
     setting_of,
     weight_bytes,
 )
-from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, gpu_size, make_plan
+from sftkey.memory_plan.plan import changes_that_fit, fit, gpu_size, make_plan
 from sftkey.models.device import Device
 from sftkey.models.facts import Skeleton
 from sftkey.models.loading import load_model
