@@ -290,6 +290,13 @@ def read_text(path: Path, most_bytes: int) -> str:
         raise ValueError(f"can't be read: {error.strerror}") from error
 
 
+def refuse_existing(path: Path) -> None:
+    """Refuse to write where something lies already, be it a link to nothing."""
+    if os.path.lexists(path):
+        what = "exists already, and nothing is overwritten"
+        raise RunError(str(path), what, "give another name, or move it aside")
+
+
 def refuse_irregular(paths: Iterable[Path]) -> None:
     """Refuse a pipe or a device in a file's place: reading it may never end."""
     for path in paths:

@@ -11,8 +11,9 @@ import typer
 from sftkey.commands.arguments import GPU, TAKES_NAMES
 from sftkey.commands.terminal import WordConsole, quiet_libraries, stdout_console
 from sftkey.errors import ModelError
+from sftkey.files import refuse_existing
 from sftkey.recipe.load import RECIPES, recipe_files, short_name, short_names
-from sftkey.recipe.yaml_io import refuse_existing, write_new
+from sftkey.recipe.yaml_io import write_new
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -46,7 +46,8 @@ def test_nothing_is_overwritten(
     for taken in ("a.yaml", "b", "c.yaml"):
         assert ended("cp", NAME, taken) == 2
         assert capsys.readouterr().err == (
-            f"error: {taken}: exists already, and nothing is overwritten\nhint: give another FILE\n"
+            f"error: {taken}: exists already, and nothing is overwritten\n"
+            "hint: give another name, or move it aside\n"
         )
     assert Path("a.yaml").read_text() == "mine"
 
