@@ -152,6 +152,7 @@ def check_recipe(recipe: Recipe) -> Report:
     _attempt(findings, lambda: refuse_unready_judge(recipe))
     if prepared is not None:
         _add(findings, _reference_findings(recipe, prepared))
+        findings += _switch_findings(recipe, prepared)
         if not any(finding.refuses for finding in findings):
             skeleton = _attempt(findings, lambda: skeleton_of(recipe.model))
             if skeleton is not None:
@@ -160,6 +161,26 @@ def check_recipe(recipe: Recipe) -> Report:
                 findings += rows.length_findings(recipe, prepared, skeleton)
                 _add(findings, rehearsal_findings(recipe, prepared, skeleton))
     return dataclasses.replace(report, findings=tuple(findings))
+
+
+def _switch_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
+    """Refuse thinkings that end in white space alone and hold it, where an adapter acts behind it.
+
+    A frozen stage's adapter acts from the first such place on, and is trained behind the last.
+    """
+    response = prepared.renderer.response
+    if response.ends_thinking or all(stage.context != "frozen" for stage in recipe.stages):
+        return
+    end = response.thinking_close + response.answer_open
+    rows = [
+        each.index
+        for each in prepared.train_examples
+        if (each.thinking + end).find(end) < len(each.thinking)
+    ]
+    if rows:
+        what = f"train: the thinkings of these rows hold {end!r}, which ends a thinking here"
+        hint = "write a closing tag, or an opening tag of the answer; or context: exact"
+        yield of_rows("switch", what, rows, hint)
 
 
 def _reference_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:

@@ -182,14 +182,16 @@ class StageDiagnosis:
     def missing(self, name: str) -> bool:
         """Tell whether a stage is still to be diagnosed.
 
-        No run is without validation rows, or where these have no reasoning to compare with.
+        No run is without validation rows, where these have no reasoning to compare with, or where
+        no tag tells where a thinking ends.
         """
         from accelerate import PartialState
 
         from sftkey.models.device import sharded
 
         prepared = self.run.prepared
-        if prepared.validation is None or prepared.answers_only or sharded():
+        told = prepared.renderer.response.ends_thinking and not prepared.answers_only
+        if prepared.validation is None or not told or sharded():
             return False
         missing = not _file(self.run.ledger.folder, name).exists()
         PartialState().wait_for_everyone()  # before the main process may write it
