@@ -24,7 +24,7 @@ from tests.support.tokenizers import (
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("renderer", FRAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(prompt=TEXT, thinking=TEXT, answer=TEXT)
 def test_rows_are_right(kind: str, renderer: str, prompt: str, thinking: str, answer: str) -> None:
     """An oracle that only decodes finds prompt, key, answer and end of turn where they belong."""

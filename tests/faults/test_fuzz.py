@@ -65,7 +65,6 @@ def _hold(num: int, inputs: st.SearchStrategy[Any], use: Callable[[Any], object]
         max_examples=num,
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     always(given(inputs)(tried))()

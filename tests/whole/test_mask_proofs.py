@@ -201,7 +201,7 @@ def test_there_are_pairs_enough() -> None:
 
 @pytest.mark.network
 @pytest.mark.parametrize("number", range(0, len(PAIRS), 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt=ANY_TEXT, thinking=ANY_TEXT, answer=ANY_TEXT)
 def test_any_text_is_right(number: int, prompt: str, thinking: str, answer: str) -> None:
     """Whatever Unicode has, a row is right, or can't be built in another way either."""
