@@ -165,7 +165,7 @@ def test_unknown_character_is_refused() -> None:
     assert tokenize([Example("Q", "三", "7", 0)], renderer) == [
         Refusal(
             0,
-            "a special token arises that nobody wrote: a character is unknown to the tokenizer",
+            "a character that the tokenizer doesn't know became a special token",
             "unknown-character",
         )
     ]
