@@ -107,6 +107,13 @@ class RunError(SFTKeyError, RuntimeError):
     """A run folder can't be used as the command asks."""
 
 
+# What mends losses, gradients or weights that aren't finite.
+SMALLER_STEPS = (
+    "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the checkpoints "
+    "before it are kept"
+)
+
+
 class DivergedError(RunError):
     """A loss became infinite or no number, which ends the training."""
 

@@ -18,6 +18,7 @@ from typing import Any
 from sftkey.errors import DiskError, RunError, Told
 
 CHUNK_BYTES = 1 << 20
+GIB = 2**30
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     try:
         with explained_disk(path.parent, num_bytes, litter=temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_left(path)
+            _remove_left(path.parent.glob(f".{glob.escape(path.name)}.*"))
             remove(temporary)  # a killed process's that had this one's number
             yield temporary
             for file in files_below(temporary):
@@ -77,24 +78,21 @@ def _let_others_read(file: Path) -> None:
     file.chmod(mode | (0o444 & ~mask))
 
 
-def _remove_left(path: Path) -> None:
-    """Remove what processes of this machine that are gone left of the same file."""
-    form = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}-(\d+)\.tmp(\.old)?")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        found = form.fullmatch(left.name)
-        if found and not is_alive(int(found[1])):
-            remove(left)
-
-
 def remove_litter(folder: Path) -> None:
     """Remove what killed processes left half written anywhere in a folder that is ours alone.
 
     Processes of other hosts are gone, too: a container or a machine may have a new name.
     """
-    for left in folder.rglob(".*.tmp*"):
-        found = re.fullmatch(r"\..+-(\d+)\.tmp(\.old)?", left.name)
-        if found and not (f".{_host()}-{found[1]}.tmp" in left.name and is_alive(int(found[1]))):
-            remove(left)
+    _remove_left(folder.rglob(".*.tmp*"), of_others=True)
+
+
+def _remove_left(files: Iterable[Path], of_others: bool = False) -> None:
+    """Remove of files what processes of this machine that are gone, or `of_others`, half wrote."""
+    for left in files:
+        if found := re.fullmatch(r"\..+-(\d+)\.tmp(\.old)?", left.name):
+            here = f".{_host()}-{found[1]}.tmp" in left.name
+            if not is_alive(int(found[1])) if here else of_others:
+                remove(left)
 
 
 def _host() -> str:
@@ -290,6 +288,13 @@ def read_text(path: Path, most_bytes: int) -> str:
         raise ValueError("expected text in UTF-8; got other bytes") from None
     except OSError as error:
         raise ValueError(f"can't be read: {error.strerror}") from error
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write where something lies already, be it a link to nothing."""
+    if os.path.lexists(path):
+        what = "exists already, and nothing is overwritten"
+        raise RunError(str(path), what, "give another name, or move it aside")
 
 
 def refuse_irregular(paths: Iterable[Path]) -> None:

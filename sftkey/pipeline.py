@@ -150,10 +150,7 @@ class TrainedRun:
             what = f"data.prompt puts {count} columns together"
             LOGGER.warning("%s; the question is taken as all of it", what)
         model, renderer = self._model(number)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if max_new_tokens and isinstance(most, int) and max_new_tokens > most:
-            what = f"expected at most the model's {most:,} positions; got {max_new_tokens:,}"
-            raise RunError("max_new_tokens", what)
+        _refuse_too_many(model, max_new_tokens)
         # Before a frozen stage stand key adapters that aren't trained yet.
         frozen = number > 0 and self.recipe.stages[number - 1].context == "frozen"
         written = generate(
@@ -185,6 +182,13 @@ class TrainedRun:
             model = load_left(self.recipe, self.folder, renderer, number)
             self._loaded[number] = model, renderer
         return self._loaded[number]
+
+
+def _refuse_too_many(model: Any, max_new_tokens: int | None) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens and isinstance(most, int) and max_new_tokens > most:
+        what = f"expected at most the model's {most:,} positions; got {max_new_tokens:,}"
+        raise RunError("max_new_tokens", what)
 
 
 def _without(prefix: str, on_text: Callable[[str], None]) -> Callable[[str], None]:
@@ -236,6 +240,7 @@ def train_recipe(
     from sftkey.checks.gate import require_trainable
     from sftkey.diagnosis.run import StageDiagnosis, refuse_empty_thinking
     from sftkey.evaluation.grading import grade
+    from sftkey.evaluation.results import result_file
     from sftkey.evaluation.stage import grade_stage, note_thinking, track_grades
     from sftkey.training.run import start
 
@@ -245,7 +250,7 @@ def train_recipe(
     )
     with run.progress:
         for stage in run.stages():
-            graded = (place / "evaluation" / f"{stage}.json").exists()
+            graded = result_file(place, stage).exists()
             try:
                 grade_stage(run, stage)
             except JudgeError as error:

@@ -1,7 +1,5 @@
 """Small models and tokenizers made in-process: no test of the default run needs a download."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib.metadata
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from sftkey.files import cache_folder
 
@@ -23,6 +22,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.support.tiny import made_model, made_tokenizer, write_recipe
+
+# No example has a deadline: on a machine that others use, any may take a second.
+settings.register_profile("untimed", parent=settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,5 @@
 """A table is whole at any width, or a block a row."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

@@ -1,7 +1,5 @@
 """The recipe that ships for the nearest model, and in what another differs from it."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import tempfile
@@ -145,10 +143,8 @@ def adapt(
     if source:
         options = RowOptions.of(other) if other else USUAL
         data = choose_data(source, seed, choice.section.frame == "plain", renderer, options)
-    if one_stage and (other or data.own):
-        got = f"the stages of {named}" if other else "stages behind the model's own thinking"
-        what = f"expected data with a reasoning and no other recipe; got {got}"
-        raise RecipeError("--one-stage", what, "leave it out")
+    if one_stage:
+        _refuse_other_stages(named, data)
     lengths = None
     if data.examples and renderer is not None:
         thinking = OWN_TOKENS if data.own else 0
@@ -169,6 +165,14 @@ def adapt(
     proof = _proven(name_or_path, renderer, seed)
     example = _preview(data.examples[0] if data.examples else MADE, renderer, recipe)
     return Adapted(text, recipe, facts.model_type, proof, example, notes)
+
+
+def _refuse_other_stages(like: str, data: DataChoice) -> None:
+    """Refuse what gives the recipe its stages, where one stage is asked for."""
+    if like or data.own:
+        got = f"the stages of {like}" if like else "stages behind the model's own thinking"
+        what = f"expected data with a reasoning and no other recipe; got {got}"
+        raise RecipeError("--one-stage", what, "leave it out")
 
 
 def _written(choices: Choices) -> tuple[str, Recipe]:

@@ -1,7 +1,5 @@
 """What a data set's columns mean: which hold prompt, thinking and answer, how long the rows are."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Which tags a model's responses get, and what its chat template is told: by probing, in order."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -244,12 +242,6 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
     fitted = fit(tokenize(examples, renderer), examples, renderer, lengths.max_length, False)
     pairs = [(e, row) for e, row in zip(examples, fitted, strict=True) if isinstance(row, Row)]
     grader, why = choose_grader(examples)
-    columns = {
-        key: data.fields[key]
-        for key in ("prompt", "thinking", "answer", "split_rule")
-        if key in data.fields
-    }
-    tags = renderer.response
     return Foreign(
         facts.section.model_copy(
             update={"quantization": "none", "attn_implementation": facts.skeleton.attention}
@@ -259,13 +251,17 @@ def read_foreign(name_or_path: str, source: str, seed: int) -> Foreign:
         [row for _, row in pairs],
         grader,
         lengths.max_new_tokens,
-        (
-            f"frame {renderer.kind}; tags {tags.thinking_open!r} {tags.thinking_close!r} "
-            f"{tags.answer_open!r} {tags.answer_close!r}",
-            ", ".join(f"{key} {value!r}" for key, value in columns.items()) or "built-in columns",
-            f"grader {grader}: {why}",
-        ),
+        (*_said(renderer, data), f"grader {grader}: {why}"),
     )
+
+
+def _said(renderer: Renderer, data: DataChoice) -> Iterator[str]:
+    """Say which frame, tags and columns were chosen."""
+    tags = " ".join(repr(tag) for tag in vars(renderer.response).values())
+    yield f"frame {renderer.kind}; tags {tags}"
+    read = ("prompt", "thinking", "answer", "split_rule")
+    columns = [f"{key} {data.fields[key]!r}" for key in read if key in data.fields]
+    yield ", ".join(columns) or "built-in columns"
 
 
 def _with_tags_of(

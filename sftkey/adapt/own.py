@@ -1,7 +1,5 @@
 """Rows that hold answers alone: the model is to write the reasoning itself."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The template of the prompts: the question with its context, input and options."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """All the ways in which rows can be read, and the one that is right, if one alone is."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

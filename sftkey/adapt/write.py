@@ -1,7 +1,5 @@
 """A recipe's text, each value with its reason."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,12 +1,9 @@
 """The gate: every check of a recipe and its rows, before training."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import median
 from typing import Any, TypeVar
 
@@ -25,7 +22,6 @@ from sftkey.data.splits import Splits, load_splits
 from sftkey.errors import CheckError, Problem, SFTKeyError
 from sftkey.evaluation.grading import unreadable
 from sftkey.evaluation.stage import refuse_unready_judge
-from sftkey.memory_plan.plan import Plan, fit
 from sftkey.models.facts import refuse_other_shapes, refuse_unloadable, skeleton_of
 from sftkey.models.loading import load_renderer
 from sftkey.recipe.rules import undecided
@@ -135,18 +131,6 @@ def _numbers(
     }
 
 
-def with_plan(
-    report: Report, recipe: Path, overrides: Sequence[str], gpu: str
-) -> tuple[Report, Plan | None]:
-    """Add what the plan finds to what the gate found; the plan itself where there is one."""
-    new: list[Finding] = []
-    found = _attempt(new, lambda: fit(recipe, overrides, gpu))
-    if found and not found.fits:
-        new.append(Finding("memory", (), found.message, found.hint))
-    new = [each for each in new if each not in report.findings]
-    return dataclasses.replace(report, findings=(*report.findings, *new)), found
-
-
 def check_recipe(recipe: Recipe) -> Report:
     """Find all that is wrong with a recipe and its rows, as `sftkey check` and `train` do.
 
@@ -168,6 +152,7 @@ def check_recipe(recipe: Recipe) -> Report:
     _attempt(findings, lambda: refuse_unready_judge(recipe))
     if prepared is not None:
         _add(findings, _reference_findings(recipe, prepared))
+        findings += _switch_findings(recipe, prepared)
         if not any(finding.refuses for finding in findings):
             skeleton = _attempt(findings, lambda: skeleton_of(recipe.model))
             if skeleton is not None:
@@ -176,6 +161,26 @@ def check_recipe(recipe: Recipe) -> Report:
                 findings += rows.length_findings(recipe, prepared, skeleton)
                 _add(findings, rehearsal_findings(recipe, prepared, skeleton))
     return dataclasses.replace(report, findings=tuple(findings))
+
+
+def _switch_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:
+    """Refuse thinkings that end in white space alone and hold it, where an adapter acts behind it.
+
+    A frozen stage's adapter acts from the first such place on, and is trained behind the last.
+    """
+    response = prepared.renderer.response
+    if response.ends_thinking or all(stage.context != "frozen" for stage in recipe.stages):
+        return
+    end = response.thinking_close + response.answer_open
+    rows = [
+        each.index
+        for each in prepared.train_examples
+        if (each.thinking + end).find(end) < len(each.thinking)
+    ]
+    if rows:
+        what = f"train: the thinkings of these rows hold {end!r}, which ends a thinking here"
+        hint = "write a closing tag, or an opening tag of the answer; or context: exact"
+        yield of_rows("switch", what, rows, hint)
 
 
 def _reference_findings(recipe: Recipe, prepared: Prepared) -> Iterator[Finding]:

@@ -1,7 +1,5 @@
 """Proof of masks on hard rows: labels found again by decoding token by token."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

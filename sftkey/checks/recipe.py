@@ -1,7 +1,5 @@
 """What the gate reads off a recipe and its model's configs: open choices, rates, ends of turn."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 

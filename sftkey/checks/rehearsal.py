@@ -4,8 +4,6 @@ What upstream refuses, or has no use for, is refused here: as an error of ours, 
 are loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """What the gate reads off the rows: those left out or that lose something, and their lengths."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftkey.commands.arguments import GPU, recipe_file, recipe_names
+from sftkey.commands.arguments import GPU, TAKES_NAMES
 from sftkey.commands.terminal import WordConsole, quiet_libraries, stdout_console
 from sftkey.errors import ModelError
+from sftkey.files import refuse_existing
 from sftkey.recipe.load import RECIPES, recipe_files, short_name, short_names
-from sftkey.recipe.yaml_io import refuse_existing, write_new
+from sftkey.recipe.yaml_io import write_new
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,10 +30,7 @@ def adapt(
     like: Annotated[
         Path | None,
         typer.Option(
-            metavar="RECIPE",
-            help="Take data, stages and settings from this recipe.",
-            callback=recipe_file,
-            autocompletion=recipe_names,
+            metavar="RECIPE", help="Take data, stages and settings from this recipe.", **TAKES_NAMES
         ),
     ] = None,
     data: Annotated[

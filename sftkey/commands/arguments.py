@@ -1,9 +1,7 @@
 """Arguments and options that several commands have."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,13 +18,18 @@ def recipe_names(incomplete: str) -> list[str]:
     return [name for name in short_names() if name.startswith(incomplete)]
 
 
+# An argument or option that takes a recipe by its file or its short name.
+TAKES_NAMES: dict[str, Any] = {"callback": recipe_file, "autocompletion": recipe_names}
 RecipeArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="RECIPE",
-        help="A recipe's YAML file, or a name of `sftkey ls`.",
-        callback=recipe_file,
-        autocompletion=recipe_names,
+        metavar="RECIPE", help="A recipe's YAML file, or a name of `sftkey ls`.", **TAKES_NAMES
+    ),
+]
+RecipeOrRun = Annotated[
+    Path,
+    typer.Argument(
+        metavar="TARGET", help="A recipe's file or name, or a run's folder.", **TAKES_NAMES
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]

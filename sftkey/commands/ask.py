@@ -1,7 +1,5 @@
 """Ask what a run has trained: one question, or one after another."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from sftkey.commands.arguments import GPU, AsJSON, Overrides, RecipeArgument, recipe_names
 from sftkey.commands.terminal import say, set_up, stdout_console
 from sftkey.diagnosis.run import NUM_ROWS, choose_subject, look
-from sftkey.errors import RecipeError
+from sftkey.errors import RecipeError, SFTKeyError
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 
@@ -51,28 +52,47 @@ def check(
 
         print(json.dumps(Report(tuple(of_error(error))).as_json(), ensure_ascii=False))
         sys.exit(2)
-    if plan_only and gpu is not None:
-        check_plan(recipe, changes, gpu, as_json)
-        return
-    from sftkey.checks.gate import check_recipe, with_plan
+    from sftkey.checks.findings import Report
 
-    report, found = check_recipe(checked), None
+    report, plan = Report(()), None
+    if not plan_only:
+        from sftkey.checks.gate import check_recipe
+
+        report = check_recipe(checked)
     if gpu is not None:
-        report, found = with_plan(report, recipe, changes, gpu)
+        report, plan = with_plan(report, recipe, changes, gpu)
     if as_json:
-        plan = {"plan": found.as_json()} if found else {}
-        print(json.dumps({**report.as_json(), **plan}, ensure_ascii=False))
+        planned = {"plan": plan.as_json()} if plan else {}
+        print(json.dumps({**report.as_json(), **planned}, ensure_ascii=False))
     else:
         console = stdout_console()
-        if found:
-            console.print(rendered_plan(found))
-        console.print(rendered(checked, report))
+        if plan:
+            console.print(rendered_plan(plan))
+        console.print(rendered(checked, report, "fits" if plan_only else "passes"))
     if report.refusals:
         sys.exit(2)
 
 
-def rendered(recipe: Recipe, report: Report) -> RenderableType:
-    """Return findings and statistics for a terminal; the last line says whether it passes."""
+def with_plan(
+    report: Report, recipe: Path, overrides: Sequence[str], gpu: str
+) -> tuple[Report, Plan | None]:
+    """Add to a report what the plan of the memory finds; the plan itself where there is one."""
+    from sftkey.checks.findings import Finding, of_error
+    from sftkey.memory_plan.plan import fit
+
+    plan, found = None, list[Finding]()
+    try:
+        plan = fit(recipe, overrides, gpu)
+        if not plan.fits:
+            found.append(Finding("memory", (), plan.message, plan.hint))
+    except SFTKeyError as error:
+        found += of_error(error)
+    new = [each for each in found if each not in report.findings]
+    return replace(report, findings=(*report.findings, *new)), plan
+
+
+def rendered(recipe: Recipe, report: Report, good: str) -> RenderableType:
+    """Return findings and statistics for a terminal; the last line has `good` if none refuses."""
     from rich.console import Group
     from rich.text import Text
 
@@ -85,7 +105,7 @@ def rendered(recipe: Recipe, report: Report) -> RenderableType:
     if report.prepared is not None:
         lines += [Text(f"note: {remark}") for remark in report.prepared.remarks]
     count = len(report.refusals)
-    verdict = f"refused for {count} finding{'s' * (count != 1)}" if count else "passes"
+    verdict = f"refused for {count} finding{'s' * (count != 1)}" if count else good
     return Group(*lines, Text(f"{recipe.name}: {verdict}", "bold"))
 
 
@@ -109,29 +129,6 @@ def rendered_numbers(numbers: dict[str, Any]) -> list[RenderableType]:
         )
         lines.append(Text(f"stage {name}: {text}"))
     return lines
-
-
-def check_plan(recipe: Path, overrides: Sequence[str], gpu: str, as_json: bool) -> None:
-    """Print a recipe's plan alone; no data are read."""
-    from sftkey.checks.findings import Finding, Report
-    from sftkey.memory_plan.plan import fit
-
-    found = fit(recipe, overrides, gpu)
-    if as_json:
-        refusal = () if found.fits else (Finding("memory", (), found.message, found.hint),)
-        report = {**Report(refusal).as_json(), "plan": found.as_json()}
-        print(json.dumps(report, ensure_ascii=False))
-    else:
-        from rich.text import Text
-
-        console = stdout_console()
-        console.print(rendered_plan(found))
-        verdict = "fits" if found.fits else f"doesn't fit: {found.message}"
-        console.print(Text(f"{found.name}: {verdict}", "bold"))
-        if not found.fits:
-            console.print(f"    hint: {found.hint}")
-    if not found.fits:
-        sys.exit(2)
 
 
 def rendered_plan(plan: Plan) -> RenderableType:

@@ -1,7 +1,5 @@
 """Say what a bug report needs: versions, processor, GPUs, free memory and disk."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Iterator
@@ -13,12 +11,10 @@ import sftkey
 from sftkey.commands.arguments import AsJSON
 from sftkey.commands.terminal import available_cores, stdout_console
 from sftkey.errors import first_line
-from sftkey.files import free_bytes
+from sftkey.files import GIB, free_bytes
+from sftkey.recipe.upstream import LIBRARIES
 
-PACKAGES = (
-    *("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
-    *("tokenizers", "huggingface_hub"),
-)
+PACKAGES = (*LIBRARIES, "datasets", "tokenizers", "huggingface_hub")
 
 
 def env(as_json: AsJSON = False) -> None:
@@ -112,4 +108,4 @@ def _version(package: str) -> str | None:
 
 
 def _gib(num_bytes: int) -> float:
-    return round(num_bytes / 2**30, 1)
+    return round(num_bytes / GIB, 1)

@@ -1,16 +1,15 @@
 """What is done with a recipe beside training it: list, copy, show its tokens, write its prompts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, recipe_file, recipe_names
+from sftkey.commands.arguments import AsJSON, Overrides, RecipeArgument, RecipeOrRun
 from sftkey.commands.terminal import WordConsole, say, stdout_console
 from sftkey.errors import RecipeError
+from sftkey.files import GIB
 from sftkey.recipe.load import RECIPES, describe, load_recipe, recipe_files, short_name
 from sftkey.recipe.yaml_io import write_new
 from sftkey.training.run_folder import run_recipe
@@ -20,15 +19,6 @@ HOW_TO_PLAN = (
     "of one recipe: sftkey check RECIPE --gpu 24GB --plan-only"
 )
 SPLITS = ("train", "validation", "test")
-RecipeOrRun = Annotated[
-    Path,
-    typer.Argument(
-        metavar="TARGET",
-        help="A recipe's file or name, or a run's folder.",
-        callback=recipe_file,
-        autocompletion=recipe_names,
-    ),
-]
 
 
 def ls(
@@ -53,7 +43,7 @@ def ls(
 
 def planned_gib(file: Path) -> float | None:
     """Plan a recipe's peak, and say so; None where its model isn't here, or isn't planned."""
-    from sftkey.memory_plan.plan import GIB, peak_bytes
+    from sftkey.memory_plan.plan import peak_bytes
 
     peak = peak_bytes(load_recipe(file))
     if peak is None:

@@ -120,9 +120,10 @@ def errors(
 ) -> None:
     """Show a stage's wrong answers beside question and reference."""
     from sftkey.evaluation.answers import chosen, read_answers
+    from sftkey.evaluation.results import result_file
 
     names = known_stages(folder, run_recipe(folder), stage)
-    graded = [name for name in names if (folder / "evaluation" / f"{name}.json").exists()]
+    graded = [name for name in names if result_file(folder, name).exists()]
     name = stage or (graded or names)[-1]
     answers = read_answers(folder, name)
     found = chosen(answers, kind, pattern)

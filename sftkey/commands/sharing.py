@@ -1,7 +1,5 @@
 """What other programs and people get of a trained stage: a model folder, an export, the hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

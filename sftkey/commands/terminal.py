@@ -1,7 +1,5 @@
 """The process and its terminal: threads, quiet libraries, and where data goes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Which files of a folder, a glob or a snapshot of the hub hold a split's rows."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Which tokens are trained: the one place that decides it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Messages of a conversation, in the forms that data sets write them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows of one file, whatever it is: its first bytes say more than its name does."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

@@ -1,7 +1,5 @@
 """Which rows that are left out refuse a recipe: one answer for reading rows and for the gate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

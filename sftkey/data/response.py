@@ -167,6 +167,11 @@ class Response:
             (Segment.ANSWER_TAG, self.answer_close),
         ]
 
+    @property
+    def ends_thinking(self) -> bool:
+        """Whether a tag tells where a thinking ends; white space alone may stand inside of it."""
+        return bool(self.thinking_close.strip() or self.answer_open.strip())
+
     def render(self, thinking: str, answer: str) -> str:
         """Return the completion as one text."""
         return "".join(text for _, text in self.pieces(thinking, answer))

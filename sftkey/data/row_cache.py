@@ -1,7 +1,5 @@
 """Rows of tokens that are kept between runs: one entry for each content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Rows from files, folders, the hub and built-in makers, and the examples made of them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence

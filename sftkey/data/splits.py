@@ -1,7 +1,5 @@
 """Train, validation and test, by count, share, split or file; no prompt stands in two of them."""
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Made-up questions with worked solutions."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Callable, Sequence

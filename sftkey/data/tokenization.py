@@ -341,7 +341,7 @@ def _check_special(
         raise RowError(f"the end of turn {token!r} swallows white space before it", "end-of-turn")
     special = list(filter(renderer.special_numbers.__contains__, ids))
     if special != renderer.written_special_ids:
-        what = "a special token arises that nobody wrote: a character is unknown to the tokenizer"
+        what = "a character that the tokenizer doesn't know became a special token"
         raise RowError(what, "unknown-character")
     _check_swallowing(ids, tokens.encoding, renderer, tokens.first)
 

@@ -1,7 +1,5 @@
 """A row's values as texts: column templates, JSON inside a column, options with their letters."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math

@@ -148,8 +148,7 @@ def asked_rows(
 
     The rows have `input_ids` and `segment_ids`.
     """
-    response = renderer.response
-    if not (response.thinking_close.strip() or response.answer_open.strip()):
+    if not renderer.response.ends_thinking:
         raise FrameError(
             "response.thinking",
             "expected a closing tag, or an opening tag of the answer; both are empty, so that "

@@ -11,7 +11,7 @@ from rich.text import Text
 from scipy.stats import t as student
 
 from sftkey.evaluation.statement import normalize
-from sftkey.evaluation.statistics import paired_difference, points_text, wilson
+from sftkey.evaluation.statistics import gain_text, paired_difference, wilson
 from sftkey.tables import FittedTable
 
 # The thinking that stands before the answer, in words.
@@ -63,7 +63,7 @@ class Gap:
     @property
     def points(self) -> str:
         """Return the difference of the shares in percentage points, with its interval."""
-        return f"{100 * self.acc:+.1f} points {points_text(self.acc_interval)}"
+        return gain_text(self.acc, self.acc_interval)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sftkey.files import read_json, write_json
 from sftkey.recipe.load import find_recipe, load_recipe, short_names
 from sftkey.recipe.schema import EvalSection, Recipe
 from sftkey.recipe.stages import BASE, stage_names
-from sftkey.training.run_folder import Ledger, trained_stage
+from sftkey.training.run_folder import RECIPE, Ledger, run_recipe, trained_stage
 
 if TYPE_CHECKING:
     from sftkey.data.prepare import Prepared
@@ -88,7 +88,7 @@ def choose_subject(
     """
     names = short_names()
     folder = find_recipe(Path(target)) if target in names and data is None else Path(target)
-    is_run = (folder / "recipe.yaml").is_file()
+    is_run = (folder / RECIPE).is_file()
     if overrides and (is_run or data is not None):
         what = f"expected changes to a recipe only; got {' '.join(overrides)}"
         raise RecipeError(target, what, "give the recipe's file, not a run or a model")
@@ -97,7 +97,7 @@ def choose_subject(
     if data is not None:
         return lambda: _foreign(target, data, num_rows)
     if is_run:
-        recipe = load_recipe(folder / "recipe.yaml")
+        recipe = run_recipe(folder)
         stages = Ledger(folder, recipe, main=False).stages
         begun = any(each.status == "trained" for each in stages)
         number = trained_stage(folder, recipe, stage if stage or begun else BASE)
@@ -182,14 +182,16 @@ class StageDiagnosis:
     def missing(self, name: str) -> bool:
         """Tell whether a stage is still to be diagnosed.
 
-        No run is without validation rows, or where these have no reasoning to compare with.
+        No run is without validation rows, where these have no reasoning to compare with, or where
+        no tag tells where a thinking ends.
         """
         from accelerate import PartialState
 
         from sftkey.models.device import sharded
 
         prepared = self.run.prepared
-        if prepared.validation is None or prepared.answers_only or sharded():
+        told = prepared.renderer.response.ends_thinking and not prepared.answers_only
+        if prepared.validation is None or not told or sharded():
             return False
         missing = not _file(self.run.ledger.folder, name).exists()
         PartialState().wait_for_everyone()  # before the main process may write it

@@ -14,6 +14,7 @@ from sftkey.evaluation.stage import ThinkingChange, thinking_change, thinking_ta
 from sftkey.evaluation.statistics import (
     CHANCE,
     difference_with_interval,
+    gain_text,
     holm,
     p_text,
     points_text,
@@ -235,8 +236,9 @@ def _sentence(difference: Difference, unshown: str) -> str:
         better = f"{after} answers {'better' if low > 0 else 'worse'} than {before}"
         interval = f"is clear of 0, so on questions like these {better}."
     return (
-        f"The difference between {before} and {after} is {100 * difference.difference:+.1f} points "
-        f"{points_text(difference.interval)} on {_asked(difference)}: the interval {interval}"
+        f"The difference between {before} and {after} is "
+        f"{gain_text(difference.difference, difference.interval)} on {_asked(difference)}: the "
+        f"interval {interval}"
     )
 
 

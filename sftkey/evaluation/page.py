@@ -129,9 +129,14 @@ def draw_losses(folder: Path, stages: Sequence[StageLosses]) -> Path | None:
     handles.append(Line2D([], [], color="#777777", label=stages[0].rows, **MEASURED))
     figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside right upper")
     file = folder / "losses.png"
+    save_figure(figure, file)
+    return file
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a picture, without the version of what drew it."""
     with appearing(file) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
-    return file
 
 
 def bare(pane: Any, title: str) -> None:

@@ -267,6 +267,11 @@ def _mean_length(texts: Sequence[GradedText], tokenizer: PreTrainedTokenizerBase
     return fmean(map(len, tokenizer(thinkings, add_special_tokens=False)["input_ids"]))
 
 
+def result_file(run_folder: Path, stage: str) -> Path:
+    """Return the file of a stage's figures, or of the base model's; it is there when graded."""
+    return run_folder / "evaluation" / f"{stage}.json"
+
+
 def write_result(folder: Path, result: StageResult) -> Path:
     """Write `<stage>.json`; under that name it is always whole."""
     file = folder / f"{result.stage}.json"

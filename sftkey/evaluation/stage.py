@@ -19,6 +19,7 @@ from sftkey.evaluation.results import (
     Question,
     StageResult,
     read_result,
+    result_file,
     score,
     write_result,
 )
@@ -226,20 +227,16 @@ def grade_stage(run: Run, stage: str, generations: Path | None = None) -> None:
         loss_name=run.prepared.loss_name,
         judge=judge.flags if judge else None,
     )
-    folder = _result_file(run, stage).parent
+    folder = result_file(run.ledger.folder, stage).parent
     answers = graded_answers(texts)
     run.ledger.finish(write_result(folder, result), write_answers(folder, stage, answers))
     if judge and judge.failure:
         raise judge.failure
 
 
-def _result_file(run: Run, stage: str) -> Path:
-    return run.ledger.folder / "evaluation" / f"{stage}.json"
-
-
 def _result(run: Run, stage: str) -> StageResult | None:
     """Return the figures of a stage; None where it isn't graded."""
-    file = _result_file(run, stage)
+    file = result_file(run.ledger.folder, stage)
     return read_result(file) if file.exists() else None
 
 

@@ -137,6 +137,15 @@ def points_text(interval: tuple[float, float]) -> str:
     return "[{:+.1f}, {:+.1f}]".format(*(100 * end for end in interval))
 
 
+def gain_text(difference: float, interval: tuple[float, float]) -> str:
+    """Write a difference of shares in percentage points, and its interval.
+
+    >>> gain_text(0.012, (-0.005, 0.031))
+    '+1.2 points [-0.5, +3.1]'
+    """
+    return f"{100 * difference:+.1f} points {points_text(interval)}"
+
+
 def score_of(acc: float, fmt: float, alpha: float) -> float:
     """Return alpha * Acc + (1 - alpha) * Fmt; the paper's Score has alpha = 0.7."""
     return alpha * acc + (1 - alpha) * fmt

@@ -15,8 +15,8 @@ from sftkey.evaluation.statement import normalize
 from sftkey.evaluation.statistics import (
     difference_with_interval,
     flipped,
+    gain_text,
     p_text,
-    points_text,
     share_interval,
     two_sided_p,
 )
@@ -309,8 +309,7 @@ class PassedChange:
 
     def text(self) -> str:
         """Say it in points."""
-        gain = f"{100 * self.difference:+.1f} points {points_text(self.interval)}"
-        return f"{gain}, {p_text(self.p)}"
+        return f"{gain_text(self.difference, self.interval)}, {p_text(self.p)}"
 
 
 def passed_change(pairs: Sequence[tuple[Formed, Formed]]) -> PassedChange | None:

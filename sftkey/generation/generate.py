@@ -113,10 +113,15 @@ def generate(
                 written = write(model, asked, config, streamer)
         for position, ids in zip(batch, written, strict=True):
             if position not in skip:
-                # What stands behind a row's first stop is padding.
-                end = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
-                text = decoded(tokenizer, ids[:end])
-                yield position, Generation(text, end, end < len(ids), tuple(ids[:end]))
+                yield position, _until_stop(tokenizer, ids, stop_ids)
+
+
+def _until_stop(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Collection[int]
+) -> Generation:
+    """Return what a row has written: what stands behind its first stop is padding."""
+    end = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
+    return Generation(decoded(tokenizer, ids[:end]), end, end < len(ids), tuple(ids[:end]))
 
 
 def _bounds(

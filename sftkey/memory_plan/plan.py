@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sftkey.errors import RecipeError, SFTKeyError, shown
+from sftkey.files import GIB
 from sftkey.memory_plan import held
 from sftkey.memory_plan.held import (
     KEY_TOKENS,
@@ -30,7 +31,6 @@ from sftkey.recipe.schema import ModelSection, Recipe, StageSection
 from sftkey.recipe.stages import NEWER_NAMES, trainer_setting
 from sftkey.recipe.upstream import size_bytes
 
-GIB = 2**30
 # Not planned but set aside: CUDA's own context, and what its allocator loses to fragments.
 RESERVED_BYTES = GIB
 MOST_ROWS = 1024

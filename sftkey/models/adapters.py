@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from sftkey.errors import ModelError, RunError, first_line
+from sftkey.errors import SMALLER_STEPS, ModelError, first_line
 from sftkey.files import appearing, read_json
-from sftkey.models.loading import not_finite, refuse_not_finite
+from sftkey.models.loading import refuse_not_finite
 from sftkey.models.lora_names import (
     check_targets,
     refuse_unmatched,
@@ -66,7 +66,7 @@ def save_adapter(
             model, state, adapter_name=name, save_embedding_layers=False
         )
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        refuse_diverged(tensors, folder)
+        refuse_not_finite(tensors, str(folder), SMALLER_STEPS)
         save_file(tensors, saving / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.deepcopy(model.peft_config[name])
         config.base_model_name_or_path = base["name_or_path"]
@@ -80,22 +80,11 @@ def save_model(
     model: PreTrainedModel, folder: Path, base: Base, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Save a whole model that was trained itself, as `save_adapter` saves an adapter."""
-    refuse_diverged(model.state_dict() if state is None else state, folder)
+    weights = model.state_dict() if state is None else state
+    refuse_not_finite(weights, str(folder), SMALLER_STEPS)
     with appearing(folder) as saving:
         model.save_pretrained(saving, state_dict=state)
         (saving / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
-
-
-def refuse_diverged(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Refuse to save weights that hold NaN or infinity, before anything is written."""
-    if broken := not_finite(tensors):
-        raise RunError(
-            str(folder),
-            f"expected finite weights; {len(broken)} of {len(tensors)} hold NaN or infinity, "
-            f"such as {broken[0]}; nothing was written",
-            "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); "
-            "`--fresh` begins anew",
-        )
 
 
 def add_lora(
@@ -198,15 +187,9 @@ def load_adapter(
             base, or contradicts `lora`.
     """
     source, config = read_adapter_config(model, adapter, lora or {}, base)
-    try:
-        config.inference_mode = False  # so that float32 comes before the weights
-        config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
-        weights = load_peft_weights(str(weights_folder(source)), device="cpu")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
-    refuse_not_finite(weights, source.path)
+    config.inference_mode = False  # so that float32 comes before the weights
+    config.base_model_name_or_path = None  # compared; peft warns if a cache's path differs
+    weights = _read_weights(source)
     try:
         with peft_warnings_logged():
             adapted = _put(config, name, model)
@@ -227,6 +210,19 @@ def load_adapter(
     if not trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def _read_weights(source: Source) -> dict[str, torch.Tensor]:
+    """Read an adapter's weights, which must be finite."""
+    try:
+        weights: dict[str, torch.Tensor]
+        weights = load_peft_weights(str(weights_folder(source)), device="cpu")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(source.path, f"can't be read: {first_line(error)}") from error
+    refuse_not_finite(weights, source.path)
+    return weights
 
 
 def weights_folder(source: Source) -> Path:

@@ -21,7 +21,7 @@ from sftkey.activity import activity
 from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.renderer import Renderer
 from sftkey.errors import ModelError, first_line, shown
-from sftkey.files import read_text
+from sftkey.files import GIB, read_text
 from sftkey.models.device import (
     DTYPES,
     Device,
@@ -91,7 +91,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 
 LOGGER = logging.getLogger("sftkey")
-GIB = 2**30
 INDEX = "model.safetensors.index.json"
 # What transformers makes a tokenizer of where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
@@ -212,8 +211,7 @@ def load_model(
             raise
         raise _load_error(section, source, "model", error) from error
     model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         what = f"{len(missing)} of the model's weights are not there, such as {missing[0]}"
         raise ModelError(source.path, what)
     if model.generation_config is not None:
@@ -227,30 +225,28 @@ def load_model(
     return model
 
 
-def refuse_not_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuse weights of a file that hold NaN or infinity: what they answer is noise.
+GET_ANEW = "get them anew from where they came; what was trained, train with a lower learning_rate"
+
+
+def refuse_not_finite(
+    tensors: Mapping[str, torch.Tensor], where: str, hint: str = GET_ANEW
+) -> None:
+    """Refuse weights that hold NaN or infinity: what they answer is noise.
+
+    Packed ones aren't looked into.
 
     Raises:
         ModelError: Names how many, and one of them.
     """
-    if broken := not_finite(tensors):
-        raise ModelError(
-            where,
-            f"expected finite weights; {len(broken)} of {len(tensors)} hold NaN or infinity, "
-            f"such as {broken[0]}",
-            "get them anew from where they came; what was trained, train with a lower "
-            "learning_rate",
-        )
-
-
-def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """List the weights that hold NaN or infinity; packed ones aren't looked into."""
     floats = {name: each for name, each in tensors.items() if each.is_floating_point()}
-    return [
+    broken = [
         name
         for name, each in floats.items()
         if each.itemsize > 1 and not torch.isfinite(each).all()
     ]
+    if broken:
+        what = f"{len(broken)} of {len(tensors)} hold NaN or infinity, such as {broken[0]}"
+        raise ModelError(where, f"expected finite weights; {what}", hint)
 
 
 def _ready_packed(model: PreTrainedModel, section: ModelSection, device: Device) -> None:

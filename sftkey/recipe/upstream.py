@@ -22,6 +22,8 @@ from pydantic import (
 
 from sftkey.errors import did_you_mean, shown
 
+# What a run's figures come from, beside sftkey.
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 # Base classes first, so that a later class replaces what it declares anew.
 SFT_CONFIG = (
     ("transformers", "training_args.py", "TrainingArguments"),

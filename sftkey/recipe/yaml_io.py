@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from sftkey.errors import Problem, RecipeError, did_you_mean, shown
-from sftkey.files import explained_disk, read_text
+from sftkey.files import explained_disk, read_text, refuse_existing
 
 Keys = tuple[str | int, ...]
 MOST_BYTES = 1 << 20  # of a recipe
@@ -84,13 +83,6 @@ def read(path: Path) -> RecipeSource:
         raise RecipeError(str(path), f"expected a mapping with the recipe's sections; got {got}")
     source.data = data
     return source
-
-
-def refuse_existing(path: Path) -> None:
-    """Refuse to write a recipe where something lies."""
-    if os.path.lexists(path):
-        hint = "give another FILE"
-        raise RecipeError(str(path), "exists already, and nothing is overwritten", hint)
 
 
 def write_new(path: Path, text: str) -> None:

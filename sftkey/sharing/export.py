@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from sftkey.data.renderer import Renderer
 from sftkey.data.sources import question_prompt
 from sftkey.errors import RunError, first_line
-from sftkey.files import appearing, read_json, write_text
+from sftkey.files import appearing, read_json, refuse_existing, write_text
 from sftkey.models.adapters import WEIGHTS_FILE
 from sftkey.models.loading import load_renderer
 from sftkey.models.source import ADAPTER_CONFIG, model_source
@@ -27,7 +27,7 @@ from sftkey.sharing.merging import (
     with_template,
     write_model,
 )
-from sftkey.sharing.stage import SharedStage, asked_questions, refuse_existing
+from sftkey.sharing.stage import SharedStage, asked_questions
 from sftkey.training.run_folder import Ledger
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -55,7 +55,7 @@ def write_gguf(stage: SharedStage, checkout: Path, file: Path, outtype: str = "a
         RunError: The file exists, the checkout is none, or the converter fails.
         ModelError: The weights can't be loaded.
     """
-    refuse_existing(file, "file")
+    refuse_existing(file)
     converter_command(checkout, file, file, outtype)  # a wrong checkout is told before the merge
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=".merged-") as place:
@@ -78,7 +78,7 @@ def _convert(command: list[str]) -> None:
         ) from error
 
 
-def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str = "auto") -> None:
+def write_ollama(stage: SharedStage, checkout: Path, folder: Path, outtype: str) -> None:
     """Write a new folder with `model.gguf` and the Modelfile that makes an Ollama model of it."""
     refuse_existing(folder)
     text = modelfile(load_renderer(stage.recipe), stage.recipe)

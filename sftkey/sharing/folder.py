@@ -12,7 +12,7 @@ from sftkey.data.response import Example
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import grade_texts, read_generations
 from sftkey.evaluation.comparison import Comparison, compare
-from sftkey.evaluation.results import read_result, score, write_result
+from sftkey.evaluation.results import read_result, result_file, score, write_result
 from sftkey.generation.generate import generate_to_file
 from sftkey.models.device import choose_device
 from sftkey.models.loading import load_model, load_tokenizer
@@ -52,7 +52,7 @@ def grade_folder(
     """
     ledger = Ledger(run, recipe, main=False)
     stage = stage_names(recipe)[number]
-    graded = run / "evaluation" / f"{stage}.json"
+    graded = result_file(run, stage)
     if not graded.exists():
         what = f"{stage} has no graded answers, which the folder's are compared with"
         raise RunError(str(run), what, f"sftkey evaluate {run}")

@@ -16,14 +16,13 @@ from sftkey.data.renderer import Renderer, render, stop_ids
 from sftkey.data.response import as_messages
 from sftkey.data.sources import question_prompt
 from sftkey.errors import FrameError, RunError, first_line
-from sftkey.files import appearing
+from sftkey.files import appearing, refuse_existing
 from sftkey.generation.generate import generation_config
 from sftkey.models.adapters import load_adapter, peft_warnings_logged
 from sftkey.models.device import Device
 from sftkey.models.loading import load_model, load_renderer, unpack
 from sftkey.models.source import base_identity
 from sftkey.recipe.schema import DataSection, Recipe
-from sftkey.sharing.stage import refuse_existing
 
 QUESTION = "How many are 2 and 2?"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,12 +41,6 @@ def shared_stage(run: Path, name: str | None, what: str = "merge") -> SharedStag
         ledger.require(ledger.adapter(each))
     weights = ledger.adapter(number - 1)
     return SharedStage(run, recipe, recipe.stages[number - 1].name, number, weights)
-
-
-def refuse_existing(path: Path, what: str = "folder") -> None:
-    """Refuse to write where something is."""
-    if os.path.lexists(path):
-        raise RunError(str(path), f"expected a new {what}; it exists already")
 
 
 def asked_questions(run: Path, recipe: Recipe) -> tuple[Prepared, list[Example]]:

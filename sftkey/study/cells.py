@@ -20,7 +20,7 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
 from sftkey.errors import SFTKeyError
-from sftkey.evaluation.results import StageResult, read_result
+from sftkey.evaluation.results import StageResult, read_result, result_file
 from sftkey.files import appearing, value_hash
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
@@ -29,7 +29,7 @@ from sftkey.study.tasks import Cell
 from sftkey.training.log import read_log
 from sftkey.training.made_from import TRAINS, fingerprints, made_from
 from sftkey.training.run import Run
-from sftkey.training.run_folder import Ledger
+from sftkey.training.run_folder import RECIPE, Ledger
 
 CHECKPOINTS = "checkpoints"
 
@@ -87,7 +87,7 @@ def _others(folder: Path) -> Iterator[Ledger]:
     for file in sorted(folder.parent.glob("*/ledger.json")):
         if file.parent != folder:
             with suppress(SFTKeyError):  # a broken run gives nothing, and stops nothing
-                recipe = _recipe((file.parent / "recipe.yaml").resolve())
+                recipe = _recipe((file.parent / RECIPE).resolve())
                 yield Ledger(file.parent, recipe, main=False)
 
 
@@ -125,8 +125,8 @@ def cell_record(run: Run, cell: Cell, command: str, wall_seconds: float) -> dict
 
     `wall_seconds` is what `command` took for it, with loading, validation and answers.
     """
-    folder = run.ledger.folder / "evaluation"
-    last, base = (read_result(folder / f"{name}.json") for name in (cell.last, BASE))
+    folder = run.ledger.folder
+    last, base = (read_result(result_file(folder, name)) for name in (cell.last, BASE))
     records = run.ledger.stages
     logs = {record.name: read_log(run.ledger.log(number)) for number, record in enumerate(records)}
 

@@ -14,9 +14,9 @@ from typing import Any
 from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_answers
-from sftkey.evaluation.page import SEGMENT_COLOURS, bare, empty_figure, render
+from sftkey.evaluation.page import SEGMENT_COLOURS, bare, empty_figure, render, save_figure
 from sftkey.evaluation.results import Question
-from sftkey.files import appearing, write_text
+from sftkey.files import write_text
 from sftkey.recipe.loss_on import loss_weights
 from sftkey.recipe.stages import BASE
 from sftkey.study import report
@@ -208,8 +208,7 @@ def draw_pictures(
             else:
                 pane.set_axis_off()
         if drawn:
-            with appearing(folder / f"{name}.png") as temporary:
-                figure.savefig(temporary, format="png", metadata={"Software": None})
+            save_figure(figure, folder / f"{name}.png")
             files.append(f"{name}.png")
     return files
 

@@ -8,7 +8,7 @@ import numpy as np
 from sftkey.evaluation.statistics import by_conversation
 from sftkey.evaluation.thinking import Rate, form_flags
 from sftkey.study.results import Answered, Bucket, FinishedCell, paired, same_questions
-from sftkey.study.seeds import Estimate, difference_estimate, mean_estimate
+from sftkey.study.seeds import Estimate, estimate
 
 
 def share(
@@ -25,7 +25,7 @@ def share(
     if one_model and not same:  # rows of other seeds are other conversations
         rows = [[(place, row) for place, each in enumerate(rows) for row in each]]
         flags = flags.reshape(1, -1)
-    return mean_estimate(by_conversation(flags, rows, around_mean=True), same)
+    return estimate(by_conversation(flags, rows, around_mean=True), same_questions=same)
 
 
 def rates(answered: Sequence[Answered], same: bool, one_model: bool = False) -> dict[str, Rate]:
@@ -98,7 +98,7 @@ def _bucket(places: Sequence[Any], measured: Sequence[Any], cells: Cells, contro
         return [np.array(of[seed].flags("correct"))[places[seed]] for seed in seeds]
 
     same = same_questions(cells)
-    acc = mean_estimate(_table(flags(cells), rows, around_mean=True), same)
+    acc = estimate(_table(flags(cells), rows, around_mean=True), same_questions=same)
     figures = Bucket(
         low=float(inside.min()),
         high=float(inside.max()),
@@ -110,7 +110,7 @@ def _bucket(places: Sequence[Any], measured: Sequence[Any], cells: Cells, contro
     if not control:
         return figures
     arm, other = (_table(flags(each), rows) for each in (cells, control))
-    gain = difference_estimate(arm, other, same)
+    gain = estimate(arm, other, same)
     return figures.model_copy(update={"gain": gain.value, "gain_interval": gain.interval})
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from sftkey.evaluation.stage import MOST_LOSS
-from sftkey.evaluation.statistics import CHANCE, points_text, score_of
+from sftkey.evaluation.statistics import CHANCE, gain_text, p_text, score_of
 from sftkey.evaluation.thinking import PASSED
-from sftkey.study.results import ArmFigures, Detectable, StudyResults
+from sftkey.study.results import ArmFigures, Detectable, DifferenceToControl, StudyResults
 
 SAME_TIME = 0.1  # of it: what two runs of one length differ by on a machine that others use
 
@@ -146,7 +146,11 @@ def _asked(arm: ArmFigures) -> str:
 
 def _gain(arm: ArmFigures) -> str:
     found = arm.difference_to_control
-    return f"{_points(found.difference)} {points_text(found.interval)}" if found else ""
+    return gain_text(found.difference, found.interval).replace(" points", "") if found else ""
+
+
+def _p(found: DifferenceToControl) -> str:
+    return p_text(found.p_holm).removeprefix("p").strip()
 
 
 def _judged(arm: ArmFigures) -> str:
@@ -162,7 +166,7 @@ COLUMNS: dict[str, Callable[[ArmFigures], str]] = {
     "Acc [95%]": lambda arm: "{:.3f} [{:.3f}, {:.3f}]".format(arm.acc, *arm.acc_interval),
     "Fmt": lambda arm: f"{arm.fmt:.3f}",
     "points more than {control} [95%]": _gain,
-    "p": lambda arm: _p(arm.difference_to_control.p_holm) if arm.difference_to_control else "",
+    "p": lambda arm: _p(arm.difference_to_control) if arm.difference_to_control else "",
     "tokens": lambda arm: "" if arm.trained_tokens is None else f"{arm.trained_tokens:,}",
     "time": lambda arm: "" if arm.seconds is None else f"{arm.seconds / 60:.1f} min",
 }
@@ -181,8 +185,7 @@ def said(results: StudyResults, task: str) -> list[str]:
     compared = [(arm, found) for arm, found in arms if found]
     shown, unshown, runs = [], [], []
     for arm, found in compared:
-        points = f"{_points(found.difference)} points {points_text(found.interval)}"
-        figures = f"({points}, p {_p(found.p_holm)})"
+        figures = f"({gain_text(found.difference, found.interval)}, {p_text(found.p_holm)})"
         if found.shown:
             word = "better" if found.difference > 0 else "worse"
             shown.append(f"{arm.name} answers {word} than {results.control} {figures}")
@@ -294,11 +297,3 @@ LISTS = {
     "Chosen on the validation rows": chosen,
     "The thinking": thinking,
 }
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
-
-
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"

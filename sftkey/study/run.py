@@ -14,7 +14,7 @@ from sftkey.study.cells import cell_record, link, recipe_hash, remove_checkpoint
 from sftkey.study.choose import StudyChoices
 from sftkey.study.tasks import Cell, Picked, StudyRows, Task, arm_recipe, rows_key
 from sftkey.training.run import Run, start
-from sftkey.training.run_folder import open_run, refuse_changed
+from sftkey.training.run_folder import RECIPE, open_run, refuse_changed
 
 OTHER_STUDY = (
     "another `name` begins another study; without its run's folder and its file in cells/ "
@@ -107,7 +107,7 @@ class StudyRun(StudyRows):
         file, folder = self.folder.record(cell), self.folder.run(cell)
         if not file.exists():
             return False
-        if (folder / "recipe.yaml").exists():
+        if (folder / RECIPE).exists():
             self._refuse_changed(cell)
         elif read_json(file)["recipe_sha256"] != recipe_hash(cell.recipe):
             raise RunError(str(file), "this cell is of another recipe", OTHER_STUDY)
@@ -140,7 +140,7 @@ class StudyRun(StudyRows):
         """Refuse a cell that another recipe began, with the changed keys."""
         folder = self.folder.run(cell)
         try:
-            if (folder / "recipe.yaml").exists():
+            if (folder / RECIPE).exists():
                 refuse_changed(folder, cell.recipe)
         except RunError as error:
             raise RunError(error.where, error.problems, OTHER_STUDY) from None

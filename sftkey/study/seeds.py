@@ -23,11 +23,12 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 LEAST_LOG_P = -100.0  # the logarithm of the smallest p that is told apart from 0
 MOST_SEEDS = 50  # that are looked at for a wish
+NUM_DRAWS, POWER = 20_000, 0.85  # studies that are drawn, and the share of them that show it
 # Questions that nobody asked, which keep a width where all flags agree: of shares two right and
 # two wrong (Agresti and Coull 1998), of paired differences one half of each kind (Agresti and Min
 # 2005), whose squares sum to 1.
-_ADDED_TO_SHARES = (0.0, 0.0, 1.0, 1.0)
-_ADDED_TO_DIFFERENCES = (sqrt(0.5), -sqrt(0.5))
+_ADDED_TO_SHARES: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)
+_ADDED_TO_DIFFERENCES: tuple[float, ...] = (sqrt(0.5), -sqrt(0.5))
 
 
 @dataclass(frozen=True)
@@ -40,43 +41,34 @@ class Estimate:
     num_questions: int
 
 
-def mean_interval(right: Any, same_questions: bool = True) -> tuple[Floats, Floats, Floats]:
-    """Return the share of right flags `(…)` and the ends of its 95% interval over both chances."""
-    values = np.asarray(right, dtype=np.float64)
-    low, high = _ends(_with(values, _ADDED_TO_SHARES), same_questions)
-    share = values.mean((-2, -1))  # where all flags agree, the added ones draw both ends inwards
-    return share, np.maximum(np.minimum(low, share), 0.0), np.minimum(np.maximum(high, share), 1.0)
-
-
-def difference_interval(
-    arm: Any, control: Any, same_questions: bool = True
+def interval(
+    right: Any, control: Any = None, same_questions: bool = True
 ) -> tuple[Floats, Floats, Floats]:
-    """Return how much more an arm has right `(…)` than the control, and its 95% interval's ends.
+    """Return the share of right flags `(…)` and the ends of its 95% interval over both chances.
 
-    Both have flags `(…, S, Q)` of the same seeds and questions; `same_questions` tells whether all
-    seeds answered the same ones.
+    With a `control`, whose flags `(…, S, Q)` are of the same seeds and questions, it is how much
+    larger the share is than that one's. `same_questions` tells whether all seeds answered the same.
     """
-    values = _difference(arm, control)
-    low, high = _ends(_with(values, _ADDED_TO_DIFFERENCES), same_questions)
-    return values.mean((-2, -1)), np.maximum(low, -1.0), np.minimum(high, 1.0)
+    values, least, added = np.asarray(right, dtype=np.float64), 0.0, _ADDED_TO_SHARES
+    if control is not None:
+        values, least, added = _difference(right, control), -1.0, _ADDED_TO_DIFFERENCES
+    # Where all flags agree, the added ones draw both ends inwards.
+    value, more = values.mean((-2, -1)), _with(values, added)
+    centre, half = more.mean((-2, -1)), _parts(more, same_questions).half(CHANCE)
+    low, high = np.minimum(centre - half, value), np.maximum(centre + half, value)
+    return value, np.maximum(low, least), np.minimum(high, 1.0)
 
 
-def mean_estimate(right: Any, same_questions: bool = True) -> Estimate:
-    """Return the interval of flags `(S, Q)`."""
-    value, low, high = map(float, mean_interval(right, same_questions))
+def estimate(right: Any, control: Any = None, same_questions: bool = True) -> Estimate:
+    """Return the interval of flags `(S, Q)`, or with a control of the difference from it."""
+    value, low, high = map(float, interval(right, control, same_questions))
     return Estimate(value, (low, high), *np.shape(right))
-
-
-def difference_estimate(arm: Any, control: Any, same_questions: bool = True) -> Estimate:
-    """Return the interval of the difference of flags `(S, Q)`."""
-    value, low, high = map(float, difference_interval(arm, control, same_questions))
-    return Estimate(value, (low, high), *np.shape(arm))
 
 
 def difference_p(arm: Any, control: Any, same_questions: bool = True) -> Floats:
     """Return the two-sided p `(…)` of the difference of flags `(…, S, Q)`.
 
-    It is the smallest alpha whose interval (`difference_interval` is that of 0.05) excludes 0, so
+    It is the smallest alpha whose interval (`interval` has that of 0.05) excludes 0, so
     p and interval say the same, and both take seeds and questions as drawn by chance.
     """
     values = _with(_difference(arm, control), _ADDED_TO_DIFFERENCES)
@@ -145,12 +137,11 @@ def detectable_difference(
     *,
     num_arms: int = 1,
     same_questions: bool = True,
-    power: float = 0.85,
 ) -> float | None:
     """Return the difference that is shown in at least four of five studies, as a share.
 
     Shown is one whose Holm-corrected p is below 0.05. The means are taken as normal and their
-    squares as chi-squared, which real flags are not quite: so `power` is above 0.8.
+    squares as chi-squared, which real flags are not quite: so POWER is above 0.8.
 
     Args:
         num_questions: Of each seed.
@@ -158,7 +149,6 @@ def detectable_difference(
         supposed: Default `Supposed()`.
         num_arms: How many are compared with the control; the worst case of Holm's correction.
         same_questions: Whether all seeds answer the same ones.
-        power: Share of drawn studies that show it.
 
     Returns:
         None with one seed, which shows nothing of the ways of training.
@@ -167,7 +157,7 @@ def detectable_difference(
         return None
     dice = np.random.default_rng(0)
     drawn, parts = _drawn(num_questions, num_seeds, supposed or Supposed(), same_questions, dice)
-    return float(min(1.0, np.quantile(parts.half(CHANCE / num_arms) - drawn, power)))
+    return float(min(1.0, np.quantile(parts.half(CHANCE / num_arms) - drawn, POWER)))
 
 
 def seeds_needed(
@@ -194,7 +184,6 @@ def _drawn(
     supposed: Supposed,
     same_questions: bool,
     dice: np.random.Generator,
-    num_draws: int = 20_000,
 ) -> tuple[Floats, _Parts]:
     """Draw differences of studies without a true one, and the parts of their intervals."""
     # Variances that a single flag has from its question, from chance, and (times Q) from its seed.
@@ -206,7 +195,7 @@ def _drawn(
 
     def mean_square(expected: float, degrees: int) -> Floats:
         degrees = max(degrees, 1)  # of one question alone
-        return expected / num_flags * dice.chisquare(degrees, num_draws) / degrees
+        return expected / num_flags * dice.chisquare(degrees, NUM_DRAWS) / degrees
 
     # Each part is drawn as the mean square that estimates it would be.
     by_seed = mean_square(rest + seed, num_seeds - 1)
@@ -216,7 +205,7 @@ def _drawn(
         noise = mean_square(rest, (num_seeds - 1) * (num_questions - 1))
         by_question = mean_square(rest + num_seeds * question, num_questions - 1)
     parts = _Parts(by_seed, by_question, noise, num_seeds)
-    return dice.normal(0.0, sqrt(variance), num_draws), parts
+    return dice.normal(0.0, sqrt(variance), NUM_DRAWS), parts
 
 
 @dataclass(frozen=True)
@@ -261,12 +250,6 @@ def _parts(values: Any, same_questions: bool) -> _Parts:
     shared = num_seeds * (values.mean(-2) ** 2).sum(-1) - num_flags * centre**2
     noise = np.maximum(left - shared, 0.0) / ((num_seeds - 1) * (num_questions - 1)) / num_flags
     return _Parts(by_seed, shared / (num_questions - 1) / num_flags, noise, num_seeds)
-
-
-def _ends(values: Any, same_questions: bool) -> tuple[Any, Any]:
-    half = _parts(values, same_questions).half(CHANCE)
-    centre = values.mean((-2, -1))
-    return centre - half, centre + half
 
 
 def _difference(arm: Any, control: Any) -> Any:

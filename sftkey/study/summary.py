@@ -32,8 +32,8 @@ from sftkey.study.seeds import (
     Supposed,
     corrected,
     detectable_difference,
-    difference_estimate,
     difference_p,
+    estimate,
     observed,
 )
 
@@ -228,16 +228,16 @@ def _differences(
     for_all = corrected(ps, primary)
     found = {}
     for name, table in tables.items():
-        estimate = difference_estimate(*table)
+        gain = estimate(*table)
         found[name] = DifferenceToControl(
             control=control,
-            num_seeds=estimate.num_seeds,
+            num_seeds=gain.num_seeds,
             num_questions=len(by_arm[name][0].questions),
-            difference=estimate.value,
-            interval=estimate.interval,
+            difference=gain.value,
+            interval=gain.interval,
             p=ps[name],
             p_holm=for_all[name],
-            shown=for_all[name] < CHANCE and estimate.num_seeds > 1,
+            shown=for_all[name] < CHANCE and gain.num_seeds > 1,
         )
     return found
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sftkey.data.collator import row_lengths
 from sftkey.data.labels import IGNORED
 from sftkey.data.response import Segment
-from sftkey.files import free_bytes
+from sftkey.files import GIB, free_bytes
 from sftkey.models.key_pass import act, context_adapters
 from sftkey.recipe.stages import KeyAdapterSpec
 from sftkey.recipe.upstream import size_bytes
@@ -178,7 +178,7 @@ class FrozenTrainer(KeyTrainer):
         size = a_token * sum(row_lengths(rows))
         auto = self._cache_setting == "auto"
         limit = size_bytes(self._cache_setting) or int(free_bytes(folder) * FREE_SHARE)
-        what = f"{a_token / 1024:.0f} KiB a token, {size / 2**30:.2f} GiB of contexts"
+        what = f"{a_token / 1024:.0f} KiB a token, {size / GIB:.2f} GiB of contexts"
         if auto and size > limit:
             LOGGER.info("contexts are read anew in each epoch: %s are too much for the disk", what)
             return None

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 
 from sftkey.activity import tell
-from sftkey.errors import DivergedError
+from sftkey.errors import SMALLER_STEPS, DivergedError
 from sftkey.files import write_text
 from sftkey.training.made_from import rounded_by
 from sftkey.training.run_folder import Ledger
@@ -244,8 +244,7 @@ class StageLog(TrainerCallback):
             raise DivergedError(
                 f"{self.record.name}, step {state.global_step}",
                 f"expected a finite loss; got {logs['loss']}",
-                f"lower stages.{self.record.name}.trainer.learning_rate, or train in bfloat16 or "
-                "float32 (model.dtype); the checkpoints before this step are kept",
+                SMALLER_STEPS,
             )
         if state.is_world_process_zero:
             with self.path.open("a") as file:

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 
 from sftkey.errors import DeviceError, DiskError, ProcessLost, SFTKeyError, first_line
-from sftkey.files import free_bytes, num_bytes_below
+from sftkey.files import GIB, free_bytes, num_bytes_below
 from sftkey.memory_plan import held
 from sftkey.models.device import Device, is_out_of_memory
 from sftkey.recipe.schema import Recipe, StageSection
@@ -139,8 +139,8 @@ def require_disk(ledger: Ledger, num_steps: dict[str, int]) -> str | None:
 
 
 def _size(num_bytes: int) -> str:
-    small = num_bytes < 2**30
-    return f"{num_bytes / 2**20:.1f} MiB" if small else f"{num_bytes / 2**30:.2f} GiB"
+    small = num_bytes < GIB
+    return f"{num_bytes / 2**20:.1f} MiB" if small else f"{num_bytes / GIB:.2f} GiB"
 
 
 def plan_disk(recipe: Recipe, num_steps: dict[str, int]) -> dict[str, StageDisk] | None:

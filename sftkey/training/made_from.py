@@ -13,6 +13,7 @@ from sftkey.errors import Problem, RunError
 from sftkey.files import read_json, text_hash, value_hash, write_json
 from sftkey.models.device import Device
 from sftkey.recipe.schema import Recipe
+from sftkey.recipe.upstream import LIBRARIES
 from sftkey.training.losses import own_losses
 from sftkey.training.run_folder import ROWS, Ledger, put_back
 
@@ -51,7 +52,7 @@ def fingerprints(rows: Mapping[str, Any]) -> dict[str, str]:
     return {name: value_hash(each) for name, each in rows.items()}
 
 
-def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str] = ALL) -> None:
+def require_same_rows(ledger: Ledger, prepared: Prepared, splits: Collection[str]) -> None:
     """Refuse other rows than those that the run has used; note those that it begins to use."""
     now = made_from(ledger.recipe, prepared)
     hashes = fingerprints(now)
@@ -113,7 +114,7 @@ def _difference(name: str, before: list[str] | None, now: list[str]) -> str:
 
 # What a run's figures depend on beside its recipe, its rows and the versions of its libraries.
 SURROUNDINGS = ("device", "compute_dtype", "world_size")
-PACKAGES = ("sftkey", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+PACKAGES = ("sftkey", *LIBRARIES)
 
 
 def surroundings(recipe: Recipe, device: Device) -> dict[str, Any]:

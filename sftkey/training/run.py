@@ -161,10 +161,7 @@ class Run:
         checkpoints = self.ledger.stage_folder(number) / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint = callbacks.newest_whole(checkpoints)
-        if stage.thinking == "own":
-            rows = self._own_rows(number, model)
-        else:
-            rows = self.prepared.stage_rows(self.recipe, stage)
+        rows = self._rows(number, model)
         trainer = make_trainer(
             self.recipe,
             stage,
@@ -211,9 +208,14 @@ class Run:
             record.worse = change.said(self.prepared.loss_name)
             self.progress.note(f"WARNING: {record.name}: {record.worse}\nhint: {soundness.HINT}")
 
-    def _own_rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
-        """Let the model write the thinkings of a stage, and of the validation rows without any."""
+    def _rows(self, number: int, model: PreTrainedModel | PeftModel) -> Dataset:
+        """Return a stage's rows; the model writes thinkings, where its own are trained behind.
+
+        In that case it writes those of the validation rows without any, too.
+        """
         stage, renderer = self.recipe.stages[number], self.prepared.renderer
+        if stage.thinking != "own":
+            return self.prepared.stage_rows(self.recipe, stage)
         folders = self.ledger.stage_folder(0), self.ledger.stage_folder(number)
         first, writer = (
             Writer(self.recipe, renderer, model, folder, self.progress, stage.name)

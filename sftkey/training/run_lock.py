@@ -1,7 +1,5 @@
 """One process works on a run folder; which one, the folder says."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

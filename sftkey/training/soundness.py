@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from sftkey.errors import DivergedError, RunError
+from sftkey.errors import SMALLER_STEPS, DivergedError, RunError
 from sftkey.files import read_json, write_json
 
 ROWS_FILE = "validation.json"  # of a stage's folder: its own loss of each row, nats a token
@@ -160,8 +160,7 @@ def refuse_unsound_end(end: dict[str, float], where: str) -> None:
         raise RunError(
             where,
             f"expected finite losses at the end; those of {unsound} are not, and nothing was saved",
-            "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); the "
-            "checkpoints are kept",
+            SMALLER_STEPS,
         )
 
 

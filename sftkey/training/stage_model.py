@@ -93,12 +93,7 @@ def load_stage(
     ledger.facts["base"] = base
     weights = Path(before) if full and before else None
     model: PreTrainedModel | PeftModel = load_model(recipe.model, device, full=full, folder=weights)
-    if device.kind == "cpu" and model.dtype == torch.float16:
-        raise ModelError(
-            "model.dtype",
-            "auto is float16 for this model, which can't be trained on a CPU",
-            "write model.dtype=float32, or bfloat16",
-        )
+    _refuse_half_on_cpu(model, device)
     if any(stage.context != "exact" for stage in stages):
         refuse_other_caches(model)  # before hours of training, not after
     # What is trained to stop must stop wherever the model goes: it is saved with the weights.
@@ -114,6 +109,15 @@ def load_stage(
     if before is None:
         return add_lora(model, recipe.lora or {}, recipe.seed)
     return load_adapter(model, before, base, lora=recipe.lora)
+
+
+def _refuse_half_on_cpu(model: PreTrainedModel | PeftModel, device: Device) -> None:
+    if device.kind == "cpu" and model.dtype == torch.float16:
+        raise ModelError(
+            "model.dtype",
+            "auto is float16 for this model, which can't be trained on a CPU",
+            "write model.dtype=float32, or bfloat16",
+        )
 
 
 def load_left(

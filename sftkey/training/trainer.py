@@ -16,7 +16,7 @@ from trl import SFTConfig
 from sftkey.data.collator import KeyCollator, row_lengths
 from sftkey.data.labels import PADDING, weights_at, weights_by_segment
 from sftkey.data.response import Segment
-from sftkey.errors import DivergedError
+from sftkey.errors import SMALLER_STEPS, DivergedError
 from sftkey.models.adapters import without_adapters
 from sftkey.models.device import sharded
 from sftkey.recipe.loss_on import annealed
@@ -368,8 +368,7 @@ class KeyTrainer(ValidatingTrainer):
                 raise DivergedError(
                     f"step {self.state.global_step}",
                     f"expected finite gradient norms up to it; got {worst}",
-                    "lower trainer.learning_rate, or train in bfloat16 or float32 (model.dtype); "
-                    "the checkpoints before this step are kept",
+                    SMALLER_STEPS,
                 )
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:

@@ -1,7 +1,5 @@
 """A recipe is written for a model from its config and tokenizer; the gate has the last word."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from sftkey.data.preview import preview_rows
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example
 from sftkey.data.tokenization import Refusal, Row, tokenize
-from sftkey.errors import DataError, FrameError, ModelError, RecipeError
+from sftkey.errors import DataError, FrameError, ModelError, RecipeError, RunError
 from sftkey.recipe.load import load_recipe
 from sftkey.recipe.schema import Recipe
 from tests.data.test_renderer import standing_in
@@ -450,7 +448,8 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
         main(["adapt", "nowhere/at-all", "-o", "q.yaml"])
     assert exited.value.code == 2
     assert capsys.readouterr().err == (
-        "error: q.yaml: exists already, and nothing is overwritten\nhint: give another FILE\n"
+        "error: q.yaml: exists already, and nothing is overwritten\n"
+        "hint: give another name, or move it aside\n"
     )
     assert Path("q.yaml").read_text() == "mine"
 
@@ -468,7 +467,7 @@ def test_a_file_that_came_meanwhile_is_not_overwritten(
         return adapted
 
     monkeypatch.setattr(planning_adapt, "adapt", slow)
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(RunError) as raised:
         adapt("model", data="rows.jsonl", output=Path("q.yaml"))
     assert str(raised.value).startswith("q.yaml: exists already, and nothing is overwritten\n")
     assert Path("q.yaml").read_text() == "mine"

@@ -1,7 +1,5 @@
 """Columns are guessed by their names and by what rules split; the rest is left to the user."""
 
-from __future__ import annotations
-
 from datetime import date
 from decimal import Decimal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The nearest recipe is of the same family, and the differences are those of model and response."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

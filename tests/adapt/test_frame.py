@@ -1,7 +1,5 @@
 """Frame and tags are those that a model's template has, and that its tokenizer splits cleanly."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows that a template writes another generation prompt for are left out, or asked about."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a frozen key stage costs beside plain TRL's step, and a grid of eight beside one adapter."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from functools import partial

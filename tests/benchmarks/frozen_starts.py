@@ -8,8 +8,6 @@ key that is read one token too late or too early. A line of JSON a seed says how
 behind the cache lay from the full pass, how far it might, and which faults were told.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

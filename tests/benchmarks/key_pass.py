@@ -1,7 +1,5 @@
 """What one pass over the keys of an accumulated step saves beside a pass a micro-batch."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from functools import partial

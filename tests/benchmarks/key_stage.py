@@ -7,8 +7,6 @@ NF4 and bfloat16. Nothing is downloaded. `--quick` runs the same code on a toy: 
 nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

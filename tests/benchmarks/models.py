@@ -1,7 +1,5 @@
 """Models of published shapes with random weights: nothing is downloaded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

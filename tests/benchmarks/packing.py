@@ -8,8 +8,6 @@ third side, batches grouped by length, which is how sftkey pads; and it says how
 matrix products take in each. The bar of key_stage.py takes the demo's rows, which hardly differ.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -7,8 +7,6 @@ by how much torch's allocator rises above it. The plan has one fitted constant, 
 a tile of logits on a CPU; rows marked as held out have not been seen by it.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -10,8 +10,6 @@ row, that a row comes back, that nothing it says is ignored. Each side is a proc
 turn, with an empty cache. Processor time counts beside the clock's: other programs don't slow it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ Each is put into a recipe over a tiny model, made in-process, and `check` is ask
 docs/reliability.md, one row a setting. Then the seconds that a rehearsal takes on each recipe.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """The two sides of a comparison: TRL's own trainer, and sftkey's, on copies of one model."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

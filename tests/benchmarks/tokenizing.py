@@ -6,8 +6,6 @@ Tokenizer and rows are made in-process, the chat template is Llama 3's: nothing 
 is measured in one process, as it is by default, and with one on each core; the faster one counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

@@ -1,7 +1,5 @@
 """The gate finds everything at once, says each thing whole, and stands before every training."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -77,6 +75,27 @@ def tie(folder: Path) -> None:
     """Say in the config that the head shares its weights with the embedding."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+def test_a_frozen_stage_finds_where_each_thinking_ends(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Without tags white space ends it, which it mustn't hold; other contexts train such rows."""
+    rows = [{**row, "thinking": "1 + 1 = 2" + "\n2" * (n == 3)} for n, row in enumerate(ROWS)]
+    source = write_rows(tmp_path / "these.jsonl", rows)
+    response = {"thinking": ["", ""], "answer": ["\n", ""]}
+    found = {}
+    for context in ("exact", "frozen"):
+        stages = [{"name": "key", "loss_on": "key", "context": context}]
+        recipe = tiny_recipe(data={"source": source}, response=response, stages=stages)
+        found[context] = gate_of(load_recipe(recipe)).refusals
+    assert not found["exact"]
+    (finding,) = found["frozen"]
+    assert (finding.code, finding.rows) == ("switch", (3,))
+    assert str(finding) == (
+        "train: the thinkings of these rows hold '\\n', which ends a thinking here: 1 row, 3\n"
+        "    hint: write a closing tag, or an opening tag of the answer; or context: exact"
+    )
 
 
 def test_a_right_recipe_has_no_findings_and_its_counts(gate: Gate) -> None:

@@ -1,7 +1,5 @@
 """Answers beyond a model's positions, and stages without a whole batch, are refused by `check`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

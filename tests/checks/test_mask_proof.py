@@ -1,7 +1,5 @@
 """The proof of masks says right of what is right, and wrong of everything else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What upstream would refuse after hours is refused before any weights are loaded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

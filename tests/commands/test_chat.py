@@ -1,7 +1,5 @@
 """`sftkey chat` answers line after line, as the answers are written, with thinkings folded."""
 
-from __future__ import annotations
-
 import doctest
 import io
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """`sftkey compare` lays graded runs side by side."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

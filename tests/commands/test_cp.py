@@ -1,7 +1,5 @@
 """`sftkey cp` copies a recipe to edit, and every command that takes a recipe takes its name."""
 
-from __future__ import annotations
-
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,8 @@ def test_nothing_is_overwritten(
     for taken in ("a.yaml", "b", "c.yaml"):
         assert ended("cp", NAME, taken) == 2
         assert capsys.readouterr().err == (
-            f"error: {taken}: exists already, and nothing is overwritten\nhint: give another FILE\n"
+            f"error: {taken}: exists already, and nothing is overwritten\n"
+            "hint: give another name, or move it aside\n"
         )
     assert Path("a.yaml").read_text() == "mine"
 

@@ -1,7 +1,5 @@
 """`sftkey env` says what a bug report needs, on a machine whose torch is broken, too."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`sftkey errors` prints a stage's wrong answers from the run's files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

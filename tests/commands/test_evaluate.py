@@ -1,7 +1,5 @@
 """`sftkey evaluate` grades again, writes what is missing, and grades another engine's text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

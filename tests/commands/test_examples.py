@@ -1,7 +1,5 @@
 """Each command's help ends with examples that the command line takes; shells complete words."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

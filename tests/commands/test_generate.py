@@ -1,7 +1,5 @@
 """`sftkey generate` asks a run one question, as its data would put it."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

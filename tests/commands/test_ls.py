@@ -1,7 +1,5 @@
 """`sftkey ls` lists the recipes that ship, and nothing that lies beside them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`sftkey show` prints what the collator makes of a recipe's rows, data on stdout."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

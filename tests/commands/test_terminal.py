@@ -1,7 +1,5 @@
 """A process that trains takes its share of the machine, whatever the launcher left it."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """`sftkey train` and `python -m sftkey.train` check a recipe's form before anything heavy."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import subprocess

@@ -1,7 +1,5 @@
 """What the commands print is readable on a terminal of any width."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -82,7 +80,7 @@ def printed(
 ) -> Callable[..., str]:
     """Return what runs a command and returns what it printed, on both streams."""
     monkeypatch.chdir(home)
-    for module, name in ((adapting, "adapt"), (gate, "check_recipe"), (gate, "with_plan")):
+    for module, name in ((adapting, "adapt"), (gate, "check_recipe"), (diagnosing, "with_plan")):
         monkeypatch.setattr(module, name, once(getattr(module, name)))
     figures = made(0.60, 0.85, 0.20)
     monkeypatch.setattr(diagnosing, "look", lambda *_: (figures, recommend(figures)))

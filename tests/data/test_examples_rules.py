@@ -1,7 +1,5 @@
 """How a response is split into thinking and answer."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

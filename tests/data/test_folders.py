@@ -1,7 +1,5 @@
 """The files of a split are found in folders as people, `datasets` and the hub lay them out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

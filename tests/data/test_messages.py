@@ -1,7 +1,5 @@
 """Messages are read in the forms that data sets write them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +97,7 @@ def test_tokens_say_what_each_stage_trains(made_recipe: Any, tiny_tokenizer: Any
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(prompt=TEXT, answer=TEXT)
 def test_token_texts_join_to_the_row(kind: str, prompt: str, answer: str) -> None:
     """No character is lost, doubled or broken, though some have several tokens."""

@@ -1,7 +1,5 @@
 """A file is read by what it holds: packed, wrapped, by columns, or refused with what to do."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

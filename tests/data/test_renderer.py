@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -357,7 +355,7 @@ def test_a_header_is_fixed_where_no_row_can_change_it(template: str, fixed: bool
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("template", "section"), [(CHATML, OWN), (OPENED, OPENED_THINK)])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(prompt=TEXT, rest=TEXT)
 def test_ids_of_a_prompt_are_those_of_its_text_alone(
     kind: str, template: str, section: ResponseSection, prompt: str, rest: str

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -25,7 +23,7 @@ def framed(kind: str) -> Renderer:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "look_ahead"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=TEXTS)
 def test_ids_spell_what_decoding_reads(kind: str, texts: list[str]) -> None:
     """And no other text: the decoder is asked for what isn't spelled."""

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -71,9 +69,7 @@ def contents(found: tuple[Dataset, CachedRows]) -> tuple[list[Any], list[Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trim", [False, True])
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.tuples(TEXT, TEXT | st.sampled_from(SPECIAL), TEXT), min_size=1, max_size=5),
     max_length=st.integers(20, 120),

@@ -1,7 +1,5 @@
 """Where rows come from, and what becomes of them."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """How rows are shared out between train, validation and test."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Orders and ledgers: every figure in a row follows from its prompt, and options are held to."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

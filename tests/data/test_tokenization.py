@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -26,7 +24,7 @@ from tests.support.tokenizers import (
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("renderer", FRAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(prompt=TEXT, thinking=TEXT, answer=TEXT)
 def test_rows_are_right(kind: str, renderer: str, prompt: str, thinking: str, answer: str) -> None:
     """An oracle that only decodes finds prompt, key, answer and end of turn where they belong."""
@@ -167,7 +165,7 @@ def test_unknown_character_is_refused() -> None:
     assert tokenize([Example("Q", "三", "7", 0)], renderer) == [
         Refusal(
             0,
-            "a special token arises that nobody wrote: a character is unknown to the tokenizer",
+            "a character that the tokenizer doesn't know became a special token",
             "unknown-character",
         )
     ]

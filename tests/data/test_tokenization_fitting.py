@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from functools import cache
 
 import pytest
@@ -64,7 +62,7 @@ def test_trimming_refuses_what_cannot_fit(renderer: Renderer) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(thinking=TEXT, answer=TEXT, share=st.floats(0, 1))
 def test_trimming_takes_the_thinkings_end_and_never_the_key(
     kind: str, thinking: str, answer: str, share: float

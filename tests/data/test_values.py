@@ -1,7 +1,5 @@
 """Options get their letters, places become letters, JSON in texts is read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A model is asked after three thinkings: what it reads, what is judged, what is scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

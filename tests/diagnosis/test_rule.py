@@ -1,7 +1,5 @@
 """The diagnosis's figures and its rule: four recommendations, and the regimes of real tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import sqrt
 

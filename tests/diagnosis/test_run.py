@@ -1,7 +1,5 @@
 """`sftkey diagnose` on a recipe, on a run's stages, on somebody's model; and inside a run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -94,13 +92,18 @@ def test_a_diagnosis_that_a_kill_has_lost_is_made_again(
     assert SENTENCE in capsys.readouterr().err
 
 
-def test_a_run_without_validation_rows_has_no_diagnosis(
-    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_run_without_validation_rows_or_tags_has_no_diagnosis(
+    tagged: bool, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training rows would flatter the model."""
+    """Training rows would flatter the model, and without tags no thinking has an end."""
     monkeypatch.chdir(tmp_path)
     data = {"source": str(tmp_path / "rows.jsonl"), "test": 4, "max_length": 512}
-    recipe = tiny_recipe(data=data, trainer={"max_steps": 1}, eval={"max_new_tokens": 4})
+    sections: dict[str, Any] = {"data": data}
+    if not tagged:
+        data["validation"] = 4
+        sections["response"] = {"thinking": ["", ""], "answer": ["\n", ""]}
+    recipe = tiny_recipe(**sections, trainer={"max_steps": 1}, eval={"max_new_tokens": 4})
     train(recipe, ["stages=[{name: key, loss_on: key}]"])
     assert not (tmp_path / "runs" / "tiny" / "diagnosis").exists()
 

@@ -1,7 +1,5 @@
 """Graded answers are kept with question, reference and verdict, and found by kind and text."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

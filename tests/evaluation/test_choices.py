@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF001  (dashes and letters as models write them)
 
-from __future__ import annotations
-
 import pytest
 
 from sftkey.evaluation.grading import grade

@@ -1,7 +1,5 @@
 """Comparisons: the table, the differences, and what the sentences claim."""
 
-from __future__ import annotations
-
 import io
 import json
 from math import sqrt

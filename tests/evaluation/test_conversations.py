@@ -1,7 +1,5 @@
 """Intervals and tests over conversations: by hand, by simulation, and as before without any."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Formulas: which forms are equal, and that none is evaluated for ever."""
 
 # ruff: noqa: RUF001  (a minus sign as models write it)
-from __future__ import annotations
-
 import sys
 import threading
 

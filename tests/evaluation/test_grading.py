@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF001  (a minus sign that looks like a hyphen)
 
-from __future__ import annotations
-
 import doctest
 from functools import partial
 

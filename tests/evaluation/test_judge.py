@@ -1,7 +1,5 @@
 """The second grader, against a server on this machine: no real endpoint is asked."""
 
-from __future__ import annotations
-
 import doctest
 import json
 import re

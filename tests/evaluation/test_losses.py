@@ -1,7 +1,5 @@
 """A run's losses are read from its ledger and logs, and drawn by stage and segment."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

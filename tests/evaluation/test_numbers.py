@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF001  (characters that look like others are what is tested)
 
-from __future__ import annotations
-
 import doctest
 from fractions import Fraction
 

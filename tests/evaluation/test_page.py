@@ -1,7 +1,5 @@
 """`report.html` is well-formed, whole in itself, and shows texts as they are."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

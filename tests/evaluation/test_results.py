@@ -1,7 +1,5 @@
 """Results of a stage: the figures, their file, and generations of another engine."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Intervals and tests: published figures, exact coverage, symmetries."""
 
-from __future__ import annotations
-
 from itertools import product
 from math import sqrt
 
@@ -58,7 +56,7 @@ def test_paired_difference_of_all_gains_ends_at_one() -> None:
 
 
 @given(PAIRS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_paired_difference_inverts_the_score_test(pairs: list[tuple[bool, bool]]) -> None:
     """At each end, with the likelihood maximized by a search, the score is z."""
     before, after = [old for old, _ in pairs], [new for _, new in pairs]
@@ -87,7 +85,7 @@ def test_paired_difference_inverts_the_score_test(pairs: list[tuple[bool, bool]]
 
 
 @given(PAIRS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_paired_difference_turns_its_sign_with_the_order(pairs: list[tuple[bool, bool]]) -> None:
     """Exchanging the stages mirrors the interval."""
     before, after = [old for old, _ in pairs], [new for _, new in pairs]
@@ -114,7 +112,7 @@ def test_paired_difference_covers_the_truth(chances: tuple[float, float]) -> Non
 
 
 @given(PAIRS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_p_is_the_score_of_the_questions_that_changed_sides(
     pairs: list[tuple[bool, bool]],
 ) -> None:

@@ -1,7 +1,5 @@
 """Thinkings: which are right, which are the same, and what a stage did to them."""
 
-from __future__ import annotations
-
 import doctest
 from functools import partial
 from typing import Any

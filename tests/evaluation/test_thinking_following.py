@@ -1,7 +1,5 @@
 """Does an answer follow from the thinking before it?"""
 
-from __future__ import annotations
-
 import pytest
 
 from sftkey.data.response import Example, Parsed

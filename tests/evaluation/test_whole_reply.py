@@ -1,7 +1,5 @@
 """A judge's endpoint that never ends its reply, or sends one without end, holds no run."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

@@ -8,8 +8,6 @@ lines of the table are written anew; `--quick` leaves out the tests that take mi
 doesn't pass has held none of its tries.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

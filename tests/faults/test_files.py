@@ -1,7 +1,5 @@
 """A file or folder has its name only when it is whole, whatever happens while it is written."""
 
-from __future__ import annotations
-
 import ast
 import errno
 import os

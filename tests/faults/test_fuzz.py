@@ -3,8 +3,6 @@
 The default run tries a few of each; `pytest -m fuzz -n 0` tries 10,000.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -25,6 +23,7 @@ from sftkey.bounds import bounded
 from sftkey.data.prepare import prepare
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import QuestionKey
+from sftkey.diagnosis.run import choose_subject
 from sftkey.errors import RunError, SFTKeyError, as_told
 from sftkey.evaluation.answers import read_generations
 from sftkey.evaluation.results import read_results
@@ -66,7 +65,6 @@ def _hold(num: int, inputs: st.SearchStrategy[Any], use: Callable[[Any], object]
         max_examples=num,
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     always(given(inputs)(tried))()
@@ -266,6 +264,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(run: Path) -> None:
     for look in (
         lambda: open_run(run),
         lambda: read_results(run),
+        lambda: choose_subject(str(run), (), None, None, 9),
         lambda: run_folder.open_run(recipe, run),
         lambda: read_generations(pipe, []),  # as another engine would have written them
         lambda: find_source(str(pipe.parent), config_file="validation.json"),  # a model's folder

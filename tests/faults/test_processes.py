@@ -1,7 +1,5 @@
 """Several processes: where one is gone or answers no more, the others end."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The table of faults: it names every kind that a test tries, and counts what was held."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 from typing import Any

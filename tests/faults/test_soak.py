@@ -5,8 +5,6 @@ SFTKEY_SOAK says how many SIGKILLs and SIGTERMs a run gets, as one process and a
 prints each.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Any file of a run, broken in any way, is named in one error, or the run ends as it would."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

@@ -1,7 +1,5 @@
 """Generation: what batching, stopping, seeds and kills may not change."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

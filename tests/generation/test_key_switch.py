@@ -1,7 +1,5 @@
 """Generation after a frozen key stage: the key adapter acts from the thinking's last token on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plan counts what is held, finds what fits, and says what to write where nothing does."""
 
-from __future__ import annotations
-
 import functools
 import json
 import subprocess
@@ -18,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from sftkey.adapt.adapt import adapt
 from sftkey.commands.check import check
 from sftkey.errors import CheckError, ModelError, RecipeError
+from sftkey.files import GIB
 from sftkey.memory_plan.held import (
     adapter_bytes,
     constant_bytes,
@@ -26,7 +25,7 @@ from sftkey.memory_plan.held import (
     setting_of,
     weight_bytes,
 )
-from sftkey.memory_plan.plan import GIB, changes_that_fit, fit, gpu_size, make_plan
+from sftkey.memory_plan.plan import changes_that_fit, fit, gpu_size, make_plan
 from sftkey.models.device import Device
 from sftkey.models.facts import Skeleton
 from sftkey.models.loading import load_model
@@ -399,9 +398,10 @@ def test_nothing_that_fits_is_said(
     monkeypatch.setattr("sftkey.memory_plan.plan.changes_that_fit", lambda *_: None)
     with pytest.raises(SystemExit):
         check(RECIPE, [f"model.name_or_path={folder}"], gpu="6GB", plan_only=True)
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, hint, last = capsys.readouterr().out.splitlines()
     what = "no change that is known here makes it fit: take a smaller model or a larger GPU"
-    assert last == f"    hint: {what}"
+    assert hint == f"    hint: {what}"
+    assert last == "qwen3-8b-gsm8k: refused for 1 finding"
 
 
 def test_check_plans_beside_the_rows(
@@ -412,12 +412,14 @@ def test_check_plans_beside_the_rows(
     report = json.loads(capsys.readouterr().out)
     assert report["statistics"]["key_share"]
     assert report["plan"]["fits"]
-    with pytest.raises(SystemExit):
-        check(tiny_recipe(), ["lora.use_dora=true"], as_json=True, gpu="24GB")
-    (finding,) = json.loads(capsys.readouterr().out)["findings"]
-    assert finding["message"] == (
-        "tiny, stage completion: lora.use_dora: what it adds to memory isn't planned"
-    )
+    dora = ["lora.use_dora=true"]
+    for plan_only in (False, True):
+        with pytest.raises(SystemExit):
+            check(tiny_recipe(), dora, as_json=True, gpu="24GB", plan_only=plan_only)
+        (finding,) = json.loads(capsys.readouterr().out)["findings"]
+        assert finding["message"] == (
+            "tiny, stage completion: lora.use_dora: what it adds to memory isn't planned"
+        )
 
 
 def test_adapt_takes_the_rows_that_fit(

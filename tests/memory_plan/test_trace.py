@@ -1,7 +1,5 @@
 """What the plan traces on the meta device is what autograd keeps, and what is measured."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from contextlib import nullcontext

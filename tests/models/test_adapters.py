@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -313,6 +311,21 @@ def test_whole_model(tiny_folder: Path, base: dict[str, str | None], tmp_path: P
     assert (loaded(tmp_path / "stage" / "model").lm_head.weight == 2.0).all()
     assert json.loads((tmp_path / "stage" / "model" / "base.json").read_text()) == base
     assert [file.name for file in (tmp_path / "stage").iterdir()] == ["model"]
+
+
+@pytest.mark.fault("losses or gradients that are not finite, a model made worse")
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny_folder: Path, base: dict[str, str | None], tmp_path: Path
+) -> None:
+    """Of an adapter or of a whole model; the error names one of them, and nothing is written."""
+    model = add_lora(loaded(tiny_folder), LORA, seed=7)
+    next(iter(trained(model).values())).data[0, 0] = float("inf")
+    whole = loaded(tiny_folder)
+    whole.lm_head.weight.data[0, 0] = float("nan")
+    for save, broken in ((save_adapter, model), (save_model, whole)):
+        with pytest.raises(ModelError, match=r"1 of \d+ hold NaN or infinity, such as .*\nhint: l"):
+            save(broken, tmp_path / "stage", base)
+    assert not list(tmp_path.iterdir())
 
 
 def refusal(tiny_folder: Path, folder: Path, lora: dict[str, Any] | None = None) -> str:

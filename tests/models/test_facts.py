@@ -1,7 +1,5 @@
 """What is known of a model without its weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

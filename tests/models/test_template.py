@@ -1,7 +1,5 @@
 """A template that comes with a model is text, and ends."""
 
-from __future__ import annotations
-
 import os
 import time
 import tracemalloc

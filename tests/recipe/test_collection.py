@@ -1,7 +1,5 @@
 """Recipes are found by short names; a path that exists comes first."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Recipes: what is taken, what is refused and in which words, and how fast."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import sys
@@ -336,7 +334,7 @@ def loaded(text: str) -> Recipe:
         return load_recipe(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RECIPES)
 def test_a_resolved_recipe_is_the_same_recipe(plain: dict[str, Any]) -> None:
     """Whatever a recipe holds, what a run folder gets of it loads to an equal one."""
@@ -356,7 +354,7 @@ PLACES = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(PLACES), VALUES)
 def test_no_value_escapes_the_check(place: str, value: Any) -> None:
     """Whatever stands at whichever key, the answer is a recipe or a RecipeError."""

@@ -1,7 +1,5 @@
 """Steps and epochs of a stage are what the trainer makes of the same settings."""
 
-from __future__ import annotations
-
 import doctest
 from pathlib import Path
 from typing import Any

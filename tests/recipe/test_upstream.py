@@ -1,7 +1,5 @@
 """What is read from upstream's sources is what upstream's classes have, and its types are kept."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A recipe is written so that YAML reads the very values back, each beside its reason."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A merged folder answers in other programs as `sftkey generate` answers."""
 
-from __future__ import annotations
-
 import copy
 import stat
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sftkey export` writes what llama.cpp, Ollama and vLLM need, up to their own programs."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """`sftkey evaluate RUN --model FOLDER` grades a folder beside the stage that it was made from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`sftkey export --to lm-eval` writes the run's prompts and verdicts for the harness."""
 
-from __future__ import annotations
-
 import importlib.util
 import shlex
 from pathlib import Path
@@ -97,5 +95,5 @@ def test_the_task_is_the_harnesses(
         f"pretrained={base},peft={run}/stages/1-completion/adapter",
     ]
     assert words[5:9] == ["--tasks", "sftkey_tiny", "--include_path", str(tmp_path / "again")]
-    with pytest.raises(RunError, match="expected a new folder; it exists already"):
+    with pytest.raises(RunError, match="exists already, and nothing is overwritten"):
         export(run, "lm-eval", tmp_path / "again")

@@ -1,7 +1,5 @@
 """`sftkey merge` writes a model that is base and adapter, or says why there is none."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +146,8 @@ def test_the_base_and_an_existing_folder_are_refused(run: tuple[Path, Any], tmp_
         f"{folder}: --stage: the base has no adapter to merge"
     )
     assert refusal(folder, output, stage="completion") == (
-        f"{output}: expected a new folder; it exists already"
+        f"{output}: exists already, and nothing is overwritten\n"
+        "hint: give another name, or move it aside"
     )
 
 

@@ -1,7 +1,5 @@
 """Cards say what was measured, and a push puts a stage that others can load on the hub."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

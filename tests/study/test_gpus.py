@@ -1,7 +1,5 @@
 """A study on several GPUs runs a cell on each of them at the same time."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

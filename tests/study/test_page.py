@@ -1,7 +1,5 @@
 """A study's `report.html` has all of `report.md`, its pictures, and each question's verdicts."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from base64 import b64decode

@@ -1,7 +1,5 @@
 """A study's pictures: what is drawn of which arm, in which colours, and what is left out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

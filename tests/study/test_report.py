@@ -1,7 +1,5 @@
 """A study's report: its table, what its sentences claim, and what it warns of."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,7 +136,7 @@ def test_sentences_say_what_is_shown_and_what_is_not() -> None:
     results = made_results(CONTROL, BETTER, WORSE, UNSHOWN)
     assert said(results, "orders") == [
         STATED,
-        "Shown: sftkey answers better than sft_tag (+15.0 points [+10.0, +20.0], p <0.001); "
+        "Shown: sftkey answers better than sft_tag (+15.0 points [+10.0, +20.0], p<0.001); "
         "dft answers worse than sft_tag (-8.0 points [-12.0, -4.0], p 0.012).",
         "Not shown to be better or worse than sft_tag: sft_twice (+1.0 points [-3.0, +5.0], "
         "p 1.000). That is no proof that they are alike.",
@@ -163,7 +161,7 @@ def test_one_seed_says_nothing_of_another() -> None:
     assert said(results, "orders") == [
         "200 questions and one seed show nothing of the ways of training.",
         "Of one seed, so of these two runs and not of two ways of training: sftkey against sft_tag "
-        "(+15.0 points [+10.0, +20.0], p <0.001). Interval and p say nothing of what another seed "
+        "(+15.0 points [+10.0, +20.0], p<0.001). Interval and p say nothing of what another seed "
         "would give.",
     ]
 

@@ -1,7 +1,5 @@
 """Parts of a study's results by hand, and the files that cells and results lie in."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

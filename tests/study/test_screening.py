@@ -1,7 +1,5 @@
 """A study in two phases: a screening on validation rows, then the test questions."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From finished cells to a study's results: each arm's figures, by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import sqrt
 from statistics import fmean, variance
@@ -14,9 +12,8 @@ from sftkey.study.report import report
 from sftkey.study.results import ArmFigures, DifferenceToControl, FinishedCell, StudyResults
 from sftkey.study.seeds import (
     detectable_difference,
-    difference_estimate,
     difference_p,
-    mean_estimate,
+    estimate,
 )
 from sftkey.study.summary import summarize, supposed_of
 from tests.support.cells import COMMAND, COMMIT, HARDWARE, answered, cell, made_cells, made_flags
@@ -250,10 +247,10 @@ def test_questions_of_seeds_are_the_same_only_where_they_are(same: bool) -> None
     both = flags["sftkey"], flags["sft_tag"]
     arm, found = named(summed(cells), "sftkey"), compared(summed(cells))
     assert arm.same_questions is same
-    assert arm.acc_interval == mean_estimate(flags["sftkey"], same).interval
-    assert arm.acc_interval != mean_estimate(flags["sftkey"], not same).interval
-    assert found.interval == difference_estimate(*both, same).interval
-    assert found.interval != difference_estimate(*both, not same).interval
+    assert arm.acc_interval == estimate(flags["sftkey"], same_questions=same).interval
+    assert arm.acc_interval != estimate(flags["sftkey"], same_questions=not same).interval
+    assert found.interval == estimate(*both, same).interval
+    assert found.interval != estimate(*both, not same).interval
     assert found.p == difference_p(*both, same)
 
 

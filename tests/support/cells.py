@@ -1,7 +1,5 @@
 """Finished cells of a study that nobody ran."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

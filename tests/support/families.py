@@ -4,8 +4,6 @@ Where TRL ships a family's template, that one is taken. The others are written h
 format that the model's card or tokenizer_config.json documents, without tools and documents.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from copy import deepcopy

@@ -4,8 +4,6 @@ Accelerate shards where several processes have accelerators of any kind; torch's
 none. So the processes are said to have some.
 """
 
-from __future__ import annotations
-
 import runpy
 from typing import Any
 

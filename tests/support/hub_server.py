@@ -1,7 +1,5 @@
 """A local stand-in for the hub's HTTP API, as far as a push uses it."""
 
-from __future__ import annotations
-
 import base64
 import json
 import threading

@@ -1,7 +1,5 @@
 """A server on this machine that speaks as much of the OpenAI protocol as a judge needs."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator

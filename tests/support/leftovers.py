@@ -1,7 +1,5 @@
 """What a killed process leaves beside a file that it was writing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from platform import node
 

@@ -6,8 +6,6 @@ Real tokenizers come from packages (`real_tokenizers`); a family without one get
 is trained on the spot, with the family's control tokens and template.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Folders with a model's config and tokenizer, and no weights: what `sftkey adapt` needs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

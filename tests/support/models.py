@@ -1,7 +1,5 @@
 """Tiny models of several families, batches for them, and losses computed from whole logits."""
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Reads a page as a test wants it."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 

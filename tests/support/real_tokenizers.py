@@ -4,8 +4,6 @@ For tests that are marked `network`: `fetch` skips with the reason where a packa
 in CI such a skip is a failure (conftest.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -3,8 +3,6 @@
 The names of columns, configs and splits are those of the data sets' cards, which the recipes cite.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Run folders of the tiny model as training leaves them, their adapters random."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Results of stages of runs that nobody ran."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any

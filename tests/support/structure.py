@@ -1,7 +1,5 @@
 """What the tests of the structure read from a package's sources: imports, and lengths."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """How the time of a function grows with the length of what it reads."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tiny models, tokenizers, rows and recipes, made in-process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Three kinds of tokenizers, trained in-process, and texts that are hard on them."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from typing import Any

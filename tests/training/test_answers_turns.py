@@ -1,7 +1,5 @@
 """Conversations whose turns are all asked: each answer is graded with its own reference."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

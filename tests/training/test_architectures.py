@@ -1,7 +1,5 @@
 """Recipes run through on tiny random models of their families' architectures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a frozen stage reads of its contexts is kept in files, and is what the model would read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the stages will write is said before training, and refused where it has no room."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

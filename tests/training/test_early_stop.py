@@ -1,7 +1,5 @@
 """A stage that ends by its answers to validation questions: which epoch it keeps, and when."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

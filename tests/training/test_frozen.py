@@ -1,7 +1,5 @@
 """A frozen stage: adapters act on the key alone, and give what a pass over whole rows gives."""
 
-from __future__ import annotations
-
 import doctest
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run whose last stage is frozen: what it writes, how it goes on, and what its grid chooses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a frozen stage's start is measured by, in bfloat16: healthy runs pass, each fault falls."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

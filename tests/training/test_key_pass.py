@@ -1,7 +1,5 @@
 """Keys of several micro-batches in one pass, checkpointed or not, give what each gives alone."""
 
-from __future__ import annotations
-
 import doctest
 from pathlib import Path
 from typing import Any

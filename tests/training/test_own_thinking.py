@@ -1,7 +1,5 @@
 """A stage over the model's own thinking: its rows hold that, and nothing of the reference's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

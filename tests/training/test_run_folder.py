@@ -1,7 +1,5 @@
 """What a run folder notices: other rows, broken files, changed later stages."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -14,6 +12,7 @@ import pytest
 from tokenizers.normalizers import Lowercase
 
 from sftkey.data.prepare import Prepared
+from sftkey.diagnosis.run import choose_subject
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import read_answers
 from sftkey.evaluation.grading import grade
@@ -200,8 +199,9 @@ def test_a_recipe_of_other_stages_than_the_ledgers_is_named(copied: Path) -> Non
         )
     for content in ("", "stages: ["):
         file.write_text(content)
-        with pytest.raises(RunError, match="on the recipe that began this run writes it anew"):
-            open_run(file.parent)
+        for look in (open_run, lambda folder: choose_subject(str(folder), (), None, None, 9)):
+            with pytest.raises(RunError, match="on the recipe that began this run writes it anew"):
+                look(file.parent)
     file.unlink()
     with pytest.raises(RunError, match="on the recipe that began this run writes it anew"):
         open_run(file.parent)

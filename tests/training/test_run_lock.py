@@ -1,7 +1,5 @@
 """One process works on a run folder, also where the file system has no locks."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

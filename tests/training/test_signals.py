@@ -1,7 +1,5 @@
 """Signals that end a run: what it keeps, what it says, and that the same command goes on."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """A stage that makes its model worse says so, and one that destroys it saves nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """How strongly each segment pulls as a stage begins."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A stage with `kl`, step by step, against whole logits of the model and of a copy of its start."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

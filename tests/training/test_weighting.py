@@ -1,7 +1,5 @@
 """Weights of one's own, and weights that move from step to step, against sums by hand."""
 
-from __future__ import annotations
-
 import doctest
 from collections.abc import Callable
 from pathlib import Path

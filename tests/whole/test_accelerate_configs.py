@@ -1,7 +1,5 @@
 """Every config is read by accelerate's own loader and holds no key that would do nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rows with answers and no reasoning: the model writes what its key is trained behind."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -291,7 +289,7 @@ def test_the_hint_is_shown_and_not_trained(
     run = start(recipe_over(answers(), {**OWN, "own": {"hint": "answer"}}), tmp_path, grade=grade)
     stage = run.recipe.stages[0]
     run.ledger.stage_folder(0).mkdir()
-    rows = run._own_rows(0, run._load(0))
+    rows = run._rows(0, run._load(0))
     for place, example in enumerate(run.prepared.train_examples):
         hint = HINT.format(answer=example.answer)
         assert hint in asked["1-key/thinkings"][place]

@@ -1,7 +1,5 @@
 """`.ci/test` reads the README's own command, and a skip that hides a test is a failure there."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

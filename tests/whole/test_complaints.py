@@ -8,8 +8,6 @@ hand-off), 5 (test_adapter), 12 (test_comparison: the base model's row), 13 (tes
 asks nobody), 14 (test_device).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

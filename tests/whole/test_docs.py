@@ -1,7 +1,5 @@
 """README.md and docs/ say what is so: examples run, commands exist, nothing is stale."""
 
-from __future__ import annotations
-
 import ast
 import json
 import operator

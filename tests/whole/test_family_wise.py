@@ -1,7 +1,5 @@
 """A study calls an arm better or worse by chance in no more than one of twenty, in simulations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """On the demo's model, 100 questions: a frozen key stage leaves every thinking as it was."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What `import sftkey` gives: lazy names, each there and documented."""
 
-from __future__ import annotations
-
 import doctest
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 An oracle that only decodes judges every row, and tries in another way to build what was refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
@@ -203,7 +201,7 @@ def test_there_are_pairs_enough() -> None:
 
 @pytest.mark.network
 @pytest.mark.parametrize("number", range(0, len(PAIRS), 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt=ANY_TEXT, thinking=ANY_TEXT, answer=ANY_TEXT)
 def test_any_text_is_right(number: int, prompt: str, thinking: str, answer: str) -> None:
     """Whatever Unicode has, a row is right, or can't be built in another way either."""

@@ -1,7 +1,5 @@
 """Inputs of the kinds that went wrong for users of other trainers: right, or refused by number."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

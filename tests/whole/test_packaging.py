@@ -1,7 +1,5 @@
 """What is installed is whole: the README's two commands, the pins, the wheel and its contents."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What README and docs show is what comes: the tokens of the demo, the script of a trainer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from sftkey.errors import ModelError
 from sftkey.study.report import table
 from sftkey.study.results import read_cells, read_results_file
 from sftkey.study.schema import load_study
-from sftkey.study.seeds import difference_estimate
+from sftkey.study.seeds import estimate
 from sftkey.study.summary import summarize
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +104,7 @@ def test_differences_beside_a_studys_table(folder: str, arm: str, other: str) ->
         ]
         return [[question.correct for question in questions] for questions in asked]
 
-    found = difference_estimate(right(arm), right(other), same_questions=False)
+    found = estimate(right(arm), right(other), same_questions=False)
     low, high = (f"{100 * end:+.1f}" for end in found.interval)
     said = f"{abs(100 * found.value):.1f} [{low}, {high}]"
     assert said in PAGES.get(folder, HELP).replace(" points [", " [")

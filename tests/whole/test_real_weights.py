@@ -1,7 +1,5 @@
 """What only real weights can show: SmolLM2-135M from its package, on questions made on the spot."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

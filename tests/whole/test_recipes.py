@@ -1,7 +1,5 @@
 """Every recipe that ships is right: on rows of its data's schema, with its family's tokenizer."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The package keeps its structure: imports in order, no circles, small files, fast commands."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

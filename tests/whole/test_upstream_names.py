@@ -1,7 +1,5 @@
 """Every private name of upstream's that sftkey stands on, in one place: it is there, and called."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 from pathlib import Path
