@@ -133,6 +133,7 @@ def own_notes(response: Response) -> list[str]:
         "no column holds a reasoning: the model writes its own (`thinking: own`), and the key "
         "behind it is trained alone",
         f"so the model must think already, in {written}: train asks it {NUM_PROBED} questions "
-        "first, and refuses it if fewer than half of its thinkings are valid. Else give the rows a "
-        "column of reasoning, or name a file of thinkings in `own.file`",
+        "first, and refuses it if fewer than half of its thinkings are valid. Where a stage of "
+        "yours taught it, `model.adapter` names that stage's adapter. Else give the rows a column "
+        "of reasoning, or name a file of thinkings in `own.file`",
     ]
