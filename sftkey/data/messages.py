@@ -1,11 +1,14 @@
 """Messages of a conversation, in the forms that data sets write them."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sftkey.data.response import TOOLS
-from sftkey.data.values import RowError, row_json
+from sftkey.data.values import RowError, parsed_json, row_json
 from sftkey.errors import did_you_mean
 from sftkey.recipe.schema import DataSection
 from sftkey.recipe.yaml_io import inline
@@ -52,20 +55,88 @@ def is_conversation(value: Any) -> bool:
     return isinstance(first, dict) and any(_role(first.get(key)) in speakers for key in ROLE_KEYS)
 
 
-def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
+@dataclass
+class _Object:
+    """What the objects at one place in the arguments of all calls have."""
+
+    keys: set[frozenset[str]] = field(default_factory=set)  # of each of them
+    said: set[str] = field(default_factory=set)  # keys that aren't null in one of them
+    functions: set[str] = field(default_factory=set)  # those called with one
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The tool calls of all rows: they tell a null that is meant from one that fills a table.
+
+    A table gives the arguments of all calls the keys of all functions.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def objects(self) -> dict[tuple[str, ...], _Object]:
+        """What arguments hold, by the keys that lead there."""
+        found: dict[tuple[str, ...], _Object] = defaultdict(_Object)
+        for row in self.rows:
+            for messages in map(parsed_json, row.values()):
+                for message in messages if isinstance(messages, list) else ():
+                    calls = message.get("tool_calls") if isinstance(message, dict) else None
+                    for call in calls if isinstance(calls, list) else ():
+                        function = (call.get("function") or call) if isinstance(call, dict) else {}
+                        self._note(found, (), function.get("arguments"), str(function.get("name")))
+        return found
+
+    def _note(
+        self, found: dict[tuple[str, ...], _Object], path: tuple[str, ...], value: Any, name: str
+    ) -> None:
+        for each in value if isinstance(value, list) else ():
+            self._note(found, (*path, "[]"), each, name)
+        if isinstance(value, Mapping):
+            found[path].keys.add(frozenset(value))
+            found[path].functions.add(name)
+            found[path].said |= {key for key, each in value.items() if each is not None}
+            for key, each in value.items():
+                self._note(found, (*path, key), each, name)
+
+    def meant(self, value: Any, path: tuple[str, ...] = ()) -> Any:
+        """Return arguments without the nulls that fill a table.
+
+        Raises:
+            RowError: It can't be told whether one fills the table.
+        """
+        if isinstance(value, list):
+            return [self.meant(each, (*path, "[]")) for each in value]
+        if not isinstance(value, Mapping):
+            return value
+        fills: set[str] = set()
+        if None in value.values() and len((here := self.objects[path]).keys) == 1:
+            fills = {key for key, each in value.items() if each is None} & here.said
+            if fills and len(here.functions) == 1:
+                what = f"the argument {min(fills)!r} of a tool call is null, which a table writes"
+                raise RowError(
+                    f"{what} for one that isn't given, too: leave it out, or write the arguments "
+                    "as JSON text"
+                )
+        kept = {key: each for key, each in value.items() if key not in fills}
+        return {key: self.meant(each, (*path, key)) for key, each in kept.items()}
+
+
+def read_messages(value: Any, calls: Calls | None = None) -> tuple[dict[str, Any], ...]:
     """Read a list of messages: of each the role, the content and the reasoning beside it.
 
     Others write `from` and `value`, or `speaker` and `text`, for `role` and `content`; content may
     be a list of parts; and the list may be JSON text. A message that isn't to be trained has
-    `train: False`. What else it says is handed to the chat template as it is.
+    `train: False`. What else it says is handed to the chat template as it is. The `calls` are those
+    of all rows, by default of this list alone.
     """
     value = row_json(value)
     if not isinstance(value, list):
         raise RowError("no list of messages")
-    return tuple(_message(message, place) for place, message in enumerate(value))
+    known = calls or Calls([{"messages": value}])
+    return tuple(_message(message, place, known) for place, message in enumerate(value))
 
 
-def _message(message: Any, place: int) -> dict[str, Any]:
+def _message(message: Any, place: int, known: Calls) -> dict[str, Any]:
     message = message if isinstance(message, dict) else {}
     role = _one_of({key: _role(message.get(key)) for key in ROLE_KEYS}, place)
     content = _one_of({key: message.get(key) for key in CONTENT_KEYS}, place)
@@ -75,7 +146,7 @@ def _message(message: Any, place: int) -> dict[str, Any]:
             f"message {place}: {what} is an old form; write an assistant's message with "
             '`tool_calls`: [{"type": "function", "function": {"name": …, "arguments": {…}}}]'
         )
-    calls = _calls(message.get("tool_calls"), place)
+    calls = _calls(message.get("tool_calls"), place, known)
     if content is None and calls:
         content = ""
     thoughts = {key: message.get(key) for key in REASONING}
@@ -136,19 +207,23 @@ def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:
     return trained
 
 
-def _calls(value: Any, place: int) -> list[dict[str, Any]]:
+def _calls(value: Any, place: int, known: Calls) -> list[dict[str, Any]]:
     """Read the tool calls of a message; templates want their arguments as a mapping."""
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise RowError(f"message {place}: `tool_calls` is no list of calls")
     calls = []
-    for each in map(_without_nulls, value):
-        call = dict(each.get("function") or each)
-        if not isinstance(call.get("name"), str):
+    for call in value:
+        function = dict(call.get("function") or call)
+        if not isinstance(function.get("name"), str):
             raise RowError(f"message {place}: a tool call has no `name`")
-        call["arguments"] = row_json(call.get("arguments") or {})
-        calls.append({**each, "function": call} if "function" in each else call)
+        arguments = function.pop("arguments", None) or {}
+        text = isinstance(arguments, str)
+        read = row_json(arguments) if text else known.meant(arguments)
+        function = {**_without_nulls(function), "arguments": read}
+        inside = call.get("function") is not None
+        calls.append({**_without_nulls(call), "function": function} if inside else function)
     return calls
 
 
@@ -161,7 +236,7 @@ def _without_nulls(value: Any) -> Any:
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """Read a row's tools: one description or a list, or JSON of such; words are something else."""
-    tools = _without_nulls(row_json(value))
+    tools = row_json(value) if isinstance(value, str) else _without_nulls(value)
     if isinstance(tools, Mapping) and tools:
         tools = [tools]
     tools = list(map(row_json, tools)) if isinstance(tools, list) else []

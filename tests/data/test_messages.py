@@ -330,6 +330,44 @@ def test_a_prompt_is_not_asked_twice() -> None:
         assert make_examples([row], data).examples[0].prompt == PLAIN[:1]
 
 
+def calling(*arguments: Any, name: str = "add") -> dict[str, Any]:
+    """Make a row that calls tools with these arguments, of which the first has another name."""
+    names = [name, *["add"] * len(arguments)]
+    calls = [{"name": n, "arguments": each} for n, each in zip(names, arguments, strict=False)]
+    asked = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"messages": [PLAIN[0], asked, {"role": "tool", "content": "4"}, THOUGHT[1]]}
+
+
+WITH_NULL = {"a": 2, "b": None, "c": {"d": None, "e": [None]}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "read"),
+    [
+        ([calling(WITH_NULL)], WITH_NULL),  # none says more: nothing to fill
+        ([calling(json.dumps(WITH_NULL)), calling({"b": 1, "c": {"d": 2}})], WITH_NULL),
+        ([calling(WITH_NULL), calling({"b": 1, "c": 1}, name="sub")], WITH_NULL),  # no table
+        (
+            [calling(WITH_NULL), calling({"a": None, "b": 1, "c": None}, name="sub")],
+            {"a": 2, "c": WITH_NULL["c"]},
+        ),
+        (
+            [calling(WITH_NULL), calling({"a": 1, "b": 2, "c": {"d": 3, "e": []}}, name="sub")],
+            {"a": 2, "c": {"e": [None]}},
+        ),
+        ([calling(WITH_NULL), calling({"a": None, "b": 1, "c": None})], "the argument 'b' of a"),
+    ],
+    ids=["alone", "text", "other keys", "filled", "filled inside", "one function"],
+)
+def test_a_null_argument_is_kept_unless_it_fills_a_table(rows: Any, read: Any) -> None:
+    """A table gives all calls the arguments of all functions; of one function none can tell."""
+    loaded = make_examples(rows, DataSection(source="x"))
+    if isinstance(read, str):
+        assert read in loaded.unsplit[0].reason
+    else:
+        assert loaded.examples[0].prompt[1]["tool_calls"][0]["arguments"] == read  # type: ignore[index]
+
+
 def test_nulls_that_tables_fill_in_are_no_part_of_tools() -> None:
     """A table gives each description the keys of all; a text of JSON is as it was written."""
     filled = {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}, "b": None}}}
@@ -337,9 +375,6 @@ def test_nulls_that_tables_fill_in_are_no_part_of_tools() -> None:
     for tools in ([filled], filled, [json.dumps(bare)]):
         (example,) = loaded(*PLAIN, tools=tools).examples
         assert json.loads(example.prompt[0]["content"]) == [bare]
-    call = {"name": "add", "arguments": {"a": 2, "b": None}}
-    (read,) = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
-    assert read["tool_calls"] == [{"name": "add", "arguments": {"a": 2}}]
     row = {"tools": json.dumps([bare]), "q": "Q", "thinking": "c", "answer": "7"}
     data = DataSection(source="x.jsonl", prompt="{tools}: {q}")
     assert make_examples([row], data).examples[0].prompt.endswith(": Q")
