@@ -299,6 +299,25 @@ def test_upstreams_own_learning_rate_counts_where_the_recipe_has_none(gate: Gate
     assert gate(trainer={"max_steps": 1}, stages=[{"name": "key", "loss_on": "key"}]).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("trainer", "own", "noted"),
+    [
+        ({"max_steps": 3, "num_train_epochs": 2}, {}, True),
+        ({"num_train_epochs": 2}, {"max_steps": 3}, False),  # the epochs are other stages'
+        ({"max_steps": 3}, {"num_train_epochs": 2}, True),
+        ({"max_steps": -1, "num_train_epochs": 2}, {}, False),
+    ],
+)
+def test_epochs_beside_steps_are_noted(
+    trainer: dict[str, Any], own: dict[str, Any], noted: bool, gate: Gate
+) -> None:
+    """Upstream counts the steps alone, and says nothing."""
+    stages = [{"name": "key", "loss_on": "key", "trainer": own}]
+    findings = gate(trainer=trainer | {"learning_rate": 2e-4}, stages=stages).findings
+    assert [finding.code for finding in findings] == ["epochs-unused"] * noted
+    assert not any(finding.refuses for finding in findings)
+
+
 ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
