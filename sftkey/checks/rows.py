@@ -15,7 +15,7 @@ from sftkey.data.prompt import THINK_TAG
 from sftkey.data.refused import left_out, numbered
 from sftkey.data.renderer import Renderer, ids_set_before
 from sftkey.data.template import reads_of
-from sftkey.data.tokenization import DROPS_THINKING
+from sftkey.data.tokenization import DROPS, DROPS_THINKING
 from sftkey.models.facts import Skeleton, mixing_length
 from sftkey.recipe.schema import DataSection, Recipe
 from sftkey.recipe.stages import num_stage_batches, trainer_setting
@@ -67,9 +67,8 @@ def frame_findings(renderer: Renderer) -> Iterator[Finding]:
 def noted_findings(noted: Mapping[str, Any]) -> Iterator[Finding]:
     """Find what rows lose that are trained all the same."""
     for where, counted in noted.items():
-        drops = where.endswith(DROPS_THINKING)
-        code = "template-drops-thinking" if drops else "changed"
-        hint = SAME_PROMPT if drops else "it is trained as it stands in `sftkey show`"
+        code = "template-drops-thinking" if where.endswith(DROPS_THINKING) else "changed"
+        hint = SAME_PROMPT if DROPS in where else "it is trained as it stands in `sftkey show`"
         message = f"{where}: {numbered(counted['rows'], counted['count'])}"
         message = "; ".join([message, *counted.get("examples", ())])
         yield Finding(code, tuple(counted["rows"]), message, hint, refuses=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -34,6 +35,7 @@ ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
 OF_TOOL_ANSWERS = ("name", "tool_call_id")
 OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
+IN_EVERY_TOOL = ("*", "function", "parameters", "properties")  # keys that need no telling
 QUESTION_ASKED = {"role": "user", "content": QUESTION}
 
 
@@ -54,6 +56,9 @@ class Habits:
     tokenizer: PreTrainedTokenizerBase  # has the template
     kwargs: Mapping[str, Any]  # handed to it
     found: dict[str, bool] = field(default_factory=dict)  # by role: whether it is an assistant's
+    # By the keys that lead to a part of a tool's description: whether it is written.
+    written: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    unwritten: dict[str, list[str]] = field(default_factory=dict)  # by tools as JSON
 
     def reads(self, messages: Messages) -> Reads:
         """Return what the template in use reads: of several named ones, tools choose."""
@@ -61,9 +66,14 @@ class Habits:
         return reads_of(self.tokenizer, tools or None)
 
     @cached_property
+    def asked(self) -> str:
+        """The prompt of a question alone."""
+        return render(self.tokenizer, [QUESTION_ASKED], self.kwargs)
+
+    @cached_property
     def around(self) -> str:
         """The text that is written around any question; it may hold a message's, too."""
-        return render(self.tokenizer, [QUESTION_ASKED], self.kwargs).replace(QUESTION, "")
+        return self.asked.replace(QUESTION, "")
 
     def takes_for_answers(self, role: str) -> bool:
         """Tell whether a role's messages are written as an assistant's are."""
@@ -135,6 +145,58 @@ def check_tools(habits: Habits) -> None:
         told = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
         others = {key: value for key, value in habits.kwargs.items() if key != "tools"}
         render_prompt(Habits(habits.tokenizer, others), (told, QUESTION_ASKED))
+
+
+def unwritten_of_tools(habits: Habits, messages: Messages) -> list[str]:
+    """Name what the template leaves out of its tools' descriptions, such as `enum`.
+
+    Whatever is there is changed, once for all tools that have it: the prompt must change, too.
+    """
+    own = messages[0]["role"] == TOOLS
+    tools = json.loads(messages[0]["content"]) if own else habits.kwargs.get("tools")
+    if not tools:
+        return []
+    told = json.dumps(tools, ensure_ascii=False)
+    if told not in habits.unwritten:
+        others = {key: value for key, value in habits.kwargs.items() if key != "tools"}
+
+        def prompt_of(tools: Any) -> str | None:
+            message = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
+            return _tried(habits.tokenizer, (message, QUESTION_ASKED), others)
+
+        text, names = prompt_of(tools), []
+        for path in _told(tools):
+            name = tuple("*" if type(key) is int else str(key) for key in path)
+            name = tuple(
+                "*" if before == "properties" else key
+                for before, key in zip(("", *name), name, strict=False)
+            )
+            if name not in habits.written:
+                habits.written[name] = text is None or prompt_of(_with_another(tools, path)) != text
+            if not habits.written[name]:
+                inner = "properties.*." if name.count("properties") > 1 else ""
+                names.append(inner + ".".join(key for key in name if key not in IN_EVERY_TOOL))
+        habits.unwritten[told] = list(dict.fromkeys(names))
+    return habits.unwritten[told]
+
+
+def _told(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the keys that lead to each text and number in a value."""
+    inner: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, each in inner:
+        if isinstance(each, Mapping | list):
+            yield from _told(each, (*path, key))
+        elif (key, each) not in (("type", "function"), ("type", "object")):
+            yield (*path, key)
+
+
+def _with_another(value: Any, path: Sequence[Any]) -> Any:
+    """Return a value with something else at one place in it."""
+    if not path:
+        return f"{value}x" if isinstance(value, str) or value is None else not value
+    copied = copy(value)
+    copied[path[0]] = _with_another(value[path[0]], path[1:])
+    return copied
 
 
 def _raised(habits: Habits, messages: Messages, error: Exception) -> FrameError:

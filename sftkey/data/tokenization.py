@@ -95,7 +95,8 @@ if TYPE_CHECKING:
     _Encoded = tuple[list[int], list[int], Encoding]  # see `Renderer.encode_rows`
 
 T = TypeVar("T")
-DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
+DROPS = "the chat template drops"
+DROPS_THINKING = f"{DROPS} the thinking of an earlier assistant message"
 OWN_TAGS = "the response's own tags stand inside"
 NUM_CHARACTERS = 60  # of a text in a message
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
@@ -201,13 +202,15 @@ def _write(example: Example, renderer: Renderer) -> _Text:
     except FrameError as error:
         raise RowError(error.problems[0].what, "template") from error
     pieces = renderer.response.pieces(example.thinking, example.answer)
+    left_out = renderer.unwritten_of_tools(example.prompt)
     dropped = 0
     if not isinstance(example.prompt, str):
         dropped = num_dropped_thinkings(example.prompt, prompt)
     return _Text(
         prompt,
         [(Segment.THINKING, renderer.assistant_prefix), *pieces, (Segment.END, renderer.end)],
-        ((DROPS_THINKING, ""),) * bool(dropped),
+        ((DROPS_THINKING, ""),) * bool(dropped)
+        + tuple((f"{DROPS} `{name}` of `tools`", "") for name in left_out),
     )
 
 

@@ -319,6 +319,34 @@ def test_tools_of_the_recipe_are_judged_as_those_of_a_row(tools: Any, what: str)
         assert isinstance(outcome(renderer, Example(prompt, "2 and 2.", "4", 8)), row)
 
 
+CHOICE = {"type": "string", "description": "How to.", "enum": ["up", "down"]}
+ROUNDS = {"name": "round", "parameters": {"properties": {"mode": CHOICE | {"default": "up"}}}}
+WRITES_ENUM = "{{ p.description }}{{ p.enum | join }}"
+
+
+@pytest.mark.parametrize("of_recipe", [False, True])
+@pytest.mark.parametrize(
+    ("written", "left_out"),
+    [
+        ("{{ p | tojson }}", []),
+        (WRITES_ENUM + "{{ p.type }}", ["default"]),
+        (WRITES_ENUM.replace("{{ p.enum | join }}", ""), ["type", "enum", "default"]),
+    ],
+)
+def test_what_a_template_drops_of_a_tools_parameters_is_noted(
+    written: str, left_out: list[str], of_recipe: bool
+) -> None:
+    """Many write names and descriptions alone; that is told by rendering another value."""
+    told = "{% for t in tools or [] %}{{ t.name }}{% for n, p in t.parameters.properties.items() %}"
+    template = f"{told}{{{{ n }}}}{written}{{% endfor %}}{{% endfor %}}{CHATML}"
+    renderer = framed(template, kwargs={"tools": [ROUNDS]} if of_recipe else {})
+    prompt = (HI,) if of_recipe else ({"role": TOOLS, "content": json.dumps([ROUNDS])}, HI)
+    row = outcome(renderer, Example(prompt, "2 and 2.", "4", 8))
+    assert isinstance(row, Row)
+    notes = [f"the chat template drops `{name}` of `tools`" for name in left_out]
+    assert [what for what, _ in row.notes] == notes
+
+
 def test_named_templates_without_a_default() -> None:
     """None of them is taken unsaid, and none is called bad Jinja."""
     with pytest.raises(FrameError, match="expected a chat template named default; got a, b"):
