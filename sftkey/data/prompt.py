@@ -34,6 +34,7 @@ THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
 ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
 OF_TOOL_ANSWERS = ("name", "tool_call_id")
+DROPS_SYSTEM = "the chat template drops the system message"
 OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
 IN_EVERY_TOOL = ("*", "function", "parameters", "properties")  # keys that need no telling
 QUESTION_ASKED = {"role": "user", "content": QUESTION}
@@ -113,6 +114,11 @@ def render_prompt(habits: Habits, messages: Messages) -> str:
     reads = habits.reads(messages)
     for message in messages:
         lost = _lost(reads, message, text)
+        if lost and lost.startswith(DROPS_SYSTEM):
+            other = {**message, "content": SENTINEL}
+            others = [other if each is message else each for each in messages]
+            if _tried(tokenizer, others, kwargs) != text:
+                lost = lost.replace("drops", "rewrites")
         if lost:
             raise FrameError(name, lost, _hint(message["role"]))
         role = message["role"]
@@ -267,7 +273,7 @@ def _lost(reads: Reads, message: Mapping[str, Any], text: str) -> str | None:
         content = THINK_TAG.split(content)[-1]
     if not _is_kept(reads, content, text):
         if role == "system":
-            return "the chat template drops the system message"
+            return DROPS_SYSTEM
         return f"the chat template drops or rewrites the text of a {role} message"
     for call in message.get("tool_calls", ()):
         if call.get("function", call).get("name", "") not in text:

@@ -255,12 +255,9 @@ class Renderer:
 
     @cached_property
     def _header_end(self) -> tuple[Any, ...] | None:
-        """The header's text behind its last special token; its ids, and those of the text.
-
-        Where the template has no header (Mistral's), it is what a question is closed with.
-        """
+        """The header's text behind its last special token; its ids, and those of the text."""
         header = self.header
-        if self.kind == "chat" and not header:
+        if self.kind == "chat" and not header:  # Mistral's; then it is what closes a question
             header = self._habits.asked.rpartition(QUESTION)[2]
         found = list(self.special_pattern.finditer(header))
         added = self.tokenizer.added_tokens_decoder.values()
@@ -378,14 +375,20 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str,
             hint="a base model takes response.frame: plain; "
             "else give a model.chat_template whose turns end with a special token",
         )
+    ends = {found[0]}  # generation stops at the first of two that are one token
     while found[0] != tokenizer.eos_token:
         behind = after[found.end() :]
         another = pattern.match(after, len(after) - len(behind.lstrip()))
-        if another is None or not probe.before_next.startswith(after[: another.end()]):
+        if (
+            another is None
+            or another[0] in ends
+            or not probe.before_next.startswith(after[: another.end()])
+        ):
             break
         if after[another.end() :][:1].isalpha():  # a role's name: the next turn begins
             break
         found = another
+        ends.add(found[0])
     return after[: found.end()], found[0]
 
 

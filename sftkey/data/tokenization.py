@@ -235,6 +235,8 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
     start = len(prompt_ids)
     tokens = Tokens(ids[start:], whole, start)
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
+    if renderer.kind == "chat":
+        _check_prompt(prompt_ids, text.prompt, renderer)
     # 2. Where that changes the prompt's own ids, the completion is tokenized by itself.
     changed = ids[:start] != prompt_ids
     # A special token may swallow the white space behind it, here the completion's first. And a
@@ -330,6 +332,16 @@ def _apart(
         if [*head.ids, *ids] == both.ids and decoded(tokenizer, [*prompt_ids, *ids]) in wanted:
             return Tokens(ids, both, len(head.ids), len(anchor))
     return None
+
+
+def _check_prompt(ids: Sequence[int], prompt: str, renderer: Renderer) -> None:
+    """See that no text of a prompt became a special token when the tokenizer rewrote it."""
+    unknown = {renderer.tokenizer.unk_token_id}
+    special = [n for n in ids if n in renderer.special_numbers and n not in unknown]
+    written = [renderer.special_ids[token] for token in renderer.special_pattern.findall(prompt)]
+    if special != [n for n in written if n not in unknown]:
+        what = "the prompt holds what the tokenizer rewrites to a special token"
+        raise RowError(what, "special-token-text")
 
 
 def _check_special(
