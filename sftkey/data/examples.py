@@ -161,7 +161,7 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
         DataError: The section names columns that don't exist, or doesn't say what the answer is.
     """
     columns = columns_of(rows)
-    read, beside = _reader(data, columns, rows, options), columns_beside(columns, data)
+    read, beside = _reader(data, columns, rows, options), columns_beside(columns, data, rows)
     takes_tools = not is_named("tools", data)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):

@@ -41,6 +41,7 @@ NOT_READ = {
     "history": "holds earlier turns: write them as messages",
     **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "isn't read: text alone is"),
 }
+TAKES = {"parameters", "input_schema", "inputSchema"}  # beside a tool's name
 OF_TEMPLATE = ("chat_template_kwargs", "enable_thinking")
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
@@ -56,7 +57,7 @@ def is_conversation(value: Any) -> bool:
 
 
 @dataclass
-class _Object:
+class _Arguments:
     """What the objects at one place in the arguments of all calls have."""
 
     keys: set[frozenset[str]] = field(default_factory=set)  # of each of them
@@ -74,9 +75,9 @@ class Calls:
     rows: Sequence[Mapping[str, Any]]
 
     @cached_property
-    def objects(self) -> dict[tuple[str, ...], _Object]:
+    def objects(self) -> dict[tuple[str, ...], _Arguments]:
         """What arguments hold, by the keys that lead there."""
-        found: dict[tuple[str, ...], _Object] = defaultdict(_Object)
+        found: dict[tuple[str, ...], _Arguments] = defaultdict(_Arguments)
         for row in self.rows:
             for messages in map(parsed_json, row.values()):
                 for message in messages if isinstance(messages, list) else ():
@@ -87,7 +88,7 @@ class Calls:
         return found
 
     def _note(
-        self, found: dict[tuple[str, ...], _Object], path: tuple[str, ...], value: Any, name: str
+        self, found: dict[tuple[str, ...], _Arguments], path: tuple[str, ...], value: Any, name: str
     ) -> None:
         for each in value if isinstance(value, list) else ():
             self._note(found, (*path, "[]"), each, name)
@@ -253,12 +254,27 @@ def is_named(column: str, data: DataSection) -> bool:
     return column in (data.response, data.system_column) or bool(re.search(rf"{{{column}\b", texts))
 
 
-def columns_beside(columns: Sequence[str], data: DataSection) -> list[str]:
-    """List the columns that other trainers read beside the messages, and that no line names."""
+def columns_beside(
+    columns: Sequence[str], data: DataSection, rows: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """List the columns that other trainers read beside the messages, and that no line names.
+
+    Those whose first value describes tools are some of them, whatever their names are.
+    """
     settled = {"system", "system_column"} & data.model_fields_set
     # A number `loss` beside the messages is what somebody measured.
     known = {*NOT_READ, *FLAGS, *(() if settled else SYSTEM)} - {"loss"}
+    for column in {*columns} - known - {"tools"}:
+        first = next((row[column] for row in rows if row.get(column) not in SAYS_NOTHING), None)
+        known |= {column} if _describes_tools(parsed_json(first)) else set()
     return [column for column in columns if column in known and not is_named(column, data)]
+
+
+def _describes_tools(value: Any) -> bool:
+    """Tell whether a value is a list of tools, each with a name and what it takes."""
+    tools = value if isinstance(value, list) and value else [None]
+    inner = [each.get("function") or each if isinstance(each, dict) else {} for each in tools]
+    return all("name" in each and not TAKES.isdisjoint(each) for each in inner)
 
 
 def check_beside(
@@ -294,6 +310,9 @@ def check_beside(
                     continue  # the recipe says the same
                 now = f"; now it is {inline(dict(template_kwargs))}"
             raise RowError(f"`{column}` {NOT_READ[column]}{now}; leave the column out")
+        elif _describes_tools(value) and value != row_json(row.get("tools")):
+            what = "describes tools, which are read in a column `tools` alone"
+            raise RowError(f"`{column}` {what}: call it so, or leave it out")
         elif isinstance(value, str):
             own = [each["content"].strip() for each in chats[0][:1] if each["role"] == "system"]
             if value.strip() not in own:

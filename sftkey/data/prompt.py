@@ -35,6 +35,7 @@ ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
 OF_TOOL_ANSWERS = ("name", "tool_call_id")
 DROPS_SYSTEM = "the chat template drops the system message"
+OF_CALLS = {"id", "index", "type", "function", "name", "arguments"}  # keys of any tool call
 OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
 IN_EVERY_TOOL = ("*", "function", "parameters", "properties")  # keys that need no telling
 QUESTION_ASKED = {"role": "user", "content": QUESTION}
@@ -322,6 +323,9 @@ def _less(messages: Messages, text: str) -> Iterator[tuple[str, list[Mapping[str
         found |= dict.fromkeys((message["role"], key) for key in message if key not in known)
         calls = message.get("tool_calls", [])
         for number, call in enumerate(calls):
+            for key in {*call, *call.get("function", ())} - OF_CALLS:
+                less = {**message, "tool_calls": [_without_key(each, key) for each in calls]}
+                yield key, [*messages[:place], less, *messages[place + 1 :]]
             function = call.get("function", call)
             arguments = function.get("arguments")
             values = arguments.values() if isinstance(arguments, Mapping) else [arguments]
@@ -340,6 +344,14 @@ def _less(messages: Messages, text: str) -> Iterator[tuple[str, list[Mapping[str
                 for message in messages
             ],
         )
+
+
+def _without_key(call: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a tool call without a key, be it of the function that it calls."""
+    less = {name: value for name, value in call.items() if name != key}
+    if "function" in less:
+        less["function"] = {k: v for k, v in call["function"].items() if k != key}
+    return less
 
 
 def num_dropped_thinkings(messages: Messages, text: str) -> int:

@@ -190,7 +190,7 @@ class Renderer:
         return what, "give one model.chat_template for all rows"
 
     def unwritten_of_tools(self, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:
-        """Name what the template leaves out of a prompt's tools, such as `enum`; they are noted."""
+        """Name what the template leaves out of a prompt's tools, such as `enum`."""
         return unwritten_of_tools(self._habits, as_messages(prompt)) if self.kind == "chat" else []
 
     @cached_property
@@ -375,20 +375,16 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str,
             hint="a base model takes response.frame: plain; "
             "else give a model.chat_template whose turns end with a special token",
         )
-    ends = {found[0]}  # generation stops at the first of two that are one token
     while found[0] != tokenizer.eos_token:
         behind = after[found.end() :]
         another = pattern.match(after, len(after) - len(behind.lstrip()))
-        if (
-            another is None
-            or another[0] in ends
-            or not probe.before_next.startswith(after[: another.end()])
-        ):
+        if another is None or not probe.before_next.startswith(after[: another.end()]):
             break
         if after[another.end() :][:1].isalpha():  # a role's name: the next turn begins
             break
+        if another[0] in after[: found.end()]:  # generation stops at the first of them
+            break
         found = another
-        ends.add(found[0])
     return after[: found.end()], found[0]
 
 

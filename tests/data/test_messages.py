@@ -15,6 +15,7 @@ from sftkey.data.values import RowError
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import DataSection
 from tests.support.tiny import CHATML
+from tests.support.tokenizers import made
 
 PLAIN = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "7"})
 THOUGHT = (PLAIN[0], {**PLAIN[1], "reasoning_content": "c"})
@@ -336,6 +337,34 @@ def calling(*arguments: Any, name: str = "add") -> dict[str, Any]:
     calls = [{"name": n, "arguments": each} for n, each in zip(names, arguments, strict=False)]
     asked = {"role": "assistant", "content": "", "tool_calls": calls}
     return {"messages": [PLAIN[0], asked, {"role": "tool", "content": "4"}, THOUGHT[1]]}
+
+
+def test_tools_in_a_column_of_another_name_are_refused() -> None:
+    """By what it holds; people with names and what they do are none."""
+    takes = {"name": "add", "input_schema": {"type": "object"}}
+    for told in ([takes], json.dumps([takes]), [{"type": "function", "function": takes}]):
+        (refused,) = loaded(*THOUGHT, apis=told).unsplit
+        assert refused.reason.startswith("`apis` describes tools, which are read in a column")
+    for said in (
+        {"apis": [{"name": "Ada", "description": "Adds."}]},
+        {"apis": [takes], "tools": [takes]},
+    ):
+        assert loaded(*THOUGHT, **said).examples
+
+
+def test_a_key_of_a_call_that_the_template_never_reads_refuses() -> None:
+    """Llama's word for arguments, say, would be dropped where the template writes arguments."""
+    written = "{% for c in message.tool_calls or [] %}{{ c.name }}{{ c.arguments }}{% endfor %}"
+    content = "{{ message['content'] }}"
+    tokenizer = made("byte_level", CHATML.replace(content, content + written))
+    for key, is_read in (("parameters", False), ("arguments", True), ("id", True)):
+        call = {"name": "add", key: {"a": 2} if key != "id" else "x"}
+        messages = read_messages([PLAIN[0], {"role": "assistant", "tool_calls": [call]}, PLAIN[0]])
+        if is_read:
+            render_prompt(Habits(tokenizer, {}), messages)
+            continue
+        with pytest.raises(FrameError, match=r"never reads `parameters`.*did you mean `arguments`"):
+            render_prompt(Habits(tokenizer, {}), messages)
 
 
 WITH_NULL = {"a": 2, "b": None, "c": {"d": None, "e": [None]}}
