@@ -160,6 +160,11 @@ def stop_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
     linear layers trains neither its embedding nor its row of the output head.
     """
     published, verified = published_stops(recipe.model)
+    inside = renderer.written_special_ids[: -len(renderer.end_ids)]
+    if early := [number for number in inside if number in published]:
+        what = f"{recipe.model.name_or_path}: generation stops at {_shown(renderer, early[0])}"
+        hint = "choose response.thinking and response.answer without it"
+        yield Finding("stop-inside", (), f"{what}, which stands in the response", hint)
     if not verified:
         yield not_verified(recipe, renderer)
     elif set(published).isdisjoint(renderer.end_ids):

@@ -390,12 +390,12 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str,
 
 def _checked(renderer: Renderer) -> Renderer:
     """Refuse a frame whose end stands in it before the end: generation would stop there."""
+    tokens = renderer.tokenizer.convert_ids_to_tokens(renderer.end_ids)
     for text in (renderer.assistant_prefix, *vars(renderer.response).values()):
-        if renderer.end_token in text:
+        if token := next((each for each in tokens if each in text), None):
             raise FrameError(
                 name_of(renderer.tokenizer),
-                f"the end of turn {renderer.end_token!r} stands in {text!r} too, "
-                "where generation would stop",
+                f"the end of turn {token!r} stands in {text!r} too, where generation would stop",
                 hint="choose response.thinking and response.answer without it",
             )
     _check_returns(renderer)

@@ -368,8 +368,10 @@ def _assistant_prefix(name: str, before: str, prompt: str, header: str, response
     opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
     common = len(_common(before, prompt))
     inserted, opened = before[common:], prompt[common:]
+    # gpt-oss: the native answer tag writes what the template would write before an answer.
+    written_by_tag = inserted.strip() and inserted.strip() in response.answer_open
     if opened:
-        if not opening and closing and (not inserted or closing in inserted):
+        if not opening and closing and (not inserted or written_by_tag or closing in inserted):
             return ""
         raise FrameError(
             name,
@@ -379,8 +381,6 @@ def _assistant_prefix(name: str, before: str, prompt: str, header: str, response
         )
     if closing and closing in inserted:
         return inserted.partition(opening)[0] if opening and opening in inserted else ""
-    # gpt-oss: the native answer tag writes what the template would write before an answer.
-    written_by_tag = inserted.strip() and inserted.strip() in response.answer_open
     return "" if written_by_tag else inserted
 
 

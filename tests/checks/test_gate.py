@@ -505,6 +505,13 @@ def test_an_adapter_that_trains_the_row_counts(
     assert finding.code == "stop-not-published"
 
 
+def test_a_published_stop_inside_the_response_refuses(gate: Gate, base_model: Path) -> None:
+    """Generation would stop at it, before the answer."""
+    (finding,) = gate(of_model(base_model), 'response.thinking=["", "<|endoftext|>"]').refusals[:1]
+    assert finding.code == "stop-inside"
+    assert finding.message.endswith("which stands in the response")
+
+
 def test_a_plain_end_that_the_model_does_not_know_refuses(gate: Gate, base_model: Path) -> None:
     """The plain frame takes any special token; the hint names the published one."""
     overrides = ("response.frame=plain", "response.end=<|im_end|>")

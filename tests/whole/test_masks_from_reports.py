@@ -467,6 +467,25 @@ def test_two_tokens_end_a_turn() -> None:
     assert set(stop_ids(renderer, ends[1])) >= {ends[0]} or set(stop_ids(renderer)) & set(ends)
 
 
+def test_none_of_two_ends_stands_in_the_response() -> None:
+    """Generation stops at each of them: the first would be written twice."""
+    section = ResponseSection(answer=("", "<|response|>"))
+    with pytest.raises(FrameError, match=r"the end of turn '<\|response\|>' stands in '<\|resp"):
+        framed(TWO_ENDS, section, tokens=END_SPECIAL)
+    assert framed(TWO_ENDS, tokens=END_SPECIAL).end == "<|response|>\n<|turn|>"
+
+
+def test_a_prompt_that_opens_the_thinking_and_a_tag_before_the_answer() -> None:
+    """Cohere's newer ones: the answer's own tag is what the template writes without a thinking."""
+    template = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif").replace(
+        "{{ m['content'] }}", "{{ '<text>' if m.role == 'assistant' }}{{ m['content'] }}"
+    )
+    renderer = framed(template, ResponseSection(thinking=("", "</think>"), answer=("<text>", "")))
+    row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
+    assert isinstance(row, Row)
+    assert "<think>2 and 2.</think><text>4<|im_end|>" in renderer.tokenizer.decode(row.input_ids)
+
+
 def test_one_token_twice_ends_a_turn_once() -> None:
     """Generation stops at the first."""
     renderer = framed(CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"))
