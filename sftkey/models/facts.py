@@ -221,7 +221,7 @@ def refuse_unloadable(section: ModelSection, skeleton: Skeleton) -> None:
         except UNREADABLE as error:
             raise ModelError(name, f"its {file} can't be read: {first_line(error)}") from error
         ids = stops if isinstance(stops, list) else [stops]
-        if stops is not None and any(type(each) is not int for each in ids):
+        if stops is not None and any(type(each) is not int or each < 0 for each in ids):
             what = f"{file}: eos_token_id: expected an id, a list of ids or null"
             raise ModelError(name, f"{what}; got {shown(stops)}", "write the ids as whole numbers")
     for key, value in vars(skeleton.text).items():

@@ -258,6 +258,11 @@ PUBLISHED: dict[str, tuple[str, Any, str]] = {
         {"eos_token_id": "2"},
         "an id, a list of ids or null; got '2'",
     ),
+    "no id": (
+        "generation_config.json",
+        {"eos_token_id": [2, -1]},
+        "an id, a list of ids or null; got [2, -1]",
+    ),
     "several": ("generation_config.json", {"num_return_sequences": 3}, "can't be read: Greedy"),
     "dropout": ("config.json", {"attention_dropout": 2.0}, "a number from 0 to 1; got 2.0"),
     "method": ("config.json", {"quantization_config": {"quant_method": "foo"}}, "foo"),
