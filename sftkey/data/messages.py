@@ -83,7 +83,7 @@ class Calls:
                 for message in messages if isinstance(messages, list) else ():
                     calls = message.get("tool_calls") if isinstance(message, dict) else None
                     for call in calls if isinstance(calls, list) else ():
-                        function = (call.get("function") or call) if isinstance(call, dict) else {}
+                        function = _function_of(call)
                         self._note(found, (), function.get("arguments"), str(function.get("name")))
         return found
 
@@ -216,7 +216,7 @@ def _calls(value: Any, place: int, known: Calls) -> list[dict[str, Any]]:
         raise RowError(f"message {place}: `tool_calls` is no list of calls")
     calls = []
     for call in value:
-        function = dict(call.get("function") or call)
+        function = dict(_function_of(call))
         if not isinstance(function.get("name"), str):
             raise RowError(f"message {place}: a tool call has no `name`")
         arguments = function.pop("arguments", None) or {}
@@ -226,6 +226,12 @@ def _calls(value: Any, place: int, known: Calls) -> list[dict[str, Any]]:
         inside = call.get("function") is not None
         calls.append({**_without_nulls(call), "function": function} if inside else function)
     return calls
+
+
+def _function_of(tool: Any) -> Mapping[str, Any]:
+    """Return the function that a tool, or the call of one, holds or is; empty where it is none."""
+    function = (tool.get("function") or tool) if isinstance(tool, dict) else {}
+    return function if isinstance(function, dict) else {}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -243,7 +249,7 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     tools = list(map(row_json, tools)) if isinstance(tools, list) else []
     if not all(isinstance(each, dict) for each in tools):
         return []
-    if not all("name" in (each.get("function") or each) for each in tools):
+    if not all("name" in _function_of(each) for each in tools):
         raise RowError("`tools` holds the description of a tool without a `name`")
     return tools
 
@@ -273,8 +279,7 @@ def columns_beside(
 def _describes_tools(value: Any) -> bool:
     """Tell whether a value is a list of tools, each with a name and what it takes."""
     tools = value if isinstance(value, list) and value else [None]
-    inner = [each.get("function") or each if isinstance(each, dict) else {} for each in tools]
-    return all("name" in each and not TAKES.isdisjoint(each) for each in inner)
+    return all("name" in each and not TAKES.isdisjoint(each) for each in map(_function_of, tools))
 
 
 def check_beside(

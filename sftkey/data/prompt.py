@@ -284,7 +284,7 @@ def _lost(reads: Reads, message: Mapping[str, Any], text: str) -> str | None:
 
 def _said_of(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the names and the description that a tool has, with what each is."""
-    function = tool.get("function", tool)
+    function = tool.get("function") or tool
     yield "name", function.get("name", "")
     described = function.get("description")
     yield from (("description", line) for line in str(described or "").splitlines())

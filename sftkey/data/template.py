@@ -273,7 +273,8 @@ def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
 def _are_tools(value: Any) -> bool:
     """Tell whether a value is a list of descriptions that have names; an empty one is."""
     described = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
-    return described and all("name" in (each.get("function") or each) for each in value)
+    inner = [each.get("function") or each for each in value] if described else [None]
+    return all(isinstance(each, Mapping) and "name" in each for each in inner)
 
 
 def _check_truths(

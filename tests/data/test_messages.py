@@ -339,6 +339,21 @@ def calling(*arguments: Any, name: str = "add") -> dict[str, Any]:
     return {"messages": [PLAIN[0], asked, {"role": "tool", "content": "4"}, THOUGHT[1]]}
 
 
+@pytest.mark.parametrize("function", ["add", 5, ["add"]])
+def test_a_function_that_is_no_object_is_refused(function: Any) -> None:
+    """Of a call and of a tool, and not with a traceback."""
+    calling = {"role": "assistant", "tool_calls": [{"function": function}]}
+    (refused, *_) = loaded(PLAIN[0], calling, PLAIN[0], THOUGHT[1]).unsplit
+    assert refused.reason == "message 1: a tool call has no `name`"
+    (refused,) = loaded(*THOUGHT, tools=[{"function": function}]).unsplit
+    assert refused.reason == "`tools` holds the description of a tool without a `name`"
+    told = json.dumps([{"name": "add", "function": None}])
+    (example,) = loaded(*THOUGHT, tools=told).examples
+    tokenizer = made("byte_level", "{{ tools | tojson if tools }}" + CHATML)
+    assert "null" in render_prompt(Habits(tokenizer, {}), example.prompt)
+    assert loaded(*THOUGHT, x=[{"function": function}], y=[5], z=[None]).examples
+
+
 def test_tools_in_a_column_of_another_name_are_refused() -> None:
     """By what it holds; people with names and what they do are none."""
     takes = {"name": "add", "input_schema": {"type": "object"}}
