@@ -53,6 +53,7 @@ NAMES = {
     "trainer.save_only_model=true": "could not go on from a checkpoint without its optimizer",
     "trainer.push_to_hub=true": "it would push each stage over the other",
     "trainer.hub_model_id=me/mine": "it would push each stage over the other",
+    "trainer.activation_offloading=true": "takes activations off a GPU, and this machine has none",
     "trainer.report_to=wandb": "wandb",
     "trainer={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 3, save_steps: 2}": (
         "trl.SFTConfig refuses it: ValueError: --load_best_model_at_end requires"
