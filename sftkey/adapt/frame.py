@@ -65,7 +65,8 @@ def choose_frame(tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> 
     """
     if not tokenizer.chat_template:
         return _plain(tokenizer, stops, "the tokenizer has no chat template")
-    template = tokenizer.get_chat_template()  # of several named ones, the one in use
+    # Of several named ones the one in use, without its comments.
+    template = re.sub(r"\{#.*?#\}", "", tokenizer.get_chat_template(), flags=re.DOTALL)
     date, reason = _date(tokenizer, template)
     failed: FrameError | None = None
     for section, thinks, why in _candidates(tokenizer, template):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from sftkey.checks import rows
 from sftkey.checks.findings import Finding, Report, of_error, of_rows
 from sftkey.checks.masks import Masks, id_findings, judged_findings, read_ids, read_masks
-from sftkey.checks.recipe import recipe_findings, stop_findings
+from sftkey.checks.recipe import quantized_findings, recipe_findings, stop_findings
 from sftkey.checks.rehearsal import rehearsal_findings
 from sftkey.data.examples import RowOptions
 from sftkey.data.labels import weights_by_segment
@@ -157,6 +157,7 @@ def check_recipe(recipe: Recipe) -> Report:
             skeleton = _attempt(findings, lambda: skeleton_of(recipe.model))
             if skeleton is not None:
                 _attempt(findings, lambda: refuse_unloadable(recipe.model, skeleton))
+                _add(findings, quantized_findings(recipe, skeleton))
                 _attempt(findings, lambda: refuse_other_shapes(recipe.model, skeleton))
                 findings += rows.length_findings(recipe, prepared, skeleton)
                 _add(findings, rehearsal_findings(recipe, prepared, skeleton))

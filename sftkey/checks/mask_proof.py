@@ -145,6 +145,7 @@ def _prompt(
 
 
 BEFORE = "cats"  # decoded before a completion, whose first blank SentencePiece would take away
+AROUND = "q"  # a letter that no mark behind it is composed with
 SIGN = "▁"
 BROKEN = "\ufffd"  # what stands for a character of which bytes are missing
 
@@ -297,6 +298,12 @@ class Oracle:
             text = "".join(part if n % 2 else self._normal_part(part) for n, part in parts)
         return text.replace(SIGN, " ") if self.reads_sign else text
 
+    def _inside(self, text: str) -> str:
+        """Return what a tokenizer keeps of a text that stands in another; some strip its ends."""
+        normal = self.normal(f"{AROUND}{text}{AROUND}")
+        around = normal.startswith(AROUND) and normal.endswith(AROUND)
+        return normal[len(AROUND) : -len(AROUND)] if around else self.normal(text)
+
     def _normal_part(self, text: str) -> str:
         normal = str(self.normalizer.normalize_str(text))
         prefixed = normal.startswith(SIGN) and not text.startswith((SIGN, " "))
@@ -314,8 +321,8 @@ class Oracle:
 
     def _completion_fault(self, example: Example, row: Row, blank: str) -> str | None:
         thinking, key = self.texts(example)
-        text, key = self.normal(thinking + key), self.normal(key)
-        thinking, decoded = self.normal(thinking), self.decode(row.input_ids)
+        text, key = self.normal(thinking + key), self._inside(key)
+        thinking, decoded = self._inside(thinking), self.decode(row.input_ids)
         if decoded not in (text, blank + text):
             return f"text was lost: {decoded!r}"
         start = len(decoded) - len(text) + len(thinking)
@@ -351,9 +358,9 @@ class Oracle:
 
     def _answer_fault(self, example: Example, row: Row, start: int) -> str | None:
         """Every token that touches the answer is ANSWER, and no other; THINKING comes first."""
-        ids, answer = row.input_ids, self.normal(example.answer)
-        before = self.normal(self.renderer.response.answer_open)
-        if not answer or self.normal(before + answer) != before + answer:
+        ids, answer = row.input_ids, self._inside(example.answer)
+        before = self._inside(self.renderer.response.answer_open)
+        if not answer or self._inside(before + answer) != before + answer:
             return None  # the normalizer merges tag and answer, and no decoding tells them apart
         start += len(before)
         places = trained(row, "answer") or trained(row, "key")[:1]

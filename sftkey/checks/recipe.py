@@ -2,14 +2,26 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from sftkey.checks.findings import Finding
+from sftkey.checks.rehearsal import quiet
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Segment
+from sftkey.errors import ModelError, first_line
 from sftkey.models.device import launched_with
-from sftkey.models.facts import published_stops, skeleton_of
-from sftkey.models.source import ADAPTER_CONFIG, find_source, model_source, read_json
+from sftkey.models.facts import Skeleton, published_stops, skeleton_of
+from sftkey.models.source import (
+    ADAPTER_CONFIG,
+    UNREADABLE,
+    find_source,
+    model_source,
+    read_json,
+)
 from sftkey.recipe.rules import DECIDE, undecided
 from sftkey.recipe.schema import Recipe
 from sftkey.recipe.stages import trainer_setting
@@ -36,6 +48,7 @@ def recipe_findings(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]
         yield Finding("undecided", (), what, DECIDE)
     yield from _launcher(recipe, env)
     yield from _learning_rates(recipe)
+    yield from _epochs(recipe)
     if recipe.model.adapter is None:
         yield from _end_untrained(recipe)
 
@@ -73,6 +86,18 @@ def _learning_rates(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("learning-rate", (), what, hint, refuses=False)
 
 
+def _epochs(recipe: Recipe) -> Iterator[Finding]:
+    """Say where a stage ends by its steps, and not by the epochs that stand beside them."""
+    for stage in recipe.stages:
+        trainer, shared = recipe.stage_trainer(stage), "max_steps" not in stage.trainer
+        steps, epochs = trainer_setting(trainer, "max_steps"), trainer.get("num_train_epochs")
+        if steps > 0 and epochs is not None and (shared or "num_train_epochs" in stage.trainer):
+            what = f"stages.{stage.name}: max_steps ends it after {steps:,} steps"
+            hint = "leave one of them out"
+            message = f"{what}, and num_train_epochs, {epochs:g}, does nothing"
+            yield Finding("epochs-unused", (), message, hint, refuses=False)
+
+
 def _end_untrained(recipe: Recipe) -> Iterator[Finding]:
     """Refuse stages of which none trains the end of turn, unless an adapter has before them."""
     if not any(weights_by_segment(stage.loss_on)[Segment.END] for stage in recipe.stages):
@@ -85,6 +110,49 @@ def _end_untrained(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+WHOLE = "take the model's weights that aren't quantized"
+
+
+def quantized_findings(recipe: Recipe, skeleton: Skeleton) -> Iterator[Finding]:
+    """Find what keeps weights that come quantized from being loaded, or trained.
+
+    transformers is asked, of this machine: a missing package refuses the recipe, but a missing GPU
+    doesn't, since the run may find one.
+
+    Raises:
+        ModelError: Names the setting of config.json, and what was expected.
+    """
+    name, told = recipe.model.name_or_path, getattr(skeleton.config, "quantization_config", None)
+    if not isinstance(told, dict):
+        return
+    where, method = "config.json: quantization_config", skeleton.quantized
+    try:
+        with quiet():
+            quantizer: Any = AutoHfQuantizer.from_config(told, pre_quantized=True)
+            quantizer.validate_environment(device_map=None)
+            whole = getattr(quantizer.quantization_config, "dequantize", False)
+            trained = bool(whole or quantizer.is_trainable)
+    except (*UNREADABLE, RuntimeError) as error:
+        hint = f"install what it names, or {WHOLE}" if isinstance(error, ImportError) else WHOLE
+        if not isinstance(error, RuntimeError) or torch.cuda.is_available():
+            raise ModelError(name, f"{where}: {first_line(error)}", hint) from error
+        what = f"{name}: whether weights of {method} can be loaded wasn't tried without a GPU"
+        yield Finding("not-rehearsed", (), f"{what}: {first_line(error)}", WHOLE, refuses=False)
+        return
+    if not trained:
+        raise ModelError(name, f"{where}: transformers can't train weights of {method}", WHOLE)
+    if recipe.lora is None and not whole:
+        what = f"`lora: null` trains the model's own weights; got some that {method} quantized"
+        raise ModelError(name, f"{where}: {what}", f"write lora: {{…}}, or {WHOLE}")
+    is_nf4 = told.get("load_in_4bit") and told.get("bnb_4bit_quant_type") == "nf4"
+    if recipe.model.quantization == "nf4" and not is_nf4:
+        what = f"model.quantization: the weights come quantized already, by {method}; got nf4"
+        raise ModelError(name, what, f"write model.quantization=none, or {WHOLE}")
+    if not whole and not is_nf4:
+        what = f"{name}: stages are tried on whole weights, and not on those of {method}"
+        yield Finding("not-rehearsed", (), what, "its first step will tell", refuses=False)
+
+
 def stop_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
     """Find an end of turn that doesn't stop generation, or that a base model never learned.
 
@@ -92,6 +160,11 @@ def stop_findings(recipe: Recipe, renderer: Renderer) -> Iterator[Finding]:
     linear layers trains neither its embedding nor its row of the output head.
     """
     published, verified = published_stops(recipe.model)
+    inside = renderer.written_special_ids[: -len(renderer.end_ids)]
+    if early := [number for number in inside if number in published]:
+        what = f"{recipe.model.name_or_path}: generation stops at {_shown(renderer, early[0])}"
+        hint = "choose response.thinking and response.answer without it"
+        yield Finding("stop-inside", (), f"{what}, which stands in the response", hint)
     if not verified:
         yield not_verified(recipe, renderer)
     elif set(published).isdisjoint(renderer.end_ids):

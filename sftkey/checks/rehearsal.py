@@ -64,6 +64,7 @@ SHORT: dict[str, Any] = {
     "dataloader_prefetch_factor": None,
     "dataloader_persistent_workers": False,
     "dataloader_multiprocessing_context": None,
+    "activation_offloading": False,  # the small model is on the CPU
     "torch_compile": False,
     "torch_compile_backend": None,
     "torch_compile_mode": None,
@@ -334,6 +335,9 @@ def _refuse_arguments(recipe: Recipe, stage: StageSection, folder: Path) -> None
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise RecipeError(where, f"trl.SFTConfig refuses it: {_said(error)}") from error
+    if arguments.activation_offloading and torch.accelerator.current_accelerator() is None:
+        what = "activation_offloading takes activations off a GPU, and this machine has none"
+        raise RecipeError(where, what, "leave it out, or write gradient_checkpointing: true")
     _refuse_idle_optimizer_settings(arguments, where)
 
 

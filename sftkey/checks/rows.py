@@ -14,8 +14,8 @@ from sftkey.data.prepare import Prepared
 from sftkey.data.prompt import THINK_TAG
 from sftkey.data.refused import left_out, numbered
 from sftkey.data.renderer import Renderer, ids_set_before
-from sftkey.data.template import reads_of
-from sftkey.data.tokenization import DROPS_THINKING
+from sftkey.data.template import reads_of, unused_kwargs
+from sftkey.data.tokenization import DROPS, DROPS_THINKING
 from sftkey.models.facts import Skeleton, mixing_length
 from sftkey.recipe.schema import DataSection, Recipe
 from sftkey.recipe.stages import num_stage_batches, trainer_setting
@@ -54,6 +54,10 @@ def frame_findings(renderer: Renderer) -> Iterator[Finding]:
         what = f"the chat template doesn't begin with {tokenizer.bos_token!r}, which the tokenizer"
         hint = "inference gets the same prompt; write it into a model.chat_template, if it counts"
         yield Finding("no-begin", (), f"{what} sets before a text by itself", hint, refuses=False)
+    for key in unused_kwargs(tokenizer, renderer.chat_template_kwargs):
+        what = f"model.chat_template_kwargs.{key}: it changes none of the chats that were tried"
+        hint = "leave it out, if no row has what it acts on"
+        yield Finding("kwargs-unused", (), what, hint, refuses=False)
     if THINK_TAG.search(prefix):
         opening = "<think>\n" if "<think>" in prefix else ""
         native = f"response.thinking: {json.dumps([opening, chr(10) + '</think>'])}"
@@ -67,9 +71,8 @@ def frame_findings(renderer: Renderer) -> Iterator[Finding]:
 def noted_findings(noted: Mapping[str, Any]) -> Iterator[Finding]:
     """Find what rows lose that are trained all the same."""
     for where, counted in noted.items():
-        drops = where.endswith(DROPS_THINKING)
-        code = "template-drops-thinking" if drops else "changed"
-        hint = SAME_PROMPT if drops else "it is trained as it stands in `sftkey show`"
+        code = "template-drops-thinking" if where.endswith(DROPS_THINKING) else "changed"
+        hint = SAME_PROMPT if DROPS in where else "it is trained as it stands in `sftkey show`"
         message = f"{where}: {numbered(counted['rows'], counted['count'])}"
         message = "; ".join([message, *counted.get("examples", ())])
         yield Finding(code, tuple(counted["rows"]), message, hint, refuses=False)
@@ -100,9 +103,7 @@ def _dropped_batches(recipe: Recipe, prepared: Prepared, num_processes: int) -> 
 def _mixed_lengths(skeleton: Skeleton, prepared: Prepared) -> Iterator[Finding]:
     """Refuse rows so long that they would change the positions of the rows beside them."""
     limit = mixing_length(skeleton.config)
-    splits = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
-    longest = max(max(row_lengths(rows)) for rows in splits)
-    if limit is not None and longest > limit:
+    if limit is not None and (longest := _longest_row(prepared)) > limit:
         what = (
             f"{skeleton.config.model_type}: its positions are scaled by a batch's longest row "
             f"above {limit} tokens, so that a row's loss would depend on the rows beside it; the "
@@ -112,24 +113,34 @@ def _mixed_lengths(skeleton: Skeleton, prepared: Prepared) -> Iterator[Finding]:
 
 
 def _positions(recipe: Recipe, prepared: Prepared, skeleton: Skeleton) -> Iterator[Finding]:
-    """Refuse answers that alone are longer than the model's positions, or run out of learned ones.
+    """Refuse rows or answers that run out of learned positions, or answers longer than any.
 
     Rotary positions go on beyond what the config names; a table of learned ones ends there.
     """
     reach, questions = skeleton.most_tokens, prepared.questions(recipe)
-    if reach is None or not questions:
+    if reach is None:
         return
-    new = recipe.eval.max_new_tokens
-    longest = 0
-    if has_learned_positions(skeleton.model, reach):
+    learned, longest = has_learned_positions(skeleton.model, reach), 0
+    if learned and (row := _longest_row(prepared)) > reach:
+        what = f"{skeleton.config.model_type}: it has learned {reach} positions; "
+        hint = f"write data.max_length={reach}"
+        yield Finding("positions", (), f"{what}the longest row has {row} tokens", hint)
+    if learned and questions:
         prompts = (prepared.renderer.prompt_ids(question.prompt) for question in questions)
         longest = max(map(len, prompts))
-    if longest + new <= reach:
+    new = recipe.eval.max_new_tokens
+    if not questions or longest + new <= reach:
         return
     behind = f" behind the longest question's {longest}" if longest else ""
     what = f"eval.max_new_tokens: the model has {reach} positions; got {new} new tokens{behind}"
     hint = f"write eval.max_new_tokens={max(reach - longest, 1)} or fewer"
     yield Finding("positions", (), what, hint)
+
+
+def _longest_row(prepared: Prepared) -> int:
+    """Return the tokens of the longest row that trains or validates."""
+    splits = [rows for rows in (prepared.train, prepared.validation) if rows is not None]
+    return max(max(row_lengths(rows)) for rows in splits)
 
 
 def has_learned_positions(skeleton: PreTrainedModel, reach: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sftkey.bounds import SECONDS, Late, bounded
 from sftkey.data.messages import (
     SAYS_NOTHING,
+    Calls,
     check_beside,
     check_trained,
     columns_beside,
@@ -160,7 +161,7 @@ def make_examples(rows: Sequence[RawRow], data: DataSection, options: RowOptions
         DataError: The section names columns that don't exist, or doesn't say what the answer is.
     """
     columns = columns_of(rows)
-    read, beside = _reader(data, columns, rows, options), columns_beside(columns, data)
+    read, beside = _reader(data, columns, rows, options), columns_beside(columns, data, rows)
     takes_tools = not is_named("tools", data)
     loaded = Loaded([], [])
     for index, row in enumerate(rows):
@@ -188,10 +189,10 @@ def _reader(
 ) -> Callable[[RawRow], Iterable[Parts | RowError]]:
     """Choose how a row is read: as a conversation, with a rule, or with three templates."""
     rule = make_rule(data.split_rule) if data.split_rule else None
-    conversation = _conversation_column(data, columns, rows)
+    conversation, calls = _conversation_column(data, columns, rows), Calls(rows)
     if conversation is not None:
         chats = parse_field(conversation, columns)
-        return lambda row: _conversation(read_messages(chats.value(row)), rule, options)
+        return lambda row: _conversation(read_messages(chats.value(row), calls), rule, options)
     wanted = {"prompt": data.prompt}
     messages = data.response is not None and _holds_messages(data.response, rows)
     if data.response is None:
@@ -207,16 +208,22 @@ def _reader(
     if messages:
         chats = parse_field(data.response or "", columns)
         return lambda row: _conversation(
-            _joined(_prompt(row, templates["prompt"]), read_messages(chats.value(row)), chats.name),
+            _joined(
+                _prompt(row, templates["prompt"], calls),
+                read_messages(chats.value(row), calls),
+                chats.name,
+            ),
             rule,
             options,
         )
     if data.response is not None:
         field = parse_field(data.response, columns)
-        return lambda row: [(_prompt(row, templates["prompt"]), *_by_rule(field.text(row), rule))]
+        return lambda row: [
+            (_prompt(row, templates["prompt"], calls), *_by_rule(field.text(row), rule))
+        ]
     return lambda row: [
         (
-            _prompt(row, templates["prompt"]),
+            _prompt(row, templates["prompt"], calls),
             trimmed(templates["thinking"].fill(row)),
             trimmed(templates["answer"].fill(row)),
         )
@@ -344,11 +351,11 @@ def _constant(text: str, columns: Sequence[str]) -> str:
     return f'{what}; write "{{{text.strip()}}}"' if text.strip() in columns else what
 
 
-def _prompt(row: RawRow, template: Template) -> Any:
+def _prompt(row: RawRow, template: Template, calls: Calls) -> Any:
     """Return the prompt: a list of messages as it is, everything else as text."""
     value = row.get(template.column) if template.column else None
     if template.column and _holds_messages(template.column, [row]):
-        return tuple(unmarked(message) for message in read_messages(value))
+        return tuple(unmarked(message) for message in read_messages(value, calls))
     return template.fill(row)
 
 

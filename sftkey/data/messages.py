@@ -1,11 +1,14 @@
 """Messages of a conversation, in the forms that data sets write them."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sftkey.data.response import TOOLS
-from sftkey.data.values import RowError, row_json
+from sftkey.data.values import RowError, parsed_json, row_json
 from sftkey.errors import did_you_mean
 from sftkey.recipe.schema import DataSection
 from sftkey.recipe.yaml_io import inline
@@ -38,6 +41,7 @@ NOT_READ = {
     "history": "holds earlier turns: write them as messages",
     **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "isn't read: text alone is"),
 }
+TAKES = {"parameters", "input_schema", "inputSchema"}  # beside a tool's name
 OF_TEMPLATE = ("chat_template_kwargs", "enable_thinking")
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 DEFAULTS = {"tool_choice": "auto", "function_call": "auto", "parallel_tool_calls": True}
@@ -52,20 +56,88 @@ def is_conversation(value: Any) -> bool:
     return isinstance(first, dict) and any(_role(first.get(key)) in speakers for key in ROLE_KEYS)
 
 
-def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
+@dataclass
+class _Arguments:
+    """What the objects at one place in the arguments of all calls have."""
+
+    keys: set[frozenset[str]] = field(default_factory=set)  # of each of them
+    said: set[str] = field(default_factory=set)  # keys that aren't null in one of them
+    functions: set[str] = field(default_factory=set)  # those called with one
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The tool calls of all rows: they tell a null that is meant from one that fills a table.
+
+    A table gives the arguments of all calls the keys of all functions.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def objects(self) -> dict[tuple[str, ...], _Arguments]:
+        """What arguments hold, by the keys that lead there."""
+        found: dict[tuple[str, ...], _Arguments] = defaultdict(_Arguments)
+        for row in self.rows:
+            for messages in map(parsed_json, row.values()):
+                for message in messages if isinstance(messages, list) else ():
+                    calls = message.get("tool_calls") if isinstance(message, dict) else None
+                    for call in calls if isinstance(calls, list) else ():
+                        function = _function_of(call)
+                        self._note(found, (), function.get("arguments"), str(function.get("name")))
+        return found
+
+    def _note(
+        self, found: dict[tuple[str, ...], _Arguments], path: tuple[str, ...], value: Any, name: str
+    ) -> None:
+        for each in value if isinstance(value, list) else ():
+            self._note(found, (*path, "[]"), each, name)
+        if isinstance(value, Mapping):
+            found[path].keys.add(frozenset(value))
+            found[path].functions.add(name)
+            found[path].said |= {key for key, each in value.items() if each is not None}
+            for key, each in value.items():
+                self._note(found, (*path, key), each, name)
+
+    def meant(self, value: Any, path: tuple[str, ...] = ()) -> Any:
+        """Return arguments without the nulls that fill a table.
+
+        Raises:
+            RowError: It can't be told whether one fills the table.
+        """
+        if isinstance(value, list):
+            return [self.meant(each, (*path, "[]")) for each in value]
+        if not isinstance(value, Mapping):
+            return value
+        fills: set[str] = set()
+        if None in value.values() and len((here := self.objects[path]).keys) == 1:
+            fills = {key for key, each in value.items() if each is None} & here.said
+            if fills and len(here.functions) == 1:
+                what = f"the argument {min(fills)!r} of a tool call is null, which a table writes"
+                raise RowError(
+                    f"{what} for one that isn't given, too: leave it out, or write the arguments "
+                    "as JSON text"
+                )
+        kept = {key: each for key, each in value.items() if key not in fills}
+        return {key: self.meant(each, (*path, key)) for key, each in kept.items()}
+
+
+def read_messages(value: Any, calls: Calls | None = None) -> tuple[dict[str, Any], ...]:
     """Read a list of messages: of each the role, the content and the reasoning beside it.
 
     Others write `from` and `value`, or `speaker` and `text`, for `role` and `content`; content may
     be a list of parts; and the list may be JSON text. A message that isn't to be trained has
-    `train: False`. What else it says is handed to the chat template as it is.
+    `train: False`. What else it says is handed to the chat template as it is. The `calls` are those
+    of all rows, by default of this list alone.
     """
     value = row_json(value)
     if not isinstance(value, list):
         raise RowError("no list of messages")
-    return tuple(_message(message, place) for place, message in enumerate(value))
+    known = calls or Calls([{"messages": value}])
+    return tuple(_message(message, place, known) for place, message in enumerate(value))
 
 
-def _message(message: Any, place: int) -> dict[str, Any]:
+def _message(message: Any, place: int, known: Calls) -> dict[str, Any]:
     message = message if isinstance(message, dict) else {}
     role = _one_of({key: _role(message.get(key)) for key in ROLE_KEYS}, place)
     content = _one_of({key: message.get(key) for key in CONTENT_KEYS}, place)
@@ -75,7 +147,7 @@ def _message(message: Any, place: int) -> dict[str, Any]:
             f"message {place}: {what} is an old form; write an assistant's message with "
             '`tool_calls`: [{"type": "function", "function": {"name": …, "arguments": {…}}}]'
         )
-    calls = _calls(message.get("tool_calls"), place)
+    calls = _calls(message.get("tool_calls"), place, known)
     if content is None and calls:
         content = ""
     thoughts = {key: message.get(key) for key in REASONING}
@@ -136,20 +208,30 @@ def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:
     return trained
 
 
-def _calls(value: Any, place: int) -> list[dict[str, Any]]:
+def _calls(value: Any, place: int, known: Calls) -> list[dict[str, Any]]:
     """Read the tool calls of a message; templates want their arguments as a mapping."""
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise RowError(f"message {place}: `tool_calls` is no list of calls")
     calls = []
-    for each in map(_without_nulls, value):
-        call = dict(each.get("function") or each)
-        if not isinstance(call.get("name"), str):
+    for call in value:
+        function = dict(_function_of(call))
+        if not isinstance(function.get("name"), str):
             raise RowError(f"message {place}: a tool call has no `name`")
-        call["arguments"] = row_json(call.get("arguments") or {})
-        calls.append({**each, "function": call} if "function" in each else call)
+        arguments = function.pop("arguments", None) or {}
+        text = isinstance(arguments, str)
+        read = row_json(arguments) if text else known.meant(arguments)
+        function = {**_without_nulls(function), "arguments": read}
+        inside = call.get("function") is not None
+        calls.append({**_without_nulls(call), "function": function} if inside else function)
     return calls
+
+
+def _function_of(tool: Any) -> Mapping[str, Any]:
+    """Return the function that a tool, or the call of one, holds or is; empty where it is none."""
+    function = (tool.get("function") or tool) if isinstance(tool, dict) else {}
+    return function if isinstance(function, dict) else {}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -161,13 +243,13 @@ def _without_nulls(value: Any) -> Any:
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """Read a row's tools: one description or a list, or JSON of such; words are something else."""
-    tools = _without_nulls(row_json(value))
+    tools = row_json(value) if isinstance(value, str) else _without_nulls(value)
     if isinstance(tools, Mapping) and tools:
         tools = [tools]
     tools = list(map(row_json, tools)) if isinstance(tools, list) else []
     if not all(isinstance(each, dict) for each in tools):
         return []
-    if not all("name" in (each.get("function") or each) for each in tools):
+    if not all("name" in _function_of(each) for each in tools):
         raise RowError("`tools` holds the description of a tool without a `name`")
     return tools
 
@@ -178,12 +260,26 @@ def is_named(column: str, data: DataSection) -> bool:
     return column in (data.response, data.system_column) or bool(re.search(rf"{{{column}\b", texts))
 
 
-def columns_beside(columns: Sequence[str], data: DataSection) -> list[str]:
-    """List the columns that other trainers read beside the messages, and that no line names."""
+def columns_beside(
+    columns: Sequence[str], data: DataSection, rows: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """List the columns that other trainers read beside the messages, and that no line names.
+
+    Those whose first value describes tools are some of them, whatever their names are.
+    """
     settled = {"system", "system_column"} & data.model_fields_set
     # A number `loss` beside the messages is what somebody measured.
     known = {*NOT_READ, *FLAGS, *(() if settled else SYSTEM)} - {"loss"}
+    for column in {*columns} - known - {"tools"}:
+        first = next((row[column] for row in rows if row.get(column) not in SAYS_NOTHING), None)
+        known |= {column} if _describes_tools(parsed_json(first)) else set()
     return [column for column in columns if column in known and not is_named(column, data)]
+
+
+def _describes_tools(value: Any) -> bool:
+    """Tell whether a value is a list of tools, each with a name and what it takes."""
+    tools = value if isinstance(value, list) and value else [None]
+    return all("name" in each and not TAKES.isdisjoint(each) for each in map(_function_of, tools))
 
 
 def check_beside(
@@ -219,6 +315,9 @@ def check_beside(
                     continue  # the recipe says the same
                 now = f"; now it is {inline(dict(template_kwargs))}"
             raise RowError(f"`{column}` {NOT_READ[column]}{now}; leave the column out")
+        elif _describes_tools(value) and value != row_json(row.get("tools")):
+            what = "describes tools, which are read in a column `tools` alone"
+            raise RowError(f"`{column}` {what}: call it so, or leave it out")
         elif isinstance(value, str):
             own = [each["content"].strip() for each in chats[0][:1] if each["role"] == "system"]
             if value.strip() not in own:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -33,7 +34,10 @@ THINK_TAG = re.compile(r"[<\[]/?think(?:ing)?[>\]]", re.IGNORECASE)
 ALWAYS_READ = ("role", "content", "reasoning_content")
 # They repeat what the call before says; most templates go by the order alone.
 OF_TOOL_ANSWERS = ("name", "tool_call_id")
+DROPS_SYSTEM = "the chat template drops the system message"
+OF_CALLS = {"id", "index", "type", "function", "name", "arguments"}  # keys of any tool call
 OWN_FLAGS = re.compile(r"/\w+")  # `/no_think` in a message
+IN_EVERY_TOOL = ("*", "function", "parameters", "properties")  # keys that need no telling
 QUESTION_ASKED = {"role": "user", "content": QUESTION}
 
 
@@ -54,6 +58,9 @@ class Habits:
     tokenizer: PreTrainedTokenizerBase  # has the template
     kwargs: Mapping[str, Any]  # handed to it
     found: dict[str, bool] = field(default_factory=dict)  # by role: whether it is an assistant's
+    # By the keys that lead to a part of a tool's description: whether it is written.
+    written: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    unwritten: dict[str, list[str]] = field(default_factory=dict)  # by tools as JSON
 
     def reads(self, messages: Messages) -> Reads:
         """Return what the template in use reads: of several named ones, tools choose."""
@@ -61,9 +68,14 @@ class Habits:
         return reads_of(self.tokenizer, tools or None)
 
     @cached_property
+    def asked(self) -> str:
+        """The prompt of a question alone."""
+        return render(self.tokenizer, [QUESTION_ASKED], self.kwargs)
+
+    @cached_property
     def around(self) -> str:
         """The text that is written around any question; it may hold a message's, too."""
-        return render(self.tokenizer, [QUESTION_ASKED], self.kwargs).replace(QUESTION, "")
+        return self.asked.replace(QUESTION, "")
 
     def takes_for_answers(self, role: str) -> bool:
         """Tell whether a role's messages are written as an assistant's are."""
@@ -103,6 +115,11 @@ def render_prompt(habits: Habits, messages: Messages) -> str:
     reads = habits.reads(messages)
     for message in messages:
         lost = _lost(reads, message, text)
+        if lost and lost.startswith(DROPS_SYSTEM):
+            other = {**message, "content": SENTINEL}
+            others = [other if each is message else each for each in messages]
+            if _tried(tokenizer, others, kwargs) != text:
+                lost = lost.replace("drops", "rewrites")
         if lost:
             raise FrameError(name, lost, _hint(message["role"]))
         role = message["role"]
@@ -135,6 +152,58 @@ def check_tools(habits: Habits) -> None:
         told = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
         others = {key: value for key, value in habits.kwargs.items() if key != "tools"}
         render_prompt(Habits(habits.tokenizer, others), (told, QUESTION_ASKED))
+
+
+def unwritten_of_tools(habits: Habits, messages: Messages) -> list[str]:
+    """Name what the template leaves out of its tools' descriptions, such as `enum`.
+
+    Whatever is there is changed, once for all tools that have it: the prompt must change, too.
+    """
+    own = messages[0]["role"] == TOOLS
+    tools = json.loads(messages[0]["content"]) if own else habits.kwargs.get("tools")
+    if not tools:
+        return []
+    told = json.dumps(tools, ensure_ascii=False)
+    if told not in habits.unwritten:
+        others = {key: value for key, value in habits.kwargs.items() if key != "tools"}
+
+        def prompt_of(tools: Any) -> str | None:
+            message = {"role": TOOLS, "content": json.dumps(tools, ensure_ascii=False)}
+            return _tried(habits.tokenizer, (message, QUESTION_ASKED), others)
+
+        text, names = prompt_of(tools), []
+        for path in _told(tools):
+            name = tuple("*" if type(key) is int else str(key) for key in path)
+            name = tuple(
+                "*" if before == "properties" else key
+                for before, key in zip(("", *name), name, strict=False)
+            )
+            if name not in habits.written:
+                habits.written[name] = text is None or prompt_of(_with_another(tools, path)) != text
+            if not habits.written[name]:
+                inner = "properties.*." if name.count("properties") > 1 else ""
+                names.append(inner + ".".join(key for key in name if key not in IN_EVERY_TOOL))
+        habits.unwritten[told] = list(dict.fromkeys(names))
+    return habits.unwritten[told]
+
+
+def _told(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the keys that lead to each text and number in a value."""
+    inner: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, each in inner:
+        if isinstance(each, Mapping | list):
+            yield from _told(each, (*path, key))
+        elif (key, each) not in (("type", "function"), ("type", "object")):
+            yield (*path, key)
+
+
+def _with_another(value: Any, path: Sequence[Any]) -> Any:
+    """Return a value with something else at one place in it."""
+    if not path:
+        return f"{value}x" if isinstance(value, str) or value is None else not value
+    copied = copy(value)
+    copied[path[0]] = _with_another(value[path[0]], path[1:])
+    return copied
 
 
 def _raised(habits: Habits, messages: Messages, error: Exception) -> FrameError:
@@ -205,7 +274,7 @@ def _lost(reads: Reads, message: Mapping[str, Any], text: str) -> str | None:
         content = THINK_TAG.split(content)[-1]
     if not _is_kept(reads, content, text):
         if role == "system":
-            return "the chat template drops the system message"
+            return DROPS_SYSTEM
         return f"the chat template drops or rewrites the text of a {role} message"
     for call in message.get("tool_calls", ()):
         if call.get("function", call).get("name", "") not in text:
@@ -215,7 +284,7 @@ def _lost(reads: Reads, message: Mapping[str, Any], text: str) -> str | None:
 
 def _said_of(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the names and the description that a tool has, with what each is."""
-    function = tool.get("function", tool)
+    function = tool.get("function") or tool
     yield "name", function.get("name", "")
     described = function.get("description")
     yield from (("description", line) for line in str(described or "").splitlines())
@@ -254,6 +323,9 @@ def _less(messages: Messages, text: str) -> Iterator[tuple[str, list[Mapping[str
         found |= dict.fromkeys((message["role"], key) for key in message if key not in known)
         calls = message.get("tool_calls", [])
         for number, call in enumerate(calls):
+            for key in {*call, *call.get("function", ())} - OF_CALLS:
+                less = {**message, "tool_calls": [_without_key(each, key) for each in calls]}
+                yield key, [*messages[:place], less, *messages[place + 1 :]]
             function = call.get("function", call)
             arguments = function.get("arguments")
             values = arguments.values() if isinstance(arguments, Mapping) else [arguments]
@@ -272,6 +344,14 @@ def _less(messages: Messages, text: str) -> Iterator[tuple[str, list[Mapping[str
                 for message in messages
             ],
         )
+
+
+def _without_key(call: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a tool call without a key, be it of the function that it calls."""
+    less = {name: value for name, value in call.items() if name != key}
+    if "function" in less:
+        less["function"] = {k: v for k, v in call["function"].items() if k != key}
+    return less
 
 
 def num_dropped_thinkings(messages: Messages, text: str) -> int:

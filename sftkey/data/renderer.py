@@ -9,9 +9,10 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftkey.data.prompt import Habits, check_tools, render_prompt
+from sftkey.data.prompt import Habits, check_tools, render_prompt, unwritten_of_tools
 from sftkey.data.response import TOOLS, Parsed, Response, as_messages
 from sftkey.data.template import (
+    QUESTION,
     TEMPLATE_ERRORS,
     TOOL,
     Probe,
@@ -188,6 +189,10 @@ class Renderer:
         what = "the chat template that tools choose writes other text around an answer"
         return what, "give one model.chat_template for all rows"
 
+    def unwritten_of_tools(self, prompt: str | Sequence[Mapping[str, str]]) -> list[str]:
+        """Name what the template leaves out of a prompt's tools, such as `enum`."""
+        return unwritten_of_tools(self._habits, as_messages(prompt)) if self.kind == "chat" else []
+
     @cached_property
     def _habits(self) -> Habits:
         return Habits(self.tokenizer, self.chat_template_kwargs)
@@ -251,11 +256,14 @@ class Renderer:
     @cached_property
     def _header_end(self) -> tuple[Any, ...] | None:
         """The header's text behind its last special token; its ids, and those of the text."""
-        found = list(self.special_pattern.finditer(self.header))
+        header = self.header
+        if self.kind == "chat" and not header:  # Mistral's; then it is what closes a question
+            header = self._habits.asked.rpartition(QUESTION)[2]
+        found = list(self.special_pattern.finditer(header))
         added = self.tokenizer.added_tokens_decoder.values()
         if not found or any(token.single_word or token.lstrip for token in added):
             return None
-        text = self.header[found[-1].end() :]
+        text = header[found[-1].end() :]
         ids = self.encode([found[-1][0] + text])[0].ids
         return (text, *ids) if ids[0] == self.special_ids[found[-1][0]] else None
 
@@ -374,18 +382,20 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[str,
             break
         if after[another.end() :][:1].isalpha():  # a role's name: the next turn begins
             break
+        if another[0] in after[: found.end()]:  # generation stops at the first of them
+            break
         found = another
     return after[: found.end()], found[0]
 
 
 def _checked(renderer: Renderer) -> Renderer:
     """Refuse a frame whose end stands in it before the end: generation would stop there."""
+    tokens = renderer.tokenizer.convert_ids_to_tokens(renderer.end_ids)
     for text in (renderer.assistant_prefix, *vars(renderer.response).values()):
-        if renderer.end_token in text:
+        if token := next((each for each in tokens if each in text), None):
             raise FrameError(
                 name_of(renderer.tokenizer),
-                f"the end of turn {renderer.end_token!r} stands in {text!r} too, "
-                "where generation would stop",
+                f"the end of turn {token!r} stands in {text!r} too, where generation would stop",
                 hint="choose response.thinking and response.answer without it",
             )
     _check_returns(renderer)

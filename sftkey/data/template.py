@@ -39,6 +39,15 @@ TRUTHS |= dict.fromkeys(("false", "no", "off", "0"), False)
 ASKED = "add_generation_prompt"
 # A tool as any, whose text plays no part.
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+# Chats of the kinds that templates write otherwise, as their variables tell.
+_ASKED = {"role": "user", "content": QUESTION}
+_ANSWERED = {"role": "assistant", "content": SENTINEL, "reasoning_content": "So."}
+CHATS: tuple[Messages, ...] = (
+    (_ASKED,),
+    ({"role": "system", "content": "Be brief."}, _ASKED),
+    (_ASKED, _ANSWERED, _ASKED, _ANSWERED),
+    ({"role": TOOLS, "content": json.dumps([TOOL])}, _ASKED),
+)
 OF_ROWS = ("messages", "tools")  # the variables that a row brings itself
 TOOLS_FORM = "write each as {type: function, function: {name: …, description: …, parameters: …}}"
 FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
@@ -264,24 +273,74 @@ def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
 def _are_tools(value: Any) -> bool:
     """Tell whether a value is a list of descriptions that have names; an empty one is."""
     described = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
-    return described and all("name" in (each.get("function") or each) for each in value)
+    inner = [each.get("function") or each for each in value] if described else [None]
+    return all(isinstance(each, Mapping) and "name" in each for each in inner)
 
 
 def _check_truths(
     tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], prompt: str
 ) -> None:
-    """Refuse `"false"` and 0 where the template, which renders `prompt`, knows false alone."""
+    """Refuse values that the template, which renders `prompt` with them, doesn't know.
+
+    `"false"` and 0 are false to few; other words and numbers are true to many, or nothing at all.
+    """
     names = reads_of(tokenizer, kwargs.get("tools")).names
     question = [{"role": "user", "content": QUESTION}]
     for key, value in kwargs.items():
         truth = None if isinstance(value, bool) else TRUTHS.get(str(value).lower())
-        if truth is None or value in names:
+        what, hint = "", "write true or false, without quotes"
+        if value is None:
+            what, hint = "expected a value; got null", "leave it out"
+        elif isinstance(value, bool | list | dict) or value in names:
             continue
-        if render(tokenizer, question, {**kwargs, key: truth}) != prompt:
+        elif truth is None:
+            own = _prompts(tokenizer, kwargs)
+            written = any(str(value) in text for text in own if text is not None)
+            if own == _without(tokenizer, kwargs, key):
+                if written or not isinstance(value, str):
+                    continue  # it is the default, or noted
+                near = did_you_mean(value, names)
+                what = f"the chat template writes the same without it: it knows no {value!r}{near}"
+                hint = "write a value that the template reads, or leave it out"
+            elif own == _prompts(tokenizer, {**kwargs, key: True}):
+                what = f"the chat template takes {value!r} for true, as any text"
+        elif render(tokenizer, question, {**kwargs, key: truth}) != prompt:
             what = f"the chat template doesn't take {value!r} for {str(truth).lower()}"
-            where = f"model.chat_template_kwargs.{key}"
             hint = f"write {str(truth).lower()}, without quotes"
+        if what:
+            where = f"model.chat_template_kwargs.{key}"
             raise FrameError(name_of(tokenizer), [Problem(where, what)], hint)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> list[str | None]:
+    """Return what a template writes of chats of several kinds; None where it raises."""
+    found: list[str | None] = []
+    for messages in CHATS:
+        for asked in (True, False):
+            try:
+                found.append(render(tokenizer, messages, kwargs, asked))
+            except TEMPLATE_ERRORS:
+                found.append(None)
+    return found
+
+
+def _without(
+    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], key: str
+) -> list[str | None]:
+    return _prompts(tokenizer, {name: value for name, value in kwargs.items() if name != key})
+
+
+def unused_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> list[str]:
+    """Name what changes no chat of any kind, whether it says what it does or the contrary."""
+    own = _prompts(tokenizer, kwargs) if kwargs else []
+    return [
+        key
+        for key, value in kwargs.items()
+        if key != "tools"
+        and not isinstance(value, str)  # a word that isn't known is refused
+        and own == _prompts(tokenizer, {**kwargs, key: not value})
+        and own == _without(tokenizer, kwargs, key)
+    ]
 
 
 def _check_header(name: str, header: str, response: Response) -> None:
@@ -310,8 +369,10 @@ def _assistant_prefix(name: str, before: str, prompt: str, header: str, response
     opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
     common = len(_common(before, prompt))
     inserted, opened = before[common:], prompt[common:]
+    # gpt-oss: the native answer tag writes what the template would write before an answer.
+    written_by_tag = inserted.strip() and inserted.strip() in response.answer_open
     if opened:
-        if not opening and closing and (not inserted or closing in inserted):
+        if not opening and closing and (not inserted or written_by_tag or closing in inserted):
             return ""
         raise FrameError(
             name,
@@ -321,8 +382,6 @@ def _assistant_prefix(name: str, before: str, prompt: str, header: str, response
         )
     if closing and closing in inserted:
         return inserted.partition(opening)[0] if opening and opening in inserted else ""
-    # gpt-oss: the native answer tag writes what the template would write before an answer.
-    written_by_tag = inserted.strip() and inserted.strip() in response.answer_open
     return "" if written_by_tag else inserted
 
 

@@ -95,7 +95,8 @@ if TYPE_CHECKING:
     _Encoded = tuple[list[int], list[int], Encoding]  # see `Renderer.encode_rows`
 
 T = TypeVar("T")
-DROPS_THINKING = "the chat template drops the thinking of an earlier assistant message"
+DROPS = "the chat template drops"
+DROPS_THINKING = f"{DROPS} the thinking of an earlier assistant message"
 OWN_TAGS = "the response's own tags stand inside"
 NUM_CHARACTERS = 60  # of a text in a message
 BATCH_SIZE = 250  # rows that a thread tokenizes at a time
@@ -201,13 +202,15 @@ def _write(example: Example, renderer: Renderer) -> _Text:
     except FrameError as error:
         raise RowError(error.problems[0].what, "template") from error
     pieces = renderer.response.pieces(example.thinking, example.answer)
+    left_out = renderer.unwritten_of_tools(example.prompt)
     dropped = 0
     if not isinstance(example.prompt, str):
         dropped = num_dropped_thinkings(example.prompt, prompt)
     return _Text(
         prompt,
         [(Segment.THINKING, renderer.assistant_prefix), *pieces, (Segment.END, renderer.end)],
-        ((DROPS_THINKING, ""),) * bool(dropped),
+        ((DROPS_THINKING, ""),) * bool(dropped)
+        + tuple((f"{DROPS} `{name}` of `tools`", "") for name in left_out),
     )
 
 
@@ -232,6 +235,8 @@ def _row(example: Example, text: _Text, encoded: _Encoded, renderer: Renderer) -
     start = len(prompt_ids)
     tokens = Tokens(ids[start:], whole, start)
     pieces = [(Segment.PROMPT, text.prompt), *text.pieces]
+    if renderer.kind == "chat":
+        _check_prompt(prompt_ids, text.prompt, renderer)
     # 2. Where that changes the prompt's own ids, the completion is tokenized by itself.
     changed = ids[:start] != prompt_ids
     # A special token may swallow the white space behind it, here the completion's first. And a
@@ -327,6 +332,16 @@ def _apart(
         if [*head.ids, *ids] == both.ids and decoded(tokenizer, [*prompt_ids, *ids]) in wanted:
             return Tokens(ids, both, len(head.ids), len(anchor))
     return None
+
+
+def _check_prompt(ids: Sequence[int], prompt: str, renderer: Renderer) -> None:
+    """See that no text of a prompt became a special token when the tokenizer rewrote it."""
+    unknown = {renderer.tokenizer.unk_token_id}
+    special = [n for n in ids if n in renderer.special_numbers and n not in unknown]
+    written = [renderer.special_ids[token] for token in renderer.special_pattern.findall(prompt)]
+    if special != [n for n in written if n not in unknown]:
+        what = "the prompt holds what the tokenizer rewrites to a special token"
+        raise RowError(what, "special-token-text")
 
 
 def _check_special(

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers.auto import AutoQuantizationConfig
 
 from sftkey.errors import ModelError, first_line, shown
 from sftkey.models.loading import load_tokenizer
@@ -222,7 +221,7 @@ def refuse_unloadable(section: ModelSection, skeleton: Skeleton) -> None:
         except UNREADABLE as error:
             raise ModelError(name, f"its {file} can't be read: {first_line(error)}") from error
         ids = stops if isinstance(stops, list) else [stops]
-        if stops is not None and any(type(each) is not int for each in ids):
+        if stops is not None and any(type(each) is not int or each < 0 for each in ids):
             what = f"{file}: eos_token_id: expected an id, a list of ids or null"
             raise ModelError(name, f"{what}; got {shown(stops)}", "write the ids as whole numbers")
     for key, value in vars(skeleton.text).items():
@@ -231,15 +230,6 @@ def refuse_unloadable(section: ModelSection, skeleton: Skeleton) -> None:
             what = f"config.json: {key}: expected a number from 0 to 1; got {shown(value)}"
             raise ModelError(name, what, "write the rate that the model was trained with")
     _refuse_rope(name, skeleton)
-    told = getattr(skeleton.config, "quantization_config", None)
-    if isinstance(told, dict):
-        try:
-            AutoQuantizationConfig.from_dict(told)
-        except (*UNREADABLE, RuntimeError) as error:
-            what = f"config.json: quantization_config: {first_line(error)}"
-            raise ModelError(
-                name, what, "take the model's weights that aren't quantized"
-            ) from error
 
 
 def _refuse_rope(name: str, skeleton: Skeleton) -> None:

@@ -299,6 +299,25 @@ def test_upstreams_own_learning_rate_counts_where_the_recipe_has_none(gate: Gate
     assert gate(trainer={"max_steps": 1}, stages=[{"name": "key", "loss_on": "key"}]).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("trainer", "own", "noted"),
+    [
+        ({"max_steps": 3, "num_train_epochs": 2}, {}, True),
+        ({"num_train_epochs": 2}, {"max_steps": 3}, False),  # the epochs are other stages'
+        ({"max_steps": 3}, {"num_train_epochs": 2}, True),
+        ({"max_steps": -1, "num_train_epochs": 2}, {}, False),
+    ],
+)
+def test_epochs_beside_steps_are_noted(
+    trainer: dict[str, Any], own: dict[str, Any], noted: bool, gate: Gate
+) -> None:
+    """Upstream counts the steps alone, and says nothing."""
+    stages = [{"name": "key", "loss_on": "key", "trainer": own}]
+    findings = gate(trainer=trainer | {"learning_rate": 2e-4}, stages=stages).findings
+    assert [finding.code for finding in findings] == ["epochs-unused"] * noted
+    assert not any(finding.refuses for finding in findings)
+
+
 ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
@@ -484,6 +503,13 @@ def test_an_adapter_that_trains_the_row_counts(
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     (finding,) = gate(of_model(base_model), f"model.adapter={adapter}").findings
     assert finding.code == "stop-not-published"
+
+
+def test_a_published_stop_inside_the_response_refuses(gate: Gate, base_model: Path) -> None:
+    """Generation would stop at it, before the answer."""
+    (finding,) = gate(of_model(base_model), 'response.thinking=["", "<|endoftext|>"]').refusals[:1]
+    assert finding.code == "stop-inside"
+    assert finding.message.endswith("which stands in the response")
 
 
 def test_a_plain_end_that_the_model_does_not_know_refuses(gate: Gate, base_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -41,6 +42,20 @@ def test_a_batch_that_is_just_whole_is_left(tiny_recipe: Callable[..., Path]) ->
     batch = "trainer={dataloader_drop_last: true, per_device_train_batch_size: 24}"
     recipe = load_recipe(tiny_recipe(), [batch, "eval.max_new_tokens=512"])
     assert check_recipe(recipe).refusals == []
+
+
+def test_rows_longer_than_learned_positions_are_refused(
+    tiny_tokenizer: Any, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first of them would end the training with an IndexError."""
+    shape = {"n_embd": 8, "n_layer": 2, "n_head": 2, "bos_token_id": None}
+    config = GPT2Config(n_positions=64, vocab_size=len(tiny_tokenizer), eos_token_id=2, **shape)
+    for part in (GPT2LMHeadModel(config), tiny_tokenizer):
+        part.save_pretrained(tmp_path / "gpt2")
+    recipe = load_recipe(tiny_recipe(), [f"model.name_or_path={tmp_path / 'gpt2'}"])
+    row = check_recipe(recipe).refusals[0]
+    assert row.message.startswith("gpt2: it has learned 64 positions; the longest row has ")
+    assert row.hint == "write data.max_length=64"
 
 
 def test_learned_positions_are_told_from_rotary_ones(tiny_model: GPT2LMHeadModel) -> None:

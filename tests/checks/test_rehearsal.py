@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from sftkey.checks import recipe as checks
 from sftkey.checks import rehearsal
 from sftkey.checks.gate import check_recipe
 from sftkey.errors import RecipeError
@@ -52,6 +53,7 @@ NAMES = {
     "trainer.save_only_model=true": "could not go on from a checkpoint without its optimizer",
     "trainer.push_to_hub=true": "it would push each stage over the other",
     "trainer.hub_model_id=me/mine": "it would push each stage over the other",
+    "trainer.activation_offloading=true": "takes activations off a GPU, and this machine has none",
     "trainer.report_to=wandb": "wandb",
     "trainer={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 3, save_steps: 2}": (
         "trl.SFTConfig refuses it: ValueError: --load_best_model_at_end requires"
@@ -257,6 +259,11 @@ PUBLISHED: dict[str, tuple[str, Any, str]] = {
         {"eos_token_id": "2"},
         "an id, a list of ids or null; got '2'",
     ),
+    "no id": (
+        "generation_config.json",
+        {"eos_token_id": [2, -1]},
+        "an id, a list of ids or null; got [2, -1]",
+    ),
     "several": ("generation_config.json", {"num_return_sequences": 3}, "can't be read: Greedy"),
     "dropout": ("config.json", {"attention_dropout": 2.0}, "a number from 0 to 1; got 2.0"),
     "method": ("config.json", {"quantization_config": {"quant_method": "foo"}}, "foo"),
@@ -276,6 +283,58 @@ PUBLISHED: dict[str, tuple[str, Any, str]] = {
         "no place for 9 of the weights, such as model.layers.1.input_layernorm.weight",
     ),
 }
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+QUANTIZED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "model.quantization=none", "pip install optimum"),
+    "awq": ({"quant_method": "awq", "bits": 4}, "model.quantization=none", "pip install gptqmodel"),
+    "spqr": ({"quant_method": "bitnet"}, "model.quantization=none", "can't train weights of bitne"),
+    "whole": (BNB, "lora=null", "trains the model's own weights; got some that bitsandbytes"),
+    "again": (BNB | {"bnb_4bit_quant_type": "fp4"}, "model.quantization=nf4", "quantized already"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_weights_that_come_quantized_are_refused_where_they_can_not_be_trained(
+    case: str, tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The package that they need is named, and nothing is quantized twice."""
+    told, setting, what = QUANTIZED[case]
+    [message] = refused(of_quantized(told, tiny_folder, tmp_path, tiny_recipe), setting)
+    assert what in message
+
+
+def of_quantized(
+    told: dict[str, Any], tiny_folder: Path, tmp_path: Path, tiny_recipe: MakeRecipe
+) -> Path:
+    """Write a recipe whose model says that its weights are quantized."""
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": told}))
+    recipe = tiny_recipe()
+    recipe.write_text(recipe.read_text().replace(str(tiny_folder), str(folder)))
+    return recipe
+
+
+def test_weights_that_need_a_gpu_are_noted_where_there_is_none(
+    tiny_recipe: MakeRecipe, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run may find one; where there is one, the reason refuses."""
+
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("GPU is required")
+
+    monkeypatch.setattr(checks.AutoHfQuantizer, "from_config", missing)
+    told = {"quant_method": "gptq", "bits": 4}
+    recipe = of_quantized(told, tiny_folder, tmp_path, tiny_recipe)
+    for there, refuses in ((False, False), (True, True)):
+        monkeypatch.setattr(checks.torch.cuda, "is_available", lambda there=there: there)
+        report = check_recipe(load_recipe(recipe))
+        [found] = [each for each in report.findings if "GPU is required" in each.message]
+        assert found.refuses == refuses
 
 
 @pytest.mark.parametrize("case", PUBLISHED)

@@ -15,6 +15,7 @@ from sftkey.data.values import RowError
 from sftkey.errors import FrameError
 from sftkey.recipe.schema import DataSection
 from tests.support.tiny import CHATML
+from tests.support.tokenizers import made
 
 PLAIN = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "7"})
 THOUGHT = (PLAIN[0], {**PLAIN[1], "reasoning_content": "c"})
@@ -330,6 +331,87 @@ def test_a_prompt_is_not_asked_twice() -> None:
         assert make_examples([row], data).examples[0].prompt == PLAIN[:1]
 
 
+def calling(*arguments: Any, name: str = "add") -> dict[str, Any]:
+    """Make a row that calls tools with these arguments, of which the first has another name."""
+    names = [name, *["add"] * len(arguments)]
+    calls = [{"name": n, "arguments": each} for n, each in zip(names, arguments, strict=False)]
+    asked = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"messages": [PLAIN[0], asked, {"role": "tool", "content": "4"}, THOUGHT[1]]}
+
+
+@pytest.mark.parametrize("function", ["add", 5, ["add"]])
+def test_a_function_that_is_no_object_is_refused(function: Any) -> None:
+    """Of a call and of a tool, and not with a traceback."""
+    calling = {"role": "assistant", "tool_calls": [{"function": function}]}
+    (refused, *_) = loaded(PLAIN[0], calling, PLAIN[0], THOUGHT[1]).unsplit
+    assert refused.reason == "message 1: a tool call has no `name`"
+    (refused,) = loaded(*THOUGHT, tools=[{"function": function}]).unsplit
+    assert refused.reason == "`tools` holds the description of a tool without a `name`"
+    told = json.dumps([{"name": "add", "function": None}])
+    (example,) = loaded(*THOUGHT, tools=told).examples
+    tokenizer = made("byte_level", "{{ tools | tojson if tools }}" + CHATML)
+    assert "null" in render_prompt(Habits(tokenizer, {}), example.prompt)
+    assert loaded(*THOUGHT, x=[{"function": function}], y=[5], z=[None]).examples
+
+
+def test_tools_in_a_column_of_another_name_are_refused() -> None:
+    """By what it holds; people with names and what they do are none."""
+    takes = {"name": "add", "input_schema": {"type": "object"}}
+    for told in ([takes], json.dumps([takes]), [{"type": "function", "function": takes}]):
+        (refused,) = loaded(*THOUGHT, apis=told).unsplit
+        assert refused.reason.startswith("`apis` describes tools, which are read in a column")
+    for said in (
+        {"apis": [{"name": "Ada", "description": "Adds."}]},
+        {"apis": [takes], "tools": [takes]},
+    ):
+        assert loaded(*THOUGHT, **said).examples
+
+
+def test_a_key_of_a_call_that_the_template_never_reads_refuses() -> None:
+    """Llama's word for arguments, say, would be dropped where the template writes arguments."""
+    written = "{% for c in message.tool_calls or [] %}{{ c.name }}{{ c.arguments }}{% endfor %}"
+    content = "{{ message['content'] }}"
+    tokenizer = made("byte_level", CHATML.replace(content, content + written))
+    for key, is_read in (("parameters", False), ("arguments", True), ("id", True)):
+        call = {"name": "add", key: {"a": 2} if key != "id" else "x"}
+        messages = read_messages([PLAIN[0], {"role": "assistant", "tool_calls": [call]}, PLAIN[0]])
+        if is_read:
+            render_prompt(Habits(tokenizer, {}), messages)
+            continue
+        with pytest.raises(FrameError, match=r"never reads `parameters`.*did you mean `arguments`"):
+            render_prompt(Habits(tokenizer, {}), messages)
+
+
+WITH_NULL = {"a": 2, "b": None, "c": {"d": None, "e": [None]}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "read"),
+    [
+        ([calling(WITH_NULL)], WITH_NULL),  # none says more: nothing to fill
+        ([calling(json.dumps(WITH_NULL)), calling({"b": 1, "c": {"d": 2}})], WITH_NULL),
+        ([calling(WITH_NULL), calling({"b": 1, "c": 1}, name="sub")], WITH_NULL),  # no table
+        (
+            [calling(WITH_NULL), calling({"a": None, "b": 1, "c": None}, name="sub")],
+            {"a": 2, "c": WITH_NULL["c"]},
+        ),
+        (
+            [calling(WITH_NULL), calling({"a": 1, "b": 2, "c": {"d": 3, "e": []}}, name="sub")],
+            {"a": 2, "c": {"e": [None]}},
+        ),
+        ([calling(WITH_NULL), calling({"a": None, "b": 1, "c": None})], "the argument 'b' of a"),
+    ],
+    ids=["alone", "text", "other keys", "filled", "filled inside", "one function"],
+)
+def test_a_null_argument_is_kept_unless_it_fills_a_table(rows: Any, read: Any) -> None:
+    """A table gives all calls the arguments of all functions; of one function none can tell."""
+    loaded = make_examples(rows, DataSection(source="x"))
+    if isinstance(read, str):
+        assert read in loaded.unsplit[0].reason
+    else:
+        assert loaded.examples[0].prompt[1]["tool_calls"][0]["arguments"] == read  # type: ignore[index]
+
+
 def test_nulls_that_tables_fill_in_are_no_part_of_tools() -> None:
     """A table gives each description the keys of all; a text of JSON is as it was written."""
     filled = {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}, "b": None}}}
@@ -337,9 +419,6 @@ def test_nulls_that_tables_fill_in_are_no_part_of_tools() -> None:
     for tools in ([filled], filled, [json.dumps(bare)]):
         (example,) = loaded(*PLAIN, tools=tools).examples
         assert json.loads(example.prompt[0]["content"]) == [bare]
-    call = {"name": "add", "arguments": {"a": 2, "b": None}}
-    (read,) = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
-    assert read["tool_calls"] == [{"name": "add", "arguments": {"a": 2}}]
     row = {"tools": json.dumps([bare]), "q": "Q", "thinking": "c", "answer": "7"}
     data = DataSection(source="x.jsonl", prompt="{tools}: {q}")
     assert make_examples([row], data).examples[0].prompt.endswith(": Q")

@@ -108,6 +108,15 @@ def test_the_prompt_is_what_the_model_is_asked_id_for_id() -> None:
     assert set(row.segment_ids[: len(ids)]) == {Segment.PROMPT}
 
 
+@pytest.mark.parametrize(("written", "said"), [("m.content | upper", "rewrites"), ("''", "drops")])
+def test_a_system_message_that_is_rewritten_is_not_called_dropped(written: str, said: str) -> None:
+    """Both refuse the row."""
+    template = CHATML.replace("m['content']", f"({written}) if m.role == 'system' else m.content")
+    refused = outcome(framed(template), Example(asked("Be brief."), "2 and 2.", "4", 0))
+    assert isinstance(refused, Refusal)
+    assert refused.reason == f"the chat template {said} the system message"
+
+
 def test_kwargs() -> None:
     """One that the template never reads is refused with the nearest that it does."""
     template = CHATML + "{% if enable_thinking %}{% endif %}"
@@ -170,6 +179,40 @@ def test_kwargs_that_are_no_truth_to_the_template(value: Any, truth: bool) -> No
         framed(template, kwargs={"flag": value})
 
 
+EFFORT = "{% if effort == 'high' %}H{% elif effort == 'low' %}L{% endif %}{{ 'x' if flag }}"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what"),
+    [
+        ({"effort": "hihg"}, "effort: .* it knows no 'hihg'; did you mean `high`"),
+        ({"flag": "flase"}, "flag: the chat template takes 'flase' for true, as any text"),
+        ({"flag": 2}, "flag: the chat template takes 2 for true"),
+        ({"flag": None}, "flag: expected a value; got null"),
+        ({"effort": "low", "flag": False}, None),
+    ],
+)
+def test_kwargs_whose_value_the_template_does_not_know(
+    kwargs: dict[str, Any], what: str | None
+) -> None:
+    """A word that it compares with none of its own changes nothing, or is true as any text."""
+    if what is None:
+        framed(EFFORT + CHATML, kwargs=kwargs)
+        return
+    with pytest.raises(FrameError, match=what):
+        framed(EFFORT + CHATML, kwargs=kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"flag": True}, {"flag": False}, {"flag": 512}])
+def test_kwargs_that_change_no_chat_are_noted(kwargs: dict[str, Any]) -> None:
+    """Neither as they are nor the other way round; what is so by default is used."""
+    dead, tools = "{% if false %}{{ flag }}{% endif %}", "{{ flag if tools }}"
+    for template, codes in ((dead, ["kwargs-unused"]), (tools, [])):
+        found = list(frame_findings(framed(template + CHATML, kwargs=kwargs)))
+        assert [finding.code for finding in found] == codes
+        assert not any(finding.refuses for finding in found)
+
+
 @pytest.mark.parametrize("key", ["messages", "add_generation_prompt", "tokenize", "chat_template"])
 def test_kwargs_that_are_set_for_each_row(key: str) -> None:
     """They are named as such, and nothing is blamed on the template."""
@@ -189,6 +232,12 @@ def test_normalizer_rewrites() -> None:
     ((what, shown),) = row.notes
     assert what == "the tokenizer changes the thinking"
     assert "x² is 4" in shown
+
+
+def test_a_normalizer_that_strips_is_no_bug() -> None:
+    """It strips what stands between special tokens, and not each part of it."""
+    example = Example("2 + 2?", " 2 and 2. ", "4 ", 0)
+    assert isinstance(outcome(framed(normalizer=normalizers.Strip()), example), Row)
 
 
 def test_an_opening_tag_inside_an_answer_is_told_as_such() -> None:
@@ -247,6 +296,16 @@ def test_control_text_that_json_writes_otherwise() -> None:
         assert isinstance(refused, Refusal)
         assert (refused.index, refused.code) == (7, "special-token-text")
         assert not Oracle(renderer).can_be_built(example)
+
+
+def test_control_text_that_the_normalizer_makes() -> None:
+    """It is none as it was written, and one when the tokenizer has rewritten it."""
+    token = AddedToken("<|done|>", special=True, normalized=True)
+    renderer = framed(normalizer=normalizers.NFKC(), tokens=[token])
+    for content in ("2 <|done|\uff1e?", "2 \uff1e?"):
+        refused = outcome(renderer, Example(({"role": "user", "content": content},), "2.", "4", 1))
+        assert isinstance(refused, Refusal) == ("done" in content)
+        assert isinstance(refused, Row) or refused.code == "special-token-text"
 
 
 def test_control_text_in_the_name_of_an_argument() -> None:
@@ -319,6 +378,34 @@ def test_tools_of_the_recipe_are_judged_as_those_of_a_row(tools: Any, what: str)
         assert isinstance(outcome(renderer, Example(prompt, "2 and 2.", "4", 8)), row)
 
 
+CHOICE = {"type": "string", "description": "How to.", "enum": ["up", "down"]}
+ROUNDS = {"name": "round", "parameters": {"properties": {"mode": CHOICE | {"default": "up"}}}}
+WRITES_ENUM = "{{ p.description }}{{ p.enum | join }}"
+
+
+@pytest.mark.parametrize("of_recipe", [False, True])
+@pytest.mark.parametrize(
+    ("written", "left_out"),
+    [
+        ("{{ p | tojson }}", []),
+        (WRITES_ENUM + "{{ p.type }}", ["default"]),
+        (WRITES_ENUM.replace("{{ p.enum | join }}", ""), ["type", "enum", "default"]),
+    ],
+)
+def test_what_a_template_drops_of_a_tools_parameters_is_noted(
+    written: str, left_out: list[str], of_recipe: bool
+) -> None:
+    """Many write names and descriptions alone; that is told by rendering another value."""
+    told = "{% for t in tools or [] %}{{ t.name }}{% for n, p in t.parameters.properties.items() %}"
+    template = f"{told}{{{{ n }}}}{written}{{% endfor %}}{{% endfor %}}{CHATML}"
+    renderer = framed(template, kwargs={"tools": [ROUNDS]} if of_recipe else {})
+    prompt = (HI,) if of_recipe else ({"role": TOOLS, "content": json.dumps([ROUNDS])}, HI)
+    row = outcome(renderer, Example(prompt, "2 and 2.", "4", 8))
+    assert isinstance(row, Row)
+    notes = [f"the chat template drops `{name}` of `tools`" for name in left_out]
+    assert [what for what, _ in row.notes] == notes
+
+
 def test_named_templates_without_a_default() -> None:
     """None of them is taken unsaid, and none is called bad Jinja."""
     with pytest.raises(FrameError, match="expected a chat template named default; got a, b"):
@@ -380,6 +467,32 @@ def test_two_tokens_end_a_turn() -> None:
     assert set(stop_ids(renderer, ends[1])) >= {ends[0]} or set(stop_ids(renderer)) & set(ends)
 
 
+def test_none_of_two_ends_stands_in_the_response() -> None:
+    """Generation stops at each of them: the first would be written twice."""
+    section = ResponseSection(answer=("", "<|response|>"))
+    with pytest.raises(FrameError, match=r"the end of turn '<\|response\|>' stands in '<\|resp"):
+        framed(TWO_ENDS, section, tokens=END_SPECIAL)
+    assert framed(TWO_ENDS, tokens=END_SPECIAL).end == "<|response|>\n<|turn|>"
+
+
+def test_a_prompt_that_opens_the_thinking_and_a_tag_before_the_answer() -> None:
+    """Cohere's newer ones: the answer's own tag is what the template writes without a thinking."""
+    template = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif").replace(
+        "{{ m['content'] }}", "{{ '<text>' if m.role == 'assistant' }}{{ m['content'] }}"
+    )
+    renderer = framed(template, ResponseSection(thinking=("", "</think>"), answer=("<text>", "")))
+    row = outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0))
+    assert isinstance(row, Row)
+    assert "<think>2 and 2.</think><text>4<|im_end|>" in renderer.tokenizer.decode(row.input_ids)
+
+
+def test_one_token_twice_ends_a_turn_once() -> None:
+    """Generation stops at the first."""
+    renderer = framed(CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"))
+    assert isinstance(outcome(renderer, Example("2 + 2?", "2 and 2.", "4", 0)), Row)
+    assert renderer.end == "<|im_end|>"
+
+
 def test_the_tokenizer_appends_its_end() -> None:
     """A plain frame whose tokenizer ends every text by itself has one end, not two."""
     tokenizer = changed(None)
@@ -397,7 +510,8 @@ def test_adapt_judges_the_template_in_use() -> None:
     reasoning = "{% if m.reasoning_content %}<seed:think>{{ m.reasoning_content }}</seed:think>"
     own = CHATML.replace("{{ m['content'] }}", reasoning + "{% endif %}{{ m['content'] }}")
     beside = {"default": CHATML, "tool_use": CHATML + "</think><|channel|>date_string"}
-    for template, thinking in ((own, seed), (beside, ("<Thinking>", "</Thinking>"))):
+    comment, default = CHATML + "{# no </think>\n<|channel|> #}", ("<Thinking>", "</Thinking>")
+    for template, thinking in ((own, seed), (beside, default), (comment, default)):
         tokens = [AddedToken(text, special=True) for text in seed]
         choice = choose_frame(changed(template, tokens=tokens), ())
         assert tuple(each.strip() for each in choice.section.thinking) == thinking
