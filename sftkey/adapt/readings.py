@@ -220,8 +220,8 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         if name in free and table.varies(name, beside) and not _is_label(table, name, beside)
     ]
     texts = [name for name in table.called(RESPONSE) if name in free]
-    texts += [name for name in free if name not in texts and _is_whole(table, name, asked)]
-    for column in dict.fromkeys([*thoughts, *texts]):
+    wholes = [name for name in free if name not in texts and _is_whole(table, name, asked)]
+    for column in dict.fromkeys([*thoughts, *texts, *wholes]):
         fit = find_rule(table.texts(column))
         if fit.good and not _says(table, column, fit, answers):
             continue
@@ -229,10 +229,9 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         fields = {**base, "response": column, "split_rule": fit.rule}
         yield Reading(fields, fit.explicit or column in thoughts, fit)
         thoughts = [name for name in thoughts if name != column or not fit.good]
-    rest = answers or [name for name in texts if name not in thoughts]
-    if not any(plain(name) in ANSWER for name in rest):  # `ground_truth_solution` is one of two
-        rest += [name for name in table.called(RESPONSE) if name in free and name not in rest]
-        rest = [name for name in rest if name not in thoughts]
+    rest = [name for name in answers if plain(name) in ANSWER]
+    # `ground_truth_solution` may be meant, or `deepseek_solution`.
+    rest = rest or [name for name in dict.fromkeys([*answers, *texts]) if name not in thoughts]
     for thought in thoughts:
         for answer in rest:
             fields = {"thinking": f"{{{thought}}}", "answer": _answer(table, answer)}
