@@ -147,6 +147,7 @@ _CONTRARY = re.compile(
 )
 _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
+    r"|(?:[a-z]+ )?(?:sentiment|classification|category|relation|prediction|stance|emotion) ?: ?"
 )
 _STOP = re.compile(
     r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- "
@@ -319,9 +320,11 @@ def _latex(text: str) -> str:
     """Write in LaTeX what is often written without: `2*pi`, `sqrt(2)`, `3 1/2`, `x²`."""
     text = re.sub("[∞∪∩±]", lambda found: _SIGNS[found[0]], text)
     text = re.sub(r"√\s?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda found: f" {normalize(found[0])}", text.replace("−", "-"))
+    text = re.sub("[¼-¾⅐-⅞]", _fraction, text.replace("−", "-"))
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{{{normalize(found[0])[1:]}}}", text)
     text = re.sub(r"(?<=\d) (?:[cdkm]?m|ft|in)\^\{?[23]\}?$", "", text)  # 10 cm^2
+    text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))", "", text)  # 1\,000
+    text = re.sub(r"^(\$?) ?\{([^{}]*,[^{}]*)\} ?(\$?)$", r"\1\\{\2\\}\3", text)
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb{\1}", text)
     text = re.sub(r"\\?\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\?\bexp\s?\(([^()]*)\)", r"e^{\1}", text)
@@ -337,6 +340,10 @@ def _latex(text: str) -> str:
     text = re.sub(r"(?<![\w.^])1(?:\.0+)?(?=[A-Za-z]\b)", "", text)  # 1.0i
     text = re.sub(r"\b(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(\d+)\.(\d*)\\overline\s?\{(\d+)\}", _periodic, text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    return r"\frac{{{}}}{{{}}}".format(*normalize(match[0]).split("/"))
 
 
 def _kind(formula: str) -> str:

@@ -196,6 +196,7 @@ _RESULT = re.compile(
     rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes?|gives?|leaves?|totals?"
     rf"|(?:mak|giv|leav|earn|yield|total+)ing)){_NEARLY}"
 )
+_TOTAL = re.compile(r"(?: [^\W\d]+){0,2} (?:in total|in all|altogether)\b")
 _ASIDE = re.compile(
     r"\b(?:with|per|for|(?<!total )(?<!sum )of|in|on|at|by|from|after|before|among|every|within"
     rf"|between|during|into|until){_NEARLY}"
@@ -225,6 +226,7 @@ _UNREAD_BEFORE = re.compile(
 _UNREAD_BEHIND = re.compile(
     r" ?(?:[π√±∞^\\(‰]|/ ?\d|[+*×·÷] ?[a-z(√π]|[xyzn]\b(?! ?\d))"
     r"|[abij]\b|-(?:[xyzn]\b|[(√π])|pi\b|\+"
+    r"|(?: [^\W\d]+)? at (?:most|least)\b| ?[<>≤≥]"
     r"|(?: [^\W\d]+)? or (?:more|less|fewer|over|under|above|below|higher|lower|greater)\b"
 )
 
@@ -244,12 +246,14 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
             place = []
         elif _PART.match(clause, behind):
             place = asides
-        elif _RESULT.search(gap):
+        elif _RESULT.search(gap) or (stated and _TOTAL.match(clause, behind)):
             before = stated if not unread else None
             stated, unread, place = [], False, []
             place = stated
         elif _ASIDE.search(gap):
             place = asides
+        elif join and join["join"].endswith("or") and stated and _are_same(one, stated[-1]):
+            place = []  # 0.2 or 20%
         elif join:
             ordered |= join["join"] in ("to", "-", "through")
         else:
@@ -271,6 +275,11 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
     if not stated and (len(asides) == 1 or between):
         stated, ordered = asides, ordered or between
     return _together(stated, ordered) if stated and not unread else None
+
+
+def _are_same(one: _Found, other: _Found) -> bool:
+    alone = len(one.numbers) == len(other.numbers) == 1
+    return alone and same_number(one.numbers[0], other.numbers[0])
 
 
 def _together(found: list[_Found], ordered: bool) -> Stated:

@@ -107,6 +107,7 @@ def plain(text: str) -> str:
     separator = r"(?:\{,\}|,?\\[,!]|[\u00a0\u202f\u2009'’_])"
     text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
     text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’", "---/'"))
+    text = re.sub(r"(?<!\.)\.{2,}(?=\d)", " ", text)
     text = re.sub(r"[^\S\n]+", " ", spaced(text)).replace("\\%", "%").replace("\\$", "$")
     text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
     text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
@@ -157,7 +158,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 _RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻]+")
-_ASCII = str.maketrans("‐‑‒–—−’‘“”⁄", "------''\"\"/")
+_ASCII = str.maketrans("‐‑‒–—−’‘‚“”„⁄", "------'''\"\"\"/")
 _PAIRS = {'"': '"', "'": "'", "`": "`", "*": "*", "«": "»", "「": "」", "『": "』", "$": "$"}
 _STOPS = ".,;:!?。"
 
@@ -192,7 +193,7 @@ def normalize(text: str) -> str:
 
 
 _OPENING = re.compile(
-    rf"\W{{0,8}}(?:(?:the|my|final|correct|so|thus|therefore)\W{{1,3}}){{0,3}}{_ANSWER}"
+    rf"\W{{0,8}}(?:(?:the|my|final|correct|so|thus|therefore|die|la|a|il)\W{{1,3}}){{0,3}}{_ANSWER}"
     rf"|\s*(?:####|{_EASTERN})",
     re.IGNORECASE,
 )

@@ -127,6 +127,8 @@ def test_choice_reads_no_letter_where_none_or_two_are_named(answer: str) -> None
         ("R", "R", True),
         ("(R)", "R", True),
         ("✅ Yes", "yes", True),
+        ("Sentiment: positive", "positive", True),
+        ("Sentiment: not positive", "positive", False),
         ("\\boxed{A} \\boxed{B}", "B", False),
         ("While A is plausible, B is the best answer.", "B", True),
         ("The patient lacks vitamin B.", "B", False),

@@ -73,6 +73,8 @@ def test_a_conclusion_is_what_stands_behind_the_last_so() -> None:
         ("#### New York", "New York", True),
         ("_New York_", "New York", True),
         ("__New York__.", "New York", True),
+        ("„New York“", "New York", True),
+        ("Die Antwort ist: New York", "New York", True),
         ("答案：京都", "京都", True),
         ("```python\nf(x, y)\n```", "f(x, y)", True),
         ("```\nf(x)\n```\nf(y)", "f(x)", False),
