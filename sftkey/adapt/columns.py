@@ -26,7 +26,7 @@ ANSWER = (
 RESPONSE = ("response", "completion", "output", "solution", "answer", "text", "generation")
 CONTEXT = (
     *("context", "passage", "article", "document", "paragraph", "background", "story", "hint"),
-    *("body", "scenario", "situation", "excerpt"),
+    *("body", "scenario", "situation", "excerpt", "theory", "premises"),
     *("contexts", "passages", "articles", "documents", "paragraphs", "premise", "table", "history"),
 )
 OPTIONS = ("options", "choices", "candidates", "endings")
@@ -301,6 +301,8 @@ def _oddity(name: str, text: str, thinking: str, answer: str) -> str | None:
         return "the last `####` is a heading"
     if name in PHRASES and BOX.search(answer):
         return "the answer is a box"
+    if name in PHRASES and re.search(r"[.!?]\$?\s+[A-Z]", answer):
+        return "a sentence stands behind the answer"
     if name in PHRASES and "**" in answer:
         return "a part of the answer is bold"
     if name == "boxed":

@@ -14,13 +14,14 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from sftkey.data.messages import is_conversation
 from sftkey.data.values import RepeatedKeyError, each_once
-from sftkey.errors import DataError, did_you_mean, first_line
+from sftkey.errors import DataError, first_line
 from sftkey.files import irregular
 
 Rows = list[dict[str, Any]]
@@ -106,8 +107,7 @@ def read_file(file: Path) -> Rows:
             inner = ending(stream.raw.name) if kind == ".zip" else kind
             return _rows_of(stream, file, inner)
     except FileNotFoundError as error:
-        beside = [each.name for each in islice(file.parent.glob("*"), MOST_NAMES)]
-        raise DataError(str(file), f"no such file{did_you_mean(file.name, beside)}") from error
+        raise DataError(str(file), f"no such file{_near(file)}") from error
     except UnicodeDecodeError as error:
         what = f"expected {kind.removeprefix('.') or 'text'} in UTF-8; got {error}"
         raise DataError(str(file), what, hint="save it as UTF-8, which every editor can") from error
@@ -121,6 +121,14 @@ def read_file(file: Path) -> Rows:
         raise DataError(str(file), f"can't be unpacked: {first_line(error)}") from error
     except OSError as error:
         raise DataError(str(file), f"can't be read: {error.strerror or error}") from error
+
+
+def _near(file: Path) -> str:
+    """Return `; did you mean …?` for a data file beside, of nearly this name but for its ending."""
+    beside = islice(filter(is_data_file, (each.name for each in file.parent.glob("*"))), MOST_NAMES)
+    stems = {name.partition(".")[0].lower(): name for name in beside}
+    near = get_close_matches(file.name.partition(".")[0].lower(), stems, n=1, cutoff=0.75)
+    return f"; did you mean `{stems[near[0]]}`?" if near else ""
 
 
 def _unpacked(stream: IO[bytes], file: Path) -> Any:

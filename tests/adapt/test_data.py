@@ -149,6 +149,8 @@ def test_columns_that_say_what_they_are(
             {"thinking", "answer"},
         ),
         ({"prompt": "Q", "ground_truth": '["7"]'}, {"thinking", "answer"}),
+        ({"prompt": "<image 1> Q", "response": THOUGHT}, {"prompt"}),
+        ({"prompt": "Q", "response": "c. The answer is 7. I hope so."}, {"thinking", "answer"}),
     ],
 )
 def test_columns_that_do_not_are_left_to_the_user(
@@ -408,6 +410,16 @@ def test_a_context_that_is_often_null_is_asked_for(tmp_path: Path) -> None:
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
     assert choice.undecided == ["prompt"]
     assert choice.fields["prompt"].startswith("DECIDE: context is null in 20 of 40 rows, and ")
+
+
+def test_a_question_that_is_the_same_in_all_rows_is_asked_for(tmp_path: Path) -> None:
+    """It stands for one that is elsewhere; a context beside it may make it one of many."""
+    rows = [{"question": "-", "response": f"<think>c</think>{n}"} for n in range(40)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.fields["prompt"].startswith("DECIDE: the prompts made of question are the same ")
+    rows = [row | {"context": f"C {n}"} for n, row in enumerate(rows)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.fields["prompt"] == "{context}\n\n{question}"
 
 
 def test_a_column_of_efforts_is_no_reasoning(tmp_path: Path) -> None:
