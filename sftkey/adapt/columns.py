@@ -26,6 +26,7 @@ ANSWER = (
 RESPONSE = ("response", "completion", "output", "solution", "answer", "text", "generation")
 CONTEXT = (
     *("context", "passage", "article", "document", "paragraph", "background", "story", "hint"),
+    *("body", "scenario", "situation", "excerpt", "theory", "premises"),
     *("contexts", "passages", "articles", "documents", "paragraphs", "premise", "table", "history"),
 )
 OPTIONS = ("options", "choices", "candidates", "endings")
@@ -61,7 +62,13 @@ class Table:
         return _are_texts(self.values(column))
 
     def is_written(self, column: str) -> bool:
-        """Tell whether its values are texts or numbers as they stand, be it JSON: `[1, 2]`."""
+        """Tell whether its values are texts or numbers as they stand, be it JSON: `[1, 2]`.
+
+        A list of texts in each row, `["7"]`, is no answer that a model would write.
+        """
+        lists = [value for value in self.values(column) if value not in SAYS_NOTHING]
+        if lists and all(isinstance(value, list) and _are_words(value) for value in lists):
+            return False
         return _are_texts([row.get(column) for row in self.rows])
 
     def is_messages(self, column: str) -> bool:
@@ -156,6 +163,10 @@ class Table:
 def table_of(rows: Sequence[RawRow], of: Sequence[RawRow] | None = None) -> Table:
     """Return a table of rows, with the columns of all that can stand in a template's braces."""
     return Table(rows, [name for name in columns_of(of or rows) if not UNNAMED.search(name)])
+
+
+def _are_words(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _are_texts(values: Sequence[Any]) -> bool:
@@ -290,6 +301,8 @@ def _oddity(name: str, text: str, thinking: str, answer: str) -> str | None:
         return "the last `####` is a heading"
     if name in PHRASES and BOX.search(answer):
         return "the answer is a box"
+    if name in PHRASES and re.search(r"[.!?]\$?\s+[A-Z]", answer):
+        return "a sentence stands behind the answer"
     if name in PHRASES and "**" in answer:
         return "a part of the answer is bold"
     if name == "boxed":

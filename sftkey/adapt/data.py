@@ -360,6 +360,8 @@ def choose_grader(examples: Sequence[Example]) -> tuple[str, str]:
         return "number", "all answers are numbers"
     if all(re.fullmatch(r"\(?[A-Z]\)?\.?", answer) for answer in answers):
         return "choice", "all answers are letters"
+    if all(re.fullmatch(r"[A-H]|\d", answer) for answer in answers):
+        return "choice", "all answers are labels of options"
     formulas = sum(FORMULA.search(answer) is not None for answer in answers)
     short = all(len(answer) <= SHOWN for answer in answers)
     if formulas > len(answers) / 5 or (formulas and short):

@@ -11,7 +11,8 @@ from sftkey.recipe.rules import UNDECIDED
 
 # Columns that hold one option each.
 LETTERED = re.compile(r"(?:option|choice|op|answer)?_?([A-Ha-h])\Z")
-PICTURE = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad|_?\d+)?\|?>", re.IGNORECASE)
+FEW = 20  # rows of one prompt, which may be samples of one question
+PICTURE = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad|[_ ]?\d+)?\|?>", re.IGNORECASE)
 OPEN_TAG = re.compile(r"<\|?\w+\|?>\s*\Z|◁\w+▷\s*\Z")
 
 
@@ -54,7 +55,7 @@ def prompt_of(table: Table) -> str | None:
     if options.startswith(UNDECIDED):
         return options
     prompt = before + question + options
-    return _often_null(table, prompt) or prompt
+    return _often_null(table, prompt) or _constant(table, prompt) or prompt
 
 
 def _unread_context(table: Table) -> str:
@@ -82,6 +83,17 @@ def _often_null(table: Table, prompt: str) -> str:
                 "takes no null; write an empty text there, or the prompt without it"
             )
     return ""
+
+
+def _constant(table: Table, prompt: str) -> str:
+    """Ask for prompts that are one and the same, such as `-`, where the rows are not."""
+    names = table.asked(prompt)
+    if len(set(table.wholes(names))) > 1 or len({str(row) for row in table.rows}) <= FEW:
+        return ""
+    return (
+        f"{UNDECIDED} the prompts made of {' and '.join(names)} are the same in all rows; name "
+        "the column that asks, or write the questions into the rows"
+    )
 
 
 def _only_asks(table: Table, column: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sftkey.adapt.columns import (
     ANSWER,
+    BOX,
     EMPTY,
     ENOUGH,
     HAS_TAG,
@@ -18,9 +19,10 @@ from sftkey.adapt.columns import (
     Fit,
     Table,
     find_rule,
+    plain,
     table_of,
 )
-from sftkey.adapt.prompt import options_of, prompt_of
+from sftkey.adapt.prompt import inside, options_of, prompt_of
 from sftkey.data.examples import (
     USUAL,
     Loaded,
@@ -38,6 +40,8 @@ from sftkey.recipe.schema import DataSection
 
 NUM_TRIED = 20  # rows of a column in which tags are looked for
 MOST_ANSWER = 40  # characters; a longer text may hold reasoning, too
+# Without one of these no rule splits a text.
+SIGN = re.compile(rf"\A{OPENING.pattern}|</think>|{BOX.pattern}|^####|[Aa]nswer", re.MULTILINE)
 OWN_WAY = "if rows hold no reasoning: no data.thinking, and `thinking: own` in every stage"
 
 
@@ -214,8 +218,8 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         if name in free and table.varies(name, beside) and not _is_label(table, name, beside)
     ]
     texts = [name for name in table.called(RESPONSE) if name in free]
-    texts += [name for name in free if name not in texts and _is_tagged(table, name)]
-    for column in dict.fromkeys([*thoughts, *texts]):
+    wholes = [name for name in free if name not in texts and _is_whole(table, name, asked)]
+    for column in dict.fromkeys([*thoughts, *texts, *wholes]):
         fit = find_rule(table.texts(column))
         if fit.good and not _says(table, column, fit, answers):
             continue
@@ -223,20 +227,25 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
         fields = {**base, "response": column, "split_rule": fit.rule}
         yield Reading(fields, fit.explicit or column in thoughts, fit)
         thoughts = [name for name in thoughts if name != column or not fit.good]
-    rest = answers or [name for name in texts if name not in thoughts]
+    rest = [name for name in answers if plain(name) in ANSWER]
+    # `ground_truth_solution` may be meant, or `deepseek_solution`.
+    rest = rest or [name for name in dict.fromkeys([*answers, *texts]) if name not in thoughts]
     for thought in thoughts:
         for answer in rest:
             fields = {"thinking": f"{{{thought}}}", "answer": _answer(table, answer)}
             yield Reading({**base, **fields}, explicit=True)
 
 
-def _is_tagged(table: Table, column: str) -> bool:
-    """Tell whether tags say in a column's texts what is thinking, whatever it is called."""
+def _is_whole(table: Table, column: str, asked: Sequence[str]) -> bool:
+    """Tell whether a rule splits a column's texts, whatever it is called.
+
+    Without tags that isn't so of what holds the question, too.
+    """
     some = table.texts(column)[:NUM_TRIED]
-    if not any(OPENING.match(text) or "</think>" in text for text in some):
+    if not any(SIGN.search(text) for text in some):
         return False
     fit = find_rule(table.texts(column))
-    return fit.good and fit.explicit
+    return fit.good and (fit.explicit or not all(inside(table, name, [column]) for name in asked))
 
 
 def _is_label(table: Table, column: str, beside: str) -> bool:
@@ -358,7 +367,7 @@ def _asked(
             f"`{key}: drop` would leave such rows out; {listed}"
         )
     elif len(answers) == 1 and max(map(len, table.texts(answers[0]))) <= MOST_ANSWER:
-        known = [*table.asked(prompt), *answers]
+        known = [*table.asked(prompt), *table.called(PROMPT), *answers]
         ways = [name for name in table.columns if name not in known and _long(table, name)]
         given = " or ".join(f'"{{{name}}}"' for name in ways)
         given = f"{given or 'none looks so'}; {listed}; {OWN_WAY}"

@@ -43,6 +43,10 @@ CALCULATOR_MARK = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 HASH_MARK = re.compile(r"^[ \t]*####[ \t]*(?!#)", re.MULTILINE)
 # What a box leaves open before it: `the answer is $\boxed{5}$`.
 OPEN_MATHS = re.compile(r"\s*(?:\$\$?|\\\(|\\\[)?\s*\Z")
+# A line above the box that says no more than that the answer follows: `**Final Answer**`.
+HEADING = re.compile(
+    r"(?:\n[#*\s]{0,8}(?:the )?(?:final )?answer(?: is)?[:*\s]{0,8})+\Z", re.IGNORECASE
+)
 
 
 def think_tags(text: str) -> tuple[str, str] | str:
@@ -68,7 +72,7 @@ def boxed(text: str) -> tuple[str, str] | str:
     for brace in re.finditer(r"\\.|[{}]", text[content:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            thinking = OPEN_MATHS.sub("", text[:start])
+            thinking = HEADING.sub("", OPEN_MATHS.sub("", text[:start]))
             return thinking.strip(), text[content : content + brace.start()].strip()
     return r"a `\boxed{` that is not closed"
 

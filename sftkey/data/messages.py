@@ -27,6 +27,7 @@ FLAGS = ("train", "trainable", "weight", "loss_mask", "loss")
 PARTS = {"reasoning": "thinking", "input_text": "text", "output_text": "text"}
 # What a part says beside its text that changes neither what is read nor what is trained.
 OF_PARTS = ("type", "id", "index", "signature", "cache_control", "annotations", "citations")
+OF_INFO = ("source", "id", "model", "language")  # where a message comes from: `info: {source: …}`
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a row's system message
 # What other trainers and APIs take from beside the messages, and what is done about it here.
 NOT_READ = {
@@ -372,9 +373,23 @@ def check_trained(turn: Mapping[str, Any]) -> None:
     if "tool_calls" in turn:
         raise RowError("a turn that calls a tool, and answers nothing yet", "not-trained")
     read = ("role", "content", "reasoning_content")
-    if further := next((key for key in turn if key not in read), None):
+    further = next(
+        (key for key in turn if key not in read and not _repeats(turn[key], turn["content"])), None
+    )
+    if further:
         near = did_you_mean(further, READ_HERE)
         raise RowError(f"`{further}` of a trained turn, which nothing reads; leave it out{near}")
+
+
+def _repeats(value: Any, content: str) -> bool:
+    """Tell whether a value says no more than a content: parts of it, and where it comes from."""
+    if isinstance(value, Mapping):
+        rest = (each for key, each in value.items() if key not in OF_INFO)
+        return all(_repeats(each, content) for each in rest)
+    if value in SAYS_NOTHING or not isinstance(value, str):
+        return value in SAYS_NOTHING
+    part = rf"(?:\A|[>\n])\s*{re.escape(value.strip())}\s*(?:[<\n]|\Z)"  # as between tags
+    return re.search(part, content) is not None
 
 
 def unmarked(message: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +28,7 @@ LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 TABLES = (".parquet", ".feather", ".arrow")
 ENDINGS = (".json", *LINES, ".csv", ".tsv", *TABLES)
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # lists that are a row's own
+MOST_NAMES = 1000  # of a folder, among which one near to a wrong name is looked for
 MOST_LINE_BYTES = 2**26  # 64 MiB; a training row is far shorter
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 EACH_ONCE = json.JSONDecoder(object_pairs_hook=each_once)
@@ -102,19 +105,28 @@ def read_file(file: Path) -> Rows:
             inner = ending(stream.raw.name) if kind == ".zip" else kind
             return _rows_of(stream, file, inner)
     except FileNotFoundError as error:
-        raise DataError(str(file), "no such file") from error
+        raise DataError(str(file), f"no such file{_near(file)}") from error
     except UnicodeDecodeError as error:
         what = f"expected {kind.removeprefix('.') or 'text'} in UTF-8; got {error}"
         raise DataError(str(file), what, hint="save it as UTF-8, which every editor can") from error
     except csv.Error as error:
-        what = f"expected {kind.removeprefix('.') or 'csv'} in UTF-8; got {error}"
-        unclosed = "a quote (\") isn't closed; one inside a cell is written twice"
-        hint = unclosed if "unexpected end" in str(error) else None
+        what = f"expected {kind.removeprefix('.') or 'csv'}; got {error}"
+        hint = 'a quote (") inside a cell is written twice, without a backslash'
+        if "unexpected end" in str(error):
+            hint = "a quote (\") isn't closed; one inside a cell is written twice"
         raise DataError(str(file), what, hint=hint) from error
     except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(str(file), f"can't be unpacked: {first_line(error)}") from error
     except OSError as error:
         raise DataError(str(file), f"can't be read: {error.strerror or error}") from error
+
+
+def _near(file: Path) -> str:
+    """Return `; did you mean …?` for a data file beside, of nearly this name but for its ending."""
+    beside = islice(filter(is_data_file, (each.name for each in file.parent.glob("*"))), MOST_NAMES)
+    stems = {name.partition(".")[0].lower(): name for name in beside}
+    near = get_close_matches(file.name.partition(".")[0].lower(), stems, n=1, cutoff=0.75)
+    return f"; did you mean `{stems[near[0]]}`?" if near else ""
 
 
 def _unpacked(stream: IO[bytes], file: Path) -> Any:
@@ -139,6 +151,8 @@ def _rows_of(stream: io.BufferedReader, file: Path, kind: str) -> Rows:
             "expected rows; got a pointer of Git LFS, which only says where they are",
             hint="`git lfs pull` in its folder fetches the file itself",
         )
+    if start.startswith(tuple(COMPRESSED)):
+        raise DataError(str(file), "is packed twice, or holds a packed file; unpack it first")
     if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or kind in TABLES:
         return _table(io.BytesIO(stream.read()), file, start, kind)
     if kind in (".csv", ".tsv"):
@@ -317,6 +331,9 @@ def _table(stream: IO[bytes], file: Path, start: bytes, kind: str) -> Rows:
         return table_rows(pyarrow.parquet.read_table(stream), file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         what = kind.removeprefix(".") or "a table"
+        if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+            what = f"expected {what} to its end: {first_line(error)}"
+            raise DataError(str(file), what, "if it was copied in part, fetch it again") from error
         raise DataError(str(file), f"expected {what}; got something else") from error
 
 

@@ -130,6 +130,11 @@ def load_rows(data: DataSection, seed: int, split: str) -> Rows:
 
 def _rows(data: DataSection, seed: int, split: str) -> Rows:
     """Find out what kind of source this is, and read it."""
+    if address := next((text for text in (data.source, split) if "://" in text), None):
+        found = re.search(r"(?:huggingface\.co/|hf://)datasets/([\w.-]+(?:/[\w.-]+)?)", address)
+        hint = f"write its hub id: {found[1]}" if found else "download it, and name the file"
+        what = "expected a file, a folder or a hub id; got an address"
+        raise DataError(address, what, hint=hint)
     match = SLICE.match(split)
     if match and (data.source in MADE or _is_file(data.source)):
         return sliced(_rows(data, seed, match["split"]), match["start"], match["stop"])

@@ -126,7 +126,9 @@ _DIGITS = re.compile(r"(?<![\w.,])(\d{1,2})(?!\w|[.,]\d)")
 _LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\b(?:not|never|than|over|after|before|instead of|except|cannot be|can't be|neither|nor"
-    r"|eliminate|rule out"
+    r"|eliminate|rule out|while|although|though|even if"
+    # a name's letter is none of the options'
+    r"|vitamin|hepatitis|influenza|protein|factor|type|group|class|grade|plan|stage"
     r"|(?:every|any)thing but|(?:all|any) but)"
     r"|n['’]t)(?: be| option| choice)? ?$",
     re.IGNORECASE,
@@ -145,6 +147,7 @@ _CONTRARY = re.compile(
 )
 _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
+    r"|(?:[a-z]+ )?(?:sentiment|classification|category|relation|prediction|stance|emotion) ?: ?"
 )
 _STOP = re.compile(
     r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- "
@@ -234,6 +237,7 @@ def _says(text: str, wanted: str) -> bool:
     """Tell whether a text is an option's text, or opens with it and a stop."""
     said, option = normalize(text), normalize(wanted)
     openings = [said, normalize(text.split("\n")[0])]
+    openings = [re.sub(r"^[^\w\s(\[$#.+-]+ (?=\w)", "", each) for each in openings]  # ✅ yes
     openings += [_STATEMENT.sub("", opening, count=1) for opening in openings]
     return option != "" and any(
         opening.startswith(option)
@@ -309,22 +313,37 @@ def _formula(text: str) -> str | None:
     return f"${_latex(part.rstrip('.'))}$"
 
 
+_SIGNS = {"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm "}
+
+
 def _latex(text: str) -> str:
     """Write in LaTeX what is often written without: `2*pi`, `sqrt(2)`, `3 1/2`, `x²`."""
+    text = re.sub("[∞∪∩±]", lambda found: _SIGNS[found[0]], text)
     text = re.sub(r"√\s?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda found: f" {normalize(found[0])}", text.replace("−", "-"))
+    text = re.sub("[¼-¾⅐-⅞]", _fraction, text.replace("−", "-"))
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{{{normalize(found[0])[1:]}}}", text)
     text = re.sub(r"(?<=\d) (?:[cdkm]?m|ft|in)\^\{?[23]\}?$", "", text)  # 10 cm^2
+    text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))", "", text)  # 1\,000
+    text = re.sub(r"^(\$?) ?\{([^{}]*,[^{}]*)\} ?(\$?)$", r"\1\\{\2\\}\3", text)
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb{\1}", text)
     text = re.sub(r"\\?\bsqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\?\bexp\s?\(([^()]*)\)", r"e^{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])(pi|theta|infty|ln|log|sin|cos|tan)\b", r"\\\1", text)
-    text = text.replace(r"\varnothing", r"\emptyset")
+    text = text.replace(r"\varnothing", r"\emptyset").replace(r"\log_e", r"\ln")
+    text = re.sub(r"\\frac(\\[a-z]+) ?(?=[\d\\])", r"\\frac{\1}", text)
+    text = re.sub(r"(?<![\w.^])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?!\w)", r"\1\\cdot 10^{\2}", text)
+    if text.count(r"\pm") == 1 and "{" in text:  # math-verify knows it outside of braces alone
+        text = re.sub(r"^ ?[a-z] ?= ?", "", text)
+        text = text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-")
     text = re.sub(r"\*", r" \\cdot ", text.replace("**", "^"))
     text = re.sub(r"\+\s?-", "-", text)
     text = re.sub(r"(?<![\w.^])1(?:\.0+)?(?=[A-Za-z]\b)", "", text)  # 1.0i
     text = re.sub(r"\b(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(\d+)\.(\d*)\\overline\s?\{(\d+)\}", _periodic, text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    return r"\frac{{{}}}{{{}}}".format(*normalize(match[0]).split("/"))
 
 
 def _kind(formula: str) -> str:

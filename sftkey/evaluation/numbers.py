@@ -9,12 +9,11 @@ from, nothing is stated: no rule picks one, so none is right by luck.
 # ruff: noqa: RUF001  (minus, times and fraction signs as models write them)
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from sftkey.evaluation.statement import spaced
+from sftkey.evaluation.statement import plain
 
 MAX_DIGITS = 4_000  # below Python's own limit; more than that is a model that repeats itself
 TOLERANCE = Fraction(1, 10**6)  # relative, where one side is a rounded decimal
@@ -80,7 +79,7 @@ _WORDS = "|".join([*_UNITS, "hundred", "thousand", "million", "billion", "dozen"
 _SPELLED = re.compile(
     rf"(?<!\d[ ])\b(?:(?:a|an)[ ](?=hundred|thousand|million|billion|dozen))?(?:{_WORDS})\b"
     rf"(?:(?:[ ]?-[ ]?|[ ]and[ ]|[ ])(?:{_WORDS})\b)*"
-    rf"(?:[ -](?:{'|'.join(_PARTS)})\b)?|\b(?:a[ ])?(?:half|third|quarter)\b",
+    rf"(?:[ -](?:{'|'.join(_PARTS)})\b)?!?|\b(?:a[ ])?(?:half|third|quarter)\b",
     re.IGNORECASE,
 )
 
@@ -150,6 +149,8 @@ def stated_numbers(text: str) -> Stated | None:
     clauses = re.split(r"\n+|(?<!\d)[.!;] |(?<=\d)[.;] |(?<=\?) ", text)
     numbered = [each for each in clauses if _TOKEN.search(each)]
     answered = [each for each in numbered if not each.endswith("?")] or numbered
+    pairs = zip(answered, [*answered, ""][1:], strict=True)
+    answered = [each for each, then in pairs if not _goes_on(each, then)]
     bare = {
         each.strip("*$. ") for each in answered if re.fullmatch(r"[-*$ ]*[\d.,]+[%$*. ]*", each)
     }
@@ -167,6 +168,16 @@ def stated_numbers(text: str) -> Stated | None:
     return told[0] if agree and len(told) == len(readings) else None
 
 
+_CALCULATION = re.compile(r"[\d\s.,$%()+*/×·÷-]+= ?\$?(?P<result>-?[\d.,]*\d)")
+
+
+def _goes_on(clause: str, then: str) -> bool:
+    """Tell whether the next clause calculates with this one's result: 16 - 7 = 9; 9 * 2 = 18."""
+    calculated = _CALCULATION.fullmatch(clause.strip())
+    result = calculated and rf"(?<![\d.,]){re.escape(calculated['result'])}(?![\d]|[.,]\d).*="
+    return bool(result and re.search(result, then))
+
+
 class _Found(NamedTuple):
     """One match of `_TOKEN`, and the text between it and the match before."""
 
@@ -182,8 +193,10 @@ _DENIED = re.compile(
     rf"|over|under|above|below|exceeds)|n't)(?: [a-z]+){{0,2}}{_NEARLY}"
 )
 _RESULT = re.compile(
-    rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes?|gives?|leaves?|totals?)){_NEARLY}"
+    rf"(?:[=≈→⇒:]|\b(?:equals?|equal to|is|makes?|gives?|leaves?|totals?"
+    rf"|(?:mak|giv|leav|earn|yield|total+)ing)){_NEARLY}"
 )
+_TOTAL = re.compile(r"(?: [^\W\d]+){0,2} (?:in total|in all|altogether)\b")
 _ASIDE = re.compile(
     r"\b(?:with|per|for|(?<!total )(?<!sum )of|in|on|at|by|from|after|before|among|every|within"
     rf"|between|during|into|until){_NEARLY}"
@@ -213,6 +226,7 @@ _UNREAD_BEFORE = re.compile(
 _UNREAD_BEHIND = re.compile(
     r" ?(?:[π√±∞^\\(‰]|/ ?\d|[+*×·÷] ?[a-z(√π]|[xyzn]\b(?! ?\d))"
     r"|[abij]\b|-(?:[xyzn]\b|[(√π])|pi\b|\+"
+    r"|(?: [^\W\d]+)? at (?:most|least)\b| ?[<>≤≥]"
     r"|(?: [^\W\d]+)? or (?:more|less|fewer|over|under|above|below|higher|lower|greater)\b"
 )
 
@@ -232,12 +246,14 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
             place = []
         elif _PART.match(clause, behind):
             place = asides
-        elif _RESULT.search(gap):
+        elif _RESULT.search(gap) or (stated and _TOTAL.match(clause, behind)):
             before = stated if not unread else None
             stated, unread, place = [], False, []
             place = stated
         elif _ASIDE.search(gap):
             place = asides
+        elif join and join["join"].endswith("or") and stated and _are_same(one, stated[-1]):
+            place = []  # 0.2 or 20%
         elif join:
             ordered |= join["join"] in ("to", "-", "through")
         else:
@@ -259,6 +275,11 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
     if not stated and (len(asides) == 1 or between):
         stated, ordered = asides, ordered or between
     return _together(stated, ordered) if stated and not unread else None
+
+
+def _are_same(one: _Found, other: _Found) -> bool:
+    alone = len(one.numbers) == len(other.numbers) == 1
+    return alone and same_number(one.numbers[0], other.numbers[0])
 
 
 def _together(found: list[_Found], ordered: bool) -> Stated:
@@ -366,43 +387,6 @@ def _in_thousands(groups: list[str]) -> bool:
     european = len(first) <= 3 and all(len(group) == 3 for group in between)
     indian = len(first) <= 2 and between != [] and all(len(group) == 2 for group in between)
     return first.strip("0") != "" and len(last) == 3 and (european or indian)
-
-
-_SYMBOLS = {"times": "×", "cdot": "·", "pi": "π", "pm": "±", "approx": "≈", "sim": "~", "div": "÷"}
-_SYMBOLS |= {"sqrt": "√", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "lt": "<", "gt": ">"}
-_SYMBOLS |= {"neq": "≠", "ne": "≠", "infty": "∞", "rightarrow": "→", "degree": "°"}
-_WRAPPERS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox", "fbox", "boxed"]
-_SYMBOLS |= dict.fromkeys([*_WRAPPERS, "left", "right", "quad", "qquad", "displaystyle"], " ")
-
-
-def plain(text: str) -> str:
-    """Write a text's numbers with ASCII signs, such as `1/2` for `½` and `e5` for `x 10^5`."""
-    text = re.sub("[\u200b\u2060\ufeff\u00ad]|<<[^<>]*>>", "", text)  # GSM8K: <<2+3=5>>
-    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
-    text = re.sub(r"(⁻?[⁰¹²³⁴-⁹]+)", r"^\1", text)
-    # Separators of thousands other than the comma; NFKC would turn most of them into blanks.
-    separator = r"(?:\{,\}|,?\\[,!]|[\u00a0\u202f\u2009'’_])"
-    text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
-    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’", "---/'"))
-    text = re.sub(r"[^\S\n]+", " ", spaced(text)).replace("\\%", "%").replace("\\$", "$")
-    text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
-    text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
-    text = re.sub(r"((?:^|[=:({$]) ?)- ?\((\d[\d.,]*)\)", r"\1-\2", text)  # -(12)
-    text = re.sub(r"\\[()\[\],;:!> ]|\\+(?:n\b|\s|$)", " ", text)  # LaTeX's own brackets and spaces
-    text = re.sub(r"(?<=\d)\s*\\([dtc]?frac)", r" \\\1", text)
-    number = r"\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}"
-    text = re.sub(rf"\\[dtc]?frac\s*(?:{number}|(\d)\s*(\d))", r"\1\3/\2\4", text)
-    text = re.sub(r"√ ?(?:[({] ?(\d{1,40}) ?[)}]|(\d{1,40})(?!\d))", _root, text)
-    ten = r"(?<=\d)\s*[x*×·]\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?"
-    text = re.sub(ten, r"e\1", text)
-    text = re.sub(r"\*\*(?!\d)|(?<!\d)\*\*", "", text)  # bold
-    return re.sub(r"(?<=[^\W\d])(\}?)\^\s*\{?-?\d+\}?", r"\1", text)  # cm^2: no number of its own
-
-
-def _root(match: re.Match[str]) -> str:
-    value = int(match[1] or match[2])
-    root = math.isqrt(value)
-    return str(root) if root * root == value else match[0]
 
 
 def _spelled_out(text: str) -> str:

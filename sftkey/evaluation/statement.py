@@ -1,6 +1,7 @@
 r"""Which part of a text is its answer: a box, what follows "the answer is", the last correction."""
 
 # ruff: noqa: RUF001  (quotes and dashes as models write them)
+import math
 import re
 import unicodedata
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def stated(text: str) -> str:
         answer = boxes[-1].content
         for left, right in zip(boxes[-2::-1], boxes[::-1], strict=False):
             between = " ".join(text[left.end : right.start].strip(" \n$").split())
-            if between not in (",", "and", ", and", "or", "$ and $", "$, $", "$ or $"):
+            if between not in ("", ",", "and", ", and", "or", "$ and $", "$, $", "$ or $"):
                 break
             answer = f"{left.content} {between.strip('$ ')} {answer}"
         return answer
@@ -88,6 +89,44 @@ _SEAM = re.compile(rf"(?<={_UNSPACED})(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?={_UNSPA
 def spaced(text: str) -> str:
     """Set a blank between a Latin letter or digit and a letter of a script without blanks."""
     return _SEAM.sub(" ", text)
+
+
+_SYMBOLS = {"times": "×", "cdot": "·", "pi": "π", "pm": "±", "approx": "≈", "sim": "~", "div": "÷"}
+_SYMBOLS |= {"sqrt": "√", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "lt": "<", "gt": ">"}
+_SYMBOLS |= {"neq": "≠", "ne": "≠", "infty": "∞", "rightarrow": "→", "degree": "°"}
+_WRAPPERS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox", "fbox", "boxed"]
+_SYMBOLS |= dict.fromkeys([*_WRAPPERS, "left", "right", "quad", "qquad", "displaystyle"], " ")
+
+
+def plain(text: str) -> str:
+    """Write a text's numbers with ASCII signs, such as `1/2` for `½` and `e5` for `x 10^5`."""
+    text = re.sub("[\u200b\u2060\ufeff\u00ad]|<<[^<>]*>>", "", text)  # GSM8K: <<2+3=5>>
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub(r"(⁻?[⁰¹²³⁴-⁹]+)", r"^\1", text)
+    # Separators of thousands other than the comma; NFKC would turn most of them into blanks.
+    separator = r"(?:\{,\}|,?\\[,!]|[\u00a0\u202f\u2009'’_])"
+    text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’", "---/'"))
+    text = re.sub(r"(?<!\.)\.{2,}(?=\d)", " ", text)
+    text = re.sub(r"[^\S\n]+", " ", spaced(text)).replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
+    text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
+    text = re.sub(r"((?:^|[=:({$]) ?)- ?\((\d[\d.,]*)\)", r"\1-\2", text)  # -(12)
+    text = re.sub(r"\\[()\[\],;:!> ]|\\+(?:n\b|\s|$)", " ", text)  # LaTeX's own brackets and spaces
+    text = re.sub(r"(?<=\d)\s*\\([dtc]?frac)", r" \\\1", text)
+    number = r"\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}"
+    text = re.sub(rf"\\[dtc]?frac\s*(?:{number}|(\d)\s*(\d))", r"\1\3/\2\4", text)
+    text = re.sub(r"√ ?(?:[({] ?(\d{1,40}) ?[)}]|(\d{1,40})(?!\d))", _root, text)
+    ten = r"(?<=\d)\s*[x*×·]\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?"
+    text = re.sub(ten, r"e\1", text)
+    text = re.sub(r"\*\*(?!\d)|(?<!\d)\*\*", "", text)  # bold
+    return re.sub(r"(?<=[^\W\d])(\}?)\^\s*\{?-?\d+\}?", r"\1", text)  # cm^2: no number of its own
+
+
+def _root(match: re.Match[str]) -> str:
+    value = int(match[1] or match[2])
+    root = math.isqrt(value)
+    return str(root) if root * root == value else match[0]
 
 
 class _Box(NamedTuple):
@@ -119,7 +158,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 _RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻]+")
-_ASCII = str.maketrans("‐‑‒–—−’‘“”⁄", "------''\"\"/")
+_ASCII = str.maketrans("‐‑‒–—−’‘‚“”„⁄", "------'''\"\"\"/")
 _PAIRS = {'"': '"', "'": "'", "`": "`", "*": "*", "«": "»", "「": "」", "『": "』", "$": "$"}
 _STOPS = ".,;:!?。"
 
@@ -154,16 +193,21 @@ def normalize(text: str) -> str:
 
 
 _OPENING = re.compile(
-    rf"\W{{0,8}}(?:(?:the|my|final|correct|so|thus|therefore)\W{{1,3}}){{0,3}}{_ANSWER}",
+    rf"\W{{0,8}}(?:(?:the|my|final|correct|so|thus|therefore|die|la|a|il)\W{{1,3}}){{0,3}}{_ANSWER}"
+    rf"|\s*(?:####|{_EASTERN})",
     re.IGNORECASE,
 )
+_FENCE = re.compile(r"\s*```[\w+#-]*\n(.*?)\n?```\s*", re.DOTALL)
+_STRESSED = re.compile(r"\s*(_{1,3})(?=\S)(.+ .+)(?<=\S)\1[\s.]*")  # but not __init__
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{|\\[()\[\]]|[{}$]")
 
 
 def unwrapped(text: str) -> str:
-    """Take away `The answer is` before an answer, and LaTeX around it; inside it all stays."""
+    """Take away `The answer is` before an answer, and LaTeX, a fence or `_` around it."""
     if _OPENING.match(text) or "\\boxed" in text:
         text = stated(text).strip(" \n*`.")
+    if around := _FENCE.fullmatch(text) or _STRESSED.fullmatch(text):
+        return around[around.lastindex or 0]
     bare = text.strip(" \n*$`.")
     if bare.startswith("\\"):
         return _WRAPPER.sub(" ", bare)

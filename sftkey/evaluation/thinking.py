@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from sftkey.data.response import Example, Parsed, Response
 from sftkey.evaluation.grading import grade, read_number
-from sftkey.evaluation.numbers import MAX_DIGITS, first_number, last_number, plain, same_number
-from sftkey.evaluation.statement import normalize
+from sftkey.evaluation.numbers import MAX_DIGITS, first_number, last_number, same_number
+from sftkey.evaluation.statement import normalize, plain
 from sftkey.evaluation.statistics import (
     difference_with_interval,
     flipped,

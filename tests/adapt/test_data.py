@@ -23,7 +23,7 @@ HELD_OUT = {"validation": 4, "test": 4, "overlap": "drop"}
 THOUGHT = "<think>\nSo.\n</think>\n\n7"
 
 
-def turns(content: str, **more: str) -> list[dict[str, str]]:
+def turns(content: str, **more: Any) -> list[dict[str, Any]]:
     """Make a conversation of one question."""
     return [
         {"role": "user", "content": "Q"},
@@ -72,6 +72,18 @@ def turns(content: str, **more: str) -> list[dict[str, str]]:
         ),
         ({"messages": turns(THOUGHT)}, {"split_rule": "think_tags"}),
         ({"messages": turns("7", reasoning_content="c"), "prompt": "Q"}, {}),
+        (
+            {"messages": turns(THOUGHT, info={"source": "x", "answer_content": "7"})},
+            {"split_rule": "think_tags"},
+        ),
+        (
+            {"Body": "C.", "Question": "Q", "cot": "c", "Answer": 7},
+            {"prompt": "{Body}\n\n{Question}", "thinking": "{cot}", "answer": "{Answer}"},
+        ),
+        (
+            {"problem": "Q", "solution": "c \\boxed{7}", "full": "Q: c \\boxed{7}"},
+            {"prompt": "{problem}", "response": "solution", "split_rule": "boxed"},
+        ),
         (
             {"data": {"conversations": turns(THOUGHT)}},
             {"response": "data[conversations]", "split_rule": "think_tags"},
@@ -126,6 +138,17 @@ def test_columns_that_say_what_they_are(
         ({"question": "Q", "thinking": "N/A", "answer": "7"}, {"thinking"}),
         ({"Q!": "Q", "cot:": "c", "{answer}": "7"}, {"prompt", "thinking", "answer"}),
         ({"question": "Q", "": "c d", "answer": "7"}, {"thinking"}),
+        (
+            {"problem": "Q", "qwq": "c d \\boxed{7}", "solution": "e \\boxed{7}"},
+            {"thinking", "answer"},
+        ),
+        (
+            {"problem": "Q", "r1_reasoning": "c", "r1_solution": "7", "gold_solution": "7 eggs"},
+            {"thinking", "answer"},
+        ),
+        ({"prompt": "Q", "ground_truth": '["7"]'}, {"thinking", "answer"}),
+        ({"prompt": "<image 1> Q", "response": THOUGHT}, {"prompt"}),
+        ({"prompt": "Q", "response": "c. The answer is 7. I hope so."}, {"thinking", "answer"}),
     ],
 )
 def test_columns_that_do_not_are_left_to_the_user(
@@ -387,6 +410,16 @@ def test_a_context_that_is_often_null_is_asked_for(tmp_path: Path) -> None:
     assert choice.fields["prompt"].startswith("DECIDE: context is null in 20 of 40 rows, and ")
 
 
+def test_a_question_that_is_the_same_in_all_rows_is_asked_for(tmp_path: Path) -> None:
+    """It stands for one that is elsewhere; a context beside it may make it one of many."""
+    rows = [{"question": "-", "response": f"<think>c</think>{n}"} for n in range(40)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.fields["prompt"].startswith("DECIDE: the prompts made of question are the same ")
+    rows = [row | {"context": f"C {n}"} for n, row in enumerate(rows)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert choice.fields["prompt"] == "{context}\n\n{question}"
+
+
 def test_a_column_of_efforts_is_no_reasoning(tmp_path: Path) -> None:
     """A few single words in many rows say how long the thinking is to be."""
     rows = [
@@ -591,6 +624,7 @@ def test_rows_of_which_none_is_tokenized_are_refused(renderer: Renderer) -> None
     [
         (["7", "-3.5", "1,000", "$5", "20%"], "number"),
         (["A", "(B)", "C."], "choice"),
+        (["A", "3", "D"], "choice"),
         (["\\frac{1}{2}", "7", "x^2"], "math"),
         (["Paris", "7"], "exact"),
     ],

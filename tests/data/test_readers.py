@@ -314,6 +314,24 @@ def test_a_tar_archive_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_what_is_packed_twice_is_refused(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """It would be bytes in no encoding."""
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(pack(b'{"a": 1}')))
+    assert message_of(tmp_path / "r.jsonl.gz") == (
+        "FILE: is packed twice, or holds a packed file; unpack it first"
+    )
+
+
+def test_half_a_table_is_refused(tmp_path: Path) -> None:
+    """Its first bytes say what it is, and its end isn't there."""
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["1"]}), tmp_path / "r.parquet")
+    (tmp_path / "r.parquet").write_bytes((tmp_path / "r.parquet").read_bytes()[:-9])
+    said = message_of(tmp_path / "r.parquet")
+    assert said.startswith("FILE: expected parquet to its end: ")
+    assert said.endswith("\nhint: if it was copied in part, fetch it again")
+
+
 def test_a_table_in_a_zip_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name inside says what it is."""
     monkeypatch.chdir(tmp_path)

@@ -379,8 +379,14 @@ def test_a_prompt_may_be_messages_and_system_comes_first(tmp_path: Path) -> None
         (
             "f.csv",
             'a\n"1',
-            "expected csv in UTF-8; got unexpected end of data\n"
+            "expected csv; got unexpected end of data\n"
             "hint: a quote (\") isn't closed; one inside a cell is written twice",
+        ),
+        (
+            "k.csv",
+            'a,b\n"1 \\"2\\"",3\n',
+            "expected csv; got ',' expected after '\"'\n"
+            'hint: a quote (") inside a cell is written twice, without a backslash',
         ),
         ("g.parquet", "rows", "expected parquet; got something else"),
         ("h.jsonl", "\n", "expected rows in `train`; got none"),
@@ -398,6 +404,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A file in another encoding, without permission, or not there at all is one error."""
     file = tmp_path / "rows.jsonl"
     assert message_of(section(file)) == f"{file}: no such file"
+    (tmp_path / "Rows.json").touch()
+    assert message_of(section(file)) == f"{file}: no such file; did you mean `Rows.json`?"
     file.write_bytes(b"\xff\xfe")
     assert message_of(section(file)) == (
         f"{file}: expected jsonl in UTF-8; got 'utf-8' codec can't decode byte 0xff in position 0: "
@@ -422,6 +430,21 @@ def test_a_source_without_splits_has_no_other_split(tmp_path: Path) -> None:
     assert message_of(section("./rows")) == (
         "./rows: expected a file, a folder or a hub id; there is no such file"
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("https://huggingface.co/datasets/me/rows/tree/main", "write its hub id: me/rows"),
+        ("hf://datasets/me/rows/train.jsonl", "write its hub id: me/rows"),
+        ("s3://rows/train.jsonl", "download it, and name the file"),
+    ],
+)
+def test_an_address_is_no_source(tmp_path: Path, address: str, hint: str) -> None:
+    """As the rows, or as those of a split."""
+    said = f"{address}: expected a file, a folder or a hub id; got an address\nhint: {hint}"
+    assert message_of(section(address)) == said
+    assert message_of(section(jsonl(tmp_path / "rows.jsonl", GSM8K)), address) == said
 
 
 def test_made_rows_carry_worked_solutions_and_depend_on_the_seed() -> None:

@@ -1,6 +1,6 @@
 """Formulas: which forms are equal, and that none is evaluated for ever."""
 
-# ruff: noqa: RUF001  (a minus sign as models write it)
+# ruff: noqa: RUF001  (signs as models write them)
 import sys
 import threading
 
@@ -48,6 +48,16 @@ from sftkey.evaluation.grading import Grade, grade, same_formula
         ("3\\sqrt{2}", "3", False),
         ("\\frac{1}{3^{50}}", "\\frac{1}{3^{51}}", False),
         ("10^{-20}", "10^{-21}", False),
+        ("(-∞, 3] ∪ [7, ∞)", "(-\\infty, 3] \\cup [7, \\infty)", True),
+        ("\\frac{3 \\pm \\sqrt{7}}{2}", "x = \\frac{3 \\pm \\sqrt7}{2}", True),
+        ("\\frac{3+\\sqrt{7}}{2}, \\frac{3-\\sqrt{7}}{2}", "\\frac{3 \\pm \\sqrt{7}}{2}", True),
+        ("\\frac{3+\\sqrt{7}}{2}", "\\frac{3 \\pm \\sqrt{7}}{2}", False),
+        ("\\frac\\pi6", "\\frac{\\pi}{6}", True),
+        ("\\log_e 5", "\\ln 5", True),
+        ("1\\,600", "1600", True),
+        ("½ ln 7", "\\frac{\\ln 7}{2}", True),
+        ("{2, 4}", "\\{4, 2\\}", True),
+        ("1.6e-19", "1.6 \\times 10^{-19}", True),
         ("hello", "5", False),
         ("", "5", False),
         ("", "", False),

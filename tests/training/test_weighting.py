@@ -10,9 +10,13 @@ import torch
 
 from sftkey.data.response import Segment
 from sftkey.errors import RecipeError
+from sftkey.evaluation.grading import grade
+from sftkey.files import text_hash
 from sftkey.recipe.load import load_recipe
 from sftkey.training import losses as losses_module
 from sftkey.training.losses import find_weighting, own_losses
+from sftkey.training.run import start
+from sftkey.training.run_folder import read_ledger
 from sftkey.training.trainer import KeyTrainer
 from tests.support.models import EQUAL
 from tests.support.tiny import made_model
@@ -152,10 +156,16 @@ def test_a_function_that_is_not_there_is_refused(tiny_recipe: MakeRecipe) -> Non
             find_weighting(loss)
         assert str(caught.value).startswith(f"loss: {loss}: {problem}")
     assert find_weighting("nll") is None
+
+
+def test_a_run_records_which_functions_weighted_it(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """By the hash of their module, in the ledger from the start; our own losses have none."""
     stage = {"name": "one", "loss_on": "key", "loss": f"{HERE}:probability"}
-    (record,) = own_losses(load_recipe(tiny_recipe(stages=[stage]))).items()
-    assert record[0] == stage["loss"]
-    assert len(record[1]) == 64
+    recipe = load_recipe(tiny_recipe(stages=[stage]))
+    start(recipe, tmp_path / "run", grade=grade)
+    source = Path(__file__).read_text()
+    kept = read_ledger(tmp_path / "run") or {}
+    assert kept["facts"]["own_losses"] == {stage["loss"]: text_hash(source)}
     assert own_losses(load_recipe(tiny_recipe())) == {}
 
 
