@@ -101,7 +101,7 @@ def test_a_row_may_have_a_system_message_of_its_own(tiny_tokenizer: Any) -> None
 
 def test_variables_of_the_template_are_set_unless_the_caller_does(tiny_tokenizer: Any) -> None:
     """`enable_thinking: false` holds without being said again, and can be said otherwise."""
-    _, _, baked = made(tiny_tokenizer, {}, THINKING, thinks=False, name=None)
+    _, _, baked = made(tiny_tokenizer, {}, THINKING, thinks=False)
     question = [{"role": "user", "content": "2?"}]
     settings = {"tokenize": False, "add_generation_prompt": True}
     assert baked.apply_chat_template(question, **settings).endswith("assistant\n")
