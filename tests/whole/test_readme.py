@@ -19,9 +19,8 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 HELP = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
-PAGES = {  # of studies whose page is not docs/does-it-help.md
-    "answers-only": (ROOT / "docs" / "answers-only.md").read_text(encoding="utf-8")
-}
+ANSWERS = (ROOT / "docs" / "answers-only.md").read_text(encoding="utf-8")
+PAGES = {"answers-only": ANSWERS, "wrong-thinkings": ANSWERS}  # the others' is does-it-help.md
 FOLDER = '"out"'
 RESULTS = sorted(file.parent for file in ROOT.glob("recipes/*/results/*/results.json"))
 
