@@ -204,7 +204,6 @@ class Oracle:
         tokens = sorted((token.content for token in added), key=len, reverse=True)
         # A tokenizer takes its added tokens out of a text before it normalizes what is between.
         self.added = re.compile("(" + ("|".join(map(re.escape, tokens)) or "(?!)") + ")")
-        self.special = frozenset(renderer.special_ids.values())
         self.before = renderer.encode([BEFORE])[0].ids
         # Older SentencePiece (Llama 2's, Phi-3's) sets a blank behind special tokens too.
         behind = self.decode(renderer.encode([renderer.end_token + BEFORE])[0].ids)
@@ -250,8 +249,7 @@ class Oracle:
         for text, head in ((prompt + rest, renderer.bos_before(prompt)), (rest, fed)):
             ids = [*head, *renderer.tokenizer(text, add_special_tokens=False)["input_ids"]]
             begin, completion = ids[: len(fed)], ids[len(fed) :]
-            special = [number for number in completion if number in self.special]
-            if begin != fed or special != renderer.written_special_ids:
+            if begin != fed or renderer.special_in(completion) != renderer.written_special_ids:
                 continue
             if completion[-1:] == [renderer.end_id] and self.decode(completion) in wanted:
                 return True
@@ -273,7 +271,7 @@ class Oracle:
             if has_bos:
                 return list(bare)
             ids: Any = list(tokenizer(prompt)["input_ids"])
-            while ids[-len(bare) :] != bare and ids[-1] in self.special:
+            while ids[-len(bare) :] != bare and self.renderer.special_in(ids[-1:]):
                 ids.pop()  # an end that the tokenizer sets behind a text
             return ids
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -317,7 +315,7 @@ class Oracle:
 
     def _blank(self, fed: Sequence[int]) -> str:
         """Return what the tokenizer may set between a prompt and the completion."""
-        return " " if self.sets_blank and fed and fed[-1] in self.special else ""
+        return " " if self.sets_blank and fed and self.renderer.special_in(fed[-1:]) else ""
 
     def _completion_fault(self, example: Example, row: Row, blank: str) -> str | None:
         thinking, key = self.texts(example)

@@ -182,9 +182,8 @@ class Renderer:
         except FrameError as error:
             return error.problems[0].what, error.hint
         own = (self.assistant_prefix, self.header, self.tail)
-        if (probe.assistant_prefix, probe.header, probe.tail) == own and probe.after.startswith(
-            self.end
-        ):
+        theirs = (probe.assistant_prefix, probe.header, probe.tail)
+        if theirs == own and probe.after.startswith(self.end):
             return None
         what = "the chat template that tools choose writes other text around an answer"
         return what, "give one model.chat_template for all rows"
@@ -290,6 +289,10 @@ class Renderer:
     def special_numbers(self) -> frozenset[int]:
         """The ids of the special tokens."""
         return frozenset(self.special_ids.values())
+
+    def special_in(self, ids: Iterable[int]) -> list[int]:
+        """Return the special tokens among ids, in order."""
+        return list(filter(self.special_numbers.__contains__, ids))
 
     @cached_property
     def swallowing_lengths(self) -> dict[int, int]:

@@ -336,10 +336,10 @@ def _apart(
 
 def _check_prompt(ids: Sequence[int], prompt: str, renderer: Renderer) -> None:
     """See that no text of a prompt became a special token when the tokenizer rewrote it."""
-    unknown = {renderer.tokenizer.unk_token_id}
-    special = [n for n in ids if n in renderer.special_numbers and n not in unknown]
+    unknown = renderer.tokenizer.unk_token_id
     written = [renderer.special_ids[token] for token in renderer.special_pattern.findall(prompt)]
-    if special != [n for n in written if n not in unknown]:
+    special = renderer.special_in(ids)
+    if [n for n in special if n != unknown] != [n for n in written if n != unknown]:
         what = "the prompt holds what the tokenizer rewrites to a special token"
         raise RowError(what, "special-token-text")
 
@@ -354,8 +354,7 @@ def _check_special(
         raise RowError(f"the end of turn {token!r} is not the last token", "end-of-turn")
     if tokens.span(len(ids) - 1) != (length - len(token), length):
         raise RowError(f"the end of turn {token!r} swallows white space before it", "end-of-turn")
-    special = list(filter(renderer.special_numbers.__contains__, ids))
-    if special != renderer.written_special_ids:
+    if renderer.special_in(ids) != renderer.written_special_ids:
         what = "a character that the tokenizer doesn't know became a special token"
         raise RowError(what, "unknown-character")
     _check_swallowing(ids, tokens.encoding, renderer, tokens.first)
