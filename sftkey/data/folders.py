@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def read_folder(folder: Path, split: str, config: str | None) -> Rows:
     if named is not None:
         if split not in named:
             raise _no_split(folder, split, named)
-        return _read_whole(named[split], folder)
+        return _read_whole(_named_files(folder, named[split]), folder)
     inside = folder / (config or "")
     folder = inside if inside.is_dir() else folder
     saved = _saved(folder, split)
@@ -86,7 +86,7 @@ def read_folder(folder: Path, split: str, config: str | None) -> Rows:
 
 def _read_whole(files: Sequence[Path], folder: Path) -> Rows:
     """Read files of a split; of `train-00000-of-00002` the other part must be there, too."""
-    parts = [match for file in files if (match := SHARD.search(_stem(file)))]
+    parts = [match for file in files if (match := _part(file))]
     there = {(each.string[: each.start()], int(each["number"])) for each in parts}
     wanted = {(each.string[: each.start()], int(each["count"])) for each in parts}
     for name, count in sorted(wanted):
@@ -97,6 +97,11 @@ def _read_whole(files: Sequence[Path], folder: Path) -> Rows:
             hint = "fetch the others, too, or name the files that are meant as a pattern: *.parquet"
             raise DataError(str(folder), f"{what} missing", hint)
     return read_files(files)
+
+
+def _part(file: Path) -> re.Match[str] | None:
+    """Find which part of how many a file says to be: `train-00000-of-00002`."""
+    return SHARD.search(_stem(file))
 
 
 def _saved(folder: Path, split: str) -> Rows | None:
@@ -147,6 +152,12 @@ def _of_split(folder: Path, split: str) -> list[Path]:
             f"expected one data set; the split {split!r} is in {', '.join(parents)}",
             hint=f"choose one: `data.config: {parents[0]}`",
         )
+    called = [each for each in found[name] if _part(each) and _split_of(Path(each.name)) == name]
+    shards = sorted({SHARD.sub("", _stem(file)) for file in called})
+    if len(shards) > 1:
+        what = f"expected one data set; parts of {', '.join(shards)} are called {split!r}"
+        pattern = called[0].parent / f"{shards[0]}-*"
+        raise DataError(str(folder), what, f"name the files that are meant as a pattern: {pattern}")
     return found[name]
 
 
@@ -166,10 +177,10 @@ def _data_files(folder: Path) -> list[Path]:
 def _split_of(file: Path) -> str:
     """Name the split of a file: the folder's name if it is a split's, else the file's stem."""
     for parent in reversed(file.parent.parts):
-        if parent in KNOWN:
-            return parent
+        if parent.lower() in KNOWN:
+            return parent.lower()
     stem = SHARD.sub("", _stem(file))
-    words = [word for word in re.split(r"[^a-zA-Z]+", stem) if word in KNOWN]
+    words = [word for word in re.split("[^a-z]+", stem.lower()) if word in KNOWN]
     return words[0] if len(words) == 1 else stem
 
 
@@ -181,29 +192,51 @@ def _stem(file: Path) -> str:
     return stem
 
 
-def _named_in_readme(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
-    """Read the files that a data set's card names for a config, as `datasets` does."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8-sig")
-        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        card = yaml.safe_load(head[1]) if head else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
+def _named_in_readme(folder: Path, config: str | None) -> dict[str, list[str]] | None:
+    """Read the patterns of files that a card names for a config's splits, as `datasets` does."""
+    card = _card(folder)
     configs = card.get("configs") if isinstance(card, dict) else None
     configs = [each for each in configs or () if isinstance(each, dict) and each.get("data_files")]
     if not configs:
         return None
     names = [str(each.get("config_name", "default")) for each in configs]
-    default = "default" if "default" in names else names[0] if len(names) == 1 else None
-    wanted = config or default
+    chosen = [name for name, each in zip(names, configs, strict=True) if each.get("default")]
+    chosen += ["default"] if "default" in names else names if len(names) == 1 else []
+    wanted = config or next(iter(chosen), None)
     if wanted not in names:
         got = "none" if config is None else repr(config)
         raise DataError(str(folder), f"data.config: expected {', '.join(names)}; got {got}")
     given = configs[names.index(wanted)]["data_files"]
-    listed = given if isinstance(given, list) else [given]
-    files: dict[str, list[Path]] = {}
-    for item in listed:
-        split, paths = (item["split"], item["path"]) if isinstance(item, dict) else ("train", item)
-        for path in [paths] if isinstance(paths, str) else paths:
-            files.setdefault(split, []).extend(sorted(folder.glob(path)))
-    return {split: found for split, found in files.items() if found}
+    found: dict[str, list[str]] = {}
+    for item in given if isinstance(given, list) else [given]:
+        item = item if isinstance(item, Mapping) else {"split": "train", "path": item}
+        paths: Any = item["path"] if isinstance(item.get("path"), list) else [item.get("path")]
+        if not all(isinstance(each, str) for each in (item.get("split"), *paths)):
+            what = "data_files: expected patterns of files, or `split` and `path` of each"
+            raise DataError(str(folder / "README.md"), f"{what}; got {item}")
+        found.setdefault(item["split"], []).extend(paths)
+    return found
+
+
+def _card(folder: Path) -> Any:
+    """Read the head of a data set's card, if there is one that can be read."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8-sig")
+        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        return yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+def _named_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Find the files of a card's patterns; one that finds none is a download in part."""
+    files: list[Path] = []
+    for pattern in patterns:
+        matches = (folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))
+        found = sorted(file for file in matches if not file.is_dir())
+        if not found:
+            what = f"README.md names {pattern}, and there is no such file"
+            hint = "fetch it, too, or name the files that are meant as a pattern: *.parquet"
+            raise DataError(str(folder), what, hint)
+        files += found
+    return files

@@ -148,3 +148,71 @@ def test_home_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert message_of(f"{tmp_path}/*.csv") == (
         f"{tmp_path}/*.csv: expected files; none matches the pattern"
     )
+
+
+def test_names_of_splits_may_be_capitals(tmp_path: Path) -> None:
+    """`Test.jsonl` beside `Train.jsonl` is no part of train."""
+    put(tmp_path, "Train.jsonl", "TEST.jsonl", "Dev/rows.jsonl")
+    assert files_of(tmp_path) == ["Train.jsonl"]
+    assert files_of(tmp_path, "test") == ["TEST.jsonl"]
+    assert files_of(tmp_path, "validation") == ["Dev/rows.jsonl"]
+
+
+def test_parts_of_two_splits_with_one_word_are_no_one(tmp_path: Path) -> None:
+    """Rows of `train_gen` are never joined to those of `train_sft`."""
+    put(tmp_path, *(f"data/train_{kind}-00000-of-00001.jsonl" for kind in ("sft", "gen")))
+    assert message_of(tmp_path) == (
+        f"{tmp_path}: expected one data set; parts of train_gen, train_sft are called 'train'\n"
+        f"hint: name the files that are meant as a pattern: {tmp_path}/data/train_gen-*"
+    )
+    put(tmp_path / "one", *(f"train/{kind}-00000-of-00001.jsonl" for kind in ("code", "math")))
+    assert len(files_of(tmp_path / "one")) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        ("'data/**'", ["data/a.jsonl", "data/in/b.jsonl"]),
+        ("[data/a.jsonl, data/in/b.jsonl]", ["data/a.jsonl", "data/in/b.jsonl"]),
+        ("data/**.jsonl", ["data/a.jsonl"]),
+    ],
+)
+def test_patterns_of_a_card(tmp_path: Path, files: str, read: list[str]) -> None:
+    """Two stars find the files of a folder and of those below it; a config may be the default."""
+    put(tmp_path, "data/a.jsonl", "data/in/b.jsonl", "c.jsonl")
+    configs = "- {config_name: a, data_files: c.jsonl}\n"
+    configs += f"- {{config_name: b, default: true, data_files: {files}}}"
+    put(tmp_path, "README.md", content=f"---\nconfigs:\n{configs}\n---\n")
+    assert files_of(tmp_path) == read
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            "[{split: train, path: [a.jsonl, b-*]}]",
+            ": README.md names b-*, and there is no such file\n"
+            "hint: fetch it, too, or name the files that are meant as a pattern: *.parquet",
+        ),
+        (
+            "/a.jsonl",
+            ": README.md names /a.jsonl, and there is no such file\n"
+            "hint: fetch it, too, or name the files that are meant as a pattern: *.parquet",
+        ),
+        (
+            "[{path: a.jsonl}]",
+            "/README.md: data_files: expected patterns of files, or `split` and `path` of each; "
+            "got {'path': 'a.jsonl'}",
+        ),
+        (
+            "{train: a.jsonl}",
+            "/README.md: data_files: expected patterns of files, or `split` and `path` of each; "
+            "got {'train': 'a.jsonl'}",
+        ),
+    ],
+)
+def test_a_card_of_which_not_all_is_there(tmp_path: Path, files: str, message: str) -> None:
+    """Half of what it names is no split, and what says no split is named."""
+    put(tmp_path, "a.jsonl")
+    put(tmp_path, "README.md", content=f"---\nconfigs:\n- data_files: {files}\n---\n")
+    assert message_of(tmp_path) == f"{tmp_path}{message}"
