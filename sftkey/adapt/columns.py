@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
@@ -36,7 +36,7 @@ ABOUT |= {"model", "mode", "length", "score", "reward", "task", "topic", "is", "
 ABOUT |= {"correctness", "finish", "license", "version", "difficulty", "level", "rate", "category"}
 # In front of what a column holds these say whose it is: `model_reasoning` is one.
 WHOSE = {"model", "original"}
-WRITTEN = (str, int, float, Decimal, date)  # what a template writes; a table may hold dates
+WRITTEN = (str, int, float, Decimal, date, time)  # what a template writes
 UNNAMED = re.compile(r"[{}!:]|\A\s*\Z")  # no template can name such a column
 # No blank, and no script that writes without blanks.
 WORD = re.compile(r"[!-~]*\Z")

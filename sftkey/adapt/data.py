@@ -209,7 +209,8 @@ def _told(reading: Reading, table: Table) -> tuple[dict[str, str], list[str]]:
         notes += _judged(table, rest)
     unnamed = [name for name in columns_of(table.rows) if UNNAMED.search(name)]
     if unnamed:
-        notes.append(f"columns that no template can name: {', '.join(unnamed)}; rename them")
+        listed = ", ".join(name.strip() or "one without a name" for name in unnamed)
+        notes.append(f"columns that no template can name: {listed}; rename them")
     column = reading.fields.get("response", "" if "prompt" in reading.fields else "messages")
     chats = table.messages(column) if column in table.columns and table.is_messages(column) else []
     if num := sum(bool(chat) and chat[-1]["role"] != "assistant" for chat in chats):

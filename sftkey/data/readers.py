@@ -11,7 +11,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,8 @@ CONVERSATIONS = {"messages", "conversations", "conversation"}  # lists that are 
 MOST_NAMES = 1000  # of a folder, among which one near to a wrong name is looked for
 MOST_LINE_BYTES = 2**26  # 64 MiB; a training row is far shorter
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"\s*<(?:!doctype )?html\b", re.IGNORECASE)
+AGAIN = "if it was copied in part, fetch it again"
 EACH_ONCE = json.JSONDecoder(object_pairs_hook=each_once)
 
 
@@ -48,6 +50,7 @@ def _only_member(stream: IO[bytes]) -> IO[bytes]:
         raise ValueError("an Excel workbook; save its sheet as CSV in UTF-8")
     hidden = ("__MACOSX/", ".")
     names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith(hidden)]
+    names = list(filter(is_data_file, names)) or names  # a README beside it is no second one
     if len(names) != 1:
         raise ValueError(f"a zip archive of {len(names)} files, where one is read; unpack it first")
     return archive.open(names[0])
@@ -105,7 +108,8 @@ def read_file(file: Path) -> Rows:
             inner = ending(stream.raw.name) if kind == ".zip" else kind
             return _rows_of(stream, file, inner)
     except FileNotFoundError as error:
-        raise DataError(str(file), f"no such file{_near(file)}") from error
+        what = "a link to a file that isn't there" if file.is_symlink() else "no such file"
+        raise DataError(str(file), f"{what}{_near(file)}") from error
     except UnicodeDecodeError as error:
         what = f"expected {kind.removeprefix('.') or 'text'} in UTF-8; got {error}"
         raise DataError(str(file), what, hint="save it as UTF-8, which every editor can") from error
@@ -123,7 +127,8 @@ def read_file(file: Path) -> Rows:
 
 def _near(file: Path) -> str:
     """Return `; did you mean …?` for a data file beside, of nearly this name but for its ending."""
-    beside = islice(filter(is_data_file, (each.name for each in file.parent.glob("*"))), MOST_NAMES)
+    names = (each.name for each in file.parent.glob("*") if each.name != file.name)
+    beside = islice(filter(is_data_file, names), MOST_NAMES)
     stems = {name.partition(".")[0].lower(): name for name in beside}
     near = get_close_matches(file.name.partition(".")[0].lower(), stems, n=1, cutoff=0.75)
     return f"; did you mean `{stems[near[0]]}`?" if near else ""
@@ -151,6 +156,12 @@ def _rows_of(stream: io.BufferedReader, file: Path, kind: str) -> Rows:
             "expected rows; got a pointer of Git LFS, which only says where they are",
             hint="`git lfs pull` in its folder fetches the file itself",
         )
+    if WEB_PAGE.match(start):
+        hint = "download the file itself: its address has `resolve` where its page has `blob`"
+        raise DataError(str(file), "expected rows; got a web page", hint)
+    if (start or kind in TABLES) and not start.strip(b"\0"):
+        what = "zeros alone" if start else "an empty file"
+        raise DataError(str(file), f"expected rows; got {what}", AGAIN)
     if start.startswith(tuple(COMPRESSED)):
         raise DataError(str(file), "is packed twice, or holds a packed file; unpack it first")
     if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or kind in TABLES:
@@ -209,7 +220,9 @@ def _rows_in(value: dict[str, Any], file: Path) -> Rows:
     inner = list(value.values())
     if any(map(is_conversation, inner)):
         return [value]
-    if all(isinstance(item, list) for item in inner) and len({len(item) for item in inner}) == 1:
+    columns = all(isinstance(item, list) for item in inner) and len(set(map(len, inner))) == 1
+    # Lists that hold nothing but objects are splits: `{"train": [rows], "test": [rows]}`.
+    if columns and not all(isinstance(cell, dict) for item in inner for cell in item):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
     if inner and all(isinstance(item, dict) for item in inner):
         by_number = all(key.isdigit() for item in inner for key in item)
@@ -262,6 +275,8 @@ def _parse(text: str, file: Path, line: int | None) -> Any:
         place = f"line {line or error.lineno}, column {error.colno}"
         what = f"{place}: expected JSON; got {error.msg!r}"
         hint = "one object a line, without commas between the lines" if line else None
+        ends = "Unterminated" in error.msg or error.pos >= len(text.rstrip())
+        hint = AGAIN if ends and not (line and text.endswith("\n")) else hint
         raise DataError(str(file), what, hint=hint) from error
     except RecursionError as error:
         at = f"line {line}: " if line else ""
@@ -304,10 +319,9 @@ def _csv(text: io.TextIOWrapper, file: Path, kind: str) -> Rows:
     delimiter = said[1] if said else "\t" if kind == ".tsv" else ","
     if not said and delimiter not in header:
         delimiter = next((each for each in ";\t,|" if each in header), delimiter)
-    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-    if twice := sorted(name for name, num in Counter(reader.fieldnames or ()).items() if num > 1):
-        what = f"line 1: expected each column once; got {', '.join(twice)} several times"
-        raise DataError(str(file), what, "of columns of one name only the last would be read")
+    blanks = f"{delimiter} " in header  # `question, "answer"`: the quotes stand behind a blank
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter, skipinitialspace=blanks)
+    _require_each_once(reader.fieldnames or (), file, "line 1: ")
     rows: Rows = []
     for row in reader:
         if None in row:
@@ -315,6 +329,13 @@ def _csv(text: io.TextIOWrapper, file: Path, kind: str) -> Rows:
             raise DataError(str(file), f"line {reader.line_num}: {expected}")
         rows.append(row)
     return rows
+
+
+def _require_each_once(columns: Sequence[str], file: Path, place: str = "") -> None:
+    if twice := sorted(name for name, num in Counter(columns).items() if num > 1):
+        listed = ", ".join(name or "an empty name" for name in twice)
+        what = f"{place}expected each column once; got {listed} several times"
+        raise DataError(str(file), what, "of columns of one name only the last would be read")
 
 
 def _table(stream: IO[bytes], file: Path, start: bytes, kind: str) -> Rows:
@@ -328,12 +349,12 @@ def _table(stream: IO[bytes], file: Path, start: bytes, kind: str) -> Rows:
             return table_rows(pyarrow.ipc.open_file(stream).read_all(), file)
         if start.startswith(b"\xff\xff\xff\xff"):
             return table_rows(pyarrow.ipc.open_stream(stream).read_all(), file)
-        return table_rows(pyarrow.parquet.read_table(stream), file)
+        return table_rows(pyarrow.parquet.ParquetFile(stream).read(), file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         what = kind.removeprefix(".") or "a table"
         if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
             what = f"expected {what} to its end: {first_line(error)}"
-            raise DataError(str(file), what, "if it was copied in part, fetch it again") from error
+            raise DataError(str(file), what, AGAIN) from error
         raise DataError(str(file), f"expected {what}; got something else") from error
 
 
@@ -343,6 +364,7 @@ def table_rows(table: Any, file: Path) -> Rows:
     float32 holds 0.1 as 0.10000000149, pandas turns whole numbers beside a gap into 4.0, and some
     writers keep text as bytes.
     """
+    _require_each_once(table.column_names, file)
     rows: Rows = table.to_pylist()
     for field in table.schema:
         mend = _mending(field.type)
@@ -376,6 +398,11 @@ def _mending(kind: Any) -> Callable[[Any], Any] | None:
     if types.is_list(kind) or types.is_large_list(kind):
         inner = _mending(kind.value_type)
         return inner and (lambda value: None if value is None else [inner(v) for v in value])
+    if types.is_dictionary(kind):
+        return _mending(kind.value_type)
+    if types.is_map(kind):
+        item = _mending(kind.item_type) or (lambda value: value)
+        return lambda value: None if value is None else {key: item(v) for key, v in value}
     if types.is_struct(kind):
         fields = {field.name: mend for field in kind if (mend := _mending(field.type))}
         return _struct_mending(fields) if fields else None

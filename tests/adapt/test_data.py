@@ -1,6 +1,6 @@
 """Columns are guessed by their names and by what rules split; the rest is left to the user."""
 
-from datetime import date
+from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -345,7 +345,8 @@ def test_dates_and_decimals_of_a_table_are_answers(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    for name, value in (("days", date(2020, 1, 5)), ("prices", Decimal("1.50"))):
+    values = {"days": date(2020, 1, 5), "prices": Decimal("1.50"), "hours": time(3, 45)}
+    for name, value in values.items():
         columns = {"question": ["Q"] * 40, "cot": ["c d"] * 40, "answer": [value] * 40}
         parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
         choice = choose_data(str(tmp_path / f"{name}.parquet"), seed=0, plain=False)
@@ -370,10 +371,11 @@ def test_rows_that_may_be_called_bad_are_said(tmp_path: Path) -> None:
 
 def test_columns_that_no_template_can_name_are_said(tmp_path: Path) -> None:
     """They would be read as a format, or as nothing."""
-    rows = [row | {"is it so?!": "yes"} for row in sums(40)]
+    rows = [row | {"is it so?!": "yes", "": n} for n, row in enumerate(sums(40))]
     choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
     assert choice.undecided == []
-    assert "columns that no template can name: is it so?!; rename them" in choice.notes
+    listed = "is it so?!, one without a name"
+    assert f"columns that no template can name: {listed}; rename them" in choice.notes
 
 
 def test_conversations_of_some_rows_are_read(tmp_path: Path) -> None:

@@ -157,8 +157,73 @@ def test_files_of_other_programs_are_named(
     assert message_of(tmp_path / "r.xlsx") == f"FILE: {message}"
 
 
+def test_a_readme_beside_the_one_file_of_a_zip_is_no_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What people pack says what it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.zip").write_bytes(zipped(LINES.encode(), "README.md", "r.jsonl"))
+    assert read_file(tmp_path / "r.zip") == ROWS
+
+
+AGAIN = "hint: if it was copied in part, fetch it again"
+PAGE = "hint: download the file itself: its address has `resolve` where its page has `blob`"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        *(
+            (f"r.{kind}", b"\n<!DOCTYPE html>\n<p>", f"expected rows; got a web page\n{PAGE}")
+            for kind in ("jsonl", "csv", "parquet", "json")
+        ),
+        ("r.parquet", b"", f"expected rows; got an empty file\n{AGAIN}"),
+        ("r.jsonl", bytes(5000), f"expected rows; got zeros alone\n{AGAIN}"),
+        (
+            "r.jsonl",
+            LINES[:-4].encode(),
+            f"line 3, column 41: expected JSON; got 'Unterminated string starting at'\n{AGAIN}",
+        ),
+        (
+            "r.json",
+            json.dumps(ROWS)[:-2].encode(),
+            f"line 1, column 137: expected JSON; got \"Expecting ',' delimiter\"\n{AGAIN}",
+        ),
+    ],
+)
+def test_what_a_download_left(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    """The page in place of the file, nothing, zeros, or a half."""
+    (tmp_path / name).write_bytes(data)
+    assert message_of(tmp_path / name) == f"FILE: {message}"
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    """Nobody is told to mean the file that was named."""
+    (tmp_path / "r.jsonl").symlink_to("nowhere")
+    assert message_of(tmp_path / "r.jsonl") == "FILE: a link to a file that isn't there"
+
+
+def test_two_splits_in_one_file_are_no_columns(tmp_path: Path) -> None:
+    """Neither if they have as many rows."""
+    (tmp_path / "r.json").write_text(json.dumps({"train": ROWS, "test": ROWS}))
+    assert message_of(tmp_path / "r.json") == (
+        "FILE: expected a list of objects; got an object with the keys train, test\n"
+        "hint: write the rows alone, as a list or one a line"
+    )
+
+
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     """Only the last of them would be read."""
+    (tmp_path / "r.csv").write_text("A title,,\nquestion,cot,answer\n")
+    assert "expected each column once; got an empty name several times" in message_of(
+        tmp_path / "r.csv"
+    )
+    table = pyarrow.Table.from_arrays([pyarrow.array(["7"])] * 2, ["answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet")
+    assert message_of(tmp_path / "r.parquet") == (
+        "FILE: expected each column once; got answer several times\n"
+        "hint: of columns of one name only the last would be read"
+    )
     (tmp_path / "r.csv").write_text("question,answer,answer\nQ,c,7\n")
     assert message_of(tmp_path / "r.csv") == (
         "FILE: line 1: expected each column once; got answer several times\n"
@@ -195,6 +260,7 @@ def test_keys_of_one_name_are_refused(tmp_path: Path, name: str, text: str, wher
         ("r.CSV", 'q,a\n"1,5?",007\n'),
         ("r.csv", "q|a\n1,5?|007\n"),
         ("r.csv", "sep=;\nq;a\n1,5?;007\n"),
+        ("r.csv", 'q, a\n"1,5?", "007"\n'),
     ],
 )
 def test_tables_of_text(tmp_path: Path, name: str, text: str) -> None:
@@ -230,6 +296,10 @@ def test_values_are_read_as_they_were_meant(tmp_path: Path) -> None:
             "real": pyarrow.array([4.0, 0.5], pyarrow.float64()),
             "nan": pyarrow.array([float("inf"), 1.0], pyarrow.float64()),
             "bytes": pyarrow.array([b"x", None], pyarrow.binary()),
+            "few": pyarrow.array([b"x", None], pyarrow.binary()).dictionary_encode(),
+            "map": pyarrow.array(
+                [[("A", b"x")], None], pyarrow.map_(pyarrow.string(), pyarrow.binary())
+            ),
             "in": pyarrow.array(
                 [{"l": [b"y"], "f": 0.1}, None],
                 pyarrow.struct(
@@ -242,10 +312,13 @@ def test_values_are_read_as_they_were_meant(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, file)
     assert read_file(file) == [
         {
-            **{"f32": 0.1, "gap": 4, "real": 4.0, "nan": float("inf"), "bytes": "x"},
-            "in": {"l": ["y"], "f": 0.1},
+            **{"f32": 0.1, "gap": 4, "real": 4.0, "nan": float("inf"), "bytes": "x", "few": "x"},
+            **{"map": {"A": "x"}, "in": {"l": ["y"], "f": 0.1}},
         },
-        {"f32": 2.5, "gap": None, "real": 0.5, "nan": 1.0, "bytes": None, "in": None},
+        {
+            **{"f32": 2.5, "gap": None, "real": 0.5, "nan": 1.0, "bytes": None, "few": None},
+            **{"map": None, "in": None},
+        },
     ]
     assert str(read_file(file)[0]["gap"]) == "4"
     pyarrow.parquet.write_table(pyarrow.table({"b": [b"\xff"]}), file)
