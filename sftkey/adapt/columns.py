@@ -23,7 +23,10 @@ ANSWER = (
     *("answer", "final_answer", "label", "target", "correct", "answer_key", "expected_answer"),
     *("ground_truth", "gold", "correct_answer"),
 )
-RESPONSE = ("response", "completion", "output", "solution", "answer", "text", "generation")
+RESPONSE = (
+    *("response", "completion", "output", "solution", "answer", "text", "generation"),
+    *("assistant", "gpt", "content", "targets"),
+)
 CONTEXT = (
     *("context", "passage", "article", "document", "paragraph", "background", "story", "hint"),
     *("body", "scenario", "situation", "excerpt", "theory", "premises"),
@@ -197,6 +200,11 @@ NUM_SEEN = 1000
 # A tag that opens a text: <think>, <|begin_of_thought|>, ◁think▷, [THINK].
 OPENING = re.compile(r"\s*(<\|?[A-Za-z][\w:-]*\|?>|◁\w+▷|\[[A-Z_]+\])")
 HAS_TAG = re.compile(r"</?(?:answer|output|solution|response|think\w*|thought|reasoning)\b", re.I)
+# What a chat template writes around turns: <|im_end|>, [INST], <end_of_turn>, </s>.
+TURN_MARK = re.compile(
+    r"<\|(?:im_(?:start|end)|(?:start|end)_header_id|e[on]t_id|begin_of_text|endoftext|end)\|>"
+    r"|<\|(?:system|user|assistant)\|>|\[/?INST\]|<(?:start|end)_of_turn>|</s>|<\uff5c\S+?\uff5c>"
+)
 BOX = re.compile(r"\\(?:boxed|fbox)\b")
 # What may stand behind the last box: the end of its formula and of its sentence.
 BEHIND_BOX = re.compile(r"[\s.$\\\])}*!]*\Z")

@@ -11,6 +11,7 @@ from sftkey.adapt.columns import (
     OPTIONS,
     RESPONSE,
     THINKING,
+    TURN_MARK,
     Table,
     find_rule,
     is_about,
@@ -100,7 +101,8 @@ def _is_short(texts: Sequence[str], is_answer: bool) -> bool:
     """Tell whether texts are answers alone; what is called a response may be two sentences."""
     if max(map(len, texts)) > MOST_ANSWER or find_rule(texts).share:
         return False
-    if any(BOX.search(text) or HAS_TAG.search(text) or "####" in text for text in texts):
+    signs = (BOX, HAS_TAG, TURN_MARK)
+    if any(sign.search(text) for sign in signs for text in texts) or "####" in "".join(texts):
         return False
     return not any("\n" in text if is_answer else SENTENCES.search(text) for text in texts)
 

@@ -1,16 +1,29 @@
 """The template of the prompts: the question with its context, input and options."""
 
 import re
+import string
 from collections.abc import Sequence
 from typing import Any
 
-from sftkey.adapt.columns import ANSWER, CONTEXT, ENOUGH, OPTIONS, PROMPT, Table, plain
+from sftkey.adapt.columns import (
+    ANSWER,
+    CONTEXT,
+    ENOUGH,
+    OPTIONS,
+    PROMPT,
+    TURN_MARK,
+    Table,
+    plain,
+)
 from sftkey.data.messages import SAYS_NOTHING
 from sftkey.data.values import options_in
 from sftkey.recipe.rules import UNDECIDED
 
-# Columns that hold one option each.
-LETTERED = re.compile(r"(?:option|choice|op|answer)?_?([A-Ha-h])\Z")
+# Columns that hold one option each: `option_a`, `B`, `choice1`.
+LETTERED = re.compile(r"(?:option|choice|op|answer)?_?([a-h])\Z")
+NUMBERED = re.compile(r"(?:option|choice|op|ending)_?(\d)\Z")
+# Columns that may ask where none is called a prompt.
+ASKING = ("source", "user", "human", "inputs")
 FEW = 20  # rows of one prompt, which may be samples of one question
 PICTURE = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad|[_ ]?\d+)?\|?>", re.IGNORECASE)
 OPEN_TAG = re.compile(r"<\|?\w+\|?>\s*\Z|◁\w+▷\s*\Z")
@@ -19,7 +32,7 @@ OPEN_TAG = re.compile(r"<\|?\w+\|?>\s*\Z|◁\w+▷\s*\Z")
 def prompt_of(table: Table) -> str | None:
     """Write the template of the prompts, or what must be decided; None without a question."""
     if not table.called(PROMPT):
-        asked = [name for name in table.columns if name == "source" and table.is_text(name)]
+        asked = [name for name in table.columns if plain(name) in ASKING and table.is_text(name)]
         asked = [name for name in asked if table.num_kinds(name) * 2 > len(table.rows)]
         asked += [name for name in table.columns if _only_asks(table, name)]
         return f"{{{asked[0]}}}" if asked else None
@@ -33,6 +46,12 @@ def prompt_of(table: Table) -> str | None:
     if question.startswith(UNDECIDED):
         return question
     columns = table.asked(question)
+    marks = list(filter(None, map(TURN_MARK.search, table.texts(columns[-1]))))
+    if len(marks) > (1 - ENOUGH) * len(table.rows):
+        return (
+            f"{UNDECIDED} the prompts in {columns[-1]} hold {marks[0][0]}, which the chat template "
+            "writes itself; remove its marks from the rows"
+        )
     if any(OPEN_TAG.search(text) for text in table.texts(columns[-1])):
         return (
             f"{UNDECIDED} the prompts in {columns[-1]} end with a tag, which belongs to the "
@@ -140,9 +159,19 @@ def options_of(table: Table) -> list[list[tuple[str, str]]]:
 
 
 def single_options(table: Table) -> dict[str, str]:
-    """Return the columns that hold one option each, by their letters."""
-    found = {match[1].upper(): name for name in table.columns if (match := LETTERED.match(name))}
-    return dict(sorted(found.items())) if {"A", "B"} <= found.keys() else {}
+    """Return the columns that hold one option each, by their letters; numbers become letters."""
+    # A letter alone is a column's name, and no key inside of one: `meta[a]`.
+    named = [name for name in table.columns if len(plain(name)) > 1 or len(name) == 1]
+    plains = {name: plain(name) for name in named}
+    found = {match[1].upper(): name for name in plains if (match := LETTERED.match(plains[name]))}
+    if {"A", "B"} <= found.keys():
+        return dict(sorted(found.items()))
+    found = {match[1]: name for name in plains if (match := NUMBERED.match(plains[name]))}
+    first = int(min(found, default="2"))
+    places = {
+        string.ascii_uppercase[int(number) - first]: found[number] for number in sorted(found)
+    }
+    return places if first < 2 and "B" in places else {}
 
 
 def _options(table: Table, columns: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from sftkey.adapt.columns import (
     PROMPT,
     RESPONSE,
     THINKING,
+    TURN_MARK,
     Fit,
     Table,
     find_rule,
@@ -42,6 +43,8 @@ NUM_TRIED = 20  # rows of a column in which tags are looked for
 MOST_ANSWER = 40  # characters; a longer text may hold reasoning, too
 # Without one of these no rule splits a text.
 SIGN = re.compile(rf"\A{OPENING.pattern}|</think>|{BOX.pattern}|^####|[Aa]nswer", re.MULTILINE)
+# What no part of an example begins with, ends with, or holds.
+LEFT_TAG = re.compile(rf"\A\s*(?i:{HAS_TAG.pattern})|(?i:</think\w*>)\s*\Z|{TURN_MARK.pattern}")
 OWN_WAY = "if rows hold no reasoning: no data.thinking, and `thinking: own` in every stage"
 
 
@@ -57,7 +60,7 @@ class Reading:
     def __str__(self) -> str:
         """Write it as lines of a recipe would say it."""
         shown = {k: v for k, v in self.fields.items() if k not in ("prompt", "system_column")}
-        return ", ".join(f"{key}: {value}" for key, value in shown.items())
+        return ", ".join(f"{key}: {value}" for key, value in shown.items()) or "messages"
 
 
 def decide(rows: Sequence[RawRow]) -> tuple[Reading, Table]:
@@ -166,8 +169,8 @@ def _different(rows: Sequence[RawRow], readings: Sequence[Reading]) -> list[Read
 
 def _num_tagged(loaded: Loaded) -> int:
     """Count the examples of which a part still stands in tags, which would be trained as text."""
-    parts = ((each.thinking.lstrip(), each.answer.lstrip()) for each in loaded.examples)
-    return sum(any(map(HAS_TAG.match, pair)) for pair in parts)
+    parts = ((each.thinking, each.answer) for each in loaded.examples)
+    return sum(any(map(LEFT_TAG.search, pair)) for pair in parts)
 
 
 def _key(example: Example) -> tuple[Any, ...]:
@@ -181,7 +184,8 @@ def _conversations(table: Table, chats: Sequence[str], prompt: str | None) -> It
     for column in chats:
         fields = chat_fields(table, column, prompt)
         last = [last_answer(chat) for chat in table.messages(column)]
-        if sum("reasoning_content" in turn for turn in last) >= ENOUGH * len(last):
+        # An empty one beside a text in tags says nothing.
+        if sum(bool(turn.get("reasoning_content")) for turn in last) >= ENOUGH * len(last):
             yield Reading(fields, explicit=True)
         else:
             fit = find_rule([turn["content"] for turn in last])
@@ -233,7 +237,8 @@ def _columns(table: Table, prompt: str) -> Iterator[Reading]:
     for thought in thoughts:
         for answer in rest:
             fields = {"thinking": f"{{{thought}}}", "answer": _answer(table, answer)}
-            yield Reading({**base, **fields}, explicit=True)
+            if not inside(table, thought, [answer]):
+                yield Reading({**base, **fields}, explicit=True)
 
 
 def _is_whole(table: Table, column: str, asked: Sequence[str]) -> bool:
@@ -399,10 +404,16 @@ def why_not(table: Table) -> Iterator[str]:
             yield f"{name}: holds single words"
         elif len(values) < num_rows:
             yield f"{name}: empty in {num_rows - len(values)} of {num_rows} rows"
+        else:
+            others = [each for each in table.called((*ANSWER, *RESPONSE)) if each != name]
+            for other in (each for each in others if inside(table, name, [each])):
+                yield f"{name}: stands in {other}, too"
     for name in table.called(ANSWER):
         kinds = sorted({type(value).__name__ for value in table.values(name)} - {"NoneType"})
         if kinds and not table.is_text(name):
             yield f"{name}: holds a {' or '.join(kinds)}, not text"
+        if marks := list(filter(None, map(TURN_MARK.search, table.texts(name)))):
+            yield f"{name}: holds {marks[0][0]} of a chat template in {len(marks)} rows"
     for name in prompt_and_chats(table)[1]:
         last = [last_answer(chat) for chat in table.messages(name)]
         thought = sum(bool(turn.get("reasoning_content", "").strip()) for turn in last)

@@ -16,7 +16,7 @@ from sftkey.recipe.yaml_io import inline
 # What data sets and APIs call the roles.
 ROLES = {
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("observation", "function"), "tool"),
 }
 # Whose message it is and what it says, in the words of several data sets.

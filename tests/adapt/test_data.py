@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sftkey.activity import current
+from sftkey.adapt.columns import PHRASES
 from sftkey.adapt.data import choose_data, choose_grader, measure
 from sftkey.adapt.readings import OWN_WAY
 from sftkey.data import sources
@@ -88,6 +89,15 @@ def turns(content: str, **more: Any) -> list[dict[str, Any]]:
             {"data": {"conversations": turns(THOUGHT)}},
             {"response": "data[conversations]", "split_rule": "think_tags"},
         ),
+        (
+            {"input": "Q", "reasoning_content": "c d", "content": "7", "repo": "x"},
+            {"prompt": "{input}", "thinking": "{reasoning_content}", "answer": "{content}"},
+        ),
+        (
+            {"question": "Q", "reasoning": "c d", "answer": "c d\n#### 7"},
+            {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"},
+        ),
+        ({"messages": turns(THOUGHT, reasoning_content="")}, {"split_rule": "think_tags"}),
     ],
     ids=lambda value: "-".join(value) if "-".join(value) else "none",
 )
@@ -100,6 +110,35 @@ def test_columns_that_say_what_they_are(
     assert choice.fields == {"source": source, **fields, **HELD_OUT}
     assert (len(choice.examples), choice.undecided) == (40, [])
     assert choice.examples[0].answer == "7"
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (
+            {"user": "Q", "assistant": "7", "reasoning": "c d"},
+            {"prompt": "{user}", "thinking": "{reasoning}", "answer": "{assistant}"},
+        ),
+        (
+            {"human": "Q", "gpt": THOUGHT},
+            {"prompt": "{human}", "response": "gpt", "split_rule": "think_tags"},
+        ),
+        (
+            {"inputs": "Q", "targets": "c d. The answer is 7."},
+            {"prompt": "{inputs}", "response": "targets", "split_rule": PHRASES[1]},
+        ),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_speakers_are_columns_of_a_prompt_and_its_answer(
+    tmp_path: Path, row: dict[str, str], fields: dict[str, str]
+) -> None:
+    """Where no column is called a prompt, and each row has another question."""
+    asking = next(iter(row))
+    rows = [row | {asking: f"Q {n}"} for n in range(40)]
+    choice = choose_data(write_rows(tmp_path / "rows.jsonl", rows), seed=0, plain=False)
+    assert {**fields, **choice.fields} == choice.fields
+    assert [choice.examples[0].prompt, choice.examples[0].answer] == ["Q 0", "7"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +188,12 @@ def test_columns_that_say_what_they_are(
         ({"prompt": "Q", "ground_truth": '["7"]'}, {"thinking", "answer"}),
         ({"prompt": "<image 1> Q", "response": THOUGHT}, {"prompt"}),
         ({"prompt": "Q", "response": "c. The answer is 7. I hope so."}, {"thinking", "answer"}),
+        ({"question": "Q", "cot": "c d", "answer": "c d. It is 7. " * 4}, {"thinking", "answer"}),
+        ({"question": "Q", "cot": "c d\n</think>", "answer": "7"}, {"thinking"}),
+        ({"prompt": "Q", "response": THOUGHT + "<|im_end|>"}, {"thinking", "answer"}),
+        ({"messages": turns(THOUGHT + "</s>")}, {"thinking"}),
+        ({"prompt": "<s>[INST] Q [/INST]", "response": THOUGHT}, {"prompt"}),
+        ({"question": "Q", "answer": "7<\uff5cend\u2581of\u2581sentence\uff5c>"}, {"thinking"}),
     ],
 )
 def test_columns_that_do_not_are_left_to_the_user(
@@ -224,6 +269,25 @@ def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, l
             "answer",
             "from which number the options are counted: "
             '"{answer:letter}" (from 0) or "{answer:letter_from_1}" (from 1)',
+        ),
+        (
+            {"prompt": "<|im_start|>user\nQ<|im_end|>\n", "response": THOUGHT},
+            "prompt",
+            "the prompts in prompt hold <|im_start|>, which the chat template writes itself; "
+            "remove its marks from the rows",
+        ),
+        (
+            {"question": "Q", "answer": "7</s>"},
+            "thinking",
+            "answer: holds </s> of a chat template in 40 rows; the reasoning's column: none looks "
+            f"so; the columns are question, answer; {OWN_WAY}",
+        ),
+        (
+            {"question": "Q", "cot": "c d", "answer": "c d. It is 7. " * 4},
+            "answer",
+            "cot: stands in answer, too; a template, or `response` and a split_rule for the column "
+            "of both: think_tags, boxed, hash_marks, or a regular expression with the groups "
+            f"thinking and answer; the columns are question, cot, answer; {OWN_WAY}",
         ),
         (
             {"question": "<image>\nQ", "cot": "c d", "answer": "7"},
@@ -469,6 +533,26 @@ def test_a_column_of_efforts_is_no_reasoning(tmp_path: Path) -> None:
             {"question": "Q", "opa": "a", "opb": "b", "cot": "c", "answer": 0},
             "Q\nA) a\nB) b",
             "A",
+        ),
+        (
+            {"question": "Q", "Choice1": "a", "Choice2": "b", "cot": "c", "answer": 0},
+            "Q\nA) a\nB) b",
+            "A",
+        ),
+        (
+            {"row": {"question": "Q", "option_a": "a", "option_b": "b", "cot": "c", "answer": "B"}},
+            "Q\nA) a\nB) b",
+            "B",
+        ),
+        (
+            {"row": {"question": "Q", "cot": "c", "answer": "7"}, "meta": {"a": "x", "b": "y"}},
+            "Q",
+            "7",
+        ),
+        (
+            {"question": "Q", "option_0": "a", "option_1": "b", "cot": "c", "answer": "2"},
+            "Q\nA) a\nB) b",
+            "B",
         ),
         (
             {

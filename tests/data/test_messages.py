@@ -40,6 +40,7 @@ def parts(*items: Any) -> list[dict[str, Any]]:
         (str(list(PLAIN)), PLAIN),
         ([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "7"}], PLAIN),
         ([{"speaker": "Human", "text": "Q"}, {"speaker": "bot", "text": "7"}], PLAIN),
+        ([{"from": "human", "value": "Q"}, {"from": "chatgpt", "value": "7"}], PLAIN),
         ([{"role": "prompter", "text": "Q"}, {"role": "assistant", "text": "7"}], PLAIN),
         ([{**PLAIN[0], "from": "human", "text": None}, {**PLAIN[1], "value": ""}], PLAIN),
         ([{"role": "User", "content": "Q"}, {"role": "model", "content": "7"}], PLAIN),
