@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from sftkey.adapt.columns import (
@@ -130,7 +131,10 @@ def prompt_and_chats(table: Table) -> tuple[str | None, list[str]]:
 
 
 def system_field(table: Table) -> dict[str, str]:
-    """Return the field that names the column of system messages, if there is one."""
+    """Return the field that names the column of system messages, where the messages hold none."""
+    chats = chain.from_iterable(map(table.messages, filter(table.is_messages, table.columns)))
+    if any(chat and chat[0]["role"] == "system" for chat in chats):
+        return {}
     found = [column for column in table.called(SYSTEM) if table.is_text(column)]
     for column in found:
         if all(value is None or isinstance(value, str) for value in table.values(column)):
@@ -419,6 +423,10 @@ def why_not(table: Table) -> Iterator[str]:
         thought = sum(bool(turn.get("reasoning_content", "").strip()) for turn in last)
         if thought:
             yield f"{name}: reasoning beside the content in {thought} of {num_rows} rows"
+        known = ("role", "content", "reasoning_content")
+        pairs = [pair for turn in last for pair in turn.items() if pair[0] not in known]
+        for key in sorted({key for key, value in pairs if isinstance(value, str) and " " in value}):
+            yield f"{name}: nothing reads {key} of a message; a reasoning is reasoning_content"
 
 
 def _long(table: Table, column: str) -> bool:

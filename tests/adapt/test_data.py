@@ -98,6 +98,10 @@ def turns(content: str, **more: Any) -> list[dict[str, Any]]:
             {"prompt": "{question}", "response": "answer", "split_rule": "hash_marks"},
         ),
         ({"messages": turns(THOUGHT, reasoning_content="")}, {"split_rule": "think_tags"}),
+        (
+            {"system": "S", "messages": [{"role": "system", "content": "S"}, *turns(THOUGHT)]},
+            {"split_rule": "think_tags"},
+        ),
     ],
     ids=lambda value: "-".join(value) if "-".join(value) else "none",
 )
@@ -275,6 +279,14 @@ def test_a_reasoning_that_only_the_last_row_holds_is_asked_for(tmp_path: Path, l
             "prompt",
             "the prompts in prompt hold <|im_start|>, which the chat template writes itself; "
             "remove its marks from the rows",
+        ),
+        (
+            {"messages": turns("7 eggs. " * 6, thought="c d")},
+            "thinking",
+            "messages: nothing reads thought of a message; a reasoning is reasoning_content; a "
+            "template, or `response` and a split_rule for the column of both: think_tags, boxed, "
+            "hash_marks, or a regular expression with the groups thinking and answer; the columns "
+            f"are messages; {OWN_WAY}",
         ),
         (
             {"question": "Q", "answer": "7</s>"},
