@@ -38,13 +38,13 @@ class Stated(NamedTuple):
 _SCALES = {
     "dozen": 12,
     **dict.fromkeys(["hundred", "百", "백"], 100),
-    **dict.fromkeys(["thousand", "k", "K", "Tausend", "тыс", "тысяч", "千", "천"], 10**3),
+    **dict.fromkeys(["thousand", "k", "tausend", "тыс", "тысяч", "千", "천"], 10**3),
     **dict.fromkeys(["万", "萬", "만"], 10**4),
     "lakh": 10**5,
-    **dict.fromkeys(["million", "M", "mn", "Mio", "Millionen", "millone", "млн"], 10**6),
+    **dict.fromkeys(["million", "m", "mn", "mio", "millionen", "millone", "млн"], 10**6),
     "crore": 10**7,
     **dict.fromkeys(["億", "亿", "억"], 10**8),
-    **dict.fromkeys(["billion", "B", "bn", "Mrd", "Milliarden", "млрд"], 10**9),
+    **dict.fromkeys(["billion", "b", "bn", "mrd", "milliarden", "млрд"], 10**9),
     "trillion": 10**12,
 }
 _SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
@@ -69,8 +69,8 @@ _TOKEN = re.compile(
       (?:[eE](?P<power>[+-]?\d+)(?!\w)|\ ?(?:\^|\*\*)\ ?[{{(]?(?P<raised>[+-]?\d+)[}})]?)?
     )
     (?:(?P<factorial>!)|(?P<ordinal>st|nd|rd|th)\b)?
-    (?P<scale>(?:\ ?(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illions?|mn|bn|Mio|Mrd
-      |Tausend|Mill(?:ionen|iarden|ones)|тыс(?:яч)?|млн|млрд)|[kKMB])\b|\ ?[百백千천万萬만億亿억])?
+    (?P<scale>(?:\ ?(?i:(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illion)s?|mn|bn|mio|mrd
+      |tausend|mill(?:ionen|iarden|ones)|тыс(?:яч)?|млн|млрд)|[kKMB])\b|\ ?[百백千천万萬만億亿억])?
     (?P<percent>\ ?(?:%|percent\b|per\ cent\b))?
     """,
     re.VERBOSE,
@@ -361,7 +361,7 @@ def _scaled(value: Fraction, match: re.Match[str]) -> Fraction | None:
         if value.denominator != 1 or not 0 <= value <= 1000:
             return None
         value = Fraction(math.factorial(int(value)))
-    return value * _SCALES.get((match["scale"] or "").strip().rstrip("s"), 1)
+    return value * _SCALES.get((match["scale"] or "").strip().lower().rstrip("s"), 1)
 
 
 def _decimals(written: str) -> list[str]:
@@ -399,6 +399,7 @@ def _spelled_out(text: str) -> str:
     text = re.sub(
         rf"\b(\d\d?)(?:\.|st|nd|rd|th)? ({months}) (\d{{4}})\b", _date(2, 1, 3), text, flags=re.I
     )
+    text = re.sub(r"\bhalf an? (?=(?:dozen|[mb]illion)\b)", "0.5 ", text, flags=re.IGNORECASE)
     text = _SPELLED.sub(_in_digits, text)
     return re.sub(r"(\d) and (\d{1,3}/\d)", r"\1 \2", text)  # two and a half
 

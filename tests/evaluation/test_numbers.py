@@ -124,6 +124,11 @@ def test_first_number_reads() -> None:
         ("4 dozen", [48]),
         ("7.2 million", [7200000]),
         ("9k", [9000]),
+        ("$7.2 Million", [7200000]),
+        ("3 BILLION", [3 * 10**9]),
+        ("3 lakhs", [300000]),
+        ("4 Dozens", [48]),
+        ("half a dozen", [6]),
         # What a sentence says of its numbers.
         ("30, because 18 + 12", [30]),
         ("18 + 12 = 30", [30]),
