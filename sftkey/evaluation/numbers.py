@@ -57,12 +57,13 @@ _ORDINALS = ["fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _PARTS |= {word + end: value for value, word in enumerate(_ORDINALS, 4) for end in ("", "s")}
 _MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august"]
 _MONTHS += ["september", "october", "november", "december"]
+_MONTH = "|".join(rf"{name[:3]}(?:{name[3:]}|t?\b\.?)" for name in _MONTHS)
 
 _WHOLE = r"\d+(?:,\d{3})*"
 _TOKEN = re.compile(
     rf"""
     (?<![^\W_])(?<!\d[.,:/])(?:                # no part of a name such as CO2, no rest of 1.2.3
-      (?P<several>\d{{4}}-\d\d-\d\d|\d{{4}}/\d\d/\d\d
+      (?P<several>(?:\d{{4}}|-)-\d\d-\d\d|\d{{4}}/\d\d/\d\d
         |\d+(?:(?::|\ :\ )\d+)+|\d{{1,2}}/\d{{1,2}}/\d{{2,4}})(?![\d/-])
     | (?:(?P<mixed>{_WHOLE})\ )?(?P<above>{_WHOLE})\ ?/\ ?(?P<below>{_WHOLE})(?![\d/,])
     | (?P<plain>\d{{1,3}}(?:\ \d{{3}})+(?:[.,]\d+)?(?![\d,.]*\d)|\d+(?:[.,]\d+)*|\.\d+)
@@ -72,6 +73,7 @@ _TOKEN = re.compile(
     (?P<scale>(?:\ ?(?i:(?:hundred|thousand|dozen|lakh|crore|[mbtr]{{1,2}}illion)s?|mn|bn|mio|mrd
       |tausend|mill(?:ionen|iarden|ones)|тыс(?:яч)?|млн|млрд)|[kKMB])\b|\ ?[百백千천万萬만億亿억])?
     (?P<percent>\ ?(?:%|percent\b|per\ cent\b))?
+    (?:\ ?[aApP](?:m|M|\.m\.|\.M\.)(?!\w))?
     """,
     re.VERBOSE,
 )
@@ -120,12 +122,16 @@ def same_number(answer: Number, reference: Number) -> bool:
     return any(abs(a - b) <= (TOLERANCE * abs(b) if rounded else 0) for a, b in pairs)
 
 
+_HALF = re.compile(r"\d ?([ap])\.?m", re.IGNORECASE)  # 3 pm isn't 3 am
+
+
 def same_numbers(answer: Stated, reference: Stated) -> bool:
     """Compare number by number; a list of them in any order, where neither side is ordered."""
+    halves = {half.lower() for side in (answer, reference) for half in _HALF.findall(side.text)}
     sides = [list(answer.numbers), list(reference.numbers)]
     if not (answer.ordered or reference.ordered):
         sides = [sorted(side) for side in sides]
-    return len(sides[0]) == len(sides[1]) and all(map(same_number, *sides))
+    return len(halves) < 2 and len(sides[0]) == len(sides[1]) and all(map(same_number, *sides))
 
 
 def stated_numbers(text: str) -> Stated | None:
@@ -392,22 +398,21 @@ def _in_thousands(groups: list[str]) -> bool:
 def _spelled_out(text: str) -> str:
     """Write words for numbers as digits, currency names away and dates as 2020-01-05."""
     text = re.sub(r"\b(?:usd|eur|gbp|rs|inr|chf)\.? ?(?=[\d-])", "", text, flags=re.IGNORECASE)
-    months = "|".join(_MONTHS)
-    text = re.sub(
-        rf"\b({months}) (\d\d?)(?:st|nd|rd|th)?,? (\d{{4}})\b", _date(1, 2, 3), text, flags=re.I
-    )
-    text = re.sub(
-        rf"\b(\d\d?)(?:\.|st|nd|rd|th)? ({months}) (\d{{4}})\b", _date(2, 1, 3), text, flags=re.I
-    )
+    year = r"(?:,? (\d{4})\b|(?! [a-z]|\w|[-,.:/]?\d| ?%))"  # or none: July 4
+    for form, order in (
+        (rf"\b({_MONTH}) (\d\d?)(?:st|nd|rd|th)?{year}", (1, 2)),
+        (rf"\b(\d\d?)(?:\.|st|nd|rd|th)?(?: of)? ({_MONTH}){year}", (2, 1)),
+    ):
+        text = re.sub(form, _date(*order), text, flags=re.IGNORECASE)
     text = re.sub(r"\bhalf an? (?=(?:dozen|[mb]illion)\b)", "0.5 ", text, flags=re.IGNORECASE)
     text = _SPELLED.sub(_in_digits, text)
     return re.sub(r"(\d) and (\d{1,3}/\d)", r"\1 \2", text)  # two and a half
 
 
-def _date(month: int, day: int, year: int) -> Callable[[re.Match[str]], str]:
+def _date(month: int, day: int) -> Callable[[re.Match[str]], str]:
     def written(match: re.Match[str]) -> str:
-        number = _MONTHS.index(match[month].lower()) + 1
-        return f"{match[year]}-{number:02}-{int(match[day]):02}"
+        number = [name[:3] for name in _MONTHS].index(match[month][:3].lower()) + 1
+        return f"{match[3] or '-'}-{number:02}-{int(match[day]):02}"
 
     return written
 
