@@ -148,11 +148,14 @@ def stated_numbers(text: str) -> Stated | None:
     if all(re.search(rf"^{number}[.)] ", text, re.MULTILINE) for number in (1, 2)):
         text = re.sub(r"^\d{1,2}[.)] ", "", text, flags=re.MULTILINE)  # the numbers of a list
     text = re.sub(r"^\(?[a-h]\) ", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\((-?\d+),(?=-?\d+\))", r"(\1, ", text)  # the point (2,5)
+    decimal = r"-?\d+(?:\.\d+)?"  # the point (2,5), the list [2,5] and the set {2,5}
+    text = re.sub(rf"([(\[{{])({decimal}),(?!\d{{3}}\}})(?={decimal}[)\]}}])", r"\1\2, ", text)
     # 20 (4 times 5); 8 [1]; but not 8 (or 9)
     outside = re.sub(r"(?<=\S) (?:\((?!or |maybe )[^()]*\)|\[[^\[\]]*\])", "", text)
     text = outside if _TOKEN.search(outside) else text
-    clauses = re.split(r"\n+|(?<!\d)[.!;] |(?<=\d)[.;] |(?<=\?) ", text)
+    either = "(?!(?:or|maybe|perhaps|possibly|alternatively)\\b)"  # 8; or 9
+    ends = rf"(?:\n|(?<!\d)[.!;] |(?<=\d)[.;] ){either}|(?<=\?) "
+    clauses = re.split(ends, text, flags=re.IGNORECASE)
     numbered = [each for each in clauses if _TOKEN.search(each)]
     answered = [each for each in numbered if not each.endswith("?")] or numbered
     pairs = zip(answered, [*answered, ""][1:], strict=True)
@@ -268,7 +271,7 @@ def _read(clause: str, found: list[_Found]) -> Stated | None:
             place = [] if again else stated
         place.append(one)
         if place is stated:
-            ordered |= len(one.numbers) > 1 or gap.rstrip().endswith("(")
+            ordered |= bool(one.match["several"]) or gap.rstrip().endswith("(")
             unread |= bool(_UNREAD_BEFORE.search(gap)) or not one.numbers
             unread |= bool(_UNREAD_BEHIND.match(clause, behind))
             share = one.match["below"] or one.match["percent"]
@@ -397,6 +400,7 @@ def _in_thousands(groups: list[str]) -> bool:
 
 def _spelled_out(text: str) -> str:
     """Write words for numbers as digits, currency names away and dates as 2020-01-05."""
+    text = re.sub(r"\b[A-Z]{1,2}(?=\$-?\d)|[₠-⃏](?= ?-?\d)", "", text)  # US$5, ₩5
     text = re.sub(r"\b(?:usd|eur|gbp|rs|inr|chf)\.? ?(?=[\d-])", "", text, flags=re.IGNORECASE)
     year = r"(?:,? (\d{4})\b|(?! [a-z]|\w|[-,.:/]?\d| ?%))"  # or none: July 4
     for form, order in (

@@ -47,6 +47,7 @@ _BARE_BOX = re.compile(r"[^\s$]+")
 
 def cleaned(text: str) -> str:
     """Take away what isn't text: special tokens, tags, struck words, characters without a width."""
+    text = re.sub("<sup>([^<>]{1,20})</sup>", r"^{\1}", text)  # 10<sup>6</sup>
     return _INVISIBLE.sub("", _TAGS.sub(" ", text))
 
 
@@ -94,6 +95,7 @@ def spaced(text: str) -> str:
 _SYMBOLS = {"times": "×", "cdot": "·", "pi": "π", "pm": "±", "approx": "≈", "sim": "~", "div": "÷"}
 _SYMBOLS |= {"sqrt": "√", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "lt": "<", "gt": ">"}
 _SYMBOLS |= {"neq": "≠", "ne": "≠", "infty": "∞", "rightarrow": "→", "degree": "°"}
+_SYMBOLS |= {"Omega": "Ω", "mu": "μ", "pounds": "£", "euro": "€"}
 _WRAPPERS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox", "fbox", "boxed"]
 _SYMBOLS |= dict.fromkeys([*_WRAPPERS, "left", "right", "quad", "qquad", "displaystyle"], " ")
 
@@ -106,18 +108,18 @@ def plain(text: str) -> str:
     # Separators of thousands other than the comma; NFKC would turn most of them into blanks.
     separator = r"(?:\{,\}|,?\\[,!]|[\u00a0\u202f\u2009'’_])"
     text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
-    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’", "---/'"))
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’٪٫٬", "---/'%.,"))
     text = re.sub(r"(?<!\.)\.{2,}(?=\d)", " ", text)
-    text = re.sub(r"[^\S\n]+", " ", spaced(text)).replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"\\([%${}])", r"\1", re.sub(r"[^\S\n]+", " ", spaced(text)))
     text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
-    text = re.sub(r"\\([a-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)
     text = re.sub(r"((?:^|[=:({$]) ?)- ?\((\d[\d.,]*)\)", r"\1-\2", text)  # -(12)
     text = re.sub(r"\\[()\[\],;:!> ]|\\+(?:n\b|\s|$)", " ", text)  # LaTeX's own brackets and spaces
     text = re.sub(r"(?<=\d)\s*\\([dtc]?frac)", r" \\\1", text)
     number = r"\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}"
     text = re.sub(rf"\\[dtc]?frac\s*(?:{number}|(\d)\s*(\d))", r"\1\3/\2\4", text)
     text = re.sub(r"√ ?(?:[({] ?(\d{1,40}) ?[)}]|(\d{1,40})(?!\d))", _root, text)
-    ten = r"(?<=\d)\s*[x*×·]\s*10\s*(?:\^|\*\*)\s*\{?([+-]?\d+)\}?"
+    ten = r"(?<=\d)\s*[x*×·]\s*10\s*(?:\^|\*\*)\s*[{(]?\s*([+-]?\d+)(?:\s*[})])?"
     text = re.sub(ten, r"e\1", text)
     text = re.sub(r"\*\*(?!\d)|(?<!\d)\*\*", "", text)  # bold
     return re.sub(r"(?<=[^\W\d])(\}?)\^\s*\{?-?\d+\}?", r"\1", text)  # cm^2: no number of its own
