@@ -120,9 +120,9 @@ _LETTER = re.compile(
     rf"[(\[<] ?([A-Za-z]) ?[)\]>]|\b(?:[Oo]ption|[Cc]hoice) ([A-Za-z])\b"
     rf"|(?<![\w'’°-])(?:([B-HJ-Z]){_ALONE}|([AI]){_ALONE}(?:(?! [a-z])|{_FOLLOWS})"
     r"|(A)(?= (?:would|must|has|will|can|cannot)\b))"
-    r"|\A([a-z])(?=[).:\],;]|\Z|\n)"
+    r"|\A([a-z])(?=[).:\],;]|\Z|\n| (?:[-–—]|is|because) )"
 )
-_DIGITS = re.compile(r"(?<![\w.,])(\d{1,2})(?!\w|[.,]\d)")
+_DIGITS = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice) |(?<![\w.,]))(\d{1,2})(?!\w|[.,]\d)")
 _LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\b(?:not|never|than|over|after|before|instead of|except|cannot be|can't be|neither|nor"
@@ -140,25 +140,35 @@ _WRONG = re.compile(
     r"|fails\b|doesn\b|would be wrong)",
     re.IGNORECASE,
 )
-_AND = re.compile(r" ?(?:,|&|;|,? ?\band)? ?", re.IGNORECASE)
-_OR = re.compile(r" ?(?:(?:and ?)?[/|<>=](?: ?or\b)?|,? ?\bn?or) ?", re.IGNORECASE)
+_AND = re.compile(r" ?(?:[,&;+、]|as well as|,? ?\band)? ?", re.IGNORECASE)
+_OR = re.compile(r" ?(?:(?:and ?)?[/|<>=](?: ?or\b)?|[,.;]? ?\(?\bn?or) ?", re.IGNORECASE)
 _CONTRARY = re.compile(
     r"\b(?:but|however|although|though|no|maybe|perhaps|possibly|actually)\b|→", re.IGNORECASE
 )
 _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
-    r"|(?:[a-z]+ )?(?:sentiment|classification|category|relation|prediction|stance|emotion) ?: ?"
+    r"|(?:[a-z]+ )?(?:sentiment|classification|category|relation|prediction|stance|emotion"
+    r"|statement|claim) ?: ?"
+)
+_PREFACE = re.compile(  # ✅ yes
+    r"^(?:[^\w\s(\[$#.+-]+|i (?:think|believe|would say)(?: that)?|i'd say|well,|overall,) (?=\w)"
 )
 _STOP = re.compile(
     r" ?(?:[,;:(—](?! ?(?:and|or|but)\b)|\. | ?- "
-    r"|(?: (?:because|since|as|it|that(?= is)|this|they)\b))"
+    r"|(?: (?:because|since|as|it|that(?= is)|this|they|there|s?he|we|you)\b))"
 )
 _LABELLED = re.compile(
-    r"[(\[<]?(?P<label>[A-Z]|\d{1,2})(?:[)\]>][.:]?|[.:])(?= |$)(?P<text>.*)", re.DOTALL
+    r"(?:[Oo]ption |[Cc]hoice )?[(\[<]?(?P<label>[A-Za-h]|\d{1,2})"
+    r"(?:[)\]>][.:]?|[.:]|(?<!\d) [-–—])(?= |$)(?P<text>.*)",
+    re.DOTALL,
 )
+_SINGLE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?[(\[<]?([A-Za-z])[)\]>]?[.:]?")
 _BESIDE = " ()[].:*"
 _BARE = re.compile(r"[ (\[*]{0,3}[A-Ha-h][ )\].:*]{0,4}")  # a line that is nothing but a letter
-_LABELS = re.compile(r"[(\[]?[A-Z][)\]]?(?:(?: ?[,&;] ?(?:and )?| and )[(\[]?[A-Z][)\]]?)*")
+_LABELS = re.compile(  # A and C; ['A', 'C']
+    r"[(\[]? ?[A-Za-h] ?[)\]]?(?:(?: ?[,&;|] ?(?:and )?| and )[(\[]?[A-Za-h] ?[)\]]?)*(?: only)?"
+)
+_LISTED = re.compile(r"(?:- ?)?[(\[]?([A-H])(?:[)\].:]|$)")
 
 
 def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
@@ -167,20 +177,17 @@ def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
     `(B)`, `B.`, `b) text`, `Option B` and `The answer is (B), not (A)` name the letter B; a text
     counts if it is the reference's, or opens with it and a stop (`True, because …`).
     """
-    wanted, wanted_text = _reference(_plain(reference))
+    wanted, wanted_text = _reference(_plain(unwrapped(reference)))
     answer = _plain(stated(answer), keep_lines=True)
+    answer = answer.upper() if _LABELS.fullmatch(answer.strip(" .")) else answer
     bare = {line.strip(_BESIDE).upper() for line in answer.split("\n") if _BARE.fullmatch(line)}
     words = {normalize(line) for line in answer.split("\n")} if " " not in answer else set()
     if len(wanted) < 2 and max(len(bare), len(words)) > 1:
         return False, None  # a letter on each of several lines, or a word
     if wanted:
         label = _DIGITS if min(wanted).isdigit() else _LETTER
-        together = re.fullmatch(r"[A-H]{2,6}\W*", answer) if len(wanted) > 1 else None
-        found = (
-            frozenset(re.findall("[A-H]", together[0]))
-            if together
-            else _labels(answer, label) or _labels(concluded(answer) or "", label)
-        )
+        together = _together(answer) if len(wanted) > 1 else None
+        found = together or _labels(answer, label) or _labels(concluded(answer) or "", label)
         if found:
             return found == wanted, ", ".join(sorted(found))
     labelled = _LABELLED.fullmatch(answer)
@@ -198,15 +205,26 @@ def _plain(text: str, keep_lines: bool = False) -> str:
 
 def _reference(text: str) -> tuple[frozenset[str], str]:
     """Split a reference into the labels that it names and the option's text."""
-    if len(text) == 1 and text.isascii() and text.isalpha():
-        return frozenset(text.upper()), ""
-    if _LABELS.fullmatch(text) or re.fullmatch("[A-H]{2,6}", text):
-        return frozenset(re.findall("[A-Z]", text)), ""
+    if single := _SINGLE.fullmatch(text):
+        return frozenset(single[1].upper()), ""
+    if _LABELS.fullmatch(text):
+        return frozenset(re.findall(r"\b[A-Z]\b", text.upper())), ""
+    if re.fullmatch("[A-H]{2,6}", text):
+        return frozenset(text), ""
     if re.fullmatch(r"[(\[]?\d{1,2}[)\].]?", text):
         return frozenset(re.findall(r"\d+", text)), ""
     if labelled := _LABELLED.fullmatch(text):
-        return frozenset([labelled["label"]]), labelled["text"]
+        return frozenset([labelled["label"].upper()]), labelled["text"]
     return frozenset(), text
+
+
+def _together(text: str) -> frozenset[str] | None:
+    """Read several labels that stand together, as AC does, or one on each line."""
+    if re.fullmatch(r"[A-H]{2,6}\W*", text):
+        return frozenset(re.findall("[A-H]", text))
+    lines = [_LISTED.match(line) for line in text.split("\n") if not line.endswith(":")]
+    labels = frozenset(line[1] for line in lines if line)
+    return labels if len(labels) == len(lines) > 1 else None
 
 
 def _labels(text: str, label: re.Pattern[str]) -> frozenset[str] | None:
@@ -237,7 +255,7 @@ def _says(text: str, wanted: str) -> bool:
     """Tell whether a text is an option's text, or opens with it and a stop."""
     said, option = normalize(text), normalize(wanted)
     openings = [said, normalize(text.split("\n")[0])]
-    openings = [re.sub(r"^[^\w\s(\[$#.+-]+ (?=\w)", "", each) for each in openings]  # ✅ yes
+    openings = [_PREFACE.sub("", opening, count=1) for opening in openings]
     openings += [_STATEMENT.sub("", opening, count=1) for opening in openings]
     return option != "" and any(
         opening.startswith(option)
