@@ -122,7 +122,7 @@ _LETTER = re.compile(
     r"|(A)(?= (?:would|must|has|will|can|cannot)\b))"
     r"|\A([a-z])(?=[).:\],;]|\Z|\n| (?:[-–—]|is|because) )"
 )
-_DIGITS = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice) |(?<![\w.,]))(\d{1,2})(?!\w|[.,]\d)")
+_DIGITS = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice) |(?<![\w.,−-]))(\d{1,2})(?!\w|[.,]\d)")
 _LEAD = re.compile(r"\W{0,4}(?:(?:so|it is|it's|i choose|i pick)\b)?\W{0,3}", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\b(?:not|never|than|over|after|before|instead of|except|cannot be|can't be|neither|nor"
@@ -134,7 +134,8 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    r"[)\].:]* ?(?:\?|too\b"  # a letter that is asked for, too, isn't stated
+    # a letter that is asked for, too, isn't stated
+    r"[)\].:]* ?(?:\?|too\b|\(?(?:in|not )correct\b|\(?wrong\b"
     r"|(?:is|are|was|seems|looks|must be|has to be) (?:(?:all|both) )?(?:not|wrong|incorrect"
     r"|false|tempting|too|ruled|out|eliminated|impossible)\b|isn\b|cannot\b|can['’]t\b"
     r"|fails\b|doesn\b|would be wrong)",
@@ -143,7 +144,9 @@ _WRONG = re.compile(
 _AND = re.compile(r" ?(?:[,&;+、]|as well as|,? ?\band)? ?", re.IGNORECASE)
 _OR = re.compile(r" ?(?:(?:and ?)?[/|<>=](?: ?or\b)?|[,.;]? ?\(?\bn?or) ?", re.IGNORECASE)
 _CONTRARY = re.compile(
-    r"\b(?:but|however|although|though|no|maybe|perhaps|possibly|actually)\b|→", re.IGNORECASE
+    r"\b(?:but|however|although|though|no|maybe|perhaps|possibly|actually|alternatively"
+    r"|otherwise)\b|→|\bor ?$",
+    re.IGNORECASE,
 )
 _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
@@ -168,6 +171,7 @@ _BARE = re.compile(r"[ (\[*]{0,3}[A-Ha-h][ )\].:*]{0,4}")  # a line that is noth
 _LABELS = re.compile(  # A and C; ['A', 'C']
     r"[(\[]? ?[A-Za-h] ?[)\]]?(?:(?: ?[,&;|] ?(?:and )?| and )[(\[]?[A-Za-h] ?[)\]]?)*(?: only)?"
 )
+_VERDICT = re.compile(r"\b(?:(?:in)?correct|wrong|not|too)\b|n['’]t\b")
 _LISTED = re.compile(r"(?:- ?)?[(\[]?([A-H])(?:[)\].:]|$)")
 
 
@@ -182,12 +186,14 @@ def same_choice(answer: str, reference: str) -> tuple[bool, str | None]:
     answer = answer.upper() if _LABELS.fullmatch(answer.strip(" .")) else answer
     bare = {line.strip(_BESIDE).upper() for line in answer.split("\n") if _BARE.fullmatch(line)}
     words = {normalize(line) for line in answer.split("\n")} if " " not in answer else set()
-    if len(wanted) < 2 and max(len(bare), len(words)) > 1:
-        return False, None  # a letter on each of several lines, or a word
+    listed = _together(answer) or frozenset()
+    echoed = {"A", "B"} <= listed and not _VERDICT.search(answer)
+    if len(wanted) < 2 and (max(len(bare), len(words)) > 1 or echoed):
+        return False, None  # a letter on each of several lines, or a word, or the options anew
     if wanted:
         label = _DIGITS if min(wanted).isdigit() else _LETTER
-        together = _together(answer) if len(wanted) > 1 else None
-        found = together or _labels(answer, label) or _labels(concluded(answer) or "", label)
+        found = listed if len(wanted) > 1 else None
+        found = found or _labels(answer, label) or _labels(concluded(answer) or "", label)
         if found:
             return found == wanted, ", ".join(sorted(found))
     labelled = _LABELLED.fullmatch(answer)
@@ -234,6 +240,8 @@ def _labels(text: str, label: re.Pattern[str]) -> frozenset[str] | None:
     for match in label.finditer(text):
         gap = text[runs[-1][2] if runs else 0 : match.start()]
         joined = bool(runs) and (_AND.fullmatch(gap) or _OR.fullmatch(gap))
+        if gap == " " and re.match(r"[)\]>] [A-Z]", text[max(match.start() - 2, 0) : match.end()]):
+            joined = False  # (E) A and C
         before, labels, _ = runs.pop() if joined else (gap, [], 0)
         either |= {len(runs)} if joined and _OR.fullmatch(gap) else set()
         runs.append((before, [*labels, match[match.lastindex or 0].upper()], match.end()))
