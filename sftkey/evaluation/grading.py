@@ -292,6 +292,7 @@ def same_formula(answer: str, reference: str) -> tuple[bool, str | None]:
     """Compare as expressions, of which math-verify tells equal forms; and say what was read."""
     try:
         from math_verify import parse, verify
+        from sympy import I
     except ImportError:
         raise RecipeError(
             "eval.grader",
@@ -300,13 +301,17 @@ def same_formula(answer: str, reference: str) -> tuple[bool, str | None]:
         ) from None
     if answer.strip() == reference.strip() != "":
         return True, answer.strip()
+    said, told = (normalize(unwrapped(each)) for each in (answer, reference))
+    if said == told and "\\" not in said and re.search("[a-z]{3}", said):
+        return True, said  # June 20 and \text{June 20}
     written, wanted = _formula(answer), _formula(reference)
     if written is None or wanted is None:
         return False, written
     # The timeout is a signal, which Python allows in the main thread alone.
     seconds = TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
     try:
-        gold, found = (parse(text, parsing_timeout=seconds) for text in (wanted, written))
+        parsed = (parse(text, parsing_timeout=seconds) for text in (wanted, written))
+        gold, found = ([_with_unit(each, I) for each in side] for side in parsed)
         right = verify(gold, found, allow_set_relation_comp=True, timeout_seconds=seconds)
         kinds = {_kind(wanted), _kind(written)} - {""}
         return right and len(kinds) < 2 and not _differ_in_size(
@@ -314,6 +319,12 @@ def same_formula(answer: str, reference: str) -> tuple[bool, str | None]:
         ), written if found else None
     except Exception:  # sympy and its parser raise anything on texts that are no formulas
         return False, None
+
+
+def _with_unit(parsed: Any, unit: Any) -> Any:
+    """Take i as the imaginary unit, which math-verify reads as one of two symbols."""
+    names = {each: unit for each in getattr(parsed, "free_symbols", ()) if each.name == "i"}
+    return parsed.xreplace(names) if names else parsed
 
 
 def _formula(text: str) -> str | None:
@@ -327,9 +338,10 @@ def _formula(text: str) -> str | None:
         return None
     if math.prod(map(int, re.findall(r"\^\s*[{(]?\s*-?0*([1-9]\d*)", part))) > MAX_POWER:
         return None
-    part = part.replace("\\$", "")
-    if part.count("$") == 2 and part.startswith("$") and part.endswith("$"):
-        part = part.strip("$ ")
+    part = part.replace("\\$", "").replace("、", ",")
+    part = re.sub("[！-～]", lambda found: chr(ord(found[0]) - 0xFEE0), part)  # wide signs
+    if re.fullmatch(r"\$[^$]+\$(?:,? ?(?:and |or )?\$[^$]+\$)*", part):
+        part = part.replace("$", "").strip()
     if re.search(r"\$|\\\(|\\\[", part):
         return _latex(part)
     if set(map(str.lower, _WORDS.findall(part))) - _FUNCTIONS:
@@ -344,11 +356,12 @@ _SIGNS = {"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm "}
 
 def _latex(text: str) -> str:
     """Write in LaTeX what is often written without: `2*pi`, `sqrt(2)`, `3 1/2`, `x²`."""
+    text = _united(re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", "∪", text))
     text = re.sub("[∞∪∩±]", lambda found: _SIGNS[found[0]], text)
     text = re.sub(r"√\s?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
-    text = re.sub("[¼-¾⅐-⅞]", _fraction, text.replace("−", "-"))
+    text = re.sub("[¼-¾⅐-⅞]", _fraction, re.sub("[−–]", "-", text))
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{{{normalize(found[0])[1:]}}}", text)
-    text = re.sub(r"(?<=\d) (?:[cdkm]?m|ft|in)\^\{?[23]\}?$", "", text)  # 10 cm^2
+    text = re.sub(r"(?<=[\dπ]) (?:[cdkm]?m|ft|in)\^\{?[23]\}?$", "", text)  # 10 cm^2
     text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))", "", text)  # 1\,000
     text = re.sub(r"^(\$?) ?\{([^{}]*,[^{}]*)\} ?(\$?)$", r"\1\\{\2\\}\3", text)
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb{\1}", text)
@@ -363,9 +376,42 @@ def _latex(text: str) -> str:
         text = text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-")
     text = re.sub(r"\*", r" \\cdot ", text.replace("**", "^"))
     text = re.sub(r"\+\s?-", "-", text)
+    text = re.sub(r"(?<=\d) ?[x×] ?(?=10\^)", r"\\cdot ", text)
+    text = re.sub(r"\^-(\d+|[a-z]\b)", r"^{-\1}", text)
+    text = re.sub(r"[€£¥₹≈] ?(?=\d)", "", text)
+    if re.fullmatch(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?: ?: ?\d+)+", text):
+        text = _reduced(text.replace(" ", ""))
+    text = re.sub(r"^(?:\\text\{)?all real numbers\}?$", r"\\mathbb{R}", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<![\w.^])1(?:\.0+)?(?=[A-Za-z]\b)", "", text)  # 1.0i
     text = re.sub(r"\b(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(\d+)\.(\d*)\\overline\s?\{(\d+)\}", _periodic, text)
+
+
+def _reduced(ratio: str) -> str:
+    parts = [int(part) for part in ratio.split(":")] if ":" in ratio else []
+    return ":".join(str(part // (math.gcd(*parts) or 1)) for part in parts) or ratio
+
+
+_EITHER = re.compile(r"\s*(?:\bor\b|\\text\s*\{\s*or\s*\}|\\(?:lor|vee|cup)(?![a-z]))\s*")
+_RELATION = re.compile(
+    r"([a-z])\s*(?:(?P<less>\\l(?:eq?|t)|<=|[<≤])|(?P<more>\\g(?:eq?|t)|>=|[>≥]))(?![a-z])\s*"
+    r"(?P<end>[^<>=≤≥]+)"
+)
+
+
+def _united(text: str) -> str:
+    """Write "x < 1 or x > 3" as a union of intervals; anything else as it stands."""
+    found = [_RELATION.fullmatch(part) for part in _EITHER.split(text)]
+    sides = [each for each in found if each]
+    if not len(found) == len(sides) > 1 or len({side[1] for side in sides}) > 1:
+        return text
+
+    def interval(side: re.Match[str]) -> str:
+        closed = (side["less"] or side["more"]) not in ("<", ">", "\\lt", "\\gt")
+        more = "(["[closed] + rf"{side['end']}, \infty)"
+        return more if side["more"] else rf"(-\infty, {side['end']}" + ")]"[closed]
+
+    return r" \cup ".join(map(interval, sides))
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -373,10 +419,14 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _kind(formula: str) -> str:
-    """Tell a point, an interval and a set by their brackets, and a ratio; "" for all else."""
+    """Tell a point, an interval and a set by their brackets, a ratio, and a number's base."""
     bare = re.sub(r"\\(?:left|right|[ ,;!])|[\s$]", "", formula)
-    if re.fullmatch(r"\d+:\d+|\d+/\d+|\\[dt]?frac\{\d+\}\{\d+\}", bare):
-        return ":" if ":" in bare else "/"
+    if re.fullmatch(r"\d+(?::\d+)+", bare):
+        return bare
+    if re.fullmatch(r"\d+/\d+|\\[dt]?frac(?:\{\d+\}\{\d+\}|\d\d)", bare):
+        return "/"
+    if base := re.fullmatch(r"[\dA-F]+(_)\{?(\d+)\}?", bare):
+        return "".join(base.groups())
     brackets = re.fullmatch(r"(\\?[\[({])[^\[\]()]*,[^\[\]()]*(\\?[\])}])", bare)
     return "".join(brackets.groups()) if brackets else ""
 
