@@ -100,10 +100,10 @@ def _same_number(answer: str, reference: str) -> tuple[bool, str | None]:
 
 
 def _same_text(answer: str, reference: str) -> tuple[bool, str | None]:
-    wanted = normalize(reference)
+    wanted = [normalize(reference), normalize(unwrapped(reference))]
     forms = [normalize(answer), normalize(unwrapped(answer))]
-    right = wanted != "" and wanted in forms
-    return right, (wanted if right else forms[1]) or None
+    same = next((form for form in forms if form in wanted), "")
+    return same != "", (same or forms[1]) or None
 
 
 _FORMATS = re.compile(

@@ -23,7 +23,7 @@ _IS = (
     r"|est|es|ist|lautet|è|é)(?![^\W_])"
 )
 _EASTERN = (
-    r"(?:(?:答案|回答|正解|答え|答|답)\s?(?:[:：]|是|为|は|은|는)"
+    r"(?:(?:答案|回答|正解|答え|答|정답|답)\s?(?:[:：]|是|为|は|은|는)"
     r"|(?<!不)选择?(?=\s?[:：]?\s?[(（]?[A-H]))"
 )
 _CORRECTION = (
@@ -160,7 +160,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 _RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻]+")
-_ASCII = str.maketrans("‐‑‒–—−’‘‚“”„⁄", "------'''\"\"\"/")
+_ASCII = str.maketrans("‐‑‒–—−’‘‚ʼ“”„⁄", "------''''\"\"\"/")
 _PAIRS = {'"': '"', "'": "'", "`": "`", "*": "*", "«": "»", "「": "」", "『": "』", "$": "$"}
 _STOPS = ".,;:!?。"
 
@@ -212,5 +212,8 @@ def unwrapped(text: str) -> str:
         return around[around.lastindex or 0]
     bare = text.strip(" \n*$`.")
     if bare.startswith("\\"):
-        return _WRAPPER.sub(" ", bare)
+        words = _WRAPPER.sub(" ", bare)
+        return (
+            re.sub(r"\\[()\[\]]", " ", bare) if "\\" in words else words
+        )  # a formula's braces stay
     return text
