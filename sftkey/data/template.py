@@ -369,8 +369,9 @@ def _assistant_prefix(name: str, before: str, prompt: str, header: str, response
     opening, closing = response.thinking_open.strip(), response.thinking_close.strip()
     common = len(_common(before, prompt))
     inserted, opened = before[common:], prompt[common:]
-    # gpt-oss: the native answer tag writes what the template would write before an answer.
-    written_by_tag = inserted.strip() and inserted.strip() in response.answer_open
+    # gpt-oss: the tags before an answer write what the template would write there.
+    tags = response.thinking_close + response.answer_open
+    written_by_tag = inserted.strip() and inserted.strip() in tags
     if opened:
         if not opening and closing and (not inserted or written_by_tag or closing in inserted):
             return ""

@@ -25,6 +25,13 @@ CHANNELS = ResponseSection(
     thinking=("<|channel|>analysis<|message|>", "<|end|>"),
     answer=("<|start|>assistant<|channel|>final<|message|>", ""),
 )
+ONE_TAG = ResponseSection(  # all that parts thinking and answer stands in one
+    thinking=(CHANNELS.thinking[0], CHANNELS.thinking[1] + CHANNELS.answer[0]), answer=("", "")
+)
+TO_SELF = ResponseSection(
+    thinking=(" to=self<|message|>", "<|eom|><|start|>assistant to=user<|message|>"),
+    answer=("", ""),
+)
 OWN = ResponseSection()
 IM_END = "<|im_end|>"
 DEEPSEEK_END = "<\uff5cend▁of▁sentence\uff5c>"  # full-width bars
@@ -57,6 +64,7 @@ def standing_in(template: str) -> Any:
         ("nemotron_3_nano", OPENED_THINK, {}, "", IM_END),
         ("gptoss", OWN, {}, "<|channel|>final<|message|>", "<|return|>"),
         ("gptoss", CHANNELS, {}, "", "<|return|>"),
+        ("gptoss", ONE_TAG, {}, "", "<|return|>"),
         ("llama3", OWN, {}, "", "<|eot_id|>"),
         ("llama3_1", OWN, {}, "", "<|eot_id|>"),
         ("llama3_2", OWN, {"date_string": "1 Jan 2026"}, "", "<|eot_id|>"),
@@ -68,6 +76,7 @@ def standing_in(template: str) -> Any:
         ("cohere2", OWN, {}, "", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
         ("lfm2", OWN, {}, "", IM_END),
         ("muse_glimmer", OWN, {}, " to=user<|message|>", "<|eot|>"),
+        ("muse_glimmer", TO_SELF, {}, "", "<|eot|>"),
     ],
 )
 def test_families(
