@@ -130,7 +130,7 @@ def render_prompt(habits: Habits, messages: Messages) -> str:
         what = "the chat template drops `tools` beside these messages"
         raise FrameError(name, what, _hint(TOOLS))
     if len(messages) - own > 1 and not _stand_in_order(messages[own:], text, habits.around):
-        _check_each_is_read(tokenizer, messages, kwargs, text)
+        _check_each_is_read(habits, messages, text)
     for key, without in _less(messages, text):
         if _tried(tokenizer, without, kwargs) == text:
             near = did_you_mean(key, {*reads.keys, *READ_HERE} - {key})
@@ -232,16 +232,18 @@ def _stand_in_order(messages: Messages, text: str, around: str) -> bool:
     return True
 
 
-def _check_each_is_read(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any], text: str
-) -> None:
-    """Refuse a message whose text stands in the prompt only since another one holds it."""
-    own = messages[0]["role"] == TOOLS
+def _check_each_is_read(habits: Habits, messages: Messages, text: str) -> None:
+    """Refuse a message whose text stands in the prompt only since another one holds it.
+
+    One that says nothing, or asks by a flag for what the template does anyway, may be left out.
+    """
+    own, reads = messages[0]["role"] == TOOLS, habits.reads(messages)
     for place, message in enumerate(messages[own:], own):
         others = [*messages[:place], *messages[place + 1 :]]
-        if others and _tried(tokenizer, others, kwargs) == text:
+        said = len(message) > 2 or "".join(_between_flags(reads, message["content"])).strip()
+        if said and others and _tried(habits.tokenizer, others, habits.kwargs) == text:
             what = f"the chat template drops the {message['role']} message {place - own}"
-            raise FrameError(name_of(tokenizer), what, _hint(message["role"]))
+            raise FrameError(name_of(habits.tokenizer), what, _hint(message["role"]))
 
 
 def _hint(role: str) -> str:
@@ -304,9 +306,14 @@ def _is_kept(reads: Reads, content: str, text: str) -> bool:
     """Tell whether a text was written: trimmed, as JSON, or without the template's own flags."""
     if content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
         return True
-    flags = [name for name in reads.names if OWN_FLAGS.fullmatch(name)]
-    pieces = special_pattern(flags).split(content)
+    pieces = _between_flags(reads, content)
     return len(pieces) > 1 and all(piece.strip() in text for piece in pieces)
+
+
+def _between_flags(reads: Reads, content: str) -> list[str]:
+    """Split a text at the template's own flags."""
+    flags = [name for name in reads.names if OWN_FLAGS.fullmatch(name)]
+    return special_pattern(flags).split(content)
 
 
 def _less(messages: Messages, text: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:

@@ -108,6 +108,20 @@ def test_the_prompt_is_what_the_model_is_asked_id_for_id() -> None:
     assert set(row.segment_ids[: len(ids)]) == {Segment.PROMPT}
 
 
+BY_DEFAULT = (  # as SmolLM3's: a mode, taken out of the system message, and a text of its own
+    "{% set said = messages[0].content if messages[0].role == 'system' else '' %}Mode: /think "
+    "{{ said.replace('/think', '').strip() or 'Be kind.' }}"
+) + CHATML.replace("in messages", "in messages if m['role'] != 'system'")
+
+
+@pytest.mark.parametrize("system", ["/think", "", " ", "Be brief. /think"])
+def test_a_system_message_that_changes_nothing_is_not_called_dropped(system: str) -> None:
+    """Empty, or a flag for what the template does anyway: nothing that it says is lost."""
+    assert isinstance(outcome(framed(BY_DEFAULT), Example(asked(system), "2 and 2.", "4", 0)), Row)
+    lost = outcome(framed(BY_DEFAULT), Example(asked("Be kind."), "2 and 2.", "4", 0))
+    assert isinstance(lost, Refusal)
+
+
 @pytest.mark.parametrize(("written", "said"), [("m.content | upper", "rewrites"), ("''", "drops")])
 def test_a_system_message_that_is_rewritten_is_not_called_dropped(written: str, said: str) -> None:
     """Both refuse the row."""
