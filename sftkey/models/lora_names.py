@@ -142,7 +142,11 @@ def check_targets(model: PreTrainedModel, targets: Any) -> None:
     one_by_one = [targets] if isinstance(targets, str) else [[each] for each in targets or ()]
     absent = sorted("".join(each) for each in one_by_one if not target_names(model, each))
     head = name_of(model, model.get_output_embeddings())
-    if absent:
+    names = re.split(r"[,\s]+", targets.strip()) if isinstance(targets, str) else []
+    if absent and names and all(target_names(model, [each]) for each in names):
+        what = "expected a list, since a text is a pattern of whole names"
+        what += f"; got {shown(targets)}; write [{', '.join(names)}]"
+    elif absent:
         what = f"the model has no linear module {', '.join(absent)}"
     elif targets and head in target_names(model, targets):
         what = f"{head} can't carry an adapter: the loss multiplies by its weights themselves"

@@ -166,6 +166,16 @@ def test_targets_that_do_not_exist(tiny_model: Any, targets: Any, absent: str) -
     )
 
 
+@pytest.mark.parametrize("targets", ["q_proj", "q_proj,v_proj", "q_proj v_proj"])
+def test_a_text_of_names_is_told_to_be_a_list(tiny_model: Any, targets: str) -> None:
+    """A text is to peft a pattern of whole names, which a name alone never matches."""
+    names = targets.replace(",", " ").replace(" ", ", ")
+    assert added(tiny_model, target_modules=targets) == (
+        "lora.target_modules: expected a list, since a text is a pattern of whole names; "
+        f"got '{targets}'; write [{names}]\nhint: take from {LINEAR}, or all-linear"
+    )
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)"])
 def test_output_head_carries_no_adapter(tiny_model: Any, targets: Any) -> None:
     """TRL's loss multiplies by the head's weights, so an adapter there would never be trained."""
