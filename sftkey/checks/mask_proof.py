@@ -15,7 +15,7 @@ from sftkey.activity import activity
 from sftkey.data.labels import IGNORED, labels_for
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import TOOLS, Example, Segment
-from sftkey.data.template import TEMPLATE_ERRORS
+from sftkey.data.template import TEMPLATE_ERRORS, as_taken
 from sftkey.data.tokenization import Refusal, Row, tokenize
 from sftkey.errors import FrameError
 
@@ -278,9 +278,10 @@ class Oracle:
         tools = {}
         if messages[0]["role"] == TOOLS:
             tools, messages = {"tools": json.loads(messages[0]["content"])}, messages[1:]
-        settings: Any = {"add_generation_prompt": True, "return_dict": False}
-        settings |= {**self.renderer.chat_template_kwargs, **tools}
-        ids = tokenizer.apply_chat_template(list(messages), **settings)
+        settings: Any = {**self.renderer.chat_template_kwargs, **tools}
+        settings["add_generation_prompt"] = True
+        told = as_taken(tokenizer, messages, settings)
+        ids = tokenizer.apply_chat_template(told, return_dict=False, **settings)
         return list(ids)
 
     def texts(self, example: Example) -> tuple[str, str]:

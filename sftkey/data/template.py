@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -152,18 +153,49 @@ def render(
     add_generation_prompt: bool = True,
 ) -> str:
     """Render messages with the tokenizer's own template."""
-    given = dict(kwargs)
+    given: dict[str, Any] = {**kwargs, "add_generation_prompt": add_generation_prompt}
     if messages and messages[0]["role"] == TOOLS:
         given["tools"] = json.loads(messages[0]["content"])
         messages = messages[1:]
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        **given,
-    )
+    told = as_taken(tokenizer, messages, given)
+    text = tokenizer.apply_chat_template(told, tokenize=False, **given)
     assert isinstance(text, str)  # tokenize=False, one conversation
     return text
+
+
+def as_taken(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return messages with the arguments of their calls as the template takes them.
+
+    DeepSeek's wants JSON text, and raises on a mapping; one that writes it as Python does wants
+    that, too.
+    """
+    told, as_text = [dict(message) for message in messages], [dict(message) for message in messages]
+    texts = {}  # by how Python writes the arguments
+    for message in as_text:
+        if "tool_calls" in message:
+            message["tool_calls"] = calls = deepcopy(message["tool_calls"])
+            for function in (call.get("function", call) for call in calls):
+                if isinstance(arguments := function.get("arguments"), Mapping):
+                    text = json.dumps(arguments, ensure_ascii=False)
+                    texts[str(arguments)] = function["arguments"] = text
+    written = _written(tokenizer, told, given) if texts else ""
+    if written is None or any(
+        python in written and json not in written for python, json in texts.items()
+    ):
+        return told if _written(tokenizer, as_text, given) is None else as_text
+    return told
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, told: list[dict[str, Any]], given: Mapping[str, Any]
+) -> str | None:
+    """Render messages as they are; None where the template raises on them."""
+    try:
+        return str(tokenizer.apply_chat_template(told, tokenize=False, **given))
+    except TEMPLATE_ERRORS:
+        return None
 
 
 class Probe(NamedTuple):

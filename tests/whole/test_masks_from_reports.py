@@ -468,6 +468,31 @@ def test_each_call_and_key_is_written(
     assert read or (row.index == 9 and "the chat template never reads `" in row.reason)
 
 
+AS_TEXT = "{{ '<call>' + c.name + ' ' + c.arguments + '</call>' }}"  # as DeepSeek's
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        AS_TEXT,
+        "<call>{{ c.name }} {{ c.arguments }}</call>",
+        "<call>{{ c.name }} {{ c.arguments | tojson }}</call>",
+    ],
+    ids=["raises", "writes Python", "writes JSON"],
+)
+@pytest.mark.parametrize("arguments", [{"a": "x", "b": True, "c": "\u00e9"}, {}])
+def test_arguments_that_a_template_takes_as_text(written: str, arguments: dict[str, Any]) -> None:
+    """They are JSON, where the template raises on a mapping or would write it as Python does."""
+    calls = f"{{% for c in m.tool_calls %}}{written}{{% endfor %}}"
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}" + calls)
+    called = CALLED | {"tool_calls": [{"name": "add", "arguments": arguments}]}
+    prompt = (HI, called, {"role": "tool", "content": "four"})
+    renderer = framed(template)
+    assert isinstance(outcome(renderer, Example(prompt, "2 and 2.", "4", 1)), Row)
+    told = json.dumps(arguments, ensure_ascii=False)
+    assert f"<call>add {told}</call>" in renderer.prompt_text(prompt)
+
+
 def test_two_tokens_end_a_turn() -> None:
     """Both are trained, and generation stops at one of them."""
     tokens = [AddedToken(text, special=True) for text in ("<|end_response|>", "<|end_turn|>")]
