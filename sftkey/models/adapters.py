@@ -36,6 +36,7 @@ from sftkey.models.lora_names import (
     refuse_unmatched,
     short_names,
     target_names,
+    weights_of,
 )
 from sftkey.models.source import ADAPTER_CONFIG, UNREADABLE, Source, find_source
 from sftkey.recipe.stages import lora_setting
@@ -322,6 +323,8 @@ def _check_lora(
         if key == "target_modules" and wanted and has:
             here, there = target_names(model, wanted), target_names(model, has)
             wanted, has = f"{wanted} ({len(here)} modules)", f"{short_names(there)} ({len(there)})"
+        if key == "modules_to_save" and wanted and has:  # peft writes a tied one by another name
+            here, there = weights_of(model, wanted), weights_of(model, has)
         if here != there:
             contradictions.append(f"lora.{key} is {wanted} in the recipe and {has} in the adapter")
     if contradictions:

@@ -66,7 +66,7 @@ def _none_left(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[s
 
 def _absent(key: str, wanted: Iterable[str] | None, names: set[str]) -> Iterator[tuple[str, str]]:
     for each in wanted or ():
-        if not any(name == each or name.endswith(f".{each}") for name in names):
+        if not any(_is_one_of(name, [each]) for name in names):
             yield key, f"the model has no {each}{_near(each, names)}"
 
 
@@ -163,11 +163,17 @@ def target_names(model: torch.nn.Module, targets: str | list[str] | set[str]) ->
     names = {name for name, each in _modules(model) if isinstance(each, CARRIERS)}
     if isinstance(targets, str):
         return matched("target_modules", targets, names)
-    return {
-        name
-        for name in names
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
+    return {name for name in names if _is_one_of(name, targets)}
+
+
+def weights_of(model: torch.nn.Module, wanted: Iterable[str]) -> set[torch.nn.Parameter]:
+    """Return the weights of the modules that `modules_to_save` names; tied modules share them."""
+    named = (module for name, module in _modules(model) if _is_one_of(name, wanted))
+    return {weight for module in named for weight in module.parameters()}
+
+
+def _is_one_of(name: str, wanted: Iterable[str]) -> bool:
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
 def matched(key: str, pattern: str, names: set[str]) -> set[str]:

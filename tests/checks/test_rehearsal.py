@@ -177,6 +177,9 @@ def test_half_of_a_tied_pair_is_refused(
     [message] = refused(recipe, saved % "")
     assert "embed_tokens is tied to the model's other end" in message
     assert "ensure_weight_tying=true" in message
+    for named in ("[embed_tokens]", "[lm_head]", "[lm_head, embed_tokens]"):
+        both = saved.replace("[embed_tokens]", named)
+        assert refused(recipe, both % ", ensure_weight_tying: true") == []
     [message] = refused(recipe, "lora={target_modules: [embed_tokens, q_proj]}")
     assert "the adapter could not be merged" in message
     rows = "lora={target_modules: [q_proj], trainable_token_indices: %s}"
