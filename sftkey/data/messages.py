@@ -211,6 +211,7 @@ def _is_trained(message: Mapping[str, Any], role: str, where: str) -> bool:
 
 def _calls(value: Any, place: int, known: Calls) -> list[dict[str, Any]]:
     """Read the tool calls of a message; templates want their arguments as a mapping."""
+    as_text, value = isinstance(value, str), row_json(value)
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
@@ -221,8 +222,9 @@ def _calls(value: Any, place: int, known: Calls) -> list[dict[str, Any]]:
         if not isinstance(function.get("name"), str):
             raise RowError(f"message {place}: a tool call has no `name`")
         arguments = function.pop("arguments", None) or {}
-        text = isinstance(arguments, str)
-        read = row_json(arguments) if text else known.meant(arguments)
+        # In a text of JSON a null is meant; in a table it may fill a cell.
+        is_json = as_text or isinstance(arguments, str)
+        read = row_json(arguments) if is_json else known.meant(arguments)
         function = {**_without_nulls(function), "arguments": read}
         inside = call.get("function") is not None
         calls.append({**_without_nulls(call), "function": function} if inside else function)

@@ -124,6 +124,20 @@ def test_calls_and_further_keys_are_handed_on() -> None:
     assert prefixed["prefix"] is True
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 2, "b": null}', {"a": 2, "b": None}])
+def test_calls_may_be_text_of_json(arguments: Any) -> None:
+    """As tables hold them; a null in such a text is meant."""
+    call = {"type": "function", "id": None, "function": {"name": "add", "arguments": arguments}}
+    calling = {"role": "assistant", "content": "", "tool_calls": json.dumps([call])}
+    (read,) = loaded(PLAIN[0], calling, {"role": "tool", "content": "4"}, PLAIN[1]).examples
+    function = {"name": "add", "arguments": {"a": 2, "b": None}}
+    assert read.prompt[1]["tool_calls"] == [{"type": "function", "function": function}]
+    for none in ("[]", ""):
+        assert read_messages([{**PLAIN[1], "tool_calls": none}]) == (PLAIN[1],)
+    with pytest.raises(RowError, match="`tool_calls` is no list of calls"):
+        read_messages([{**PLAIN[1], "tool_calls": "add(2)"}])
+
+
 @pytest.mark.parametrize("key", FLAGS)
 def test_flags_of_training_are_one_flag_or_refused(key: str) -> None:
     """True and 1 say what is so anyway; false and 0 leave a turn out; all else can't be done."""
