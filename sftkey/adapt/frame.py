@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from sftkey.data.template import (
     QUESTION,
     SENTINEL,
     TEMPLATE_ERRORS,
+    closing_of,
     probe_template,
     render,
     special_ids,
@@ -108,6 +110,9 @@ def _candidates(
         yield written, {}, "the model's own thinking tags"
     for kwargs in ({"enable_thinking": False}, {})[1 - switch :]:
         yield TAGS, kwargs, "the model has no thinking tags of its own"
+    if closing := _opened_tag(tokenizer):
+        opened = OPENED.model_copy(update={"thinking": ("", closing)})
+        yield opened, {}, "the model's own; its prompt has opened the thinking already"
 
 
 def _written_tags(tokenizer: PreTrainedTokenizerBase) -> ResponseSection | None:
@@ -125,6 +130,13 @@ def _written_tags(tokenizer: PreTrainedTokenizerBase) -> ResponseSection | None:
     if not (text.startswith(prompt) and found and answer and opening.strip() and closing.strip()):
         return None
     return ResponseSection(thinking=(opening, closing), answer=(between[len(closing) :], ""))
+
+
+def _opened_tag(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what closes the thinking that the prompt opens with a tag of any name, if it does."""
+    with suppress(*TEMPLATE_ERRORS):
+        return closing_of(render(tokenizer, [{"role": "user", "content": "Q"}], {}))
+    return None
 
 
 def _date(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[dict[str, Any], str]:

@@ -429,10 +429,16 @@ def _common(one: str, other: str) -> str:
     return common
 
 
+def closing_of(prompt: str) -> str | None:
+    """Return the closing tag of the thinking that a prompt opens with its last word, if any."""
+    tag = re.search(r"([<\[])(\w+[>\]])\s*$", prompt)
+    return f"\n{tag[1]}/{tag[2]}" if tag else None
+
+
 def _hint_for(header: str) -> str:
-    own = "give a model.chat_template of your own"
-    tag = re.search(r"([<\[])(\w+[>\]])\s*$", header)
-    if tag is None:
+    own, closing = "give a model.chat_template of your own", closing_of(header)
+    if closing is None:
         return own
-    closing = f"\\n{tag[1]}/{tag[2]}"
-    return f'the prompt opens the thinking: response.thinking: ["", "{closing}"]; or {own}'
+    return (
+        f'the prompt opens the thinking: response.thinking: ["", {json.dumps(closing)}]; or {own}'
+    )

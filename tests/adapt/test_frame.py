@@ -52,6 +52,19 @@ def test_families(template: str, expected: Any, kwargs: dict[str, Any], end: str
     assert (proof.wrong, num_refused_otherwise(proof)) == ([], 0)
 
 
+def test_a_prompt_that_opens_the_thinking_with_a_tag_of_any_name() -> None:
+    """EXAONE Deep's is `<thought>`; a tag that stands in a turn, too, opens none."""
+    opened = CHATML.replace("assistant\n{% endif", "assistant\n<thought>\n{% endif")
+    choice = choose_frame(made("look_ahead", opened), ())
+    assert tags(choice) == (("", "\n</thought>\n\n"), ("", ""))
+    assert choice.why["thinking"] == ("the model's own; its prompt has opened the thinking already")
+    assert choice.renderer is not None
+    assert prove(choice.renderer, 20, seed=0).wrong == []
+    role = CHATML.replace("<|im_start|>{{ m['role'] }}", "<{{ m['role'] }}>")
+    role = role.replace("<|im_start|>assistant", "<assistant>")
+    assert tags(choose_frame(made("look_ahead", role), ()))[0] in (OURS[0], MOVED[0])
+
+
 def test_every_template_of_trl_gets_a_frame_or_a_mark() -> None:
     """Nothing trips the choice; where no frame is right, the user is asked for a template."""
     asked = {}
