@@ -1,6 +1,7 @@
 """What the gate reads off a recipe and its model's configs: open choices, rates, ends of turn."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from sftkey.checks.rehearsal import quiet
 from sftkey.data.labels import weights_by_segment
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Segment
-from sftkey.errors import ModelError, first_line
+from sftkey.errors import ModelError, first_line, shown
 from sftkey.models.device import launched_with
 from sftkey.models.facts import Skeleton, published_stops, skeleton_of
 from sftkey.models.source import (
@@ -46,11 +47,36 @@ def recipe_findings(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]
     for keys, value in undecided(recipe):
         what = f"{dotted(keys)} is still to be decided: {value}"
         yield Finding("undecided", (), what, DECIDE)
+    yield from _escapes(recipe)
     yield from _launcher(recipe, env)
     yield from _learning_rates(recipe)
     yield from _epochs(recipe)
     if recipe.model.adapter is None:
         yield from _end_untrained(recipe)
+
+
+# What double quotes make of `\boxed`, `\frac` or `\right`; and no quotes, or single ones, of `\n`.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f].*|\r(?!\n).*")
+UNREAD_BREAK = re.compile(r"\\n(?![a-z]).*")
+
+
+def _escapes(recipe: Recipe) -> Iterator[Finding]:
+    """Find texts of which YAML's quotes have made something else than was meant."""
+    names = ("system", "prompt", "thinking", "answer", "split_rule")
+    texts = {f"data.{name}": getattr(recipe.data, name) or "" for name in names}
+    for name in ("thinking", "answer"):
+        pair = getattr(recipe.response, name)
+        texts |= {f"response.{name}[{number}]": text for number, text in enumerate(pair)}
+    for place, text in texts.items():
+        if found := CONTROL.search(text):
+            what = "a control character, which double quotes make of a backslash and a letter"
+            hint = "write the text in single quotes, or its backslashes twice"
+            yield Finding("escape", (), f"{place}: holds {what}: {shown(found[0])}", hint)
+        elif place != "data.split_rule" and (found := UNREAD_BREAK.search(text)):
+            what = "holds a backslash and an n, and no line break, which only double quotes make"
+            hint = "write the text in double quotes"
+            sure = place.startswith("response.")
+            yield Finding("escape", (), f"{place}: {what}: {shown(found[0])}", hint, refuses=sure)
 
 
 def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:

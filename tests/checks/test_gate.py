@@ -264,6 +264,36 @@ def test_what_adapt_could_not_decide_refuses(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "said", "refuses"),
+    [
+        (r'data.system="in \boxed{}"', r"data.system: holds a control character", True),
+        (r'data.prompt="\frac{{1}}{{2}} {prompt}"', "data.prompt: holds a control character", True),
+        (r'data.prompt="\right) {prompt}"', "data.prompt: holds a control character", True),
+        (
+            r'data={source: x, response: y, split_rule: "(?P<thinking>.*)\b(?P<answer>.*)"}',
+            "data.split_rule: holds a control character",
+            True,
+        ),
+        (
+            r"response.thinking=['<think>\n', '\n</think>']",
+            "response.thinking[0]: holds a backslash and an n",
+            True,
+        ),
+        (r"data.prompt='{prompt}\n\nOne number.'", "data.prompt: holds a backslash", False),
+        (r"data.system='in \boxed{}, and x \neq 1'", None, False),
+        (r'data.system="One\r\n\tnumber."', None, False),
+    ],
+)
+def test_what_yamls_quotes_made_of_a_backslash_is_found(
+    override: str, said: str | None, refuses: bool, gate: Gate
+) -> None:
+    r"""`\b` in double quotes is a backspace; `\n` in single ones is no line break."""
+    found = [each for each in gate(override).findings if each.code == "escape"]
+    told = [(each.message[: len(said or "")], each.refuses) for each in found[:1]]
+    assert told == ([(said, refuses)] if said else [])
+
+
+@pytest.mark.parametrize(
     ("lora", "rate", "said"),
     [
         ({"r": 4}, 2.1e-3, "the learning rate 0.0021 lies more than 10 times above what LoRA"),
