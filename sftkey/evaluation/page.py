@@ -15,6 +15,7 @@ from sftkey.data.response import QuestionKey
 from sftkey.errors import RunError
 from sftkey.evaluation.answers import GradedAnswer, read_answers
 from sftkey.evaluation.comparison import Comparison, compare_runs, sentences
+from sftkey.evaluation.results import result_files
 from sftkey.evaluation.statistics import points_text
 from sftkey.files import appearing, read_json, write_text
 from sftkey.recipe.schema import Recipe
@@ -160,8 +161,7 @@ def render_page(
     folder: Path, recipe: Recipe, prepared: Prepared | str, losses: Sequence[StageLosses]
 ) -> str:
     """Return the page; the arguments are those of `write_page`, and the run's losses."""
-    graded = list((folder / "evaluation").glob("[!.]*.json"))
-    comparison = compare_runs([folder]) if graded else None
+    comparison = compare_runs([folder]) if result_files(folder) else None
     counts = folder / "data.json"
     rows = [] if isinstance(prepared, str) else preview_rows(recipe, prepared, NUM_ROWS)
     questions = list(_questions(folder, comparison))

@@ -27,8 +27,8 @@ from sftkey.evaluation.thinking import (
     thinking_hash,
 )
 from sftkey.files import refuse_irregular, text_hash, write_text
-from sftkey.recipe.stages import stage_names
-from sftkey.training.run_folder import require_whole
+from sftkey.recipe.stages import BASE, stage_names
+from sftkey.training.run_folder import read_ledger, require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,6 +272,13 @@ def result_file(run_folder: Path, stage: str) -> Path:
     return run_folder / "evaluation" / f"{stage}.json"
 
 
+def result_files(run_folder: Path) -> list[Path]:
+    """Return the files of a run's figures; a file of the user's own beside them is none."""
+    files, ledger = (run_folder / "evaluation").glob("[!.]*.json"), read_ledger(run_folder)
+    names = {BASE, *(record.name for record in ledger["stages"])} if ledger else None
+    return [file for file in files if names is None or file.stem in names]
+
+
 def write_result(folder: Path, result: StageResult) -> Path:
     """Write `<stage>.json`; under that name it is always whole."""
     file = folder / f"{result.stage}.json"
@@ -309,5 +316,5 @@ def read_results(run_folder: Path) -> list[StageResult]:
 def read_graded(run_folder: Path) -> list[StageResult]:
     """Read the same of a run that may have none."""
     require_whole(run_folder, "evaluation/*.json")
-    files = (run_folder / "evaluation").glob("[!.]*.json")
-    return sorted(map(read_result, files), key=lambda result: (result.position, result.stage))
+    results = map(read_result, result_files(run_folder))
+    return sorted(results, key=lambda result: (result.position, result.stage))

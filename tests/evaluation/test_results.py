@@ -195,6 +195,16 @@ def test_results_of_a_run_come_in_the_order_of_its_stages(tmp_path: Path) -> Non
     assert [result.stage for result in read_results(tmp_path)] == ["base", "z", "a"]
 
 
+def test_files_of_the_users_own_are_no_results(tmp_path: Path) -> None:
+    """Notes stop no table, and a copy of a stage's figures is no stage beside it."""
+    (tmp_path / "evaluation").mkdir()
+    result = write_result(tmp_path / "evaluation", scored())
+    result.with_name("key copy.json").write_bytes(result.read_bytes())
+    result.with_name("notes.json").write_text('{"to do": []}')
+    (tmp_path / "ledger.json").write_text('{"facts": {}, "stages": [{"name": "key"}]}')
+    assert [each.stage for each in read_results(tmp_path)] == ["key"]
+
+
 def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     """The error says what to run."""
     with pytest.raises(RunError) as caught:
