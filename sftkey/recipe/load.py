@@ -48,12 +48,23 @@ def load_recipe(
     0.0001
     """
     source = yaml_io.read(Path(path))
+    _refuse_foreign(source.data, path)
     for text in overrides:
         yaml_io.override(source, text)
     for name, section in (replaced or {}).items():
         yaml_io.replace(source, name, section)
     findings = [*check_upstream(source.data), *check_together(_with_defaults(source.data))]
     return read_as(Recipe, source, path, findings, _known_keys)
+
+
+def _refuse_foreign(data: dict[str, Any], path: str | Path) -> None:
+    """Refuse a study's file, or a config of another trainer, in one line and not key by key."""
+    if data.keys().isdisjoint(("model", "data", "stages", "trainer")):
+        study = {"recipes", "arms"} <= data.keys()
+        got = ", ".join([*list(data)[:3], *(["…"] if len(data) > 3 else [])])
+        what = f"expected a recipe, with model, data and stages; got {got}"
+        hint = "`sftkey adapt MODEL --data FILE` writes a recipe for your model and rows"
+        raise RecipeError(str(path), what, f"`sftkey study {path}` runs it" if study else hint)
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
@@ -176,9 +187,8 @@ def _finding(details: ErrorDetails, known_keys: Callable[[Keys], Iterable[str]])
         return keys, "missing"
     if kind == "missing":  # the second of a pair of tags
         return keys[:-1], f"expected two items; got {shown(got)}"
-    # A number, or a template that names a column and was read as a mapping.
-    braces = isinstance(got, dict) and got and all(each is None for each in got.values())
-    unquoted = braces or isinstance(got, int | float)
+    # A number, or what YAML makes of braces, brackets and colons.
+    unquoted = isinstance(got, int | float) or (got and isinstance(got, dict | list))
     quotes = " (text is written in quotes)" if unquoted else ""
     if kind not in _EXPECTED:  # what pydantic finds by itself
         return keys, f"{details['msg']}; got {shown(got)}"

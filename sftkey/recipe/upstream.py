@@ -254,6 +254,8 @@ def _one_of(wanted: tuple[Any, ...]) -> Any:
     forms = [re.sub(r"\\\[.*?\\\]", ".+", re.escape(repr(each))) for each in wanted]
 
     def check(value: Any) -> Any:
+        if value is False and "no" in wanted:  # YAML reads a bare `no` so
+            return "no"
         if not re.fullmatch("|".join(forms), repr(value)):
             raise ValueError("another value")
         return value

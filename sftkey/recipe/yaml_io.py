@@ -19,6 +19,8 @@ MOST_BYTES = 1 << 20  # of a recipe
 MOST_VALUES = 50_000  # in a recipe, those counted again that an alias repeats
 MOST_DEEP = 50
 MOST_DIGITS = 300  # of a whole number
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+NOT_DECIMAL = re.compile(r"[-+]?0[0-7_]+|.*:.*")
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,6 +72,8 @@ def read(path: Path) -> RecipeSource:
         if isinstance(error.__cause__, FileNotFoundError):
             what = "expected a recipe file; there is none"
             hint = "`sftkey ls` shows the recipes that there are"
+        elif (path / "recipe.yaml").is_file():
+            hint = f"a run's recipe is {path / 'recipe.yaml'}"
         raise RecipeError(str(path), what, hint) from None
     source = RecipeSource({})
     try:
@@ -111,7 +115,9 @@ def override(source: RecipeSource, text: str) -> None:
         source.problems.append(Problem(where, "expected key=value, such as trainer.max_steps=10"))
         return
     try:
-        parent, keys = _enter(source, names.split("."), Override(text))
+        # An error names a stage `stages[1]`.
+        named = re.sub(r"^stages\[(\d+)\]", r"stages.\1", names)
+        parent, keys = _enter(source, named.split("."), Override(text))
     except ValueError as error:
         source.problems.append(Problem(where, str(error)))
         return
@@ -159,6 +165,8 @@ def _load(text: str, keys: Keys, source: RecipeSource, origin: Override | None) 
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+        if origin and "#" in text[node.end_mark.index if node else 0 :]:
+            raise _not_plain("a comment; text with ` #` is written in quotes", node)
         return None if node is None else _Walk(loader, source, origin).value(node, keys)
     finally:
         loader.dispose()
@@ -194,6 +202,10 @@ class _Walk:
     def scalar(self, node: yaml.Node) -> Any:
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
             raise _not_plain(f"a whole number of {len(node.value)} characters", node)
+        if node.tag in NUMBERS and NOT_DECIMAL.fullmatch(node.value):
+            what = "which YAML takes for a number in base 8 or 60"
+            ways = "write a number without the zero, and text in quotes"
+            raise _not_plain(f"{node.value}, {what}; {ways}", node)
         try:
             value = self.loader.construct_object(node)
         except ValueError:
@@ -235,8 +247,9 @@ class _Walk:
         self.source.problems.append(self.source.problem(keys, what) if self.origin else problem)
 
 
-def _not_plain(what: str, node: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(problem=what, problem_mark=node.start_mark)
+def _not_plain(what: str, node: yaml.Node | None) -> yaml.YAMLError:
+    mark = None if node is None else node.start_mark
+    return yaml.constructor.ConstructorError(problem=what, problem_mark=mark)
 
 
 def _reason(error: Exception) -> str:

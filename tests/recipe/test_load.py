@@ -170,6 +170,9 @@ def test_a_stages_trainer_is_laid_over_the_shared_one(file: Path) -> None:
         ("trainer.report_to=[wandb, tensorboard]", ["wandb", "tensorboard"]),
         ("trainer.max_steps=-1", -1),
         ("trainer.warmup_steps=0.1667", 0.1667),
+        ("trainer.save_strategy=no", "no"),
+        ("data.max_length=1_024", 1024),
+        ("data.system='1. Think. # 2. Answer.'", "1. Think. # 2. Answer."),
         ("trainer.lr_scheduler_type=cosine", "cosine"),
         ("trainer.torch_empty_cache_steps=null", None),
         ("lora.target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
@@ -239,6 +242,13 @@ def test_a_stage_is_addressed_by_name_else_by_number(file: Path) -> None:
     assert [stage.name for stage in renamed.stages] == ["completion", "last"]
     one = load_recipe(file, ["stages=[{name: only, loss_on: key}]"])
     assert [stage.name for stage in one.stages] == ["only"]
+
+
+def test_a_stage_is_addressed_as_errors_name_it(file: Path) -> None:
+    """What an error says of `stages[1]` can be mended under that name."""
+    recipe = load_recipe(file, ["stages[1].loss_on=answer"])
+    assert [stage.loss_on for stage in recipe.stages] == ["completion", "answer"]
+    assert "no stage `2`; the stages are" in refusal(file, "stages[2].loss_on=answer")
 
 
 def test_an_override_of_null_opens_a_mapping(file: Path) -> None:
@@ -696,6 +706,24 @@ RULE = (
             "data.thinking={why}",
             "expected text; got {'why': None} (text is written in quotes)",
         ),
+        (
+            "data.system=Think: always",
+            "expected text; got {'Think': 'always'} (text is written in quotes)",
+        ),
+        (
+            "data.prompt=Problem #1: {question}",
+            "expected YAML after `=`; got a comment; text with ` #` is written in quotes",
+        ),
+        (
+            "data.max_length=0512",
+            "expected YAML after `=`; got 0512, which YAML takes for a number in base 8 or 60; "
+            "write a number without the zero, and text in quotes",
+        ),
+        (
+            "data.system=1:30.5",
+            "expected YAML after `=`; got 1:30.5, which YAML takes for a number in base 8 or 60; "
+            "write a number without the zero, and text in quotes",
+        ),
         ("stages.ky.loss_on=key", "no stage `ky`; did you mean `key`?"),
         ("stages.2.loss_on=key", "no stage `2`; the stages are completion, key"),
         ("trainer={max_steps: 1, max_steps: 2}", "trainer.max_steps: this key stands twice"),
@@ -807,6 +835,30 @@ def test_a_file_that_holds_no_recipe_gets_one_error(file: Path, content: bytes, 
     assert refusal(file) == f"FILE: {what}"
 
 
+@pytest.mark.parametrize(
+    ("content", "got", "hint"),
+    [
+        (
+            "base_model: Qwen/Qwen3-0.6B\nlora_r: 16\nnum_epochs: 1\nbf16: auto\n",
+            "base_model, lora_r, num_epochs, …",
+            "`sftkey adapt MODEL --data FILE` writes a recipe for your model and rows",
+        ),
+        (
+            "name: ours\nrecipes: [a.yaml]\narms: [sftkey]\n",
+            "name, recipes, arms",
+            "`sftkey study FILE` runs it",
+        ),
+    ],
+)
+def test_a_config_of_another_kind_gets_one_line(
+    file: Path, content: str, got: str, hint: str
+) -> None:
+    """Nobody wants to hear of each of its keys that it is unknown."""
+    file.write_text(content)
+    what = f"expected a recipe, with model, data and stages; got {got}"
+    assert refusal(file) == f"FILE: {what}\nhint: {hint}"
+
+
 def test_merge_keys_are_refused(file: Path) -> None:
     """A recipe reads alone, from top to bottom: `<<` would hide what a section holds."""
     file.write_text(TEXT + "eval: {<<: {alpha: 1}}\n")
@@ -828,6 +880,8 @@ def test_a_file_that_is_not_there_gets_one_error(tmp_path: Path, monkeypatch: An
         "hint: `sftkey ls` shows the recipes that there are"
     )
     assert refusal(tmp_path) == "FILE: expected a file; got a folder"
+    (tmp_path / "recipe.yaml").write_text(TEXT)
+    assert refusal(tmp_path).endswith("\nhint: a run's recipe is FILE/recipe.yaml")
 
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
