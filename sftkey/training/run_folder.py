@@ -335,10 +335,11 @@ def _value_at(recipe: Recipe, key: str) -> Any:
 
 def run_recipe(folder: Path) -> Recipe:
     """Read the recipe of a run."""
-    refuse_irregular(folder.rglob("*"))
-    if not (folder / RECIPE).is_file():
+    if not (folder / RECIPE).exists():
         hint = REWRITTEN if (folder / LEDGER).exists() else "runs lie in runs/<name>"
-        raise RunError(str(folder), "expected a run folder; it holds no recipe.yaml", hint)
+        got = f"it holds no {RECIPE}" if folder.is_dir() else "there is none"
+        raise RunError(str(folder), f"expected a run folder; {got}", hint)
+    refuse_irregular(folder.rglob("*"))
     try:
         return load_recipe(folder / RECIPE)
     except RecipeError as error:

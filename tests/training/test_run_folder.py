@@ -1,6 +1,7 @@
 """What a run folder notices: other rows, broken files, changed later stages."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -263,6 +264,14 @@ def test_a_ledger_that_is_gone_with_its_copy_is_no_new_run(copied: Path) -> None
         (folder / name).unlink()
     with pytest.raises(RunError, match=r"ledger\.json: expected what the run wrote; it is gone"):
         go_on(copied)
+
+
+def test_what_is_no_run_is_told_before_its_files_are_looked_at(tmp_path: Path) -> None:
+    """A mistyped name has no recipe; a home folder may hold a program's pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, what in ((tmp_path, "it holds no recipe.yaml"), (tmp_path / "x", "there is none")):
+        with pytest.raises(RunError, match=f"^{path}: expected a run folder; {what}\n"):
+            open_run(path)
 
 
 def test_a_run_of_before_is_read(copied: Path) -> None:
