@@ -20,7 +20,13 @@ from sftkey.commands.recipes import cp, ls, prompts, show
 from sftkey.commands.results import compare, errors, evaluate, report
 from sftkey.commands.sharing import card, export, merge, push
 from sftkey.commands.study import study
-from sftkey.commands.terminal import log_to_stderr, never_silent, require_numbers, say
+from sftkey.commands.terminal import (
+    log_to_stderr,
+    never_silent,
+    ready_streams,
+    require_numbers,
+    say,
+)
 from sftkey.commands.train import train
 from sftkey.errors import Told, as_told
 from sftkey.files import explained_disk
@@ -125,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report who uses them otherwise
+    ready_streams()
     log_to_stderr()
     try:
         with never_silent(), explained_disk():

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import groupby
 from typing import Any
 
@@ -39,6 +40,19 @@ class WordConsole(Console):
                 text = Text(each) if isinstance(each, str) else each
                 fitted = broken(text, self.width) if isinstance(text, Text) else text
                 super().print(fitted, **{"crop": False, **settings})
+
+
+def ready_streams() -> None:
+    """Let neither a closed stream end a command, nor a letter that it can't write.
+
+    In what isn't UTF-8, as a file on Windows, such a letter stands as its number.
+    """
+    sys.stdout, sys.stderr = (
+        open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
+    if isinstance(sys.stdout, TextIOWrapper):  # stderr does it by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def stdout_console() -> Console:

@@ -1,5 +1,6 @@
 """A process that trains takes its share of the machine, whatever the launcher left it."""
 
+import io
 import os
 import sys
 import time
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from sftkey.activity import activity, current, tell
-from sftkey.commands.terminal import available_cores, never_silent, use_all_cores
+from sftkey.cli import main
+from sftkey.commands.terminal import available_cores, never_silent, stdout_console, use_all_cores
 
 
 @pytest.fixture
@@ -31,6 +33,19 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return number
 
     return set_under
+
+
+def test_no_stream_ends_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon may have closed its streams; a file's encoding may not know our signs."""
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["ls", "--json"])
+    stdout_console().print("é⏎")
+    narrow.flush()
+    sys.stderr.close()
+    assert narrow.buffer.getvalue().decode("latin-1").endswith("é\\u23ce\n")
 
 
 def test_a_launchers_single_thread_becomes_all_cores(threads: Callable[..., int]) -> None:
