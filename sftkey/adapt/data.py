@@ -30,8 +30,12 @@ SHOWN = 40  # characters of each of their ends
 MOST_ROWS = 10_000  # are tokenized for their lengths
 MOST_HELD_OUT = 200  # rows for validation, and for the test
 # 1,5 may be three halves or a list, so it is no number here.
-NUMBER = re.compile(r"[-+$€£]*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*|(?<=\d)/\d+)?(?<=[\d.])\s*%?")
-FORMULA = re.compile(r"\\[a-zA-Z]|\^|\$[^$]+\$")
+NUMBER = re.compile(
+    r"(?:[-+\u2212$€£¥₹]|\\\$)*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*|(?<=\d)/\d+)?(?<=[\d.])"
+    r"(?:[eE][-+]?\d+)?\s*(?:\\?%)?"
+)
+FORMULA = re.compile(r"\\[a-zA-Z]|\^|\$(?!\s)[^$]*[^$\s]\$(?!\d)")  # but not $5 and $10
+LETTERS = re.compile(r"[(\[]?(?:[A-Z]|[a-h])[)\]]?[.:]?|[A-H](?:(?:, ?| ?& ?| and )[A-H])+")
 
 
 @dataclass(frozen=True)
@@ -359,9 +363,9 @@ def choose_grader(examples: Sequence[Example]) -> tuple[str, str]:
         dict(enumerate(answers)), "number"
     ):
         return "number", "all answers are numbers"
-    if all(re.fullmatch(r"\(?[A-Z]\)?\.?", answer) for answer in answers):
+    if all(LETTERS.fullmatch(answer) for answer in answers):
         return "choice", "all answers are letters"
-    if all(re.fullmatch(r"[A-H]|\d", answer) for answer in answers):
+    if all(re.fullmatch(r"[A-H]|\d|[(\[]?[A-H][)\]:.] .+", answer) for answer in answers):
         return "choice", "all answers are labels of options"
     formulas = sum(FORMULA.search(answer) is not None for answer in answers)
     short = all(len(answer) <= SHOWN for answer in answers)

@@ -721,7 +721,12 @@ def test_rows_of_which_none_is_tokenized_are_refused(renderer: Renderer) -> None
     ("answers", "grader"),
     [
         (["7", "-3.5", "1,000", "$5", "20%"], "number"),
+        (["-2e-3", "\u22125", "\\$5", "20\\%", "¥500"], "number"),
         (["A", "(B)", "C."], "choice"),
+        (["(a)", "b", "c)"], "choice"),
+        (["A", "B, D", "A and C"], "choice"),
+        (["A) a cat", "B. a dog", "(C) a cow"], "choice"),
+        (["$5 or $10", "$7", "none"], "exact"),
         (["A", "3", "D"], "choice"),
         (["\\frac{1}{2}", "7", "x^2"], "math"),
         (["Paris", "7"], "exact"),
