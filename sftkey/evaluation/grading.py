@@ -150,7 +150,7 @@ _CONTRARY = re.compile(
 )
 _STATEMENT = re.compile(
     r"(?:it|this|that|(?:the|this|that) [^.,;:]{1,60}?)(?: ?'s| s| is| was| must be| would be) "
-    r"|(?:[a-z]+ )?(?:sentiment|classification|category|relation|prediction|stance|emotion"
+    r"|(?:\b[a-z]+ )?(?:sentiment|classification|category|relation|prediction|stance|emotion"
     r"|statement|claim) ?: ?"
 )
 _PREFACE = re.compile(  # ✅ yes

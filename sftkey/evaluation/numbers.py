@@ -400,7 +400,6 @@ def _in_thousands(groups: list[str]) -> bool:
 
 def _spelled_out(text: str) -> str:
     """Write words for numbers as digits, currency names away and dates as 2020-01-05."""
-    text = re.sub(r"\b[A-Z]{1,2}(?=\$-?\d)|[₠-⃏](?= ?-?\d)", "", text)  # US$5, ₩5
     text = re.sub(r"\b(?:usd|eur|gbp|rs|inr|chf)\.? ?(?=[\d-])", "", text, flags=re.IGNORECASE)
     year = r"(?:,? (\d{4})\b|(?! [a-z]|\w|[-,.:/]?\d| ?%))"  # or none: July 4
     for form, order in (

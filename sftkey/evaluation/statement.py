@@ -110,6 +110,7 @@ def plain(text: str) -> str:
     text = re.sub(rf"(?<=\d){separator}(?=\d{{3}}(?!\d))", "", text)
     text = unicodedata.normalize("NFKC", text).translate(str.maketrans("−‐–⁄’٪٫٬", "---/'%.,"))
     text = re.sub(r"(?<!\.)\.{2,}(?=\d)", " ", text)
+    text = re.sub(r"\b[A-Z]{1,2}(?=\$-?\d)|[₠-⃏](?= ?-?\d)", "", text)  # US$5, ₩5
     text = re.sub(r"\\([%${}])", r"\1", re.sub(r"[^\S\n]+", " ", spaced(text)))
     text = re.sub(r"\^ ?\{? ?\\(?:circ|degree)\b ?\}?", "°", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda found: _SYMBOLS.get(found[1], found[0]), text)

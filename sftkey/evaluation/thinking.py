@@ -190,7 +190,7 @@ def last_named(thinking: str, choices: Sequence[str]) -> str | None:
     'false'
     """
     found = [
-        (match.start(), len(choice), choice)
+        (match.end(), len(choice), choice)
         for choice in choices
         for match in re.finditer(
             rf"(?<!\w){re.escape(choice)}(?!\w)",

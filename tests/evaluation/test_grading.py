@@ -90,6 +90,12 @@ def test_grading_takes_linear_time(grader: str, form: str) -> None:
         assert not graded(4_000, piece)
 
 
+@pytest.mark.fault("texts that take long to read")
+def test_a_word_without_an_end_takes_linear_time() -> None:
+    """A model may repeat a letter up to its last token."""
+    assert takes_linear_time(lambda length: grade("x" * length, "yes", "choice"), length=6_000)
+
+
 def test_an_unknown_grader_is_refused() -> None:
     """A grader that a recipe can't name is a mistake of the caller."""
     with pytest.raises(ValueError, match=r"^grader: expected number, .* or math; got 'judge'$"):

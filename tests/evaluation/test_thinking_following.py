@@ -59,6 +59,7 @@ def test_a_letter_is_named_in_upper_case() -> None:
     written = [Parsed("(B), not a", answer, True) for answer in "BA"]
     assert follow_thinkings(written, LETTERS, "choice") == [True, False]
     assert last_named("a crown", ["A", "B"]) is None
+    assert last_named("so not spam", ["spam", "not spam"]) == "not spam"
 
 
 @pytest.mark.parametrize(
