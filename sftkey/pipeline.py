@@ -150,15 +150,17 @@ class TrainedRun:
             what = f"data.prompt puts {count} columns together"
             LOGGER.warning("%s; the question is taken as all of it", what)
         model, renderer = self._model(number)
-        _refuse_too_many(model, max_new_tokens)
+        prompt = renderer.prompt_ids(chat_prompt(self.recipe.data, turns, question))
+        most = max_new_tokens or self.recipe.eval.max_new_tokens
+        _refuse_too_many(model, len(prompt), most)
         # Before a frozen stage stand key adapters that aren't trained yet.
         frozen = number > 0 and self.recipe.stages[number - 1].context == "frozen"
         written = generate(
             model,
             renderer.tokenizer,
-            [renderer.prompt_ids(chat_prompt(self.recipe.data, turns, question))],
+            [prompt],
             stop_ids=stop_ids(renderer, model.generation_config.eos_token_id),
-            max_new_tokens=max_new_tokens or self.recipe.eval.max_new_tokens,
+            max_new_tokens=most,
             batch_size=1,
             temperature=self.recipe.eval.temperature,
             seed=self.recipe.seed,
@@ -184,11 +186,20 @@ class TrainedRun:
         return self._loaded[number]
 
 
-def _refuse_too_many(model: Any, max_new_tokens: int | None) -> None:
+def _refuse_too_many(model: Any, num_prompt: int, max_new_tokens: int) -> None:
+    """Refuse more tokens than a model has positions; behind a prompt where those are learned."""
+    from sftkey.checks.rows import has_learned_positions
+
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_new_tokens and isinstance(most, int) and max_new_tokens > most:
+    if not isinstance(most, int) or most < 1:
+        return
+    behind = num_prompt if has_learned_positions(model, most) else 0
+    if behind + max_new_tokens > most:
         what = f"expected at most the model's {most:,} positions; got {max_new_tokens:,}"
-        raise RunError("max_new_tokens", what)
+        hint = f"take {most - behind:,} or fewer" if most > behind else "ask a shorter question"
+        if not behind:
+            raise RunError("max_new_tokens", what)
+        raise RunError("max_new_tokens", f"{what} behind a prompt of {behind:,}", hint)
 
 
 def _without(prefix: str, on_text: Callable[[str], None]) -> Callable[[str], None]:

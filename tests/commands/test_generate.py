@@ -20,7 +20,7 @@ from sftkey.models.device import Device
 from sftkey.models.key_pass import acting, context_adapters
 from sftkey.recipe.schema import DataSection
 from sftkey.training.stage_model import load_stage
-from tests.support.runs import STAGES, frame_of, ledger_of, made_run
+from tests.support.runs import STAGES, asking_run, frame_of, ledger_of, made_run
 
 LIBRARY = (Path(__file__).parents[2] / "docs" / "library.md").read_text(encoding="utf-8")
 SPECIAL = "<|endoftext|><|im_start|><|im_end|>"
@@ -200,6 +200,27 @@ def test_a_run_without_a_trained_stage_is_refused(tmp_path: Path, tiny_folder: P
         f"{folder}: expected a trained stage; there is none yet\n"
         f"hint: train it: sftkey train {folder}/recipe.yaml; or take --stage base"
     )
+
+
+def test_a_question_beyond_learned_positions_is_refused(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """Their table ends there: the model would end with an IndexError, and a GPU with it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": None}
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), eos_token_id=2, **shape)
+    for part in (GPT2LMHeadModel(config), tiny_tokenizer):
+        part.save_pretrained(tmp_path / "gpt2")
+    run = asking_run(tmp_path, tmp_path / "gpt2")
+    refused = r"model's 128 positions; got 12 behind a prompt of \d+\nhint: ask a shorter question"
+    with pytest.raises(RunError, match=refused):
+        generate(run, "how many? " * 40)
+    with pytest.raises(
+        RunError, match=r"got 120 behind a prompt of \d\d\nhint: take \d\d or fewer"
+    ):
+        generate(run, "3?", max_new_tokens=120)
+    generate(run, "3?")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
