@@ -424,10 +424,11 @@ def _same_tasks(recipes: Sequence[Any]) -> Iterator[Finding]:
         if not isinstance(file, str):
             continue
         name = task_name(file, recipe.get("name"))
-        if name in names:
+        lower = str(name).lower()  # some file systems see no other
+        if lower in names:
             what = f"another task has the name `{name}`; write {{recipe: {file}, name: OTHER}}"
             yield ("recipes", number), what
-        names.append(name)
+        names.append(lower)
 
 
 def _listed(data: dict[str, Any], key: str) -> list[Any]:

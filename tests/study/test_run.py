@@ -1090,6 +1090,10 @@ Sections = dict[str, Any]
          "{recipe: b/x.yaml, name: OTHER}"),
         ({"recipes": ["x.yaml", {"recipe": "y.yaml", "name": "x"}]}, "recipes[1]: another task has "
          "the name `x`; write {recipe: y.yaml, name: OTHER}"),
+        ({"recipes": ["a/x.yaml", "b/X.yaml"]}, "recipes[1]: another task has the name `X`; write "
+         "{recipe: b/X.yaml, name: OTHER}"),
+        ({"recipes": [{"recipe": "x.yaml", "name": 3}]}, "recipes[0].name: expected text; got 3 "
+         "(text is written in quotes)"),
         ({"recipes": [{"recipe": "x.yaml", "naem": "y"}]}, "recipes[0].naem: unknown key; did you "
          "mean `name`?"),
         ({"recipes": [{"name": "y"}]}, "recipes[0].recipe: missing"),
