@@ -337,8 +337,10 @@ def run_recipe(folder: Path) -> Recipe:
     """Read the recipe of a run."""
     if not (folder / RECIPE).exists():
         hint = REWRITTEN if (folder / LEDGER).exists() else "runs lie in runs/<name>"
-        got = f"it holds no {RECIPE}" if folder.is_dir() else "there is none"
-        raise RunError(str(folder), f"expected a run folder; {got}", hint)
+        what = "expected a run folder; it holds no recipe.yaml"
+        if not folder.is_dir():
+            what = "expected a run folder; there is none"
+        raise RunError(str(folder), what, hint)
     refuse_irregular(folder.rglob("*"))
     try:
         return load_recipe(folder / RECIPE)
