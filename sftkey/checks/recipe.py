@@ -2,6 +2,7 @@
 
 import json
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ def recipe_findings(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]
         what = f"{dotted(keys)} is still to be decided: {value}"
         yield Finding("undecided", (), what, DECIDE)
     yield from _escapes(recipe)
+    yield from _told(recipe)
     yield from _launcher(recipe, env)
     yield from _learning_rates(recipe)
     yield from _epochs(recipe)
@@ -77,6 +79,19 @@ def _escapes(recipe: Recipe) -> Iterator[Finding]:
             hint = "write the text in double quotes"
             sure = place.startswith("response.")
             yield Finding("escape", (), f"{place}: {what}: {shown(found[0])}", hint, refuses=sure)
+
+
+def _told(recipe: Recipe) -> Iterator[Finding]:
+    """Note a prompt that holds what the model is to write."""
+    columns = {}
+    for name in ("prompt", "thinking", "answer"):
+        text = getattr(recipe.data, name) or ""
+        columns[name] = {field for _, field, _, _ in string.Formatter().parse(text) if field}
+    for name in ("thinking", "answer"):
+        for column in sorted(columns["prompt"] & columns[name]):
+            what = f"data.prompt holds {{{column}}}, which is the {name} (data.{name})"
+            hint = "leave it out of the prompt, or the model reads what it is to find"
+            yield Finding("told", (), what, hint, refuses=False)
 
 
 def _launcher(recipe: Recipe, env: Mapping[str, str]) -> Iterator[Finding]:

@@ -294,6 +294,27 @@ def test_what_yamls_quotes_made_of_a_backslash_is_found(
 
 
 @pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (r'data.prompt="{prompt}\nHint: {answer}"', ["{answer}, which is the answer"]),
+        (r'data.prompt="{prompt}\n{thinking}"', ["{thinking}, which is the thinking"]),
+        (r'data.prompt="{prompt}\nNo {{answer}}."', []),
+    ],
+)
+def test_a_prompt_that_holds_the_answer_is_noted(
+    override: str, told: list[str], gate: Gate
+) -> None:
+    """A model that reads its answer learns nothing of finding it."""
+    names = ("data.thinking='{thinking}'", "data.answer='{answer}'")
+    report = gate(override, *names)
+    found = [each for each in report.findings if each.code == "told"]
+    assert [each.message for each in found] == [
+        f"data.prompt holds {what} (data.{what.split()[-1]})" for what in told
+    ]
+    assert not report.refusals
+
+
+@pytest.mark.parametrize(
     ("lora", "rate", "said"),
     [
         ({"r": 4}, 2.1e-3, "the learning rate 0.0021 lies more than 10 times above what LoRA"),
