@@ -13,7 +13,8 @@ from datasets import Dataset
 
 from sftkey.activity import activity
 from sftkey.data.labels import IGNORED, PADDING, labels_for, weights_by_segment
-from sftkey.errors import DataError, ModelError, RecipeError
+from sftkey.errors import DataError, ModelError, RecipeError, shown
+from sftkey.recipe.loss_on import checked_loss_on
 from sftkey.recipe.schema import Recipe, StageSection
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ class KeyCollator:
         `position_ids` in place of the mask, and their padding is a row of its own.
 
     Raises:
+        DataError: Rows have no segments, or not one for each token.
         ModelError: The tokenizer has no padding token.
-        RecipeError: Weights other than 0 and 1 without sftkey's trainer.
+        RecipeError: An unknown `loss_on`, or weights other than 0 and 1 without sftkey's trainer.
 
     >>> rows = [
     ...     {"input_ids": [5, 6, 7, 8, 2], "segment_ids": [0, 1, 2, 3, 4]},
@@ -142,10 +144,14 @@ class KeyCollator:
     one_line: bool = False
 
     def __post_init__(self) -> None:
+        try:
+            checked_loss_on(dict(on) if isinstance(on := self.loss_on, Mapping) else on)
+        except ValueError as error:
+            raise RecipeError("KeyCollator", f"loss_on: {error}") from None
         given = self.pad_token_id
-        self._fill = given if isinstance(given, int) else given.pad_token_id
+        self._fill: Any = getattr(given, "pad_token_id", given)
         if not isinstance(self._fill, int):
-            name = getattr(given, "name_or_path", "a tokenizer")
+            name = getattr(given, "name_or_path", None) or shown(given)
             what = f"expected a tokenizer with a padding token, got {name} without one"
             raise ModelError("KeyCollator", what, "set tokenizer.pad_token = tokenizer.eos_token")
         if not self.for_key_trainer and not {0.0, 1.0}.issuperset(weights_by_segment(self.loss_on)):
@@ -159,6 +165,7 @@ class KeyCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of these rows."""
+        _check_rows(rows)
         packed = "seq_lengths" in rows[0]
         if packed and self.one_line:
             columns = ("input_ids", "segment_ids", "seq_lengths")
@@ -181,6 +188,24 @@ class KeyCollator:
         if self.for_key_trainer:
             batch |= {"segment_ids": segment_ids, "loss_weights": weights}
         return batch
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows whose segments, or lengths of packed rows, aren't those of their tokens."""
+    for place, row in enumerate(rows):
+        if missing := [name for name in TOKEN_COLUMNS if name not in row]:
+            what = f"expected rows with {' and '.join(TOKEN_COLUMNS)}; got {', '.join(row)}"
+            hint = "make rows with sftkey.tokenize"
+            if missing == ["segment_ids"]:
+                hint += ", and write remove_unused_columns=False: SFTTrainer drops them otherwise"
+            raise DataError("KeyCollator", what, hint)
+        tokens, segments = (len(row[name]) for name in TOKEN_COLUMNS)
+        packed = sum(row["seq_lengths"]) if "seq_lengths" in row else tokens
+        if not tokens == segments == packed:
+            got = f"got {tokens} tokens and {segments} segments"
+            got += f", and seq_lengths of {packed}" if packed != tokens else ""
+            what = f"row {place} of a batch: expected a segment for each token; {got}"
+            raise DataError("KeyCollator", what, "change both alike, as sftkey.tokenize makes them")
 
 
 def _positions(packs: Sequence[Sequence[int]], length: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from sftkey.data.labels import PADDING
 from sftkey.data.renderer import Renderer
 from sftkey.data.response import Example, Segment
 from sftkey.data.tokenization import Row, tokenize
-from sftkey.errors import RecipeError
+from sftkey.errors import DataError, ModelError, RecipeError
 from sftkey.recipe.schema import ResponseSection
 from tests.support.models import EQUAL
 
@@ -147,3 +147,40 @@ def test_plain_sft_trainer_trains_on_the_key(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(expected, rel=EQUAL)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"input_ids": [5, 8, 2]}, "expected rows with input_ids and segment_ids; got input_ids\n"),
+        ({"input_ids": [5, 8], "segment_ids": [0, 3, 4]}, "got 2 tokens and 3 segments\n"),
+        ({"input_ids": [5, 8, 2], "segment_ids": [0, 3]}, "got 3 tokens and 2 segments\n"),
+        (
+            {"input_ids": [5, 8], "segment_ids": [0, 3], "seq_lengths": [3]},
+            "got 2 tokens and 2 segments, and seq_lengths of 3\n",
+        ),
+    ],
+)
+def test_rows_without_a_segment_for_each_token_are_refused(row: dict[str, Any], what: str) -> None:
+    """A label would stand on padding, or a token of the row count as such."""
+    whole = {"input_ids": [5, 8, 2], "segment_ids": [0, 3, 4]}
+    whole |= {"seq_lengths": [3]} if "seq_lengths" in row else {}
+    with pytest.raises(DataError) as refused:
+        KeyCollator(2)([whole, row])
+    assert what in str(refused.value)
+    dropped = "remove_unused_columns=False" in str(refused.value)
+    assert dropped == ("segment_ids" not in row)
+
+
+@pytest.mark.parametrize("loss_on", ["keys", "thinkng", {"kye": 1.0}, {"key": 0.0}])
+def test_a_loss_that_would_train_nothing_is_refused(loss_on: Any) -> None:
+    """All labels would be ignored, without a word."""
+    with pytest.raises(RecipeError, match="KeyCollator: loss_on: "):
+        KeyCollator(2, loss_on)
+
+
+@pytest.mark.parametrize(("pad", "shown"), [(None, "nothing"), ("</s>", "'</s>'")])
+def test_a_padding_token_is_an_id(pad: Any, shown: str) -> None:
+    """Neither none nor a text."""
+    with pytest.raises(ModelError, match=f"expected a tokenizer with a padding token, got {shown}"):
+        KeyCollator(pad)
