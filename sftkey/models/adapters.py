@@ -110,14 +110,15 @@ def add_lora(
 
 @contextmanager
 def peft_warnings_logged() -> Iterator[None]:
-    """Log the first sentence of each of peft's warnings, without the file that it came from."""
+    """Log the first sentence of each of peft's warnings once, without the file it came from."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
-    for each in caught:
-        if issubclass(each.category, UserWarning | RuntimeWarning):
-            text = str(each.message).strip().partition("\n")[0]
-            LOGGER.info("peft: %s", text.split(". ")[0])
+    kinds = UserWarning | RuntimeWarning
+    texts = [str(each.message).strip() for each in caught if issubclass(each.category, kinds)]
+    # One for each module would say the same.
+    for text in dict.fromkeys(text.partition("\n")[0].split(". ")[0] for text in texts):
+        LOGGER.info("peft: %s", text)
 
 
 def without_adapters(model: PreTrainedModel | PeftModel) -> Any:

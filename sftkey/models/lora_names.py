@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +16,8 @@ from sftkey.errors import ModelError, Problem, did_you_mean, shown
 
 LINEAR = (torch.nn.Linear, Conv1D)  # bitsandbytes' linear modules are torch's, too
 CARRIERS = (*LINEAR, torch.nn.Embedding)
-NEEDS_TIE = "lora.ensure_weight_tying=true trains both; trainable_token_indices trains single rows"
+SINGLE_ROWS = "trainable_token_indices trains single rows"
+NEEDS_TIE = f"lora.ensure_weight_tying=true trains both; {SINGLE_ROWS}"
 
 
 def refuse_unmatched(model: PreTrainedModel, lora: dict[str, Any]) -> None:
@@ -122,9 +124,11 @@ def _tied(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, s
             yield "ensure_weight_tying", "this model's head and embedding are not tied"
         return
     for each in lora.get("modules_to_save") or ():
-        if each.rpartition(".")[2] in pair and not ensured:
+        last = each.rpartition(".")[2]
+        known = last in EMBEDDING_LAYER_NAMES  # of others peft ties no copy, whatever it is told
+        if last in pair and not (ensured and known):
             what = f"{each} is tied to the model's other end, and peft would untie its copy"
-            yield "modules_to_save", f"{what}; {NEEDS_TIE}"
+            yield "modules_to_save", f"{what}; {NEEDS_TIE if known else SINGLE_ROWS}"
     rows = lora.get("trainable_token_indices")
     end = name_of(model, head).rpartition(".")[2]
     for each in rows if isinstance(rows, dict) else ():
@@ -134,7 +138,7 @@ def _tied(model: PreTrainedModel, lora: dict[str, Any]) -> Iterator[tuple[str, s
     touched = short_names(target_names(model, lora.get("target_modules") or []))
     for name in sorted(pair.intersection(touched)):
         what = f"{name} is tied to the output head, so that the adapter could not be merged"
-        yield "target_modules", f"{what}; trainable_token_indices trains single rows"
+        yield "target_modules", f"{what}; {SINGLE_ROWS}"
 
 
 def check_targets(model: PreTrainedModel, targets: Any) -> None:

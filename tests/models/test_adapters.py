@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import add_fused_lm_head
 
 from sftkey import bounds
@@ -183,6 +184,34 @@ def test_output_head_carries_no_adapter(tiny_model: Any, targets: Any) -> None:
         "lora.target_modules: lm_head can't carry an adapter: the loss multiplies by its weights "
         f"themselves\nhint: take from {LINEAR}, or all-linear"
     )
+
+
+def test_a_tied_embedding_that_peft_ties_no_copy_of() -> None:
+    """Of GPT-2's `wte` it doesn't, whatever ensure_weight_tying says; rows of it stay tied."""
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=1)
+    settings = LORA | {"target_modules": ["c_attn"], "ensure_weight_tying": True}
+    with pytest.raises(ModelError) as error:
+        add_lora(GPT2LMHeadModel(config), settings | {"modules_to_save": ["wte"]}, seed=7)
+    assert str(error.value) == (
+        "lora: 1 problem\n  modules_to_save: wte is tied to the model's other end, and peft would "
+        "untie its copy; trainable_token_indices trains single rows"
+    )
+    rows = add_lora(GPT2LMHeadModel(config), settings | {"trainable_token_indices": [4]}, seed=7)
+    (row,) = (weight for name, weight in trained(rows).items() if "trainable_tokens" in name)
+    row.data += 1.0
+    head: Any = rows.get_output_embeddings()
+    last = head(torch.eye(16))[:, 4]
+    assert torch.equal(last, rows.get_input_embeddings()(torch.tensor(4)))
+
+
+def test_what_peft_says_of_every_module_is_logged_once(
+    tiny_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would fill the terminal."""
+    with caplog.at_level("INFO", "sftkey"):
+        add_lora(tiny_model, LORA | {"lora_bias": True}, seed=7)
+    (message,) = [each for each in caplog.messages if "has no bias" in each]
+    assert message.startswith("peft: ")
 
 
 def test_initialization_that_changes_the_base(tiny_model: Any) -> None:
