@@ -247,7 +247,8 @@ def not_verified(recipe: Recipe, renderer: Renderer) -> Finding:
 
 
 def _shown(renderer: Renderer, number: int) -> str:
-    return f"{renderer.tokenizer.convert_ids_to_tokens(number)!r} ({number})"
+    token = renderer.tokenizer.convert_ids_to_tokens(number)
+    return f"{number}, no token of this tokenizer" if token is None else f"{token!r} ({number})"
 
 
 def _row_is_trained(recipe: Recipe, end_id: int, tied: bool) -> bool:
@@ -271,7 +272,9 @@ def _way_out(renderer: Renderer, published: Sequence[int], tied: bool) -> str:
     row = [renderer.end_id]
     rows = str(row) if tied else f"{{embed_tokens: {row}, lm_head: {row}}}"
     train = f"train its row: lora.trainable_token_indices: {rows}"
-    known = [renderer.tokenizer.convert_ids_to_tokens(number) for number in published]
+    known = list(filter(None, map(renderer.tokenizer.convert_ids_to_tokens, published)))
+    if not known:
+        return f"take the generation_config.json that belongs to the model; or {train}"
     if renderer.kind == "chat" and renderer.tokenizer.eos_token in known:
         return f"response.frame: plain; or {train}"
     plain = "response.frame: plain, " if renderer.kind == "chat" else ""

@@ -318,7 +318,9 @@ def _refuse_attention(recipe: Recipe, skeleton: Skeleton) -> None:
             AutoModelForCausalLM.from_config(skeleton.config, attn_implementation=attention)
     except (ValueError, ImportError) as error:
         what = f"expected one that this model has, on this machine; got {attention!r}"
-        raise ModelError("model.attn_implementation", f"{what}: {first_line(error)}") from error
+        hint = f"write model.attn_implementation={skeleton.attention}"
+        where = "model.attn_implementation"
+        raise ModelError(where, f"{what}: {first_line(error)}", hint) from error
 
 
 def _refuse_arguments(recipe: Recipe, stage: StageSection, folder: Path) -> None:

@@ -520,6 +520,18 @@ def test_an_end_of_turn_that_the_base_never_learned_refuses(
     )
 
 
+def test_a_published_end_that_is_no_token_is_told_as_such(gate: Gate, base_model: Path) -> None:
+    """The file is another model's: no frame ends with that id."""
+    (base_model / "generation_config.json").write_text('{"eos_token_id": 128009}')
+    (finding,) = gate(of_model(base_model)).findings
+    assert finding.code == "end-not-learned"
+    assert "stops at 128009, no token of this tokenizer, and what ends" in finding.message
+    assert finding.hint == (
+        "take the generation_config.json that belongs to the model; or train its row: "
+        "lora.trainable_token_indices: {embed_tokens: [2], lm_head: [2]}"
+    )
+
+
 @pytest.mark.parametrize(
     ("tied", "setting", "trained"),
     [

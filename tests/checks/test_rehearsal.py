@@ -14,6 +14,7 @@ from sftkey.checks import rehearsal
 from sftkey.checks.gate import check_recipe
 from sftkey.errors import RecipeError
 from sftkey.recipe.load import load_recipe
+from tests.support.model_folders import model_folder
 from tests.support.tiny import made_model
 
 MakeRecipe = Callable[..., Path]
@@ -164,6 +165,18 @@ def test_an_adapter_that_can_not_be_merged_is_a_note(tiny_recipe: MakeRecipe) ->
     report = check_recipe(load_recipe(tiny_recipe(), ("lora.lora_bias=true",)))
     assert {(each.code, each.refuses) for each in report.findings} == {("not-merged", False)}
     assert "its adapter can't be merged: " in report.findings[0].message
+
+
+def test_an_attention_that_the_model_has_is_named(
+    tiny_recipe: MakeRecipe, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """BLOOM has no sdpa, which is a recipe's default."""
+    config = {"model_type": "bloom", "n_layer": 2, "n_head": 2, "hidden_size": 32}
+    model = model_folder(tmp_path / "bloom", tiny_tokenizer, vocab_size=1000, **config)
+    recipe = tiny_recipe(model={"name_or_path": model, "quantization": "none"})
+    (finding,) = check_recipe(load_recipe(recipe, ("lora.target_modules=all-linear",))).refusals
+    assert "got 'sdpa': BloomForCausalLM does not support" in finding.message
+    assert finding.hint == "write model.attn_implementation=eager"
 
 
 def test_half_of_a_tied_pair_is_refused(
