@@ -21,8 +21,7 @@ def check_together(data: dict[str, Any]) -> Iterator[Finding]:
     full = data.get("lora", {}) is None
     yield from _check_model(data["model"], full)
     yield from _check_data(data["data"])
-    if data["response"]["end"] is not None and data["response"]["frame"] == "chat":
-        yield ("response", "end"), "only with `frame: plain`; the chat template ends a turn itself"
+    yield from _check_response(data["response"])
     yield from _check_stages(data["stages"], full)
     found: dict[Finding, None] = {}  # of the shared trainer each once
     for number, stage in enumerate(data["stages"]):
@@ -113,6 +112,16 @@ def _check_data(data: dict[str, Any]) -> Iterator[Finding]:
     for key, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         if isinstance(data[key], str) and data[key] == data[other]:
             yield ("data", key), f"expected other rows than {other}'s; got {shown(data[key])}"
+
+
+def _check_response(response: dict[str, Any]) -> Iterator[Finding]:
+    if response["end"] is not None and response["frame"] == "chat":
+        yield ("response", "end"), "only with `frame: plain`; the chat template ends a turn itself"
+    tags = [response[key] for key in ("thinking", "answer")]
+    pairs = all(isinstance(each, list | tuple) and len(each) == 2 for each in tags)
+    if pairs and tags[0][1] == tags[1][0] == "":
+        what = "expected a text before the answer, since the one behind the thinking is empty"
+        yield ("response", "answer"), f'{what}: ["\\n\\n", ""], or tags; got none'
 
 
 def _check_stages(stages: list[dict[str, Any]], full: bool) -> Iterator[Finding]:

@@ -143,6 +143,9 @@ ModelName = Annotated[
 ]
 Sha256 = Annotated[str, _form("[0-9a-f]{64}", "64 hexadecimal digits")]
 Template = Annotated[str, AfterValidator(_template)]
+TemplateFile = Annotated[
+    Text, _form(r"(?s)(?!.*(\{%.*%\}|\{\{.*\}\})).*", "a file's name, and not the template itself")
+]
 SplitRule = Annotated[Text, AfterValidator(_split_rule)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
@@ -184,7 +187,7 @@ class ModelSection(Section):
     in."""
     attn_implementation: Text = "sdpa"
     """transformers' attention: `sdpa`, `eager` or `flash_attention_2`, for some."""
-    chat_template: Text | None = None
+    chat_template: TemplateFile | None = None
     """A Jinja file that is used in place of the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the chat template, `enable_thinking: true` for one."""

@@ -669,6 +669,16 @@ RULE = (
             "data={source: a, split_rule: boxed, thinking: c}",
             "data.thinking: not beside `split_rule`: the rule finds thinking and answer",
         ),
+        (
+            'response={thinking: ["<think>", ""], answer: ["", ""]}',
+            "response.answer: expected a text before the answer, since the one behind the thinking "
+            'is empty: ["\\n\\n", ""], or tags; got none',
+        ),
+        (
+            "model={name_or_path: a, chat_template: '{% for m in messages %}{% endfor %}'}",
+            "model.chat_template: expected a file's name, and not the template itself; got "
+            "'{% for m in messages %}{% endfor %}'",
+        ),
         ("data.task=sums", "only with `source: reasoning_gym or made`; got 'gsm8k'"),
         (
             "data={source: reasoning_gym, num_rows: 5}",
