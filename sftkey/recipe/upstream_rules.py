@@ -70,6 +70,15 @@ REFUSED_TRAINER_KEYS = {
         PUSHES,
     ),
 }
+# Fields of earlier releases that stand in published settings, and what has taken their place.
+FORMER_KEYS = {
+    "warmup_ratio": "write `warmup_steps`, of which a number below 1 is a share",
+    "max_seq_length": "write `data.max_length`",
+    "group_by_length": "rows are grouped by length, unless `train_sampling_strategy` is random",
+    "no_cuda": "write `use_cpu`",
+    "overwrite_output_dir": "a run lies in runs/<name>, and the same command goes on with it",
+    "save_safetensors": "weights are always saved so",
+}
 REFUSED_STAGE_TRAINER_KEYS = {"use_cpu": "a run has one device; write it in the shared `trainer`"}
 METRICS = ("loss", *(f"loss_{segment}" for segment in SEGMENTS))
 METRIC_READERS = {  # one of them must stand beside metric_for_best_model
@@ -249,6 +258,8 @@ def _check_settings(
             yield (*keys, key), f"refused: {refused[key]}"
         elif key in REFUSED_WHERE_TRUE and value is True:
             yield (*keys, key), f"refused: {REFUSED_WHERE_TRUE[key]}"
+        elif key not in fields and key in FORMER_KEYS and keys[-1] == "trainer":
+            yield (*keys, key), f"no field any more: {FORMER_KEYS[key]}"
         elif key not in fields:
             near = did_you_mean(key, sorted(fields.keys() - refused.keys()))
             yield (*keys, key), "unknown key" + (near or f"; it is no field of {upstream}")

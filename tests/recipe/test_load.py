@@ -679,6 +679,11 @@ RULE = (
             "model.chat_template: expected a file's name, and not the template itself; got "
             "'{% for m in messages %}{% endfor %}'",
         ),
+        (
+            "trainer.warmup_ratio=0.03",
+            "no field any more: write `warmup_steps`, of which a number below 1 is a share",
+        ),
+        ("trainer.max_seq_length=512", "no field any more: write `data.max_length`"),
         ("data.task=sums", "only with `source: reasoning_gym or made`; got 'gsm8k'"),
         (
             "data={source: reasoning_gym, num_rows: 5}",

@@ -11,6 +11,7 @@ import torch
 from sftkey.recipe import upstream
 from sftkey.recipe.upstream import Field, as_number, lora_config_fields, sft_config_fields
 from sftkey.recipe.upstream_rules import (
+    FORMER_KEYS,
     LIMITS,
     REFUSED_LORA_KEYS,
     REFUSED_TRAINER_KEYS,
@@ -52,6 +53,7 @@ def test_what_we_say_about_fields_is_about_fields_that_exist() -> None:
     known = sft_config_fields().keys() | lora_config_fields().keys()
     assert sft_config_fields().keys() >= REFUSED_TRAINER_KEYS.keys()
     assert known >= LIMITS.keys()
+    assert sft_config_fields().keys().isdisjoint(FORMER_KEYS)
 
 
 def test_names_that_a_setting_is_limited_to_are_upstreams() -> None:
