@@ -277,7 +277,7 @@ def _lost(reads: Reads, message: Mapping[str, Any], text: str) -> str | None:
     if not _is_kept(reads, content, text):
         if role == "system":
             return DROPS_SYSTEM
-        return f"the chat template drops or rewrites the text of a {role} message"
+        return f"the chat template drops or rewrites a message of the {role}"
     for call in message.get("tool_calls", ()):
         if call.get("function", call).get("name", "") not in text:
             return "the chat template drops `tool_calls` of a message"

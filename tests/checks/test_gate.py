@@ -452,7 +452,7 @@ def test_an_earlier_message_that_the_template_rewrites_refuses(gate: Gate, tmp_p
         Finding(
             "template",
             (4,),
-            "train: the chat template drops or rewrites the text of a user message: 1 row, 4",
+            "train: the chat template drops or rewrites a message of the user: 1 row, 4",
             "mend these messages, or choose another model.chat_template; data.unsplit_rows: drop "
             "leaves them out",
         ),
