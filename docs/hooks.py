@@ -25,6 +25,7 @@ PICTURE = re.compile(r"\]\((?:\.\./)?((?:recipes|tests)/[\w./-]+\.png)\)")
 # What the schema's types are called on the page; a type that has no name here stops the build.
 WORDS = {
     **dict.fromkeys(["str", "Text", "ModelName", "Sha256", "BaseUrl", "VariableName"], "text"),
+    "TemplateFile": "a file",
     **dict.fromkeys(["RunName", "StageName"], "a name"),
     **dict.fromkeys(["Number", "float"], "a number"),
     **dict.fromkeys(["int", "Seed"], "a whole number"),
