@@ -118,13 +118,11 @@ def python_with(package: str) -> str:
     python = str(folder / "bin" / "python")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "installed").is_file():
+        if not Path(python).is_file():
             venv.create(folder, clear=True)
-            (site,) = folder.glob("lib/python*/site-packages")
-            (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            pip = [sys.executable, "-m", "pip", "--python", python]
-            _run([*pip, "install", package], package, folder)
-            (folder / "installed").touch()
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")  # may have moved
+        _run([sys.executable, "-m", "pip", "--python", python, "install", package], package, folder)
     return python
 
 
